@@ -1,0 +1,57 @@
+/* quant/quant.c - all formats, and how to find one. */
+#ifndef MOE_QUANT_QUANT_C
+#define MOE_QUANT_QUANT_C
+
+#include "quant.h"
+#include "act.h"
+#include "f32.h"
+#include "f16.h"
+#include "bf16.h"
+#include "q4_0.h"
+#include "q4_1.h"
+#include "q5_0.h"
+#include "q5_1.h"
+#include "q8_0.h"
+#include "q2_k.h"
+#include "q3_k.h"
+#include "q4_k.h"
+#include "q5_k.h"
+#include "q6_k.h"
+#include "iq4_nl.h"
+#include "iq4_xs.h"
+#include "mxfp4.h"
+
+static const moe_quant *const quant_table[] = {
+#define X(NAME, name, id) &quant_##name,
+#include "types.def"
+#undef X
+};
+
+MOE_UNUSED static const moe_quant *quant_by_id(uint32_t id)
+{
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
+        if (quant_table[i]->id == id)
+            return quant_table[i];
+    return NULL;
+}
+
+static bool quant_name_equal(const char *a, const char *b)
+{
+    for (; *a && *b; a++, b++) {
+        int x = *a >= 'a' && *a <= 'z' ? *a - 32 : *a;
+        int y = *b >= 'a' && *b <= 'z' ? *b - 32 : *b;
+        if (x != y)
+            return false;
+    }
+    return *a == *b;
+}
+
+MOE_UNUSED static const moe_quant *quant_by_name(const char *name)
+{
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
+        if (quant_name_equal(quant_table[i]->name, name))
+            return quant_table[i];
+    return NULL;
+}
+
+#endif
