@@ -1,0 +1,356 @@
+/* quant/x86.h - what the AVX2 kernels of all formats share: loading 8 rows side by side, exact integer
+ * dot products, sums across lanes, and the loops over rows, blocks and tokens.
+ *
+ * Blocks of 32 weights are computed 8 rows at a time. A vector holds 16 weights of row r in its lower
+ * and 16 of row r + 4 in its upper half, so that the activations are one broadcast and the sums of
+ * the four vectors fold into one vector in row order:
+ *
+ *     lo[r]   k 0..15 of row r | k 0..15 of row r + 4      r = 0..3
+ *     hi[r]   k 16..31         | k 16..31
+ *
+ * The last group of a matrix repeats its last row instead of reading past it. Must never: read a byte
+ * outside a row, or compute a float in another order than the C kernel of the format. */
+#ifndef MOE_QUANT_X86_H
+#define MOE_QUANT_X86_H
+
+#include "quant.h"
+
+#if MOE_X86
+#include <immintrin.h>
+
+#define MOE_AVX2 MOE_TARGET("avx2,fma,f16c")
+#define MOE_AVX2_INLINE MOE_UNUSED MOE_INLINE MOE_AVX2
+
+/* ---------------------------------------------------------------------------- loading rows -- */
+
+/* Where rows r .. r + 7 begin; those past the end are the last row once more. */
+MOE_INLINE void x86_rows(const moe_mm *mm, size_t r, const uint8_t *row[8])
+{
+    for (size_t i = 0; i < 8; i++)
+        row[i] = mm->w + MOE_MIN(r + i, mm->n_row - 1) * mm->w_stride;
+}
+
+/* 16 bytes of one place and 16 of another, in the halves of a vector. */
+MOE_AVX2_INLINE __m256i x86_load_pair(const uint8_t *low, const uint8_t *high)
+{
+    return _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)low)),
+        _mm_loadu_si128((const __m128i *)high), 1);
+}
+
+/* 16 activations in both halves. */
+MOE_AVX2_INLINE __m256i x86_load_twice(const int8_t *q)
+{
+    return _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)q));
+}
+
+/* The 16-bit word at `offset` of each of 8 rows, in row order. */
+MOE_AVX2_INLINE __m128i x86_u16x8(const uint8_t *const row[8], size_t offset)
+{
+    __m128i v = _mm_cvtsi32_si128(load_u16(row[0] + offset));
+    v = _mm_insert_epi16(v, load_u16(row[1] + offset), 1);
+    v = _mm_insert_epi16(v, load_u16(row[2] + offset), 2);
+    v = _mm_insert_epi16(v, load_u16(row[3] + offset), 3);
+    v = _mm_insert_epi16(v, load_u16(row[4] + offset), 4);
+    v = _mm_insert_epi16(v, load_u16(row[5] + offset), 5);
+    v = _mm_insert_epi16(v, load_u16(row[6] + offset), 6);
+    return _mm_insert_epi16(v, load_u16(row[7] + offset), 7);
+}
+
+/* The half-precision number at `offset` of each of 8 rows. */
+MOE_AVX2_INLINE __m256 x86_f16x8(const uint8_t *const row[8], size_t offset)
+{
+    return _mm256_cvtph_ps(x86_u16x8(row, offset));
+}
+
+/* Writes the results of n <= 8 rows. */
+MOE_AVX2_INLINE void x86_store_rows(float *y, __m256 v, size_t n)
+{
+    if (MOE_LIKELY(n >= 8)) {
+        _mm256_storeu_ps(y, v);
+        return;
+    }
+    float lane[8];
+    _mm256_storeu_ps(lane, v);
+    for (size_t i = 0; i < n; i++)
+        y[i] = lane[i];
+}
+
+/* -------------------------------------------------------------------------------- summing -- */
+
+/* The sum of the 4 numbers in each half of v0..v3: halves of vector r become lanes r and r + 4. */
+MOE_AVX2_INLINE __m256i x86_sum4_i32(__m256i v0, __m256i v1, __m256i v2, __m256i v3)
+{
+    __m256i a = _mm256_add_epi32(_mm256_blend_epi32(v0, v1, 0xcc), _mm256_alignr_epi8(v1, v0, 8));
+    __m256i b = _mm256_add_epi32(_mm256_blend_epi32(v2, v3, 0xcc), _mm256_alignr_epi8(v3, v2, 8));
+    __m256 even = _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88);
+    __m256 odd = _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xdd);
+    return _mm256_add_epi32(_mm256_castps_si256(even), _mm256_castps_si256(odd));
+}
+
+/* The same of 8 numbers of 16 bits. The sum of two of them must fit into 16 bits. */
+MOE_AVX2_INLINE __m256i x86_sum4_i16(__m256i v0, __m256i v1, __m256i v2, __m256i v3)
+{
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i a = _mm256_add_epi16(_mm256_blend_epi32(v0, v1, 0xcc), _mm256_alignr_epi8(v1, v0, 8));
+    __m256i b = _mm256_add_epi16(_mm256_blend_epi32(v2, v3, 0xcc), _mm256_alignr_epi8(v3, v2, 8));
+    __m256 a32 = _mm256_castsi256_ps(_mm256_madd_epi16(a, one));
+    __m256 b32 = _mm256_castsi256_ps(_mm256_madd_epi16(b, one));
+    return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(a32, b32, 0x88)),
+                            _mm256_castps_si256(_mm256_shuffle_ps(a32, b32, 0xdd)));
+}
+
+/* The sum of the 8 numbers of each of v[0..7], in the order of the vectors. */
+MOE_AVX2_INLINE __m256i x86_sum8_i32(const __m256i v[8])
+{
+    return x86_sum4_i32(
+        _mm256_add_epi32(_mm256_permute2x128_si256(v[0], v[4], 0x20),
+                         _mm256_permute2x128_si256(v[0], v[4], 0x31)),
+        _mm256_add_epi32(_mm256_permute2x128_si256(v[1], v[5], 0x20),
+                         _mm256_permute2x128_si256(v[1], v[5], 0x31)),
+        _mm256_add_epi32(_mm256_permute2x128_si256(v[2], v[6], 0x20),
+                         _mm256_permute2x128_si256(v[2], v[6], 0x31)),
+        _mm256_add_epi32(_mm256_permute2x128_si256(v[3], v[7], 0x20),
+                         _mm256_permute2x128_si256(v[3], v[7], 0x31)));
+}
+
+/* reduce8() of a vector. */
+MOE_AVX2_INLINE float x86_reduce8(__m256 v)
+{
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
+}
+
+/* -------------------------------------------------------------------- blocks of 32 weights -- */
+
+/* One block of 8 rows, unpacked. d and m are the rows' scales and offsets. */
+typedef struct x86_block {
+    __m256i lo[4], hi[4];
+    __m256 d, m;
+} x86_block;
+
+/* One block of one token. */
+typedef struct x86_x32 {
+    __m256i lo, hi;      // k 0..15 twice, k 16..31 twice
+    __m256i sum;         // 8 times the two int16 sums of 16
+    __m256 d;            // the scale 8 times
+} x86_x32;
+
+/* Splits 16 bytes at `offset` of 8 rows into low nibbles (lo) and high nibbles (hi). */
+MOE_AVX2_INLINE void x86_nibbles(const uint8_t *const row[8], size_t offset, x86_block *w)
+{
+    const __m256i mask = _mm256_set1_epi8(15);
+    __m256i v0 = x86_load_pair(row[0] + offset, row[4] + offset);
+    __m256i v1 = x86_load_pair(row[1] + offset, row[5] + offset);
+    __m256i v2 = x86_load_pair(row[2] + offset, row[6] + offset);
+    __m256i v3 = x86_load_pair(row[3] + offset, row[7] + offset);
+    w->lo[0] = _mm256_and_si256(v0, mask);
+    w->lo[1] = _mm256_and_si256(v1, mask);
+    w->lo[2] = _mm256_and_si256(v2, mask);
+    w->lo[3] = _mm256_and_si256(v3, mask);
+    w->hi[0] = _mm256_and_si256(_mm256_srli_epi16(v0, 4), mask);
+    w->hi[1] = _mm256_and_si256(_mm256_srli_epi16(v1, 4), mask);
+    w->hi[2] = _mm256_and_si256(_mm256_srli_epi16(v2, 4), mask);
+    w->hi[3] = _mm256_and_si256(_mm256_srli_epi16(v3, 4), mask);
+}
+
+MOE_AVX2_INLINE __m256i x86_dot_pair_u5(__m256i lo, __m256i hi, const x86_x32 *x)
+{
+    return _mm256_add_epi16(_mm256_maddubs_epi16(lo, x->lo), _mm256_maddubs_epi16(hi, x->hi));
+}
+
+/* Sums of products of unsigned codes 0..31: two folds of 4 products stay below 31 * 127 * 8 = 31496,
+ * which fits into 16 bits. */
+MOE_AVX2_INLINE __m256i x86_dot_u5(const x86_block *w, const x86_x32 *x)
+{
+    return x86_sum4_i16(x86_dot_pair_u5(w->lo[0], w->hi[0], x),
+                        x86_dot_pair_u5(w->lo[1], w->hi[1], x),
+                        x86_dot_pair_u5(w->lo[2], w->hi[2], x),
+                        x86_dot_pair_u5(w->lo[3], w->hi[3], x));
+}
+
+/* |w| * (x with w's sign) makes one factor unsigned; 2 * 128 * 127 = 32512 fits into 16 bits. */
+MOE_AVX2_INLINE __m256i x86_dot_pair_i8(__m256i lo, __m256i hi, const x86_x32 *x)
+{
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(x->lo, lo));
+    __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(x->hi, hi));
+    return _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one));
+}
+
+/* Sums of products of signed weights -128..127. */
+MOE_AVX2_INLINE __m256i x86_dot_i8(const x86_block *w, const x86_x32 *x)
+{
+    return x86_sum4_i32(x86_dot_pair_i8(w->lo[0], w->hi[0], x),
+                        x86_dot_pair_i8(w->lo[1], w->hi[1], x),
+                        x86_dot_pair_i8(w->lo[2], w->hi[2], x),
+                        x86_dot_pair_i8(w->lo[3], w->hi[3], x));
+}
+
+/* factor * (sum of the block's activations). */
+MOE_AVX2_INLINE __m256i x86_sum_times(const x86_x32 *x, int16_t factor)
+{
+    return _mm256_madd_epi16(x->sum, _mm256_set1_epi16(factor));
+}
+
+MOE_AVX2_INLINE x86_x32 x86_load_x32(const moe_q8 *x, size_t b)
+{
+    int32_t sum;
+    memcpy(&sum, x->sum + 2 * b, 4);
+    return (x86_x32){x86_load_twice(x->q + 32 * b), x86_load_twice(x->q + 32 * b + 16),
+                     _mm256_set1_epi32(sum), _mm256_broadcast_ss(x->scale + b)};
+}
+
+/* What a format brings: how 8 rows of its block are unpacked (`offset` bytes into the rows), and how
+ * a block enters the sums of its 8 rows. */
+typedef void x86_unpack_fn(const uint8_t *const row[8], size_t offset, x86_block *w);
+typedef __m256 x86_step_fn(const x86_block *w, const x86_x32 *x, __m256 acc);
+
+/* The loops below are bodies: each format's kernel is one call with its own two functions, which the
+ * compiler inlines. */
+MOE_AVX2_INLINE void x86_gemv32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
+                                x86_step_fn *step)
+{
+    const moe_q8 x = act_q8(MOE_ACT_Q8_32, mm->x, mm->n_in);
+    const size_t n_block = mm->n_in / 32;
+    for (size_t r = 0; r < mm->n_row; r += 8) {
+        const uint8_t *row[8];
+        x86_rows(mm, r, row);
+        __m256 acc = _mm256_setzero_ps();
+        for (size_t b = 0; b < n_block; b++) {
+            x86_block w;
+            unpack(row, b * block_bytes, &w);
+            x86_x32 xb = x86_load_x32(&x, b);
+            acc = step(&w, &xb, acc);
+        }
+        x86_store_rows(mm->y + r, acc, mm->n_row - r);
+    }
+}
+
+/* Tokens computed on one unpacked block before the next is unpacked. */
+enum { X86_TOKENS = 16 };
+
+MOE_AVX2_INLINE void x86_gemm32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
+                                x86_step_fn *step)
+{
+    const size_t n_block = mm->n_in / 32;
+    for (size_t t0 = 0; t0 < mm->n_tok; t0 += X86_TOKENS) {
+        const size_t n_tok = MOE_MIN(mm->n_tok - t0, (size_t)X86_TOKENS);
+        moe_q8 x[X86_TOKENS];
+        for (size_t t = 0; t < n_tok; t++)
+            x[t] = act_q8(MOE_ACT_Q8_32, mm->x + (t0 + t) * mm->x_stride, mm->n_in);
+        for (size_t r = 0; r < mm->n_row; r += 8) {
+            const uint8_t *row[8];
+            x86_rows(mm, r, row);
+            __m256 acc[X86_TOKENS];
+            for (size_t t = 0; t < n_tok; t++)
+                acc[t] = _mm256_setzero_ps();
+            for (size_t b = 0; b < n_block; b++) {
+                x86_block w;
+                unpack(row, b * block_bytes, &w);
+                for (size_t t = 0; t < n_tok; t++) {
+                    x86_x32 xb = x86_load_x32(&x[t], b);
+                    acc[t] = step(&w, &xb, acc[t]);
+                }
+            }
+            for (size_t t = 0; t < n_tok; t++)
+                x86_store_rows(mm->y + (t0 + t) * mm->y_stride + r, acc[t], mm->n_row - r);
+        }
+    }
+}
+
+/* -------------------------------------------------------------------------- float weights -- */
+
+/* 8 weights as floats, and the last n < 8 of a row, the rest 0. */
+typedef __m256 x86_load8_fn(const uint8_t *w);
+typedef __m256 x86_load_tail_fn(const uint8_t *w, size_t n);
+
+/* All ones in the first n lanes. */
+MOE_AVX2_INLINE __m256i x86_first(size_t n)
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+/* n_row (constant) rows times n_tok (constant) tokens: n_row * n_tok <= 12 independent chains of fused
+ * multiply-adds. Lanes past the end of the row keep their sums untouched. */
+MOE_AVX2_INLINE void x86_float_tile(const uint8_t *const *row, const float *const *token,
+                                    size_t n_in, float *out /* [n_row][n_tok] */, size_t n_row,
+                                    size_t n_tok, size_t item_bytes, x86_load8_fn *load8,
+                                    x86_load_tail_fn *load_tail)
+{
+    __m256 acc[12], x[3];
+#pragma GCC unroll 12
+    for (size_t i = 0; i < n_row * n_tok; i++)
+        acc[i] = _mm256_setzero_ps();
+    size_t k = 0;
+    for (; k + 8 <= n_in; k += 8) {
+#pragma GCC unroll 3
+        for (size_t t = 0; t < n_tok; t++)
+            x[t] = _mm256_load_ps(token[t] + k);
+#pragma GCC unroll 8
+        for (size_t r = 0; r < n_row; r++) {
+            __m256 w = load8(row[r] + k * item_bytes);
+#pragma GCC unroll 3
+            for (size_t t = 0; t < n_tok; t++)
+                acc[r * n_tok + t] = _mm256_fmadd_ps(w, x[t], acc[r * n_tok + t]);
+        }
+    }
+    if (k < n_in) {
+        const __m256i mask = x86_first(n_in - k);
+#pragma GCC unroll 8
+        for (size_t r = 0; r < n_row; r++) {
+            __m256 w = load_tail(row[r] + k * item_bytes, n_in - k);
+#pragma GCC unroll 3
+            for (size_t t = 0; t < n_tok; t++) {
+                __m256 old = acc[r * n_tok + t];
+                __m256 sum = _mm256_fmadd_ps(w, _mm256_maskload_ps(token[t] + k, mask), old);
+                acc[r * n_tok + t] = _mm256_blendv_ps(old, sum, _mm256_castsi256_ps(mask));
+            }
+        }
+    }
+#pragma GCC unroll 12
+    for (size_t i = 0; i < n_row * n_tok; i++)
+        out[i] = x86_reduce8(acc[i]);
+}
+
+MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, size_t item_bytes, x86_load8_fn *load8,
+                                    x86_load_tail_fn *load_tail)
+{
+    const float *const token[1] = {(const float *)mm->x};
+    for (size_t r = 0; r < mm->n_row; r += 8) {
+        const uint8_t *row[8];
+        float out[8];
+        x86_rows(mm, r, row);
+        x86_float_tile(row, token, mm->n_in, out, 8, 1, item_bytes, load8, load_tail);
+        memcpy(mm->y + r, out, MOE_MIN(mm->n_row - r, 8) * sizeof *out);
+    }
+}
+
+MOE_AVX2_INLINE void x86_float_gemm(const moe_mm *mm, size_t item_bytes, x86_load8_fn *load8,
+                                    x86_load_tail_fn *load_tail)
+{
+    for (size_t r = 0; r < mm->n_row; r += 4) {
+        const size_t n_row = MOE_MIN(mm->n_row - r, 4);
+        const uint8_t *row[8];
+        x86_rows(mm, r, row);
+        for (size_t t = 0; t < mm->n_tok; t += 3) {
+            const size_t n_tok = MOE_MIN(mm->n_tok - t, 3);
+            const float *token[3];
+            float out[12];
+            for (size_t i = 0; i < n_tok; i++)
+                token[i] = (const float *)(mm->x + (t + i) * mm->x_stride);
+            if (n_tok == 3)
+                x86_float_tile(row, token, mm->n_in, out, 4, 3, item_bytes, load8, load_tail);
+            else if (n_tok == 2)
+                x86_float_tile(row, token, mm->n_in, out, 4, 2, item_bytes, load8, load_tail);
+            else
+                x86_float_tile(row, token, mm->n_in, out, 4, 1, item_bytes, load8, load_tail);
+            for (size_t i = 0; i < n_row * n_tok; i++)
+                mm->y[(t + i % n_tok) * mm->y_stride + r + i / n_tok] = out[i];
+        }
+    }
+}
+
+#endif
+#endif
