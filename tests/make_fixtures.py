@@ -1,0 +1,481 @@
+#!/usr/bin/env python3
+"""Makes tests/fixtures: small random models of each family, as GGUF files in llama.cpp's conventions,
+and the logits that Hugging Face `transformers` computes for them.
+
+    python3 tests/make_fixtures.py                          the committed set, into tests/fixtures
+    python3 tests/make_fixtures.py --seed 7 --out DIR       other weights, tokens and dimensions
+    python3 tests/make_fixtures.py --only gemma3 ...        the models whose name contains a word
+
+Versions (the committed files are reproduced byte for byte with these):
+
+    pip install torch==2.13.0 transformers==5.23.0 gguf==0.19.0 numpy==2.4.6
+        (--extra-index-url https://download.pytorch.org/whl/cpu for the small build of torch)
+
+For each model NAME two files are written:
+
+    NAME.gguf       weights and metadata; no tokenizer
+    NAME.expected   little endian: char[4] "MOEX", uint32 kind, uint32 n_tok, uint32 n_vocab,
+                    int32 token[n_tok], float32 logits[n_tok][n_vocab]
+                    kind 0: all matrices are F32, F16 or BF16; 1: some are in integer formats
+
+The logits are computed in double precision throughout: torch.float32 is made to mean float64 while
+the model runs, since the modelling code forces norms, softmax and rotary angles into float32. The same
+model is also run in single precision, unchanged; the script prints the distance between the two and
+stops if it is not far below the tolerance of the tests. Weights are spread widely enough for attention
+and routers to be far from uniform, and tokens are chosen such that no router decision is a near tie.
+"""
+import argparse
+import contextlib
+import os
+import struct
+import sys
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from gguf import GGMLQuantizationType as GT
+from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM,
+                          MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM,
+                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+                          Qwen3MoeConfig, Qwen3MoeForCausalLM)
+
+VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.4.6"}
+
+# ------------------------------------------------------------------------------------- models --
+# Dimensions are awkward on purpose: odd numbers of heads, widths that fill no vector and no block,
+# head_dim that is not n_embd / n_head. n_tok exceeds the sliding windows and the chunks of the tests.
+
+MODELS = {
+    "llama-llama3": dict(
+        family="llama", vocab=101, embd=60, head=3, kv=1, dim=20, ff=52, layer=2, tied=False, tok=56,
+        rope=dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0,
+                  high_freq_factor=4.0, original_max_position_embeddings=64), ctx=512),
+    "llama-tied": dict(
+        family="llama", vocab=131, embd=42, head=7, kv=1, dim=12, ff=37, layer=3, tied=True, tok=61,
+        rope=dict(rope_type="default", rope_theta=10000.0), ctx=128),
+    "llama-yarn": dict(
+        family="llama", vocab=97, embd=36, head=3, kv=3, dim=12, ff=50, layer=2, tied=False, tok=67,
+        rope=dict(rope_type="yarn", rope_theta=300.0, factor=4.0,
+                  original_max_position_embeddings=128), ctx=512),
+    "llama-linear": dict(
+        family="llama", vocab=103, embd=40, head=5, kv=1, dim=10, ff=30, layer=2, tied=False, tok=50,
+        rope=dict(rope_type="linear", rope_theta=1000.0, factor=3.0), ctx=256),
+    "mixtral": dict(
+        family="mixtral", vocab=107, embd=30, head=3, kv=1, dim=10, ff=26, layer=2, tied=False, tok=48,
+        expert=5, used=2, rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
+    "mixtral-f16": dict(
+        family="mixtral", vocab=109, embd=35, head=5, kv=5, dim=14, ff=27, layer=2, tied=False, tok=44,
+        expert=7, used=3, rope=dict(rope_type="default", rope_theta=10000.0), ctx=256,
+        types=dict(all=GT.F16)),
+    "qwen2": dict(
+        family="qwen2", vocab=149, embd=54, head=9, kv=3, dim=6, ff=45, layer=2, tied=True, tok=53,
+        rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
+    "qwen3": dict(
+        family="qwen3", vocab=113, embd=45, head=5, kv=1, dim=14, ff=40, layer=2, tied=True, tok=52,
+        rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
+    "qwen3-yarn": dict(
+        family="qwen3", vocab=117, embd=36, head=4, kv=2, dim=18, ff=33, layer=2, tied=False, tok=70,
+        rope=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, beta_fast=8.0, beta_slow=0.5,
+                  original_max_position_embeddings=64), ctx=256),
+    "qwen3moe": dict(
+        family="qwen3moe", vocab=127, embd=42, head=6, kv=2, dim=12, ff=50, ff_exp=14, layer=2,
+        tied=False, tok=49, expert=7, used=3, renorm=True,
+        rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
+    "qwen3moe-q": dict(
+        family="qwen3moe", vocab=160, embd=96, head=4, kv=2, dim=16, ff=64, ff_exp=32, layer=2,
+        tied=False, tok=40, expert=5, used=2, renorm=True,
+        rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256,
+        types={"token_embd": GT.Q8_0, "output.": GT.Q8_0, "attn_q.": GT.Q5_1, "attn_k.": GT.Q8_0,
+               "attn_v.": GT.Q5_0, "attn_output": GT.Q4_1, "ffn_gate_exps": GT.Q4_0,
+               "ffn_up_exps": GT.Q4_1, "ffn_down_exps": GT.Q5_0}),
+    "olmoe": dict(
+        family="olmoe", vocab=139, embd=40, head=5, kv=5, dim=8, ff=18, layer=2, tied=False, tok=47,
+        expert=6, used=3, renorm=False, rope=dict(rope_type="default", rope_theta=10000.0), ctx=256),
+    "olmoe-bf16": dict(
+        family="olmoe", vocab=98, embd=42, head=3, kv=3, dim=14, ff=29, layer=2, tied=False, tok=45,
+        expert=9, used=4, renorm=False, rope=dict(rope_type="default", rope_theta=10000.0), ctx=256,
+        types=dict(all=GT.BF16)),
+    "gemma3": dict(
+        family="gemma3", vocab=113, embd=36, head=3, kv=1, dim=10, ff=26, layer=7, tied=True, tok=60,
+        window=4, rope=dict(rope_type="default", rope_theta=1000000.0), rope_local=100.0, ctx=256),
+    "gemma3-linear": dict(
+        family="gemma3", vocab=119, embd=30, head=5, kv=1, dim=8, ff=41, layer=6, tied=True, tok=55,
+        window=5, rope=dict(rope_type="linear", rope_theta=5000.0, factor=8.0), rope_local=200.0,
+        ctx=1024),
+}
+
+
+def randomize(m, rng):
+    """Other dimensions for the same family."""
+    m = dict(m)
+    m["kv"] = int(rng.integers(1, 4))
+    group = 1 if m["family"] == "olmoe" else int(rng.integers(1, 5))
+    m["head"] = m["kv"] * group
+    if "types" in m and "all" not in m["types"]:
+        m["dim"] = 32 * int(rng.integers(1, 3))
+        m["embd"] = 32 * m["head"]
+        m["ff_exp"] = 32 * int(rng.integers(1, 4))
+    else:
+        m["dim"] = 2 * int(rng.integers(2, 40))
+        m["embd"] = m["head"] * int(rng.integers(max(1, 24 // m["head"]), 200 // m["head"]))
+        m["ff"] = int(rng.integers(9, 300))
+        m["ff_exp"] = int(rng.integers(5, 90))
+    if m["family"] == "olmoe":  # has no head_dim of its own
+        m["embd"] = m["head"] * m["dim"]
+    if m["family"] == "gemma3":
+        m["window"] = int(rng.integers(1, 20))
+        m["layer"] = int(rng.integers(6, 14))
+    else:
+        m["layer"] = int(rng.integers(1, 5))
+    m["vocab"] = int(rng.integers(60, 400))
+    m["tok"] = int(rng.integers(30, 90))
+    if "expert" in m:
+        m["expert"] = int(rng.integers(3, 20))
+        m["used"] = int(rng.integers(1, min(6, m["expert"])))
+    return m
+
+
+def build(m):
+    """The configuration and the class of a model, and its GGUF architecture."""
+    c = dict(vocab_size=m["vocab"], hidden_size=m["embd"], intermediate_size=m["ff"],
+             num_hidden_layers=m["layer"], num_attention_heads=m["head"],
+             num_key_value_heads=m["kv"], max_position_embeddings=m["ctx"],
+             tie_word_embeddings=m["tied"], rms_norm_eps=1e-5, rope_parameters=dict(m["rope"]),
+             bos_token_id=1, eos_token_id=2, pad_token_id=None, attention_dropout=0.0)
+    f = m["family"]
+    if f == "llama":
+        return LlamaConfig(head_dim=m["dim"], **c), LlamaForCausalLM, "llama"
+    if f == "mixtral":
+        return (MixtralConfig(head_dim=m["dim"], num_local_experts=m["expert"],
+                              num_experts_per_tok=m["used"], **c), MixtralForCausalLM, "llama")
+    if f == "qwen2":
+        assert m["embd"] % m["head"] == 0
+        return Qwen2Config(**c), Qwen2ForCausalLM, "qwen2"
+    if f == "qwen3":
+        return Qwen3Config(head_dim=m["dim"], **c), Qwen3ForCausalLM, "qwen3"
+    if f == "qwen3moe":
+        return (Qwen3MoeConfig(head_dim=m["dim"], num_experts=m["expert"], norm_topk_prob=m["renorm"],
+                               num_experts_per_tok=m["used"], moe_intermediate_size=m["ff_exp"], **c),
+                Qwen3MoeForCausalLM, "qwen3moe")
+    if f == "olmoe":
+        return (OlmoeConfig(num_experts=m["expert"], num_experts_per_tok=m["used"],
+                            norm_topk_prob=m["renorm"], **c), OlmoeForCausalLM, "olmoe")
+    c["rope_parameters"] = {"full_attention": dict(m["rope"]),
+                            "sliding_attention": dict(rope_type="default",
+                                                      rope_theta=m["rope_local"])}
+    return (Gemma3TextConfig(head_dim=m["dim"], query_pre_attn_scalar=m["dim"],
+                             sliding_window=m["window"], **c), Gemma3ForCausalLM, "gemma3")
+
+
+# Standard deviations, in units of 1 / sqrt(length of a row).
+GAIN = {"q_proj": 1.7, "k_proj": 1.7, "v_proj": 1.0, "o_proj": 1.0, "gate_proj": 1.4, "up_proj": 1.2,
+        "gate_up_proj": 1.3, "down_proj": 1.3, "gate": 2.0, "lm_head": 2.0}
+
+
+def random_weights(model, m, rng):
+    """name -> float32 array, in transformers' names. Sums like 1 + w are exact: norm weights are
+    multiples of 2^-12."""
+    out = {}
+    for name, p in model.state_dict().items():
+        shape = tuple(p.shape)
+        part = [s for s in name.split(".") if s not in ("weight", "bias")][-1]
+        if name.endswith(".bias"):
+            w = rng.normal(0, 0.6, shape)
+        elif "norm" in part:
+            w = np.round(rng.uniform(0.4, 1.7, shape) * 4096) / 4096
+            if part in ("q_norm", "k_norm"):
+                w *= 1.25
+                w = np.round(w * 4096) / 4096
+            if m["family"] == "gemma3":
+                w = w - 1
+        elif part == "embed_tokens":
+            w = rng.normal(0, 1 / np.sqrt(shape[-1]) if m["family"] == "gemma3" else 0.8, shape)
+        else:
+            w = rng.normal(0, GAIN[part] / np.sqrt(shape[-1]), shape)
+        out[name] = w.astype(np.float32)
+    if m["tied"]:
+        out["lm_head.weight"] = out["model.embed_tokens.weight"]
+    return out
+
+
+# ---------------------------------------------------------------------------------------- GGUF --
+
+def interleave(w, n_head):
+    """Reorders rows within heads: from half-split rotary pairs (i, i + d/2) to adjacent ones
+    (2i, 2i + 1), which is what architecture "llama" has in GGUF."""
+    d = w.shape[0] // n_head
+    order = np.arange(d).reshape(2, d // 2).T.reshape(-1)
+    return w.reshape(n_head, d, *w.shape[1:])[:, order].reshape(w.shape)
+
+
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp"}
+GEMMA_NAMES = {"post_attention_layernorm": "post_attention_norm",
+               "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+
+
+def gguf_tensors(weights, m, arch):
+    """[(GGUF name, float32 array)], in llama.cpp's names, orders and conventions."""
+    out = []
+    for name, w in weights.items():
+        if name == "lm_head.weight":
+            if not m["tied"]:
+                out.append(("output.weight", w))
+            continue
+        if arch == "gemma3" and "norm" in name:
+            w = w + np.float32(1)
+        if name in ("model.embed_tokens.weight", "model.norm.weight"):
+            out.append(("token_embd.weight" if "embed" in name else "output_norm.weight", w))
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        blk = f"blk.{layer}."
+        if rest == "mlp.experts.gate_up_proj":
+            n = w.shape[1] // 2
+            out += [(blk + "ffn_gate_exps.weight", w[:, :n]), (blk + "ffn_up_exps.weight", w[:, n:])]
+            continue
+        if rest == "mlp.experts.down_proj":
+            out.append((blk + "ffn_down_exps.weight", w))
+            continue
+        rest, kind = rest.rsplit(".", 1)
+        if arch == "llama" and rest == "self_attn.q_proj":
+            w = interleave(w, m["head"])
+        if arch == "llama" and rest == "self_attn.k_proj":
+            w = interleave(w, m["kv"])
+        names = dict(LAYER_NAMES, **GEMMA_NAMES) if arch == "gemma3" else LAYER_NAMES
+        out.append((f"{blk}{names[rest]}.{kind}", w))
+    if m["rope"]["rope_type"] == "llama3":
+        out.append(("rope_freqs.weight", llama3_factors(m)))
+    return [(n, np.ascontiguousarray(w)) for n, w in out]
+
+
+def llama3_factors(m):
+    """What each rotary frequency is divided by in Llama 3.1's scheme."""
+    r, n_ctx = m["rope"], m["rope"]["original_max_position_embeddings"]
+    freq = r["rope_theta"] ** -(np.arange(0, m["dim"], 2) / m["dim"])
+    turns = n_ctx * freq / (2 * np.pi)
+    smooth = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
+    smooth = np.clip(smooth, 0, 1)
+    return (1 / ((1 - smooth) / r["factor"] + smooth)).astype(np.float32)
+
+
+def write_gguf(path, tensors, types, m, arch, name, no_vocab):
+    w = gguf.GGUFWriter(path, arch)
+    w.add_name(name)
+    w.add_vocab_size(m["vocab"])
+    w.add_block_count(m["layer"])
+    w.add_context_length(m["ctx"])
+    w.add_embedding_length(m["embd"])
+    w.add_feed_forward_length(m["ff"])
+    w.add_head_count(m["head"])
+    w.add_head_count_kv(m["kv"])
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(m["rope"]["rope_theta"])
+    if m["family"] not in ("qwen2", "olmoe"):
+        w.add_key_length(m["dim"])
+        w.add_value_length(m["dim"])
+    if arch == "llama":
+        w.add_rope_dimension_count(m["dim"])
+    if m["family"] == "gemma3":
+        w.add_sliding_window(m["window"])
+        w.add_rope_freq_base_swa(m["rope_local"])
+    if "expert" in m:
+        w.add_expert_count(m["expert"])
+        w.add_expert_used_count(m["used"])
+    if m["family"] == "qwen3moe":
+        w.add_expert_feed_forward_length(m["ff_exp"])
+    rope = m["rope"]
+    if rope["rope_type"] == "linear":
+        w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        w.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        w.add_rope_scaling_factor(rope["factor"])
+        w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "beta_fast" in rope:
+            w.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+            w.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if no_vocab:
+        w.add_tokenizer_model("none")
+    for tensor, data in tensors:
+        kind = types.get(tensor, GT.F32)
+        packed = data if kind == GT.F32 else gguf.quants.quantize(data, kind)
+        w.add_tensor(tensor, packed, raw_dtype=kind)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def choose_types(tensors, m):
+    """GGUF name -> type, for matrices; all others are F32."""
+    rules, out = m.get("types", {}), {}
+    for name, data in tensors:
+        if data.ndim < 2 or "ffn_gate_inp" in name:
+            continue
+        for part, kind in rules.items():
+            if part == "all" or part in name:
+                out[name] = kind
+    return out
+
+
+def round_weights(weights, m, arch):
+    """The weights as the file will hold them: rounded to the types of `choose_types`. Rounding works
+    on rows, and the conversion only moves whole rows, so it can be done on either side."""
+    if "types" not in m:
+        return weights
+    probe = gguf_tensors(weights, m, arch)
+    types = choose_types(probe, m)
+    out = {}
+    for name, w in weights.items():
+        if m["tied"] and name == "lm_head.weight":
+            continue
+        halves = []
+        for tensor, _ in gguf_tensors({name: w}, dict(m, rope=dict(rope_type="default")), arch):
+            halves.append(types.get(tensor, GT.F32))
+        parts = np.split(w, len(halves), axis=1) if len(halves) == 2 else [w]
+        parts = [p if k == GT.F32 else gguf.quants.dequantize(gguf.quants.quantize(
+            np.ascontiguousarray(p), k), k).astype(np.float32) for p, k in zip(parts, halves)]
+        out[name] = np.concatenate(parts, axis=1) if len(parts) == 2 else parts[0]
+    if m["tied"]:
+        out["lm_head.weight"] = out["model.embed_tokens.weight"]
+    return out
+
+
+# -------------------------------------------------------------------------------------- oracle --
+
+@contextlib.contextmanager
+def double_precision():
+    """While this lasts, torch.float32 means float64, also inside the modelling code."""
+    saved = torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, torch.Tensor.float = saved[:3]
+        torch.set_default_dtype(saved[3])
+
+
+class Oracle:
+    """A model of transformers with given weights, in single or double precision."""
+
+    def __init__(self, config, cls, weights, double):
+        self.context = double_precision if double else contextlib.nullcontext
+        with self.context():
+            config._attn_implementation = "eager"
+            if hasattr(config, "_experts_implementation"):
+                config._experts_implementation = "eager"
+            self.model = cls(config).eval()
+            self.model.to(torch.float64 if double else torch.float32)
+            state = {k: torch.tensor(v, dtype=torch.float64 if double else torch.float32)
+                     for k, v in weights.items()}
+            self.model.load_state_dict(state, strict=True)
+        self.router_logits = []
+        for module in self.model.modules():
+            if type(module).__name__.endswith("TopKRouter"):
+                module.register_forward_hook(
+                    lambda _m, _i, o: self.router_logits.append(o[0].detach()))
+
+    def logits(self, tokens):
+        self.router_logits.clear()
+        with self.context(), torch.no_grad():
+            return self.model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+    def router_margin(self, used):
+        """How far the last token's choice of experts is from another one, in logits."""
+        margin = np.inf
+        for l in self.router_logits:
+            best = np.sort(l[-1].numpy())[::-1]
+            if used < len(best):
+                margin = min(margin, best[used - 1] - best[used])
+        return margin
+
+
+def pick_tokens(oracle, m, rng, need):
+    tokens, worst = [1], np.inf
+    while len(tokens) < m["tok"] + 1:
+        if "expert" not in m:
+            tokens.append(int(rng.integers(0, m["vocab"])))
+            continue
+        margin = 0
+        for _ in range(400):
+            candidate = int(rng.integers(0, m["vocab"]))
+            oracle.logits(tokens[1:] + [candidate])
+            margin = oracle.router_margin(m["used"])
+            if margin > need:
+                break
+        else:
+            return None, 0
+        worst = min(worst, margin)
+        tokens.append(candidate)
+    return tokens[1:], worst
+
+
+def distance(a, b):
+    return float(np.max(np.max(np.abs(a - b), axis=1) / np.max(np.abs(b), axis=1)))
+
+
+def make(name, m, seed, out, no_vocab):
+    rng = np.random.default_rng([seed, sum(name.encode())])
+    if seed:
+        m = randomize(m, rng)
+    if m["family"] in ("qwen2", "olmoe"):
+        m["embd"] = m["head"] * m["dim"]  # these have no head_dim of their own
+    config, cls, arch = build(m)
+    quantized = "types" in m and "all" not in m["types"]
+    with torch.device("meta"):
+        skeleton = cls(config)
+    for _ in range(20):
+        weights = round_weights(random_weights(skeleton, m, rng), m, arch)
+        oracle = Oracle(build(m)[0], cls, weights, True)
+        tokens, margin = pick_tokens(oracle, m, rng, 0.15 if quantized else 2e-3)
+        if tokens:
+            break
+    else:
+        sys.exit(f"{name}: no tokens without a near tie of experts found")
+    exact = oracle.logits(tokens)
+    single = Oracle(build(m)[0], cls, weights, False).logits(tokens)
+    assert exact.dtype == np.float64 and single.dtype == np.float32
+    gap = distance(single.astype(np.float64), exact)
+    if gap > 2e-5:
+        sys.exit(f"{name}: single precision is {gap:.1e} from double: the model is too sensitive")
+
+    tensors = gguf_tensors(weights, m, arch)
+    path = os.path.join(out, name + ".gguf")
+    write_gguf(path, tensors, choose_types(tensors, m), m, arch, name, no_vocab)
+    with open(os.path.join(out, name + ".expected"), "wb") as f:
+        f.write(b"MOEX" + struct.pack("<3I", int(quantized), len(tokens), m["vocab"]))
+        f.write(np.asarray(tokens, "<i4").tobytes())
+        f.write(exact.astype("<f4").tobytes())
+    size = os.path.getsize(path) + os.path.getsize(path[:-5] + ".expected")
+    print(f"{name:14} {size / 1000:6.0f} KB  f32-f64 {gap:.1e}  logits {exact.std():5.2f} "
+          f"max {np.abs(exact).max():6.2f}  router margin {margin:.1e}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", default=os.path.join(os.path.dirname(__file__), "fixtures"))
+    parser.add_argument("--seed", type=int, default=0, help="0: the committed set")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--no-vocab", action="store_true",
+                        help="write tokenizer.ggml.model = none, without which llama.cpp refuses")
+    args = parser.parse_args()
+    found = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__,
+             "numpy": np.__version__}
+    if found != VERSIONS:
+        print(f"note: made with {VERSIONS}, this is {found}", file=sys.stderr)
+    torch.set_num_threads(1)
+    os.makedirs(args.out, exist_ok=True)
+    for name, m in MODELS.items():
+        if args.only in name:
+            make(name, dict(m), args.seed, args.out, args.no_vocab)
+
+
+if __name__ == "__main__":
+    main()
