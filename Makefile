@@ -1,0 +1,169 @@
+# Makefile - builds the library, the program, the tests. GNU make; nothing is probed.
+#
+#   make demo      everything for a first look: packages, build, model, a prompt
+#   make test      all tests            make help      all targets and variables
+#
+# Everything that is built lies below $(B). Set CC, CFLAGS, CPPFLAGS, LDFLAGS as you like: what the
+# sources need is added to them. Objects are rebuilt when the flags change.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+CFLAGS ?= -O2 -g
+PKG_CONFIG_DIR ?= $(PREFIX)/lib/pkgconfig
+
+# Variants. SAN=asan (address and undefined behaviour), ubsan, tsan. CORE=dist: the two-file form.
+# MOE_NO_TEXT=1: no tokenizers, and none of their libraries.
+SAN ?=
+CORE ?=
+MOE_NO_TEXT ?=
+B ?= build$(SAN:%=/%)$(CORE:%=/%)$(if $(MOE_NO_TEXT),/notext)
+
+VERSION := $(shell sed -n 's/^\#define MOE_VERSION_[MP][A-Z]* \([0-9]*\)$$/\1/p' moe.h | \
+	paste -sd. -)
+SOVERSION := $(firstword $(subst ., ,$(VERSION)))
+
+# ---------------------------------------------------------------------------------- flags --
+
+SAN_asan := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DMOE_DEBUG
+SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all -DMOE_DEBUG
+SAN_tsan := -fsanitize=thread -DMOE_DEBUG
+ifneq ($(SAN),)
+ifeq ($(SAN_$(SAN)),)
+$(error SAN=$(SAN): expected asan, ubsan or tsan)
+endif
+endif
+
+WARN := -Wall -Wextra -Wshadow
+BUILD_CFLAGS = -std=c11 $(WARN) $(SAN_$(SAN)) $(if $(MOE_NO_TEXT),-DMOE_NO_TEXT) $(CPPFLAGS) $(CFLAGS)
+TEXT_LIBS := -lpcre2-8 -lutf8proc -ljansson
+LIBS = $(if $(MOE_NO_TEXT),,$(TEXT_LIBS)) -lm -pthread
+TEST_LIBS = $(if $(MOE_NO_TEXT),,-lzstd)
+
+ifeq ($(CORE),dist)
+CORE_SOURCE := dist/moe.c
+TEST_CORE := -DMOE_TEST_CORE='"../dist/moe.c"'
+else ifeq ($(CORE),)
+CORE_SOURCE := moe.c
+else
+$(error CORE=$(CORE): expected dist, or nothing)
+endif
+
+# -------------------------------------------------------------------------------- targets --
+
+PROGRAM := $(B)/moe
+STATIC_LIB := $(B)/libmoe.a
+SHARED_LIB := $(B)/libmoe.so
+# Tests and benches whose names contain a word of T (all, if T is empty).
+T ?=
+pick = $(if $(T),$(foreach t,$(T),$(foreach f,$(1),$(if $(findstring $(t),$(f)),$(f)))),$(1))
+TESTS := $(sort $(patsubst tests/%.c,$(B)/tests/%,$(call pick,$(wildcard tests/test_*.c))))
+TEST_SCRIPTS := $(call pick,$(wildcard tests/test_*.sh))
+BENCHES := $(patsubst bench/%.c,$(B)/bench/%,$(wildcard bench/*.c))
+CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))
+
+.PHONY: all lib demo models test tests bench dist install uninstall clean help
+.DELETE_ON_ERROR:
+all: $(PROGRAM) lib
+lib: $(STATIC_LIB) $(SHARED_LIB)
+
+# The flags, so that a change of them rebuilds. The shell line touches the file only if it differs.
+FLAGS := $(CC) $(BUILD_CFLAGS) $(LDFLAGS) $(LIBS)
+$(shell mkdir -p $(B)/cli $(B)/tests $(B)/bench)
+$(file >$(B)/flags.new,$(FLAGS))
+$(shell cmp -s $(B)/flags.new $(B)/flags && rm $(B)/flags.new || mv $(B)/flags.new $(B)/flags)
+
+$(B)/moe.o: $(CORE_SOURCE) $(B)/flags
+	$(CC) $(BUILD_CFLAGS) -fPIC -fvisibility=hidden -MMD -MP -c $< -o $@
+
+$(STATIC_LIB): $(B)/moe.o
+	rm -f $@
+	$(AR) rcs $@ $<
+
+$(SHARED_LIB): $(B)/moe.o
+	$(CC) $(BUILD_CFLAGS) $(LDFLAGS) -shared -Wl,-soname,libmoe.so.$(SOVERSION) $< $(LIBS) \
+		-o $@.$(VERSION)
+	ln -sf libmoe.so.$(VERSION) $@.$(SOVERSION)
+	ln -sf libmoe.so.$(VERSION) $@
+
+$(B)/cli/%.o: cli/%.c $(B)/flags
+	$(CC) $(BUILD_CFLAGS) -MMD -MP -c $< -o $@
+
+$(PROGRAM): $(CLI_OBJECTS) $(STATIC_LIB)
+	$(CC) $(BUILD_CFLAGS) $(LDFLAGS) $(CLI_OBJECTS) $(STATIC_LIB) $(LIBS) -o $@
+
+# A test or bench is one file that includes the whole library, internals and all.
+$(B)/tests/%: tests/%.c $(B)/flags | $(if $(CORE),$(CORE_SOURCE))
+	$(CC) $(BUILD_CFLAGS) $(TEST_CORE) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
+
+$(B)/bench/%: bench/%.c $(B)/flags
+	$(CC) $(BUILD_CFLAGS) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
+
+-include $(B)/moe.d $(CLI_OBJECTS:.o=.d) $(addsuffix .d,$(TESTS) $(BENCHES))
+
+# ----------------------------------------------------------------------------------- runs --
+
+# Where `make models` and `make demo` keep the models. The variables are read by the scripts.
+MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/moe/models
+# In front of each test program, such as "qemu-aarch64 -L /usr/aarch64-linux-gnu".
+RUN ?=
+
+tests: $(TESTS) $(if $(TEST_SCRIPTS),$(PROGRAM) lib)
+test: tests
+	@MOE="$(abspath $(PROGRAM))" MOE_BUILD="$(abspath $(B))" MOE_MODELS="$(MODELS)" RUN="$(RUN)" \
+		tests/run.sh $(TESTS) $(TEST_SCRIPTS)
+
+# The build is the script's second step: it first sees to the packages that the build needs.
+demo:
+	@MAKE="$(MAKE)" MOE="$(PROGRAM)" MOE_MODELS="$(MODELS)" cli/demo.sh
+
+models:
+	@MOE_MODELS="$(MODELS)" cli/fetch.sh smollm2 gemma3
+
+bench: $(BENCHES)
+	@for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done
+
+# ------------------------------------------------------------------- distribution, install --
+
+dist: dist/moe.c dist/moe.h
+CORE_PARTS := moe.c moe.h $(wildcard core/*.[ch] quant/*.[ch] quant/*.def core/*.def backends/*.[ch])
+dist/moe.c: $(CORE_PARTS) core/amalgamate.awk
+	@mkdir -p dist
+	awk -f core/amalgamate.awk moe.c >$@
+dist/moe.h: moe.h
+	@mkdir -p dist
+	cp moe.h $@
+
+install: all
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib \
+		$(DESTDIR)$(PKG_CONFIG_DIR)
+	install -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/moe
+	install -m 644 moe.h $(DESTDIR)$(PREFIX)/include/moe.h
+	install -m 644 $(STATIC_LIB) $(DESTDIR)$(PREFIX)/lib/libmoe.a
+	install -m 755 $(SHARED_LIB).$(VERSION) $(DESTDIR)$(PREFIX)/lib/
+	ln -sf libmoe.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libmoe.so.$(SOVERSION)
+	ln -sf libmoe.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libmoe.so
+	printf '%s\n' 'prefix=$(PREFIX)' 'Name: moe' \
+		'Description: Inference for quantized MoE language models' 'Version: $(VERSION)' \
+		'Cflags: -I$${prefix}/include' 'Libs: -L$${prefix}/lib -lmoe' \
+		'Libs.private: $(LIBS)' >$(DESTDIR)$(PKG_CONFIG_DIR)/moe.pc
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/moe $(DESTDIR)$(PREFIX)/include/moe.h \
+		$(DESTDIR)$(PREFIX)/lib/libmoe.a $(DESTDIR)$(PREFIX)/lib/libmoe.so* \
+		$(DESTDIR)$(PKG_CONFIG_DIR)/moe.pc
+
+clean:
+	rm -rf build dist
+
+help:
+	@echo 'make             build/moe, build/libmoe.a, build/libmoe.so'
+	@echo 'make demo        install what is missing, build, fetch a 98 MB model, run it'
+	@echo 'make test        all tests; T="kernels gguf" for those whose names contain a word'
+	@echo 'make test SAN=asan | ubsan | tsan    the same under a sanitizer'
+	@echo 'make test CORE=dist                  the same on the two-file form'
+	@echo 'make models      both models that the tests use; kept in $(MODELS)'
+	@echo 'make bench       the benchmarks in bench/'
+	@echo 'make dist        dist/moe.c and dist/moe.h'
+	@echo 'make install     PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
+	@echo 'make clean       removes build/ and dist/'
+	@echo 'MOE_NO_TEXT=1 leaves the tokenizers out; CPPFLAGS=-DMOE_NO_SIMD leaves portable C.'

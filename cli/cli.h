@@ -1,0 +1,179 @@
+/* cli/cli.h - what the verbs of the `moe` program share.
+ *
+ * The program is an ordinary user of the library: it includes moe.h and nothing else of it. One file
+ * per verb (run.c, info.c, ...); args.c reads options and prints help, json.c writes JSON, common.c
+ * opens models and reports errors, system.c is what POSIX has to offer.
+ *
+ * Conventions: results go to stdout, everything else to stderr. A verb returns its exit status. */
+#ifndef MOE_CLI_CLI_H
+#define MOE_CLI_CLI_H
+
+#include <stdio.h>
+
+#include "../moe.h"
+
+enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130 };
+
+#if defined(__GNUC__) || defined(__clang__)
+#define CLI_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+#else
+#define CLI_PRINTF(fmt, args)
+#endif
+
+#define CLI_COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+/* -------------------------------------------------------------------------------- args.c -- */
+
+typedef enum cli_kind {
+    CLI_FLAG,   /* bool: set by being there */
+    CLI_TEXT,   /* const char * */
+    CLI_U32,    /* uint32_t */
+    CLI_U64,    /* uint64_t */
+    CLI_FLOAT,  /* float, finite */
+    CLI_BYTES,  /* uint64_t, with an optional K, M, G or T (powers of 1024) */
+    CLI_CHOICE, /* int: the index into `choices` */
+    CLI_BIAS    /* cli_bias_list: ID=BIAS, may be repeated */
+} cli_kind;
+
+/* One option. Help shows the value that the variable has before parsing as the default, unless it is
+ * zero or NULL. */
+typedef struct cli_option {
+    char letter;              /* 0: none */
+    const char *name;         /* without the dashes; NULL ends a table */
+    cli_kind kind;
+    void *value;
+    const char *arg;          /* what the argument is called in help; NULL for a flag */
+    const char *help;
+    const char *const *choices; /* CLI_CHOICE: names, NULL at the end */
+} cli_option;
+
+typedef struct cli_bias_list {
+    moe_logit_bias *item;
+    size_t n;
+} cli_bias_list;
+
+typedef struct cli_verb {
+    const char *name;
+    const char *args;     /* such as "MODEL FILE" */
+    const char *summary;  /* one line */
+    const char *details;  /* the rest of the help text */
+    const char *examples;
+    int n_positional;     /* how many there must be */
+    int (*run)(int argc, char **argv);
+} cli_verb;
+
+extern const cli_verb verb_run, verb_info, verb_tokenize, verb_logits, verb_eval, verb_bench;
+
+/* Reads the arguments of a verb: argv[0] is the verb's name. Options and positional arguments may be
+ * mixed; "--" ends options. `tables` ends with NULL. False if the verb is over: help was asked for or
+ * the arguments were wrong, all has been said, and *status is the exit status. */
+bool cli_parse(const cli_verb *verb, const cli_option *const *tables, int argc, char **argv,
+               const char **positional, int *status);
+
+/* Whole, and in range of an unsigned 64-bit number. */
+bool cli_parse_uint(const char *text, uint64_t *value);
+
+/* -------------------------------------------------------------------------------- json.c -- */
+
+/* Writes JSON as it goes. Keeps the commas; the caller keeps the nesting. */
+typedef struct cli_json {
+    FILE *out;
+    bool comma; /* the next value needs one before it */
+} cli_json;
+
+/* `key` is NULL inside arrays and at the top. Text may be any bytes: what is not UTF-8 becomes
+ * U+FFFD. A number that is not finite becomes null. */
+void json_open(cli_json *json, const char *key, char bracket); /* '{' or '[' */
+void json_close(cli_json *json, char bracket);
+void json_text(cli_json *json, const char *key, const char *text, size_t text_bytes);
+void json_string(cli_json *json, const char *key, const char *string);
+void json_uint(cli_json *json, const char *key, uint64_t value);
+void json_int(cli_json *json, const char *key, int64_t value);
+void json_number(cli_json *json, const char *key, double value, int digits);
+void json_bool(cli_json *json, const char *key, bool value);
+void json_end(cli_json *json); /* the final newline */
+
+/* ------------------------------------------------------------------------------ common.c -- */
+
+/* Options that all verbs with a model have, and what comes of them. */
+typedef struct cli_common {
+    uint32_t n_threads;
+    int isa;
+    bool no_mmap;
+    uint64_t memory_limit_bytes;
+    bool verbose;
+    bool quiet;
+} cli_common;
+
+/* The defaults, with MOE_THREADS and MOE_ISA heeded. False, with a message, if they make no sense. */
+bool common_init(cli_common *common);
+
+/* The table of the common options; `table` has room for COMMON_OPTIONS. */
+enum { COMMON_OPTIONS = 7 };
+const cli_option *common_options(cli_common *common, cli_option table[COMMON_OPTIONS]);
+
+/* A name from a CLI_CHOICE table. */
+extern const char *const cache_names[];
+
+/* Opens the model at `path`; on failure says why and returns the exit status. */
+int common_open(moe_model **model, const char *path, const cli_common *common);
+void common_model_options(moe_model_options *options, moe_host *host, const char *path,
+                          const cli_common *common);
+/* Opens a session, of n_ctx tokens, or the default if 0. */
+int common_session(moe_session **session, moe_model *model, const moe_session_options *options);
+
+/* Prints "moe: ..." for a person. Returns EXIT_FAILED. */
+CLI_PRINTF(1, 2) int cli_fail(const char *format, ...);
+/* The same for a failed call; EXIT_INTERRUPTED if it was cancelled. `hint` says what to do next, or
+ * is NULL. */
+int cli_fail_status(moe_status status, const moe_error *error, const char *hint);
+
+/* Reads all of a file, or of stdin if path is NULL. NULL, with a message, on failure. The caller
+ * frees it. A NUL follows the last byte. */
+char *cli_read_all(const char *path, size_t *bytes);
+
+/* Encodes text. NULL, with a message, on failure. The caller frees it. */
+moe_token *cli_encode(const moe_tokenizer *tokenizer, const char *text, size_t text_bytes,
+                      uint32_t flags, size_t *n_tokens);
+
+/* realloc with n * item_bytes checked; a failure is reported and ends the program, which holds
+ * nothing that needs care. */
+void *cli_alloc(void *old, size_t n, size_t item_bytes);
+
+/* Writes text to stdout at once. On a terminal, control characters other than newline and tab are
+ * shown, not obeyed. */
+void cli_write_text(const char *text, size_t text_bytes);
+
+/* "1.23 GB" in a buffer of the caller. Powers of 1000. */
+typedef struct cli_size { char text[24]; } cli_size;
+const char *cli_size_text(cli_size *buffer, uint64_t bytes);
+
+/* A file that appears under its name only when it is whole: written beside it first. */
+typedef struct cli_output {
+    FILE *file;
+    const char *path;
+    char *partial;
+} cli_output;
+
+bool output_open(cli_output *output, const char *path);
+bool output_write(cli_output *output, const void *data, size_t bytes);
+/* Puts the file into its place, or removes what there is of it. False, with a message, on failure. */
+bool output_close(cli_output *output, bool keep);
+
+/* ---------------------------------------------------------------------------- progress.c -- */
+
+/* A bar on stderr, if that is a terminal. */
+void progress_show(const char *stage, uint64_t done, uint64_t total);
+void progress_clear(void);
+void progress_enable(bool enable);
+
+/* ------------------------------------------------------------------------------ system.c -- */
+
+extern moe_cancel cli_cancel;    /* set by Ctrl-C and SIGTERM */
+void system_catch_interrupt(void);
+bool system_interrupted(void);
+bool system_is_terminal(FILE *file);
+double system_seconds(void);     /* monotonic */
+uint64_t system_peak_rss_bytes(void);
+
+#endif
