@@ -40,8 +40,9 @@ static const char *test_skip_reason, *test_only;
 /* Ends the test function if what follows would make no sense. */
 #define REQUIRE(condition, ...)                                                                    \
     do {                                                                                           \
+        int failures_before_ = test_failures;                                                      \
         CHECK(condition, __VA_ARGS__);                                                             \
-        if (!(condition))                                                                          \
+        if (test_failures != failures_before_)                                                     \
             return;                                                                                \
     } while (0)
 
