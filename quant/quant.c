@@ -3,6 +3,8 @@
 #define MOE_QUANT_QUANT_C
 
 #include "quant.h"
+#include "x86.h"
+#include "common.h"
 #include "act.h"
 #include "f32.h"
 #include "f16.h"

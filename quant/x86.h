@@ -194,6 +194,19 @@ MOE_AVX2_INLINE __m256i x86_sum_times(const x86_x32 *x, int16_t factor)
     return _mm256_madd_epi16(x->sum, _mm256_set1_epi16(factor));
 }
 
+/* acc + (d * x_scale) * sum, as fmaf. */
+MOE_AVX2_INLINE __m256 x86_add_scaled(const x86_block *w, const x86_x32 *x, __m256i sum, __m256 acc)
+{
+    return _mm256_fmadd_ps(_mm256_mul_ps(w->d, x->d), _mm256_cvtepi32_ps(sum), acc);
+}
+
+/* The same, then + (m * x_scale) * (sum of the block's activations). */
+MOE_AVX2_INLINE __m256 x86_add_affine(const x86_block *w, const x86_x32 *x, __m256i sum, __m256 acc)
+{
+    acc = x86_add_scaled(w, x, sum, acc);
+    return _mm256_fmadd_ps(_mm256_mul_ps(w->m, x->d), _mm256_cvtepi32_ps(x86_sum_times(x, 1)), acc);
+}
+
 MOE_AVX2_INLINE x86_x32 x86_load_x32(const moe_q8 *x, size_t b)
 {
     int32_t sum;

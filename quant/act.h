@@ -1,0 +1,131 @@
+/* quant/act.h - activations on their way into a matrix: rows of floats become the packed rows that
+ * quant.h describes.
+ *
+ * For each group of 32 or 256 elements, with amax the largest magnitude:
+ *
+ *     scale = amax / 127        q = x * (127 / amax), rounded to nearest even
+ *
+ * A group whose amax is below 2^-119 becomes zero (scale 0): 127 / amax would overflow near the end of
+ * float's range, and such activations add nothing to any sum. A group that holds an infinity or a NaN
+ * gets the scale NaN and q 0, so that every result it takes part in is visibly NaN. All bytes of a row
+ * are written, the padding too: equal activations give equal bytes. */
+#ifndef MOE_QUANT_ACT_H
+#define MOE_QUANT_ACT_H
+
+#include "quant.h"
+#include "x86.h"
+
+/* scale and 127 / amax of a group whose largest magnitude has the bits `amax`; false if all q are 0.
+ * As integers, magnitudes compare like floats, and infinities and NaN are the largest. */
+MOE_INLINE bool act_scale(uint32_t amax, float *scale, float *inverse)
+{
+    if (amax >= 0x7f800000) {
+        *scale = f32_of_bits(0x7fc00000);
+        return false;
+    }
+    if (amax < (127 - 119) << 23) {
+        *scale = 0;
+        return false;
+    }
+    *scale = f32_of_bits(amax) / 127;
+    *inverse = 127 / f32_of_bits(amax);
+    return true;
+}
+
+/* Packs one group of n (32 or 256) elements. */
+typedef void act_pack_fn(const float *x, size_t n, float *scale, int16_t *sum, int8_t *q);
+
+static void act_pack_c(const float *x, size_t n, float *scale, int16_t *sum, int8_t *q)
+{
+    uint32_t amax = 0;
+    for (size_t i = 0; i < n; i++)
+        amax = MOE_MAX(amax, bits_of_f32(x[i]) & 0x7fffffff);
+    float inverse = 0;
+    const bool nonzero = act_scale(amax, scale, &inverse);
+    for (size_t i = 0; i < n; i++)
+        q[i] = nonzero ? (int8_t)lrintf(x[i] * inverse) : 0;
+    for (size_t i = 0; i < n; i += 16) {
+        int s = 0;
+        for (size_t j = 0; j < 16; j++)
+            s += q[i + j];
+        sum[i / 16] = (int16_t)s;
+    }
+}
+
+#if MOE_X86
+MOE_AVX2 static void act_pack_avx2(const float *x, size_t n, float *scale, int16_t *sum, int8_t *q)
+{
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), one = _mm256_set1_epi16(1);
+    __m256i max = _mm256_setzero_si256();
+    for (size_t i = 0; i < n; i += 8)
+        max = _mm256_max_epi32(
+            max, _mm256_and_si256(_mm256_loadu_si256((const __m256i *)(x + i)), magnitude));
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(max), _mm256_extracti128_si256(max, 1));
+    m = _mm_max_epi32(m, _mm_unpackhi_epi64(m, m));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 1));
+    float inverse;
+    if (!act_scale((uint32_t)_mm_cvtsi128_si32(m), scale, &inverse)) {
+        memset(q, 0, n);
+        memset(sum, 0, n / 16 * sizeof *sum);
+        return;
+    }
+    const __m256 factor = _mm256_set1_ps(inverse);
+    for (size_t i = 0; i < n; i += 32) {
+        __m256i v[4];
+#pragma GCC unroll 4
+        for (size_t j = 0; j < 4; j++)
+            v[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * j), factor));
+        /* Packing works within halves: the 4-byte groups come out as 0 2 4 6 1 3 5 7. */
+        __m256i a = _mm256_packs_epi32(v[0], v[1]), b = _mm256_packs_epi32(v[2], v[3]);
+        __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b),
+                                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_storeu_si256((__m256i *)(q + i), bytes);
+        __m256i s = _mm256_hadd_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one));
+        __m128i s4 = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+        s4 = _mm_hadd_epi32(s4, s4);
+        int32_t pair = _mm_cvtsi128_si32(_mm_packs_epi32(s4, s4));
+        memcpy(sum + i / 16, &pair, sizeof pair);
+    }
+}
+#endif
+
+static act_pack_fn *act_pack_select(uint32_t cpu)
+{
+    act_pack_fn *best = act_pack_c;
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = act_pack_avx2;
+#endif
+    (void)cpu;
+    return best;
+}
+
+/* Packs a row of n >= 1 activations into `row`, act_row_bytes(act, n) bytes, aligned to 32. The result
+ * is the same bytes for every set of moe_cpu bits. */
+MOE_UNUSED static void act_quantize(moe_act act, const float *x, size_t n, void *row, uint32_t cpu)
+{
+    char *p = row;
+    if (act == MOE_ACT_F32) {
+        memcpy(p, x, n * sizeof *x);
+        memset(p + n * sizeof *x, 0, act_row_bytes(act, n) - n * sizeof *x);
+        return;
+    }
+    act_pack_fn *pack = act_pack_select(cpu);
+    const size_t group = act_group(act), n_pad = (size_t)align_up(n, group);
+    const size_t sum_at = act_sum_offset(act, n), q_at = act_q_offset(act, n);
+    float *scale = row;
+    int16_t *sum = (int16_t *)(p + sum_at);
+    int8_t *q = (int8_t *)(p + q_at);
+    memset(scale + n_pad / group, 0, sum_at - n_pad / group * sizeof *scale);
+    memset(sum + n_pad / 16, 0, q_at - sum_at - n_pad / 16 * sizeof *sum);
+    size_t i = 0;
+    for (; i + group <= n; i += group)
+        pack(x + i, group, scale + i / group, sum + i / 16, q + i);
+    if (i < n) {
+        float last[256] = {0};
+        memcpy(last, x + i, (n - i) * sizeof *x);
+        pack(last, group, scale + i / group, sum + i / 16, q + i);
+    }
+}
+
+#endif

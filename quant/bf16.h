@@ -1,0 +1,81 @@
+/* quant/bf16.h - BF16: bfloat16, the upper half of a float32.
+ *
+ * Product with a row of activations, the weights widened to float32 (exactly):
+ * lane[k % 8] = fmaf(w[k], x[k], lane[k % 8]) for ascending k, then reduce8(lane). */
+#ifndef MOE_QUANT_BF16_H
+#define MOE_QUANT_BF16_H
+
+#include "common.h"
+#include "quant.h"
+#include "x86.h"
+
+static void bf16_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const uint8_t *w = blocks;
+    for (size_t k = 0; k < n; k++)
+        dst[k] = f32_of_bf16(load_u16(w + 2 * k));
+}
+
+static void bf16_quantize(const float *src, void *blocks, size_t n)
+{
+    uint8_t *w = blocks;
+    for (size_t k = 0; k < n; k++) {
+        const uint16_t u = bf16_of_f32(src[k]);
+        memcpy(w + 2 * k, &u, 2);
+    }
+}
+
+static float bf16_dot_c(const uint8_t *row, const uint8_t *x_row, size_t n_in)
+{
+    const float *x = (const float *)x_row;
+    float lane[8] = {0};
+    for (size_t k = 0; k < n_in; k++)
+        lane[k % 8] = fmaf(f32_of_bf16(load_u16(row + 2 * k)), x[k], lane[k % 8]);
+    return reduce8(lane);
+}
+
+static void bf16_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, bf16_dot_c);
+}
+
+#if MOE_X86
+MOE_AVX2_INLINE __m256 bf16_load8_avx2(const uint8_t *w)
+{
+    const __m128i v = _mm_loadu_si128((const __m128i *)w);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+
+MOE_AVX2_INLINE __m256 bf16_load_tail_avx2(const uint8_t *w, size_t n)
+{
+    uint8_t copy[16] = {0};
+    memcpy(copy, w, 2 * n);
+    return bf16_load8_avx2(copy);
+}
+
+MOE_AVX2 static void bf16_gemv_avx2(const moe_mm *mm)
+{
+    x86_float_gemv(mm, 2, bf16_load8_avx2, bf16_load_tail_avx2);
+}
+
+MOE_AVX2 static void bf16_gemm_avx2(const moe_mm *mm)
+{
+    x86_float_gemm(mm, 2, bf16_load8_avx2, bf16_load_tail_avx2);
+}
+#endif
+
+static moe_kernels bf16_select(uint32_t cpu)
+{
+    moe_kernels best = {bf16_mm_c, bf16_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){bf16_gemv_avx2, bf16_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_bf16 = {"BF16", 30, 1, 2, MOE_ACT_F32, 16, bf16_dequantize, bf16_quantize,
+                                    bf16_select};
+
+#endif

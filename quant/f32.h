@@ -1,0 +1,75 @@
+/* quant/f32.h - F32: weights as they are, float32.
+ *
+ * Product with a row of activations: lane[k % 8] = fmaf(w[k], x[k], lane[k % 8]) for ascending k, then
+ * reduce8(lane). */
+#ifndef MOE_QUANT_F32_H
+#define MOE_QUANT_F32_H
+
+#include "common.h"
+#include "quant.h"
+#include "x86.h"
+
+static void f32_dequantize(const void *blocks, float *dst, size_t n)
+{
+    memcpy(dst, blocks, n * sizeof *dst);
+}
+
+static void f32_quantize(const float *src, void *blocks, size_t n)
+{
+    memcpy(blocks, src, n * sizeof *src);
+}
+
+static float f32_dot_c(const uint8_t *row, const uint8_t *x_row, size_t n_in)
+{
+    const float *x = (const float *)x_row;
+    float lane[8] = {0};
+    for (size_t k = 0; k < n_in; k++) {
+        float w;
+        memcpy(&w, row + 4 * k, 4);
+        lane[k % 8] = fmaf(w, x[k], lane[k % 8]);
+    }
+    return reduce8(lane);
+}
+
+static void f32_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, f32_dot_c);
+}
+
+#if MOE_X86
+MOE_AVX2_INLINE __m256 f32_load8_avx2(const uint8_t *w)
+{
+    return _mm256_loadu_ps((const float *)w);
+}
+
+MOE_AVX2_INLINE __m256 f32_load_tail_avx2(const uint8_t *w, size_t n)
+{
+    return _mm256_maskload_ps((const float *)w, x86_first(n));
+}
+
+MOE_AVX2 static void f32_gemv_avx2(const moe_mm *mm)
+{
+    x86_float_gemv(mm, 4, f32_load8_avx2, f32_load_tail_avx2);
+}
+
+MOE_AVX2 static void f32_gemm_avx2(const moe_mm *mm)
+{
+    x86_float_gemm(mm, 4, f32_load8_avx2, f32_load_tail_avx2);
+}
+#endif
+
+static moe_kernels f32_select(uint32_t cpu)
+{
+    moe_kernels best = {f32_mm_c, f32_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){f32_gemv_avx2, f32_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_f32 = {"F32", 0, 1, 4, MOE_ACT_F32, 32, f32_dequantize, f32_quantize,
+                                    f32_select};
+
+#endif

@@ -1,0 +1,112 @@
+/* quant/q4_1.h - Q4_1: blocks of 32 weights, a scale and an offset, 4 bits each.
+ *
+ *     byte 0   2   4                            20
+ *          | d | m | q[16]                      |     w[k]      = d * (q[k] & 15) + m   k < 16
+ *          f16 f16   low nibbles: k 0..15             w[k + 16] = d * (q[k] >> 4) + m
+ *                    high nibbles: k 16..31
+ *
+ * Product with a row of activations, block after block:
+ *     acc = fmaf(d * x_scale, (float)sum(code * x_q), acc)
+ *     acc = fmaf(m * x_scale, (float)sum(x_q), acc) */
+#ifndef MOE_QUANT_Q4_1_H
+#define MOE_QUANT_Q4_1_H
+
+#include "common.h"
+#include "quant.h"
+#include "x86.h"
+
+typedef struct q4_1_block {
+    uint8_t d[2], m[2];
+    uint8_t q[16];
+} q4_1_block;
+_Static_assert(sizeof(q4_1_block) == 20, "as in GGUF");
+
+static void q4_1_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const q4_1_block *w = blocks;
+    for (size_t b = 0; b < n / 32; b++) {
+        const float d = f32_of_f16(load_u16(w[b].d)), m = f32_of_f16(load_u16(w[b].m));
+        for (size_t k = 0; k < 16; k++) {
+            dst[32 * b + k] = quant_affine(d, w[b].q[k] & 15, m);
+            dst[32 * b + k + 16] = quant_affine(d, w[b].q[k] >> 4, m);
+        }
+    }
+}
+
+/* The codes span the block from its least to its greatest weight. */
+static void q4_1_quantize(const float *src, void *blocks, size_t n)
+{
+    q4_1_block *w = blocks;
+    for (size_t b = 0; b < n / 32; b++, src += 32) {
+        float d, m;
+        quant_span(src, 32, 15, w[b].d, w[b].m, &d, &m);
+        for (size_t k = 0; k < 16; k++) {
+            int low = quant_round(src[k] - m, d, 0, 15);
+            int high = quant_round(src[k + 16] - m, d, 0, 15);
+            w[b].q[k] = (uint8_t)(low | high << 4);
+        }
+    }
+}
+
+static float q4_1_dot_c(const uint8_t *row, const uint8_t *x_row, size_t n_in)
+{
+    const q4_1_block *w = (const q4_1_block *)row;
+    const moe_q8 x = act_q8(MOE_ACT_Q8_32, x_row, n_in);
+    float acc = 0;
+    for (size_t b = 0; b < n_in / 32; b++) {
+        int sum = 0;
+        for (size_t k = 0; k < 16; k++) {
+            sum += (w[b].q[k] & 15) * x.q[32 * b + k];
+            sum += (w[b].q[k] >> 4) * x.q[32 * b + k + 16];
+        }
+        acc = fmaf(f32_of_f16(load_u16(w[b].d)) * x.scale[b], (float)sum, acc);
+        acc = fmaf(f32_of_f16(load_u16(w[b].m)) * x.scale[b],
+                   (float)(x.sum[2 * b] + x.sum[2 * b + 1]), acc);
+    }
+    return acc;
+}
+
+static void q4_1_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, q4_1_dot_c);
+}
+
+#if MOE_X86
+MOE_AVX2_INLINE void q4_1_unpack_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
+{
+    x86_nibbles(row, offset + offsetof(q4_1_block, q), w);
+    w->d = x86_f16x8(row, offset);
+    w->m = x86_f16x8(row, offset + offsetof(q4_1_block, m));
+}
+
+MOE_AVX2_INLINE __m256 q4_1_step_avx2(const x86_block *w, const x86_x32 *x, __m256 acc)
+{
+    return x86_add_affine(w, x, x86_dot_u5(w, x), acc);
+}
+
+MOE_AVX2 static void q4_1_gemv_avx2(const moe_mm *mm)
+{
+    x86_gemv32(mm, sizeof(q4_1_block), q4_1_unpack_avx2, q4_1_step_avx2);
+}
+
+MOE_AVX2 static void q4_1_gemm_avx2(const moe_mm *mm)
+{
+    x86_gemm32(mm, sizeof(q4_1_block), q4_1_unpack_avx2, q4_1_step_avx2);
+}
+#endif
+
+static moe_kernels q4_1_select(uint32_t cpu)
+{
+    moe_kernels best = {q4_1_mm_c, q4_1_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){q4_1_gemv_avx2, q4_1_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_q4_1 = {"Q4_1", 3, 32, sizeof(q4_1_block), MOE_ACT_Q8_32, 5.0,
+                                     q4_1_dequantize, q4_1_quantize, q4_1_select};
+
+#endif

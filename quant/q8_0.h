@@ -1,0 +1,110 @@
+/* quant/q8_0.h - Q8_0: blocks of 32 weights, one scale, 8 bits each.
+ *
+ *     byte 0   2                                34
+ *          | d | q[32], signed                  |     w[k] = d * q[k]
+ *          f16
+ *
+ * Product with a row of activations, block after block:
+ *     acc = fmaf(d * x_scale, (float)sum(q * x_q), acc) */
+#ifndef MOE_QUANT_Q8_0_H
+#define MOE_QUANT_Q8_0_H
+
+#include "common.h"
+#include "quant.h"
+#include "x86.h"
+
+typedef struct q8_0_block {
+    uint8_t d[2];
+    int8_t q[32];
+} q8_0_block;
+_Static_assert(sizeof(q8_0_block) == 34, "as in GGUF");
+
+static void q8_0_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const q8_0_block *w = blocks;
+    for (size_t b = 0; b < n / 32; b++) {
+        const float d = f32_of_f16(load_u16(w[b].d));
+        for (size_t k = 0; k < 32; k++)
+            dst[32 * b + k] = d * (float)w[b].q[k];
+    }
+}
+
+static void q8_0_quantize(const float *src, void *blocks, size_t n)
+{
+    q8_0_block *w = blocks;
+    for (size_t b = 0; b < n / 32; b++, src += 32) {
+        float amax = 0;
+        for (size_t k = 0; k < 32; k++)
+            amax = fmaxf(amax, fabsf(src[k]));
+        const uint16_t stored = quant_scale(amax / 127);
+        memcpy(w[b].d, &stored, 2);
+        for (size_t k = 0; k < 32; k++)
+            w[b].q[k] = (int8_t)quant_round(src[k], f32_of_f16(stored), -127, 127);
+    }
+}
+
+static float q8_0_dot_c(const uint8_t *row, const uint8_t *x_row, size_t n_in)
+{
+    const q8_0_block *w = (const q8_0_block *)row;
+    const moe_q8 x = act_q8(MOE_ACT_Q8_32, x_row, n_in);
+    float acc = 0;
+    for (size_t b = 0; b < n_in / 32; b++) {
+        int sum = 0;
+        for (size_t k = 0; k < 32; k++)
+            sum += w[b].q[k] * x.q[32 * b + k];
+        acc = fmaf(f32_of_f16(load_u16(w[b].d)) * x.scale[b], (float)sum, acc);
+    }
+    return acc;
+}
+
+static void q8_0_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, q8_0_dot_c);
+}
+
+#if MOE_X86
+MOE_AVX2_INLINE void q8_0_unpack_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
+{
+    const size_t q = offset + offsetof(q8_0_block, q);
+    w->lo[0] = x86_load_pair(row[0] + q, row[4] + q);
+    w->lo[1] = x86_load_pair(row[1] + q, row[5] + q);
+    w->lo[2] = x86_load_pair(row[2] + q, row[6] + q);
+    w->lo[3] = x86_load_pair(row[3] + q, row[7] + q);
+    w->hi[0] = x86_load_pair(row[0] + q + 16, row[4] + q + 16);
+    w->hi[1] = x86_load_pair(row[1] + q + 16, row[5] + q + 16);
+    w->hi[2] = x86_load_pair(row[2] + q + 16, row[6] + q + 16);
+    w->hi[3] = x86_load_pair(row[3] + q + 16, row[7] + q + 16);
+    w->d = x86_f16x8(row, offset);
+}
+
+MOE_AVX2_INLINE __m256 q8_0_step_avx2(const x86_block *w, const x86_x32 *x, __m256 acc)
+{
+    return x86_add_scaled(w, x, x86_dot_i8(w, x), acc);
+}
+
+MOE_AVX2 static void q8_0_gemv_avx2(const moe_mm *mm)
+{
+    x86_gemv32(mm, sizeof(q8_0_block), q8_0_unpack_avx2, q8_0_step_avx2);
+}
+
+MOE_AVX2 static void q8_0_gemm_avx2(const moe_mm *mm)
+{
+    x86_gemm32(mm, sizeof(q8_0_block), q8_0_unpack_avx2, q8_0_step_avx2);
+}
+#endif
+
+static moe_kernels q8_0_select(uint32_t cpu)
+{
+    moe_kernels best = {q8_0_mm_c, q8_0_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){q8_0_gemv_avx2, q8_0_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_q8_0 = {"Q8_0", 8, 32, sizeof(q8_0_block), MOE_ACT_Q8_32, 8.5,
+                                     q8_0_dequantize, q8_0_quantize, q8_0_select};
+
+#endif
