@@ -13,14 +13,13 @@
  * Recording copies the description, allocates nothing and cannot fail: an operation that does not
  * fit into the queue submits what is there. Errors come out of submit().
  *
- * Every result is defined to the bit by the C code of the CPU backend (backends/cpu_ops.h); no result
+ * Every result is defined to the bit by the C code of the CPU backend (backends/cpu_ops.c); no result
  * depends on how the work is divided. Unless it says otherwise, a view holds float32, rows dense and
  * in the order of the shape in the comment.
  */
 #ifndef MOE_BACKENDS_BACKEND_H
 #define MOE_BACKENDS_BACKEND_H
 
-#include "../core/base.h"
 #include "../quant/quant.h"
 
 typedef struct moe_device moe_device;
@@ -232,6 +231,9 @@ typedef struct moe_queue_options {
     uint32_t n_tok_max;      // the largest n_tok (times n_used) of any operation
     uint32_t n_in_max;       // the longest matrix row
     uint32_t n_expert_max;
+    uint32_t n_head_max;     // of attend
+    uint32_t n_slot_max;     // of a cache
+    uint32_t dim_max;        // of a cache
 } moe_queue_options;
 
 typedef struct moe_backend {

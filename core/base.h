@@ -5,6 +5,14 @@
 #ifndef MOE_CORE_BASE_H
 #define MOE_CORE_BASE_H
 
+/* No fusing of a * b + c behind our back: where a fused operation is meant, the code says fmaf. This
+ * stands before every include, so that it reaches the bodies of the intrinsics too. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include <math.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -17,6 +25,9 @@
 
 #ifdef __FAST_MATH__
 #error "moe.c promises the same bits everywhere: compile it without -ffast-math"
+#endif
+#if defined(__FLT_EVAL_METHOD__) && (__FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2)
+#error "moe.c needs float arithmetic in float precision: on 32-bit x86 use -mfpmath=sse -msse2"
 #endif
 
 /* ------------------------------------------------------------------------------- compiler -- */
@@ -66,6 +77,38 @@
 
 /* --------------------------------------------------------------------------------- errors -- */
 
+/* The length of the well-formed UTF-8 sequence at text [bytes], 1..4; 0 if there is none. */
+MOE_UNUSED static size_t utf8_sequence(const char *text, size_t bytes)
+{
+    const unsigned char *p = (const unsigned char *)text;
+    if (!bytes || p[0] < 0x80)
+        return bytes ? 1 : 0;
+    if (p[0] < 0xc2 || p[0] > 0xf4)
+        return 0;
+    size_t n = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+    // The second byte's range shuts out overlong forms, surrogates, and what is past U+10FFFF.
+    unsigned low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
+    unsigned high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
+    if (bytes < n || p[1] < low || p[1] > high)
+        return 0;
+    for (size_t i = 2; i < n; i++)
+        if ((p[i] & 0xc0) != 0x80)
+            return 0;
+    return n;
+}
+
+/* Makes text from a file fit to be shown: control characters and what is not UTF-8 become '?'. */
+static void text_clean(char *text)
+{
+    for (size_t left = strlen(text), n; left; text += n, left -= n) {
+        n = utf8_sequence(text, left);
+        if (n == 0 || (n == 1 && ((unsigned char)*text < 0x20 || *text == 0x7f))) {
+            *text = '?';
+            n = 1;
+        }
+    }
+}
+
 /* Fills *error (if there is one) and returns `status`, so that a failure is one statement:
  *     return fail(err, MOE_ERR_FORMAT, key, "expected %u, got %u", want, got);
  * `subject` names the key, tensor or option; NULL for none. Text from a file may stand in it: bytes
@@ -84,13 +127,9 @@ MOE_UNUSED MOE_PRINTF(4, 5) static moe_status fail(moe_error *error, moe_status 
     va_start(args, format);
     vsnprintf(error->message + used, sizeof error->message - (size_t)used, format, args);
     va_end(args);
-    for (char *text = error->subject;; text = error->message) {
-        for (char *c = text; *c; c++)
-            if ((unsigned char)*c < 0x20 || *c == 0x7f)
-                *c = '?';
-        if (text == error->message)
-            return status;
-    }
+    text_clean(error->subject);
+    text_clean(error->message);
+    return status;
 }
 
 /* ---------------------------------------------------------------- checked size arithmetic -- */

@@ -1,0 +1,468 @@
+/* backends/cpu.c - the CPU as a backend: what the machine has, memory, and the recording of
+ * operations into phases of tasks. The operations themselves are in cpu_ops.c.
+ *
+ * Owns: buffers, a queue's threads and scratch memory. Weights that are wrapped stay where they are,
+ * normally in the mapped file. */
+#ifndef MOE_BACKENDS_CPU_C
+#define MOE_BACKENDS_CPU_C
+
+#include "cpu_ops.c"
+#if MOE_X86
+#include <cpuid.h>
+#endif
+
+/* ----------------------------------------------------------------------------- detection -- */
+
+#if MOE_X86
+/* Which registers the operating system saves: XCR0. */
+static uint64_t cpu_xcr0(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+#endif
+
+/* The moe_cpu bits of this machine. */
+static uint32_t cpu_detect(void)
+{
+    uint32_t cpu = 0;
+#if MOE_X86
+    enum { FMA = 1 << 12, OSXSAVE = 1 << 27, AVX = 1 << 28, F16C = 1 << 29 }; /* leaf 1, ecx */
+    enum { XCR0_AVX = 0x6, XCR0_AVX512 = 0xe6 };
+    uint32_t a, b, c, d;
+    const uint32_t need = FMA | OSXSAVE | AVX | F16C;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & need) != need)
+        return 0;
+    const uint64_t saved = cpu_xcr0();
+    if ((saved & XCR0_AVX) != XCR0_AVX || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return 0;
+    const uint32_t leaf7_b = b, leaf7_c = c, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+    if (leaf7_b & 1u << 5)
+        cpu |= MOE_CPU_AVX2;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 4)
+        cpu |= MOE_CPU_AVX_VNNI;
+    if ((saved & XCR0_AVX512) == XCR0_AVX512 && (leaf7_b & avx512) == avx512) {
+        cpu |= MOE_CPU_AVX512;
+        if (leaf7_c & 1u << 11)
+            cpu |= MOE_CPU_AVX512_VNNI;
+    }
+#elif MOE_ARM64
+    cpu = MOE_CPU_NEON;
+#endif
+    return cpu;
+}
+
+/* What the caller allows of what there is. */
+static uint32_t cpu_allowed(uint32_t cpu, moe_isa isa)
+{
+    switch (isa) {
+    case MOE_ISA_C: return 0;
+    case MOE_ISA_AVX2: return cpu & MOE_CPU_AVX2;
+    case MOE_ISA_NEON: return cpu & MOE_CPU_NEON;
+    default: return cpu;
+    }
+}
+
+/* -------------------------------------------------------------------------------- device -- */
+
+static moe_status cpu_device_open(moe_device **out, const moe_device_options *options,
+                                  moe_error *error)
+{
+    moe_device *d = mem_alloc(options->mem, 1, sizeof *d);
+    if (!d)
+        return fail_memory(error, options->mem, "device", sizeof *d);
+    d->mem = options->mem;
+    d->cpu = cpu_allowed(cpu_detect(), options->isa);
+    d->simd = cpu_simd_select(d->cpu);
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
+        d->kernels[quant_table[i]->id] = quant_table[i]->select(d->cpu);
+    snprintf(d->name, sizeof d->name, "CPU (%s)",
+             d->cpu & MOE_CPU_AVX2 ? "AVX2" : d->cpu & MOE_CPU_NEON ? "NEON" : "plain C");
+    *out = d;
+    return MOE_OK;
+}
+
+static void cpu_device_close(moe_device *d)
+{
+    if (d)
+        mem_free(d->mem, d);
+}
+
+static const char *cpu_device_name(const moe_device *d)
+{
+    return d->name;
+}
+
+static moe_status cpu_buffer_new(moe_device *d, uint64_t bytes, moe_buffer **out, moe_error *error)
+{
+    moe_buffer *b = mem_alloc(d->mem, 1, sizeof *b);
+    uint8_t *data = b ? mem_alloc_uncleared(d->mem, bytes, 1) : NULL;
+    if (!data) {
+        mem_free(d->mem, b);
+        return fail_memory(error, d->mem, "buffer", bytes);
+    }
+    *b = (moe_buffer){data, bytes, true};
+    *out = b;
+    return MOE_OK;
+}
+
+static moe_status cpu_buffer_wrap(moe_device *d, const void *host, uint64_t bytes,
+                                  moe_buffer **out, moe_error *error)
+{
+    moe_buffer *b = mem_alloc(d->mem, 1, sizeof *b);
+    if (!b)
+        return fail_memory(error, d->mem, "buffer", sizeof *b);
+    *b = (moe_buffer){(uint8_t *)(uintptr_t)host, bytes, false};
+    *out = b;
+    return MOE_OK;
+}
+
+static void cpu_buffer_free(moe_device *d, moe_buffer *b)
+{
+    if (b && b->owned)
+        mem_free(d->mem, b->data);
+    mem_free(d->mem, b);
+}
+
+/* --------------------------------------------------------------------------------- queue -- */
+
+/* The blocks of memory of a queue: one table serves the estimate and the allocation. */
+enum { CPU_BLOCK_ACT = 2, CPU_BLOCK_SCRATCH = 12, CPU_N_BLOCKS = 17 };
+
+static void cpu_queue_sizes(const moe_queue_options *o, uint64_t bytes[CPU_N_BLOCKS])
+{
+    const uint64_t n_query = MOE_MAX(CPU_QUERIES, o->n_head_max);
+    const uint64_t row = ((uint64_t)o->dim_max + 2) * sizeof(float);
+    const uint64_t n_segment = (uint64_t)o->n_slot_max / CPU_SEGMENT + 1;
+    const uint64_t expert = ((uint64_t)o->n_expert_max + 1) * sizeof(uint32_t);
+    const uint64_t slot = (uint64_t)o->n_tok_max * sizeof(uint32_t);
+    const uint64_t per_thread[] = {
+        CPU_TILE * sizeof(float),
+        CPU_KEY_BLOCK * align_up(o->dim_max, 32) * sizeof(float),
+        n_query * CPU_SEGMENT * sizeof(float),
+        n_query * row,
+        n_query * row,
+    };
+    const uint64_t blocks[CPU_BLOCK_SCRATCH] = {
+        CPU_MAX_OPS * sizeof(cpu_op),
+        3 * CPU_MAX_OPS * sizeof(cpu_phase),
+        (uint64_t)o->n_tok_max * act_row_bytes(MOE_ACT_F32, o->n_in_max),
+        (uint64_t)o->n_tok_max * act_row_bytes(MOE_ACT_Q8_32, o->n_in_max),
+        (uint64_t)o->n_tok_max * act_row_bytes(MOE_ACT_Q8_256, o->n_in_max),
+        o->n_head_max * n_segment * row,
+        expert, expert, expert, slot, slot,
+        o->n_threads * sizeof(cpu_scratch),
+    };
+    memcpy(bytes, blocks, sizeof blocks);
+    for (size_t i = 0; i < MOE_COUNT(per_thread); i++)
+        bytes[CPU_BLOCK_SCRATCH + i] = per_thread[i] * o->n_threads;
+}
+
+static uint64_t cpu_queue_bytes(const moe_device *d, const moe_queue_options *options)
+{
+    (void)d;
+    uint64_t bytes[CPU_N_BLOCKS], total = sizeof(moe_queue) + 2 * MEM_ALIGN;
+    cpu_queue_sizes(options, bytes);
+    for (int i = 0; i < CPU_N_BLOCKS; i++)
+        total += align_up(bytes[i], MEM_ALIGN) + MEM_ALIGN;
+    return total + align_up(options->n_threads * sizeof(cpu_worker), MEM_ALIGN) + MEM_ALIGN;
+}
+
+/* Where each block's pointer stands; the per-thread ones stand in thread 0's scratch. */
+static void cpu_queue_slots(moe_queue *q, void **slot[CPU_BLOCK_SCRATCH])
+{
+    void **slots[CPU_BLOCK_SCRATCH] = {
+        (void **)&q->ops, (void **)&q->phases, (void **)&q->act[0], (void **)&q->act[1],
+        (void **)&q->act[2], (void **)&q->segments, (void **)&q->expert_start,
+        (void **)&q->expert_id, (void **)&q->expert_count, (void **)&q->expert_row,
+        (void **)&q->expert_slot, (void **)&q->scratch};
+    memcpy(slot, slots, sizeof slots);
+}
+
+static void cpu_queue_close(moe_queue *q)
+{
+    if (!q)
+        return;
+    moe_mem *mem = q->device->mem;
+    void **slot[CPU_BLOCK_SCRATCH];
+    cpu_queue_slots(q, slot);
+    cpu_pool_close(&q->pool);
+    if (q->scratch) {
+        mem_free(mem, q->scratch[0].tile);
+        mem_free(mem, q->scratch[0].keys);
+        mem_free(mem, q->scratch[0].scores);
+        mem_free(mem, q->scratch[0].partial);
+        mem_free(mem, q->scratch[0].total);
+    }
+    for (int i = 0; i < CPU_BLOCK_SCRATCH; i++)
+        mem_free(mem, *slot[i]);
+    mem_free(mem, q);
+}
+
+static moe_status cpu_queue_allocate(moe_queue *q, moe_error *error)
+{
+    moe_mem *mem = q->device->mem;
+    uint64_t bytes[CPU_N_BLOCKS];
+    void **slot[CPU_BLOCK_SCRATCH];
+    cpu_queue_sizes(&q->options, bytes);
+    cpu_queue_slots(q, slot);
+    for (int i = 0; i < CPU_BLOCK_SCRATCH; i++)
+        if (!(*slot[i] = mem_alloc_uncleared(mem, bytes[i], 1)))
+            return fail_memory(error, mem, "work memory", bytes[i]);
+    memset(q->scratch, 0, (size_t)bytes[CPU_BLOCK_SCRATCH - 1]);
+    float **part[] = {&q->scratch->tile, &q->scratch->keys, &q->scratch->scores,
+                      &q->scratch->partial, &q->scratch->total};
+    for (size_t i = 0; i < MOE_COUNT(part); i++) {
+        const uint64_t n = bytes[CPU_BLOCK_SCRATCH + i];
+        if (!(*part[i] = mem_alloc_uncleared(mem, n, 1)))
+            return fail_memory(error, mem, "work memory", n);
+        const size_t each = (size_t)(n / q->options.n_threads / sizeof(float));
+        for (uint32_t t = 1; t < q->options.n_threads; t++)
+            *(float **)((char *)part[i] + t * sizeof(cpu_scratch)) = *part[i] + t * each;
+    }
+    return MOE_OK;
+}
+
+static moe_status cpu_queue_open(moe_queue **out, moe_device *d, const moe_queue_options *options,
+                                 moe_error *error)
+{
+    moe_queue *q = mem_alloc(d->mem, 1, sizeof *q);
+    if (!q)
+        return fail_memory(error, d->mem, "queue", sizeof *q);
+    q->device = d;
+    q->options = *options;
+    moe_status status = cpu_queue_allocate(q, error);
+    if (!status)
+        status = cpu_pool_open(&q->pool, options->n_threads, d->mem, error);
+    if (status) {
+        cpu_queue_close(q);
+        return status;
+    }
+    *out = q;
+    return MOE_OK;
+}
+
+static void cpu_run_task(void *job, uint32_t phase, uint32_t task, uint32_t thread)
+{
+    moe_queue *q = job;
+    const cpu_phase *p = &q->phases[phase];
+    if (atomic_load_explicit(&q->cancelled, memory_order_relaxed))
+        return;
+    if (cancelled(q->options.cancel))
+        atomic_store_explicit(&q->cancelled, true, memory_order_relaxed);
+    else
+        p->run(q, p->op, task, thread);
+}
+
+static uint32_t cpu_count_tasks(void *job, uint32_t phase)
+{
+    const moe_queue *q = job;
+    const cpu_phase *p = &q->phases[phase];
+    if (atomic_load_explicit(&q->cancelled, memory_order_relaxed))
+        return 0;
+    return p->per_active_expert ? p->n_task * q->n_active : p->n_task;
+}
+
+static moe_status cpu_submit(moe_queue *q, moe_error *error)
+{
+    const cpu_job job = {q, q->n_phase, cpu_run_task, cpu_count_tasks};
+    cpu_pool_run(&q->pool, &job);
+    q->n_op = q->n_phase = 0;
+    if (!atomic_load(&q->cancelled))
+        return MOE_OK;
+    atomic_store(&q->cancelled, false);
+    return fail(error, MOE_ERR_CANCELLED, NULL, "cancelled by the caller");
+}
+
+/* A full queue runs what it has. If that is cancelled, the rest must not run either: the flag stays
+ * up until the caller's submit reports it. */
+static void cpu_flush(moe_queue *q)
+{
+    const cpu_job job = {q, q->n_phase, cpu_run_task, cpu_count_tasks};
+    cpu_pool_run(&q->pool, &job);
+    q->n_op = q->n_phase = 0;
+}
+
+static moe_status cpu_write(moe_queue *q, moe_view dst, const void *src, uint64_t bytes)
+{
+    if (q->n_op)
+        cpu_flush(q);
+    memcpy(dst.buffer->data + dst.offset, src, (size_t)bytes);
+    return MOE_OK;
+}
+
+static moe_status cpu_read(moe_queue *q, moe_view src, void *dst, uint64_t bytes, moe_error *error)
+{
+    moe_status status = cpu_submit(q, error);
+    if (!status)
+        memcpy(dst, src.buffer->data + src.offset, (size_t)bytes);
+    return status;
+}
+
+/* ----------------------------------------------------------------------------- recording -- */
+
+static cpu_op *cpu_new_op(moe_queue *q)
+{
+    if (q->n_op == CPU_MAX_OPS)
+        cpu_flush(q);
+    cpu_op *op = &q->ops[q->n_op++];
+    op->chunk = 1;
+    op->act_mask = 0;
+    return op;
+}
+
+static cpu_phase *cpu_new_phase(moe_queue *q, const cpu_op *op, cpu_op_fn *run, uint64_t n_task)
+{
+    cpu_phase *p = &q->phases[q->n_phase++];
+    *p = (cpu_phase){op, run, (uint32_t)n_task, false};
+    return p;
+}
+
+static void cpu_record_embed(moe_queue *q, const moe_embed_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.embed = *o;
+    cpu_new_phase(q, op, cpu_embed, o->n_tok);
+}
+
+static void cpu_record_norm(moe_queue *q, const moe_norm_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.norm = *o;
+    op->chunk = MOE_MAX(1, CPU_ELEMENTS / o->dim);
+    cpu_new_phase(q, op, cpu_norm, cpu_ceil_div(o->n_row, op->chunk));
+}
+
+static void cpu_record_matmul(moe_queue *q, const moe_matmul_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.matmul = *o;
+    uint64_t rows = 0, tasks = 0;
+    for (uint32_t i = 0; i < o->n_out; i++) {
+        rows += o->out[i].w->dims[1];
+        op->act_mask |= 1u << o->out[i].w->quant->act;
+    }
+    op->chunk = cpu_chunk_rows(q, rows, o->out[0].w->row_bytes, o->n_tok);
+    for (uint32_t i = 0; i < o->n_out; i++)
+        tasks += cpu_ceil_div(o->out[i].w->dims[1], op->chunk);
+    cpu_new_phase(q, op, cpu_matmul_quantize, o->n_tok);
+    cpu_new_phase(q, op, cpu_matmul, tasks);
+}
+
+static void cpu_record_rope(moe_queue *q, const moe_rope_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.rope = *o;
+    op->chunk = MOE_MAX(1, CPU_ELEMENTS / (o->n_head * o->n_rot));
+    cpu_new_phase(q, op, cpu_rope, cpu_ceil_div(o->n_tok, op->chunk));
+}
+
+static void cpu_record_store(moe_queue *q, const moe_store_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.store = *o;
+    op->k = *o->cache;
+    cpu_new_phase(q, op, cpu_store, o->n_tok);
+}
+
+static void cpu_record_attend(moe_queue *q, const moe_attend_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.attend = *o;
+    op->k = *o->k;
+    op->v = *o->v;
+    if (o->n_tok == 1) {
+        cpu_new_phase(q, op, cpu_attend_segment,
+                      (uint64_t)cpu_ceil_div(o->pos + 1, CPU_SEGMENT) * op->k.n_head);
+        cpu_new_phase(q, op, cpu_attend_join, o->n_head);
+        return;
+    }
+    op->chunk = MOE_MAX(1, CPU_QUERIES / (o->n_head / op->k.n_head));
+    cpu_new_phase(q, op, cpu_attend, (uint64_t)cpu_ceil_div(o->n_tok, op->chunk) * op->k.n_head);
+}
+
+static void cpu_record_glu(moe_queue *q, const moe_glu_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.glu = *o;
+    cpu_new_phase(q, op, cpu_glu, cpu_ceil_div(o->n, CPU_ELEMENTS));
+}
+
+static void cpu_record_add(moe_queue *q, const moe_add_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.add = *o;
+    cpu_new_phase(q, op, cpu_add, cpu_ceil_div(o->n, CPU_ELEMENTS));
+}
+
+static void cpu_record_softcap(moe_queue *q, const moe_softcap_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.softcap = *o;
+    cpu_new_phase(q, op, cpu_softcap, cpu_ceil_div(o->n, CPU_ELEMENTS));
+}
+
+static void cpu_record_route(moe_queue *q, const moe_route_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.route = *o;
+    cpu_new_phase(q, op, cpu_route, o->n_tok);
+}
+
+static void cpu_record_experts(moe_queue *q, const moe_experts_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.experts = *o;
+    const moe_weight *w = o->out[0].w;
+    for (uint32_t i = 0; i < o->n_out; i++)
+        op->act_mask |= 1u << o->out[i].w->quant->act;
+    op->chunk = cpu_chunk_rows(q, w->dims[1] * o->n_out * MOE_MIN(o->n_used, w->dims[2]),
+                               w->row_bytes, o->n_tok);
+    cpu_new_phase(q, op, cpu_experts_sort, 1);
+    cpu_new_phase(q, op, cpu_experts_quantize, o->n_tok);
+    cpu_new_phase(q, op, cpu_experts, (uint64_t)cpu_ceil_div(w->dims[1], op->chunk) * o->n_out)
+        ->per_active_expert = true;
+}
+
+static void cpu_record_combine(moe_queue *q, const moe_combine_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.combine = *o;
+    cpu_new_phase(q, op, cpu_combine, o->n_tok);
+}
+
+static const moe_backend cpu_backend = {
+    .name = "cpu",
+    .device_open = cpu_device_open,
+    .device_close = cpu_device_close,
+    .device_name = cpu_device_name,
+    .buffer_new = cpu_buffer_new,
+    .buffer_wrap = cpu_buffer_wrap,
+    .buffer_free = cpu_buffer_free,
+    .queue_open = cpu_queue_open,
+    .queue_close = cpu_queue_close,
+    .queue_bytes = cpu_queue_bytes,
+    .submit = cpu_submit,
+    .write = cpu_write,
+    .read = cpu_read,
+    .embed = cpu_record_embed,
+    .norm = cpu_record_norm,
+    .matmul = cpu_record_matmul,
+    .rope = cpu_record_rope,
+    .store = cpu_record_store,
+    .attend = cpu_record_attend,
+    .glu = cpu_record_glu,
+    .add = cpu_record_add,
+    .softcap = cpu_record_softcap,
+    .route = cpu_record_route,
+    .experts = cpu_record_experts,
+    .combine = cpu_record_combine,
+};
+
+MOE_UNUSED static const moe_backend *backend_cpu(void)
+{
+    return &cpu_backend;
+}
+
+#endif

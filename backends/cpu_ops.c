@@ -1,0 +1,735 @@
+/* backends/cpu_ops.c - what each operation of backends/backend.h does on the CPU.
+ *
+ * An operation is one or two phases of independent tasks (cpu_threads.c). This file holds the bodies of
+ * the tasks and the number of them; backends/cpu.c records operations and owns the memory. The way
+ * work is cut into tasks never reaches the results: each output element is computed whole, by one
+ * task, by an expression that knows nothing of tasks.
+ *
+ * Must never: allocate, lock, fail. */
+#ifndef MOE_BACKENDS_CPU_OPS_C
+#define MOE_BACKENDS_CPU_OPS_C
+
+#include "../quant/quant.c"
+#include "backend.h"
+#include "cpu_simd.h"
+#include "cpu_threads.c"
+
+enum {
+    CPU_MAX_OPS = 2048,
+    CPU_TOK_TILE = 64,      /* tokens per call of a gemm kernel: their int8 rows stay in L2 */
+    CPU_ROW_TILE = 64,      /* rows per task in prefill */
+    CPU_TILE = 4096,        /* floats of a task's result tile; the most rows of a decode task */
+    CPU_DECODE_BYTES = 1 << 16, /* weights per decode task */
+    CPU_ELEMENTS = 8192,    /* elements per task of the element-wise operations */
+    CPU_SEGMENT = 512,      /* positions over which a softmax is computed in one piece */
+    CPU_KEY_BLOCK = 64,     /* positions converted to float at once: they stay in L1/L2 */
+    CPU_QUERIES = 32,       /* queries (tokens x heads) that share converted keys */
+    CPU_MAX_QUANT_ID = 64
+};
+
+struct moe_buffer {
+    uint8_t *data;
+    uint64_t bytes;
+    bool owned;
+};
+
+struct moe_device {
+    moe_mem *mem;
+    uint32_t cpu; // moe_cpu bits
+    const cpu_simd *simd;
+    moe_kernels kernels[CPU_MAX_QUANT_ID]; // by quant id
+    char name[48];
+};
+
+typedef struct cpu_op cpu_op;
+typedef void cpu_op_fn(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread);
+
+typedef struct cpu_phase {
+    const cpu_op *op;
+    cpu_op_fn *run;
+    uint32_t n_task;
+    bool per_active_expert; // the number of tasks is n_task times the experts in use
+} cpu_phase;
+
+struct cpu_op {
+    uint32_t chunk; // rows, elements or tokens per task
+    uint32_t act_mask; // bit i: moe_act i is needed
+    union {
+        moe_embed_op embed;
+        moe_norm_op norm;
+        moe_matmul_op matmul;
+        moe_rope_op rope;
+        moe_store_op store;
+        moe_attend_op attend;
+        moe_glu_op glu;
+        moe_add_op add;
+        moe_softcap_op softcap;
+        moe_route_op route;
+        moe_experts_op experts;
+        moe_combine_op combine;
+    } u;
+    moe_cache k, v; // copies of what store and attend point to
+};
+
+/* Memory of one thread. */
+typedef struct cpu_scratch {
+    float *tile;    // [CPU_TILE] results of a matrix tile; also scores of a router
+    float *keys;    // [CPU_KEY_BLOCK][dim_max rounded up to 32]
+    float *scores;  // [n_query][CPU_SEGMENT]
+    float *partial; // [n_query][dim_max + 2]: a segment's sum of values, then maximum and sum
+    float *total;   // [n_query][dim_max + 2]: of the segments so far
+} cpu_scratch;
+
+struct moe_queue {
+    moe_device *device;
+    moe_queue_options options;
+    cpu_pool pool;
+    _Atomic bool cancelled;
+    uint32_t n_op, n_phase;
+    cpu_op *ops;       // [CPU_MAX_OPS]
+    cpu_phase *phases; // [2..3 per op]
+    uint8_t *act[3];   // by moe_act: [n_tok_max][act_row_bytes(n_in_max)]
+    float *segments;   // [n_head_max][n_segment][dim_max + 2]: partial attention of one token
+    uint32_t *expert_start;  // [n_expert_max + 1]: first row of each active expert's tokens
+    uint32_t *expert_id;     // [n_expert_max]: the experts in use, ascending
+    uint32_t *expert_count;  // [n_expert_max]
+    uint32_t *expert_row;    // [n_tok_max]: (token, slot) -> row in expert order
+    uint32_t *expert_slot;   // [n_tok_max]: and back
+    uint32_t n_active;
+    cpu_scratch *scratch;    // [n_threads]
+};
+
+MOE_INLINE float *cpu_floats(moe_view v)
+{
+    return (float *)(void *)(v.buffer->data + v.offset);
+}
+
+MOE_INLINE const int32_t *cpu_ids(moe_view v)
+{
+    return (const int32_t *)(const void *)(v.buffer->data + v.offset);
+}
+
+MOE_INLINE uint32_t cpu_ceil_div(uint64_t a, uint64_t b)
+{
+    return (uint32_t)((a + b - 1) / b);
+}
+
+/* ------------------------------------------------------------------- embedding and norms -- */
+
+static void cpu_embed(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+{
+    (void)thread;
+    const moe_embed_op *o = &op->u.embed;
+    const moe_weight *w = o->table;
+    const uint64_t row = (uint32_t)cpu_ids(o->ids)[t];
+    float *dst = cpu_floats(o->dst) + (size_t)t * w->dims[0];
+    w->quant->dequantize(w->data.buffer->data + w->data.offset + row * w->row_bytes, dst,
+                         (size_t)w->dims[0]);
+    if (o->scale != 1.0f)
+        q->device->simd->scale_rows(dst, dst, o->scale, NULL, (size_t)w->dims[0]);
+}
+
+static void cpu_norm(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)thread;
+    const moe_norm_op *o = &op->u.norm;
+    const cpu_simd *simd = q->device->simd;
+    const float *weight = o->weight.buffer ? cpu_floats(o->weight) : NULL;
+    const uint32_t end = MOE_MIN(o->n_row, (task + 1) * op->chunk);
+    for (uint32_t r = task * op->chunk; r < end; r++) {
+        const float *src = cpu_floats(o->src) + (size_t)r * o->src_stride;
+        float mean = simd->sum_squares(src, o->dim) / (float)o->dim;
+        simd->scale_rows(cpu_floats(o->dst) + (size_t)r * o->dst_stride, src,
+                         1.0f / sqrtf(mean + o->eps), weight, o->dim);
+    }
+}
+
+/* --------------------------------------------------------------------- matrix products -- */
+
+/* Phase 1 of a product: token t in each form that a matrix wants. */
+static void cpu_matmul_quantize(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+{
+    (void)thread;
+    const moe_matmul_op *o = &op->u.matmul;
+    const size_t n_in = (size_t)o->out[0].w->dims[0];
+    const float *src = cpu_floats(o->src) + t * n_in;
+    for (uint32_t act = 0; act < MOE_COUNT(q->act); act++)
+        if (op->act_mask >> act & 1)
+            act_quantize((moe_act)act, src, n_in,
+                         q->act[act] + t * act_row_bytes((moe_act)act, n_in), q->device->cpu);
+}
+
+/* dst = (add ? dst : 0) + (tile + bias), n_row elements of one token. */
+static void cpu_finish_row(float *dst, const float *tile, const float *bias, bool add, size_t n_row)
+{
+    for (size_t r = 0; r < n_row; r++) {
+        float y = tile[r];
+        if (bias)
+            y += bias[r];
+        dst[r] = add ? dst[r] + y : y;
+    }
+}
+
+/* Rows [row, row + n_row) of a matrix times all tokens. */
+static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, size_t row,
+                            size_t n_row, float *tile)
+{
+    const moe_weight *w = o->out[i].w;
+    const moe_act act = w->quant->act;
+    const moe_kernels *kernels = &q->device->kernels[w->quant->id];
+    const size_t n_out = (size_t)w->dims[1];
+    const bool direct = !o->out[i].bias.buffer && !o->out[i].add;
+    const size_t tok_tile = o->n_tok == 1 ? 1 : MOE_MIN(CPU_TOK_TILE, CPU_TILE / n_row);
+    float *dst = cpu_floats(o->out[i].dst) + row;
+    const float *bias = o->out[i].bias.buffer ? cpu_floats(o->out[i].bias) + row : NULL;
+    for (size_t t = 0; t < o->n_tok; t += tok_tile) {
+        moe_mm mm = {
+            .w = w->data.buffer->data + w->data.offset + row * w->row_bytes,
+            .w_stride = (size_t)w->row_bytes,
+            .x_stride = act_row_bytes(act, (size_t)w->dims[0]),
+            .y = direct ? dst + t * n_out : tile,
+            .y_stride = direct ? n_out : n_row,
+            .n_in = (size_t)w->dims[0],
+            .n_row = n_row,
+            .n_tok = MOE_MIN(tok_tile, o->n_tok - t),
+        };
+        mm.x = q->act[act] + t * mm.x_stride;
+        (o->n_tok == 1 ? kernels->gemv : kernels->gemm)(&mm);
+        for (size_t k = 0; !direct && k < mm.n_tok; k++)
+            cpu_finish_row(dst + (t + k) * n_out, tile + k * n_row, bias, o->out[i].add, n_row);
+    }
+}
+
+/* Phase 2: a chunk of rows of one of the matrices. */
+static void cpu_matmul(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    const moe_matmul_op *o = &op->u.matmul;
+    uint32_t i = 0;
+    for (uint32_t n; task >= (n = cpu_ceil_div(o->out[i].w->dims[1], op->chunk)); i++)
+        task -= n;
+    const uint64_t row = (uint64_t)task * op->chunk;
+    cpu_matmul_rows(q, o, i, (size_t)row, (size_t)MOE_MIN(op->chunk, o->out[i].w->dims[1] - row),
+                    q->scratch[thread].tile);
+}
+
+/* Rows per task: enough weights to be worth a task, enough tasks to keep all threads busy. */
+static uint32_t cpu_chunk_rows(const moe_queue *q, uint64_t total_rows, uint64_t row_bytes,
+                               uint32_t n_tok)
+{
+    uint64_t rows = CPU_ROW_TILE;
+    if (n_tok == 1)
+        rows = MOE_MIN(CPU_TILE, CPU_DECODE_BYTES / MOE_MAX(row_bytes, 1));
+    rows = MOE_MIN(rows, total_rows / (4 * q->options.n_threads));
+    return (uint32_t)MOE_MAX(rows / 8 * 8, 8);
+}
+
+/* --------------------------------------------------------------------------- position -- */
+
+static void cpu_rope(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)q, (void)thread;
+    const moe_rope_op *o = &op->u.rope;
+    const uint32_t half = o->n_rot / 2;
+    const uint32_t step = o->interleaved ? 2 : 1, mate = o->interleaved ? 1 : half;
+    const uint32_t end = MOE_MIN(o->n_tok, (task + 1) * op->chunk);
+    for (uint32_t t = task * op->chunk; t < end; t++) {
+        const float *table = cpu_floats(o->table) + (size_t)t * o->n_rot;
+        for (uint32_t h = 0; h < o->n_head; h++) {
+            float *x = cpu_floats(o->x) + ((size_t)t * o->n_head + h) * o->head_dim + o->first;
+            for (uint32_t i = 0; i < half; i++) {
+                float *a = x + i * step, *b = a + mate;
+                const float cosine = table[2 * i], sine = table[2 * i + 1];
+                const float minus = *b * sine, plus = *b * cosine;
+                const float turned = fmaf(*a, cosine, -minus);
+                *b = fmaf(*a, sine, plus);
+                *a = turned;
+            }
+        }
+    }
+}
+
+/* --------------------------------------------------------------------------- attention -- */
+
+MOE_INLINE uint8_t *cpu_cache_row(const moe_cache *c, uint32_t head, uint32_t pos)
+{
+    const uint64_t row = (uint64_t)head * c->n_slot + pos % c->n_slot;
+    return c->data.buffer->data + c->data.offset + row * cache_row_bytes(c->type, c->dim);
+}
+
+/* Stores the heads of one token. */
+static void cpu_store(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+{
+    const moe_store_op *o = &op->u.store;
+    const moe_cache *c = &op->k;
+    for (uint32_t h = 0; h < c->n_head; h++) {
+        const float *src = cpu_floats(o->src) + ((size_t)t * c->n_head + h) * c->dim;
+        uint8_t *dst = cpu_cache_row(c, h, o->pos + t);
+        if (c->type == MOE_CACHE_F32) {
+            memcpy(dst, src, c->dim * sizeof *src);
+        } else if (c->type == MOE_CACHE_F16) {
+            q->device->simd->f16_of_f32(dst, src, c->dim);
+        } else {
+            float *padded = q->scratch[thread].keys;
+            const size_t n = (size_t)align_up(c->dim, 32);
+            memset(padded, 0, n * sizeof *padded);
+            memcpy(padded, src, c->dim * sizeof *src);
+            quant_q8_0.quantize(padded, dst, n);
+        }
+    }
+}
+
+/* Positions [first, first + n) of a head as floats: in place if they are, else converted. */
+static const float *cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t head,
+                                     uint32_t first, uint32_t n, float *converted, size_t *stride)
+{
+    const bool wraps = first % c->n_slot + n > c->n_slot;
+    if (c->type == MOE_CACHE_F32 && !wraps) {
+        *stride = c->dim;
+        return (const float *)(const void *)cpu_cache_row(c, head, first);
+    }
+    *stride = (size_t)align_up(c->dim, 32);
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *src = cpu_cache_row(c, head, first + i);
+        float *dst = converted + i * *stride;
+        if (c->type == MOE_CACHE_F16)
+            q->device->simd->f32_of_f16(dst, src, c->dim);
+        else if (c->type == MOE_CACHE_Q8_0)
+            quant_q8_0.dequantize(src, dst, *stride);
+        else
+            memcpy(dst, src, c->dim * sizeof *dst);
+    }
+    return converted;
+}
+
+/* The queries of one task: tokens [tok, tok + n_tok) of the heads that share a key/value head. */
+typedef struct cpu_queries {
+    const moe_attend_op *o;
+    const moe_cache *k, *v;
+    uint32_t kv_head, tok, n_tok, group; // group: heads per key/value head
+} cpu_queries;
+
+/* The positions of segment [start, start + CPU_SEGMENT) that token t may see: [*lo, *hi). */
+static bool cpu_visible(const moe_attend_op *o, uint32_t t, uint32_t start, uint32_t *lo,
+                        uint32_t *hi)
+{
+    const uint32_t pos = o->pos + t;
+    const uint32_t first = o->window && pos + 1 > o->window ? pos + 1 - o->window : 0;
+    *lo = MOE_MAX(start, first);
+    *hi = MOE_MIN(start + CPU_SEGMENT, pos + 1);
+    return *lo < *hi;
+}
+
+MOE_INLINE uint32_t cpu_query_head(const cpu_queries *a, uint32_t i)
+{
+    return a->kv_head * a->group + i % a->group;
+}
+
+/* Scores of all queries with positions [first, first + n) of a segment. */
+static void cpu_scores(moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
+                       uint32_t n, cpu_scratch *s)
+{
+    const moe_attend_op *o = a->o;
+    const size_t dim = a->k->dim;
+    size_t stride;
+    const float *keys = cpu_cache_floats(q, a->k, a->kv_head, first, n, s->keys, &stride);
+    for (uint32_t i = 0; i < a->n_tok * a->group; i++) {
+        const uint32_t t = a->tok + i / a->group;
+        uint32_t lo, hi;
+        if (!cpu_visible(o, t, start, &lo, &hi))
+            continue;
+        const uint32_t from = MOE_MAX(lo, first), to = MOE_MIN(hi, first + n);
+        if (from >= to)
+            continue;
+        float *dst = s->scores + i * CPU_SEGMENT + (from - start);
+        const float *query = cpu_floats(o->q) + ((size_t)t * o->n_head + cpu_query_head(a, i)) * dim;
+        q->device->simd->dots(dst, query, keys + (from - first) * stride, stride, to - from, dim);
+        for (uint32_t j = 0; j < to - from; j++) {
+            dst[j] *= o->scale;
+            if (o->cap > 0)
+                dst[j] = o->cap * cpu_tanh(dst[j] / o->cap);
+        }
+    }
+}
+
+/* Adds the values of positions [first, first + n), weighted, to the queries' partial sums. */
+static void cpu_values(moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
+                       uint32_t n, cpu_scratch *s)
+{
+    const size_t dim = a->v->dim;
+    size_t stride;
+    const float *values = cpu_cache_floats(q, a->v, a->kv_head, first, n, s->keys, &stride);
+    for (uint32_t i = 0; i < a->n_tok * a->group; i++) {
+        uint32_t lo, hi;
+        if (!cpu_visible(a->o, a->tok + i / a->group, start, &lo, &hi))
+            continue;
+        const uint32_t from = MOE_MAX(lo, first), to = MOE_MIN(hi, first + n);
+        if (from < to)
+            q->device->simd->accumulate(s->partial + i * (dim + 2),
+                                        s->scores + i * CPU_SEGMENT + (from - start),
+                                        values + (from - first) * stride, stride, to - from, dim);
+    }
+}
+
+/* One segment for all queries: partial[i] = (sum of exp(s - max) v, max, sum of exp(s - max)). A query
+ * that sees nothing of the segment gets a sum of 0. */
+static void cpu_segment(moe_queue *q, const cpu_queries *a, uint32_t start, cpu_scratch *s)
+{
+    const size_t dim = a->v->dim;
+    const uint32_t n_query = a->n_tok * a->group;
+    uint32_t first, end, ignored;
+    memset(s->partial, 0, n_query * (dim + 2) * sizeof(float));
+    cpu_visible(a->o, a->tok, start, &first, &ignored);
+    cpu_visible(a->o, a->tok + a->n_tok - 1, start, &ignored, &end);
+    for (uint32_t b = first; b < end; b += CPU_KEY_BLOCK)
+        cpu_scores(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
+    for (uint32_t i = 0; i < n_query; i++) {
+        uint32_t lo, hi;
+        if (!cpu_visible(a->o, a->tok + i / a->group, start, &lo, &hi))
+            continue;
+        float *score = s->scores + i * CPU_SEGMENT + (lo - start);
+        float max = score[0];
+        for (uint32_t j = 1; j < hi - lo; j++)
+            max = score[j] > max ? score[j] : max;
+        s->partial[i * (dim + 2) + dim] = max;
+        s->partial[i * (dim + 2) + dim + 1] = q->device->simd->exp_sum(score, hi - lo, max);
+    }
+    for (uint32_t b = first; b < end; b += CPU_KEY_BLOCK)
+        cpu_values(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
+}
+
+/* Joins a segment to those before it: both are sums relative to their own maximum. Milakov and
+ * Gimelshein 2018, arXiv:1805.02867. */
+static void cpu_merge(float *total, const float *partial, size_t dim)
+{
+    if (partial[dim + 1] == 0)
+        return;
+    if (total[dim + 1] == 0) {
+        memcpy(total, partial, (dim + 2) * sizeof *total);
+        return;
+    }
+    const float max = total[dim] > partial[dim] ? total[dim] : partial[dim];
+    const float old = cpu_exp(total[dim] - max), new = cpu_exp(partial[dim] - max);
+    for (size_t d = 0; d < dim + 2; d++) {
+        const float kept = total[d] * old;
+        total[d] = fmaf(partial[d], new, kept);
+    }
+    total[dim] = max;
+}
+
+/* dst = total / (sum + sink) */
+static void cpu_attend_finish(moe_queue *q, const moe_attend_op *o, size_t dim, uint32_t t,
+                              uint32_t head, float *total)
+{
+    if (o->sink.buffer) {
+        const float sink = cpu_floats(o->sink)[head];
+        const float max = total[dim] > sink ? total[dim] : sink;
+        const float kept = total[dim + 1] * cpu_exp(total[dim] - max);
+        q->device->simd->scale_rows(total, total, cpu_exp(total[dim] - max), NULL, dim);
+        total[dim + 1] = kept + cpu_exp(sink - max);
+    }
+    q->device->simd->scale_rows(cpu_floats(o->dst) + ((size_t)t * o->n_head + head) * dim, total,
+                                1.0f / total[dim + 1], NULL, dim);
+}
+
+/* A task of prefill: a few tokens and one key/value head over the whole cache. */
+static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    const moe_attend_op *o = &op->u.attend;
+    const size_t dim = op->v.dim;
+    cpu_scratch *s = &q->scratch[thread];
+    cpu_queries a = {o, &op->k, &op->v, task % op->k.n_head, task / op->k.n_head * op->chunk, 0,
+                     o->n_head / op->k.n_head};
+    a.n_tok = MOE_MIN(op->chunk, o->n_tok - a.tok);
+    const uint32_t n_query = a.n_tok * a.group, end = o->pos + a.tok + a.n_tok;
+    const uint32_t oldest = o->pos + a.tok;
+    const uint32_t first = o->window && oldest + 1 > o->window ? oldest + 1 - o->window : 0;
+    memset(s->total, 0, n_query * (dim + 2) * sizeof(float));
+    for (uint32_t start = first / CPU_SEGMENT * CPU_SEGMENT; start < end; start += CPU_SEGMENT) {
+        cpu_segment(q, &a, start, s);
+        for (uint32_t i = 0; i < n_query; i++)
+            cpu_merge(s->total + i * (dim + 2), s->partial + i * (dim + 2), dim);
+    }
+    for (uint32_t i = 0; i < n_query; i++)
+        cpu_attend_finish(q, o, dim, a.tok + i / a.group, cpu_query_head(&a, i),
+                          s->total + i * (dim + 2));
+}
+
+/* Decode: a task is one segment and one key/value head; the next phase joins the segments. */
+static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    const moe_attend_op *o = &op->u.attend;
+    const size_t dim = op->v.dim;
+    const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
+    cpu_queries a = {o, &op->k, &op->v, task % op->k.n_head, 0, 1, o->n_head / op->k.n_head};
+    const uint32_t segment = task / op->k.n_head;
+    cpu_scratch *s = &q->scratch[thread];
+    uint32_t lo, hi;
+    if (cpu_visible(o, 0, segment * CPU_SEGMENT, &lo, &hi))
+        cpu_segment(q, &a, segment * CPU_SEGMENT, s);
+    else
+        memset(s->partial, 0, a.group * (dim + 2) * sizeof(float));
+    for (uint32_t i = 0; i < a.group; i++)
+        memcpy(q->segments + ((size_t)cpu_query_head(&a, i) * n_segment + segment) * (dim + 2),
+               s->partial + i * (dim + 2), (dim + 2) * sizeof(float));
+}
+
+static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint32_t thread)
+{
+    const moe_attend_op *o = &op->u.attend;
+    const size_t dim = op->v.dim;
+    const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
+    float *total = q->scratch[thread].total;
+    memset(total, 0, (dim + 2) * sizeof *total);
+    for (uint32_t i = 0; i < n_segment; i++)
+        cpu_merge(total, q->segments + ((size_t)head * n_segment + i) * (dim + 2), dim);
+    cpu_attend_finish(q, o, dim, 0, head, total);
+}
+
+/* ------------------------------------------------------------------------ element-wise -- */
+
+static void cpu_glu(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)thread;
+    const moe_glu_op *o = &op->u.glu;
+    const size_t first = (size_t)task * CPU_ELEMENTS, n = MOE_MIN(CPU_ELEMENTS, o->n - first);
+    float *dst = cpu_floats(o->dst) + first;
+    const float *gate = cpu_floats(o->gate) + first, *up = cpu_floats(o->up) + first;
+    if (o->kind == MOE_GLU_SILU)
+        q->device->simd->silu(dst, gate, up, n);
+    else if (o->kind == MOE_GLU_GELU_TANH)
+        q->device->simd->gelu(dst, gate, up, n);
+    else
+        for (size_t i = 0; i < n; i++) {
+            const float g = gate[i] > o->limit ? o->limit : gate[i];
+            float u = up[i] > o->limit ? o->limit : up[i];
+            u = u < -o->limit ? -o->limit : u;
+            dst[i] = g * cpu_sigmoid(o->alpha * g) * (u + 1.0f);
+        }
+}
+
+static void cpu_add(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)thread;
+    const moe_add_op *o = &op->u.add;
+    const size_t first = (size_t)task * CPU_ELEMENTS;
+    q->device->simd->add(cpu_floats(o->dst) + first, cpu_floats(o->a) + first,
+                         cpu_floats(o->b) + first, o->scale, MOE_MIN(CPU_ELEMENTS, o->n - first));
+}
+
+static void cpu_softcap(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)q, (void)thread;
+    const moe_softcap_op *o = &op->u.softcap;
+    const uint64_t first = (uint64_t)task * CPU_ELEMENTS;
+    float *x = cpu_floats(o->x) + first;
+    for (uint64_t i = 0; i < MOE_MIN(CPU_ELEMENTS, o->n - first); i++)
+        x[i] = o->cap * cpu_tanh(x[i] / o->cap);
+}
+
+/* ----------------------------------------------------------------------------- experts -- */
+
+/* x = exp(x - max) / sum, over n elements, ascending. */
+static void cpu_softmax(float *x, uint32_t n)
+{
+    float max = x[0], sum = 0;
+    for (uint32_t i = 1; i < n; i++)
+        max = x[i] > max ? x[i] : max;
+    for (uint32_t i = 0; i < n; i++) {
+        x[i] = cpu_exp(x[i] - max);
+        sum += x[i];
+    }
+    for (uint32_t i = 0; i < n; i++)
+        x[i] /= sum;
+}
+
+/* The k best of n, the best first, ties to the lower index. Takes x: what was chosen becomes
+ * -infinity. An index comes once even if x is all NaN. */
+static void cpu_top_k(float *x, uint32_t n, uint32_t k, int32_t *ids)
+{
+    for (uint32_t s = 0; s < k; s++) {
+        int32_t best = -1;
+        for (uint32_t i = 0; i < n; i++)
+            if (x[i] > (best < 0 ? -INFINITY : x[best]))
+                best = (int32_t)i;
+        for (uint32_t i = 0; best < 0 && i < n; i++) { /* only NaN or -infinity is left */
+            best = (int32_t)i;
+            for (uint32_t j = 0; j < s; j++)
+                if (ids[j] == best)
+                    best = -1;
+        }
+        ids[s] = best;
+        x[best] = -INFINITY;
+    }
+}
+
+/* Rules out the experts of all but the best groups. */
+static void cpu_limit_groups(const moe_router *r, float *choice)
+{
+    const uint32_t size = r->n_expert / r->n_group;
+    float score[256];
+    int32_t chosen[256];
+    for (uint32_t g = 0; g < r->n_group; g++) {
+        float first = -INFINITY, second = -INFINITY;
+        for (uint32_t i = g * size; i < (g + 1) * size; i++) {
+            if (choice[i] > first) {
+                second = first;
+                first = choice[i];
+            } else if (choice[i] > second) {
+                second = choice[i];
+            }
+        }
+        score[g] = r->group_max || size == 1 ? first : first + second;
+    }
+    cpu_top_k(score, r->n_group, r->n_group_used, chosen);
+    for (uint32_t i = 0; i < r->n_expert; i++) {
+        bool allowed = false;
+        for (uint32_t j = 0; j < r->n_group_used; j++)
+            allowed |= (uint32_t)chosen[j] == i / size;
+        if (!allowed)
+            choice[i] = -INFINITY;
+    }
+}
+
+static void cpu_route_token(const moe_router *r, const float *logits, const float *bias,
+                            float *score, float *choice, int32_t *ids, float *weights)
+{
+    memcpy(score, logits, r->n_expert * sizeof *score);
+    if (r->score == MOE_SCORE_SOFTMAX)
+        cpu_softmax(score, r->n_expert);
+    else if (r->score == MOE_SCORE_SIGMOID)
+        for (uint32_t i = 0; i < r->n_expert; i++)
+            score[i] = cpu_sigmoid(score[i]);
+    for (uint32_t i = 0; i < r->n_expert; i++)
+        choice[i] = bias ? score[i] + bias[i] : score[i];
+    if (r->n_group > 1)
+        cpu_limit_groups(r, choice);
+    cpu_top_k(choice, r->n_expert, r->n_used, ids);
+    for (uint32_t s = 0; s < r->n_used; s++)
+        weights[s] = score[ids[s]];
+    if (r->score == MOE_SCORE_SOFTMAX_TOPK)
+        cpu_softmax(weights, r->n_used);
+    float sum = 0;
+    for (uint32_t s = 0; s < r->n_used; s++)
+        sum += weights[s];
+    for (uint32_t s = 0; s < r->n_used; s++) {
+        if (r->renormalize)
+            weights[s] /= sum > 0x1p-64f ? sum : 0x1p-64f;
+        weights[s] *= r->scale;
+    }
+}
+
+static void cpu_route(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+{
+    const moe_route_op *o = &op->u.route;
+    const moe_router *r = &o->router;
+    float *score = q->scratch[thread].tile;
+    cpu_route_token(r, cpu_floats(o->logits) + (size_t)t * r->n_expert,
+                    o->bias.buffer ? cpu_floats(o->bias) : NULL, score, score + r->n_expert,
+                    (int32_t *)(void *)(cpu_floats(o->ids) + (size_t)t * r->n_used),
+                    cpu_floats(o->weights) + (size_t)t * r->n_used);
+}
+
+/* Phase 1 of the experts: sorts (token, slot) by expert, so that each expert's tokens are neighbours.
+ * One task; a counting sort. */
+static void cpu_experts_sort(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)task, (void)thread;
+    const moe_experts_op *o = &op->u.experts;
+    const uint32_t n_expert = (uint32_t)o->out[0].w->dims[2], n = o->n_tok * o->n_used;
+    const int32_t *ids = cpu_ids(o->ids);
+    memset(q->expert_count, 0, n_expert * sizeof *q->expert_count);
+    for (uint32_t i = 0; i < n; i++)
+        q->expert_count[ids[i]]++;
+    uint32_t start = 0;
+    q->n_active = 0;
+    for (uint32_t e = 0; e < n_expert; e++) {
+        const uint32_t count = q->expert_count[e];
+        q->expert_count[e] = start; /* from here on: where the expert's next row goes */
+        if (count) {
+            q->expert_id[q->n_active] = e;
+            q->expert_start[q->n_active++] = start;
+        }
+        start += count;
+    }
+    q->expert_start[q->n_active] = start;
+    for (uint32_t i = 0; i < n; i++) {
+        const uint32_t row = q->expert_count[ids[i]]++;
+        q->expert_row[i] = row;
+        q->expert_slot[row] = i;
+    }
+}
+
+/* Phase 2: the activations of token t, at the rows where the sort wants them. */
+static void cpu_experts_quantize(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+{
+    (void)thread;
+    const moe_experts_op *o = &op->u.experts;
+    const size_t n_in = (size_t)o->out[0].w->dims[0];
+    for (uint32_t act = 0; act < MOE_COUNT(q->act); act++) {
+        if (!(op->act_mask >> act & 1))
+            continue;
+        const size_t bytes = act_row_bytes((moe_act)act, n_in);
+        const uint8_t *first = NULL;
+        for (uint32_t s = 0; s < o->n_used; s++) {
+            const size_t i = (size_t)t * o->n_used + s;
+            uint8_t *dst = q->act[act] + q->expert_row[i] * bytes;
+            if (o->shared_src && first) {
+                memcpy(dst, first, bytes);
+                continue;
+            }
+            act_quantize((moe_act)act, cpu_floats(o->src) + (o->shared_src ? t : i) * n_in, n_in,
+                         dst, q->device->cpu);
+            first = dst;
+        }
+    }
+}
+
+/* Phase 3: a chunk of rows of one matrix of one expert, times the tokens that chose it. */
+static void cpu_experts(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    const moe_experts_op *o = &op->u.experts;
+    const uint32_t n_chunk = cpu_ceil_div(o->out[0].w->dims[1], op->chunk);
+    const uint32_t a = task / (n_chunk * o->n_out), i = task / n_chunk % o->n_out;
+    const moe_weight *w = o->out[i].w;
+    const uint32_t expert = q->expert_id[a];
+    const size_t n_out = (size_t)w->dims[1], row = (size_t)(task % n_chunk) * op->chunk;
+    const size_t n_row = MOE_MIN(op->chunk, n_out - row);
+    const moe_act act = w->quant->act;
+    const moe_kernels *kernels = &q->device->kernels[w->quant->id];
+    const float *bias = o->out[i].bias.buffer ? cpu_floats(o->out[i].bias) + expert * n_out + row
+                                              : NULL;
+    const uint32_t end = q->expert_start[a + 1];
+    const uint32_t tok_tile = (uint32_t)MOE_MIN(CPU_TOK_TILE, CPU_TILE / n_row);
+    for (uint32_t t = q->expert_start[a]; t < end; t += tok_tile) {
+        moe_mm mm = {
+            .w = w->data.buffer->data + w->data.offset + expert * w->matrix_bytes +
+                 row * w->row_bytes,
+            .w_stride = (size_t)w->row_bytes,
+            .x_stride = act_row_bytes(act, (size_t)w->dims[0]),
+            .y = q->scratch[thread].tile,
+            .y_stride = n_row,
+            .n_in = (size_t)w->dims[0],
+            .n_row = n_row,
+            .n_tok = MOE_MIN(tok_tile, end - t),
+        };
+        mm.x = q->act[act] + t * mm.x_stride;
+        (mm.n_tok == 1 ? kernels->gemv : kernels->gemm)(&mm);
+        for (size_t k = 0; k < mm.n_tok; k++)
+            cpu_finish_row(cpu_floats(o->out[i].dst) + q->expert_slot[t + k] * n_out + row,
+                           mm.y + k * n_row, bias, false, n_row);
+    }
+}
+
+static void cpu_combine(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+{
+    (void)thread;
+    const moe_combine_op *o = &op->u.combine;
+    float *dst = cpu_floats(o->dst) + (size_t)t * o->dim;
+    if (!o->add)
+        memset(dst, 0, o->dim * sizeof *dst);
+    q->device->simd->accumulate(dst, cpu_floats(o->weights) + (size_t)t * o->n_used,
+                                cpu_floats(o->src) + (size_t)t * o->n_used * o->dim, o->dim,
+                                o->n_used, o->dim);
+}
+
+#endif

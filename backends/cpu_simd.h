@@ -1,0 +1,402 @@
+/* backends/cpu_simd.h - float kernels that are no matrix products: dot products and sums of attention,
+ * normalisation, exponentials, conversions.
+ *
+ * Each kernel stands first in C, which specifies its result to the bit, then in AVX2, which gives the
+ * same bits. The rules of quant/quant.h hold: sums run in 8 lanes (lane l takes the elements l mod 8,
+ * ascending) and are added by reduce8(); a multiplication feeds an addition only through fmaf.
+ * cpu_simd_select() picks the set for a machine. Nothing here knows about threads or operations. */
+#ifndef MOE_BACKENDS_CPU_SIMD_H
+#define MOE_BACKENDS_CPU_SIMD_H
+
+#include "../quant/quant.h"
+#if MOE_X86
+#include <immintrin.h>
+#endif
+
+typedef struct cpu_simd {
+    /* sum of x[i] * x[i] */
+    float (*sum_squares)(const float *x, size_t n);
+    /* dst = (src * factor) * weight; weight may be NULL: 1 */
+    void (*scale_rows)(float *dst, const float *src, float factor, const float *weight, size_t n);
+    /* dst[i] = q . k_i for n_key keys of `dim` floats, `stride` floats apart */
+    void (*dots)(float *dst, const float *q, const float *k, size_t stride, size_t n_key, size_t dim);
+    /* dst[d] += sum over i, ascending, of p[i] * v_i[d] */
+    void (*accumulate)(float *dst, const float *p, const float *v, size_t stride, size_t n_key,
+                       size_t dim);
+    /* x[i] = exp(x[i] - max); returns the sum */
+    float (*exp_sum)(float *x, size_t n, float max);
+    /* dst = silu(gate) * up */
+    void (*silu)(float *dst, const float *gate, const float *up, size_t n);
+    /* dst = gelu_tanh(gate) * up */
+    void (*gelu)(float *dst, const float *gate, const float *up, size_t n);
+    /* dst = a + scale * b */
+    void (*add)(float *dst, const float *a, const float *b, float scale, size_t n);
+    void (*f32_of_f16)(float *dst, const uint8_t *src, size_t n);
+    void (*f16_of_f32)(uint8_t *dst, const float *src, size_t n);
+} cpu_simd;
+
+/* ------------------------------------------------------------------------------------- C -- */
+
+/* exp(x) for the x of a softmax or a sigmoid: clamped to [-87, 88], so that neither infinities nor
+ * subnormal numbers occur. x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) is its Taylor polynomial of degree
+ * 7, whose remainder is below 6e-9; with roundings the relative error is under 1.5e-7. */
+#define EXP_MIN -87.0f
+#define EXP_MAX 88.0f
+#define EXP_LOG2E 0x1.715476p+0f
+#define EXP_LN2_HIGH 0x1.62e400p-1f  /* 16 bits: n * this is exact */
+#define EXP_LN2_LOW 0x1.7f7d1cp-20f
+#define EXP_MAGIC 0x1.8p23f          /* adding it rounds to an integer in the low bits */
+static const float exp_taylor[8] = {1.0f,        1.0f,         1.0f / 2,   1.0f / 6,
+                                    1.0f / 24,   1.0f / 120,   1.0f / 720, 1.0f / 5040};
+
+static float cpu_exp(float x)
+{
+    x = x < EXP_MIN ? EXP_MIN : x;
+    x = x > EXP_MAX ? EXP_MAX : x;
+    float shifted = fmaf(x, EXP_LOG2E, EXP_MAGIC);
+    float n = shifted - EXP_MAGIC;
+    float r = fmaf(n, -EXP_LN2_HIGH, x);
+    r = fmaf(n, -EXP_LN2_LOW, r);
+    float p = exp_taylor[7];
+    for (int i = 6; i >= 0; i--)
+        p = fmaf(p, r, exp_taylor[i]);
+    return p * f32_of_bits((bits_of_f32(shifted) + 127) << 23);
+}
+
+/* 1 / (1 + exp(-x)) */
+static float cpu_sigmoid(float x)
+{
+    return 1.0f / (1.0f + cpu_exp(-x));
+}
+
+/* tanh(x) = 2 sigmoid(2x) - 1; absolute error under 3e-7, which is what a soft cap needs. */
+static float cpu_tanh(float x)
+{
+    return fmaf(2.0f, cpu_sigmoid(2.0f * x), -1.0f);
+}
+
+/* gelu(x) = x (1 + tanh(u)) / 2 = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
+ * Hendrycks and Gimpel 2016, arXiv:1606.08415. */
+#define GELU_CUBIC 0.044715f
+#define GELU_SLOPE 1.59576912160573f /* 2 sqrt(2/pi) */
+
+static float cpu_gelu(float x)
+{
+    float cubic = fmaf(GELU_CUBIC * x, x, 1.0f);
+    return x * cpu_sigmoid(GELU_SLOPE * x * cubic);
+}
+
+static float sum_squares_c(const float *x, size_t n)
+{
+    float lane[8] = {0};
+    for (size_t i = 0; i < n; i++)
+        lane[i % 8] = fmaf(x[i], x[i], lane[i % 8]);
+    return reduce8(lane);
+}
+
+static void scale_rows_c(float *dst, const float *src, float factor, const float *weight, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dst[i] = src[i] * factor * (weight ? weight[i] : 1.0f);
+}
+
+static void dots_c(float *dst, const float *q, const float *k, size_t stride, size_t n_key,
+                   size_t dim)
+{
+    for (size_t i = 0; i < n_key; i++, k += stride) {
+        float lane[8] = {0};
+        for (size_t d = 0; d < dim; d++)
+            lane[d % 8] = fmaf(q[d], k[d], lane[d % 8]);
+        dst[i] = reduce8(lane);
+    }
+}
+
+static void accumulate_c(float *dst, const float *p, const float *v, size_t stride, size_t n_key,
+                         size_t dim)
+{
+    for (size_t i = 0; i < n_key; i++, v += stride)
+        for (size_t d = 0; d < dim; d++)
+            dst[d] = fmaf(p[i], v[d], dst[d]);
+}
+
+static float exp_sum_c(float *x, size_t n, float max)
+{
+    float lane[8] = {0};
+    for (size_t i = 0; i < n; i++) {
+        x[i] = cpu_exp(x[i] - max);
+        lane[i % 8] += x[i];
+    }
+    return reduce8(lane);
+}
+
+static void silu_c(float *dst, const float *gate, const float *up, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dst[i] = gate[i] * cpu_sigmoid(gate[i]) * up[i];
+}
+
+static void gelu_c(float *dst, const float *gate, const float *up, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dst[i] = cpu_gelu(gate[i]) * up[i];
+}
+
+static void add_c(float *dst, const float *a, const float *b, float scale, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dst[i] = fmaf(scale, b[i], a[i]);
+}
+
+static void f32_of_f16_c(float *dst, const uint8_t *src, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dst[i] = f32_of_f16(load_u16(src + 2 * i));
+}
+
+static void f16_of_f32_c(uint8_t *dst, const float *src, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint16_t h = f16_of_f32(src[i]);
+        memcpy(dst + 2 * i, &h, 2);
+    }
+}
+
+static const cpu_simd cpu_simd_c = {
+    sum_squares_c, scale_rows_c, dots_c, accumulate_c, exp_sum_c,
+    silu_c,        gelu_c,       add_c,  f32_of_f16_c, f16_of_f32_c,
+};
+
+/* ---------------------------------------------------------------------------------- AVX2 -- */
+
+#if MOE_X86
+#define AVX2 MOE_TARGET("avx2,fma,f16c")
+
+/* reduce8() of a register. */
+AVX2 MOE_INLINE float reduce8_avx2(__m256 v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* The first n < 8 floats, the rest 0; and back. */
+AVX2 MOE_INLINE __m256i tail_mask_avx2(size_t n)
+{
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n),
+                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+AVX2 MOE_INLINE __m256 exp_avx2(__m256 x)
+{
+    x = _mm256_max_ps(_mm256_set1_ps(EXP_MIN), x); /* the order keeps NaN */
+    x = _mm256_min_ps(_mm256_set1_ps(EXP_MAX), x);
+    const __m256 magic = _mm256_set1_ps(EXP_MAGIC);
+    __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(EXP_LOG2E), magic);
+    __m256 n = _mm256_sub_ps(shifted, magic);
+    __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-EXP_LN2_HIGH), x);
+    r = _mm256_fmadd_ps(n, _mm256_set1_ps(-EXP_LN2_LOW), r);
+    __m256 p = _mm256_set1_ps(exp_taylor[7]);
+    for (int i = 6; i >= 0; i--)
+        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(exp_taylor[i]));
+    __m256i power = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+}
+
+AVX2 MOE_INLINE __m256 sigmoid_avx2(__m256 x)
+{
+    const __m256 one = _mm256_set1_ps(1.0f);
+    __m256 minus = _mm256_xor_ps(x, _mm256_set1_ps(-0.0f));
+    return _mm256_div_ps(one, _mm256_add_ps(one, exp_avx2(minus)));
+}
+
+AVX2 static float sum_squares_avx2(const float *x, size_t n)
+{
+    __m256 sum = _mm256_setzero_ps();
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_loadu_ps(x + i);
+        sum = _mm256_fmadd_ps(v, v, sum);
+    }
+    if (i < n) {
+        __m256 v = _mm256_maskload_ps(x + i, tail_mask_avx2(n - i));
+        sum = _mm256_fmadd_ps(v, v, sum);
+    }
+    return reduce8_avx2(sum);
+}
+
+AVX2 static void scale_rows_avx2(float *dst, const float *src, float factor, const float *weight,
+                                 size_t n)
+{
+    const __m256 f = _mm256_set1_ps(factor);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(src + i), f);
+        if (weight)
+            v = _mm256_mul_ps(v, _mm256_loadu_ps(weight + i));
+        _mm256_storeu_ps(dst + i, v);
+    }
+    scale_rows_c(dst + i, src + i, factor, weight ? weight + i : NULL, n - i);
+}
+
+/* Four keys at a time, so that four chains of additions run side by side. */
+AVX2 static void dots_avx2(float *dst, const float *q, const float *k, size_t stride, size_t n_key,
+                           size_t dim)
+{
+    const size_t whole = dim & ~(size_t)7;
+    const __m256i mask = tail_mask_avx2(dim - whole);
+    size_t i = 0;
+    for (; i + 4 <= n_key; i += 4, k += 4 * stride) {
+        __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
+        const float *k0 = k, *k1 = k + stride, *k2 = k1 + stride, *k3 = k2 + stride;
+        for (size_t d = 0; d < whole; d += 8) {
+            __m256 x = _mm256_loadu_ps(q + d);
+            s0 = _mm256_fmadd_ps(x, _mm256_loadu_ps(k0 + d), s0);
+            s1 = _mm256_fmadd_ps(x, _mm256_loadu_ps(k1 + d), s1);
+            s2 = _mm256_fmadd_ps(x, _mm256_loadu_ps(k2 + d), s2);
+            s3 = _mm256_fmadd_ps(x, _mm256_loadu_ps(k3 + d), s3);
+        }
+        if (whole < dim) {
+            __m256 x = _mm256_maskload_ps(q + whole, mask);
+            s0 = _mm256_fmadd_ps(x, _mm256_maskload_ps(k0 + whole, mask), s0);
+            s1 = _mm256_fmadd_ps(x, _mm256_maskload_ps(k1 + whole, mask), s1);
+            s2 = _mm256_fmadd_ps(x, _mm256_maskload_ps(k2 + whole, mask), s2);
+            s3 = _mm256_fmadd_ps(x, _mm256_maskload_ps(k3 + whole, mask), s3);
+        }
+        dst[i] = reduce8_avx2(s0);
+        dst[i + 1] = reduce8_avx2(s1);
+        dst[i + 2] = reduce8_avx2(s2);
+        dst[i + 3] = reduce8_avx2(s3);
+    }
+    for (; i < n_key; i++, k += stride) {
+        __m256 s = _mm256_setzero_ps();
+        for (size_t d = 0; d < whole; d += 8)
+            s = _mm256_fmadd_ps(_mm256_loadu_ps(q + d), _mm256_loadu_ps(k + d), s);
+        if (whole < dim)
+            s = _mm256_fmadd_ps(_mm256_maskload_ps(q + whole, mask),
+                                _mm256_maskload_ps(k + whole, mask), s);
+        dst[i] = reduce8_avx2(s);
+    }
+}
+
+/* Strips of 32 elements stay in registers over all keys. */
+AVX2 static void accumulate_avx2(float *dst, const float *p, const float *v, size_t stride,
+                                 size_t n_key, size_t dim)
+{
+    size_t d = 0;
+    for (; d + 32 <= dim; d += 32) {
+        __m256 s0 = _mm256_loadu_ps(dst + d), s1 = _mm256_loadu_ps(dst + d + 8);
+        __m256 s2 = _mm256_loadu_ps(dst + d + 16), s3 = _mm256_loadu_ps(dst + d + 24);
+        const float *row = v + d;
+        for (size_t i = 0; i < n_key; i++, row += stride) {
+            __m256 w = _mm256_set1_ps(p[i]);
+            s0 = _mm256_fmadd_ps(w, _mm256_loadu_ps(row), s0);
+            s1 = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 8), s1);
+            s2 = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 16), s2);
+            s3 = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 24), s3);
+        }
+        _mm256_storeu_ps(dst + d, s0);
+        _mm256_storeu_ps(dst + d + 8, s1);
+        _mm256_storeu_ps(dst + d + 16, s2);
+        _mm256_storeu_ps(dst + d + 24, s3);
+    }
+    for (; d < dim; d += 8) {
+        __m256i mask = tail_mask_avx2(dim - d);
+        __m256 s = _mm256_maskload_ps(dst + d, mask);
+        const float *row = v + d;
+        for (size_t i = 0; i < n_key; i++, row += stride)
+            s = _mm256_fmadd_ps(_mm256_set1_ps(p[i]), _mm256_maskload_ps(row, mask), s);
+        _mm256_maskstore_ps(dst + d, mask, s);
+    }
+}
+
+AVX2 static float exp_sum_avx2(float *x, size_t n, float max)
+{
+    const __m256 m = _mm256_set1_ps(max);
+    __m256 sum = _mm256_setzero_ps();
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 e = exp_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), m));
+        _mm256_storeu_ps(x + i, e);
+        sum = _mm256_add_ps(sum, e);
+    }
+    if (i < n) {
+        __m256i mask = tail_mask_avx2(n - i);
+        __m256 e = exp_avx2(_mm256_sub_ps(_mm256_maskload_ps(x + i, mask), m));
+        _mm256_maskstore_ps(x + i, mask, e);
+        sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
+    }
+    return reduce8_avx2(sum);
+}
+
+AVX2 static void silu_avx2(float *dst, const float *gate, const float *up, size_t n)
+{
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 g = _mm256_loadu_ps(gate + i);
+        __m256 s = _mm256_mul_ps(g, sigmoid_avx2(g));
+        _mm256_storeu_ps(dst + i, _mm256_mul_ps(s, _mm256_loadu_ps(up + i)));
+    }
+    silu_c(dst + i, gate + i, up + i, n - i);
+}
+
+AVX2 static void gelu_avx2(float *dst, const float *gate, const float *up, size_t n)
+{
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_loadu_ps(gate + i);
+        __m256 cubic = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(GELU_CUBIC), x), x,
+                                       _mm256_set1_ps(1.0f));
+        __m256 u = _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(GELU_SLOPE), x), cubic);
+        __m256 y = _mm256_mul_ps(x, sigmoid_avx2(u));
+        _mm256_storeu_ps(dst + i, _mm256_mul_ps(y, _mm256_loadu_ps(up + i)));
+    }
+    gelu_c(dst + i, gate + i, up + i, n - i);
+}
+
+AVX2 static void add_avx2(float *dst, const float *a, const float *b, float scale, size_t n)
+{
+    const __m256 s = _mm256_set1_ps(scale);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(dst + i,
+                         _mm256_fmadd_ps(s, _mm256_loadu_ps(b + i), _mm256_loadu_ps(a + i)));
+    add_c(dst + i, a + i, b + i, scale, n - i);
+}
+
+AVX2 static void f32_of_f16_avx2(float *dst, const uint8_t *src, size_t n)
+{
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(dst + i,
+                         _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + 2 * i))));
+    f32_of_f16_c(dst + i, src + 2 * i, n - i);
+}
+
+AVX2 static void f16_of_f32_avx2(uint8_t *dst, const float *src, size_t n)
+{
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(dst + 2 * i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+    f16_of_f32_c(dst + 2 * i, src + i, n - i);
+}
+
+static const cpu_simd cpu_simd_avx2 = {
+    sum_squares_avx2, scale_rows_avx2, dots_avx2, accumulate_avx2, exp_sum_avx2,
+    silu_avx2,        gelu_avx2,       add_avx2,  f32_of_f16_avx2, f16_of_f32_avx2,
+};
+#undef AVX2
+#endif
+
+static const cpu_simd *cpu_simd_select(uint32_t cpu)
+{
+    const cpu_simd *best = &cpu_simd_c;
+    (void)cpu;
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = &cpu_simd_avx2;
+#endif
+    return best;
+}
+
+#endif
