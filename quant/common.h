@@ -32,6 +32,16 @@ MOE_UNUSED static int quant_round(float x, float d, int min, int max)
     return (int)lrintf(fminf(fmaxf(v, (float)min), (float)max));
 }
 
+/* The number of the largest magnitude, with its sign. */
+MOE_UNUSED static float quant_peak(const float *src, size_t n)
+{
+    float peak = 0;
+    for (size_t k = 0; k < n; k++)
+        if (fabsf(src[k]) > fabsf(peak))
+            peak = src[k];
+    return peak;
+}
+
 /* The scale and the offset of codes 0..max over the span of n weights: stored, and as they will be
  * read back. */
 MOE_UNUSED static void quant_span(const float *src, size_t n, int max, uint8_t d_stored[2],
@@ -56,7 +66,11 @@ MOE_INLINE float quant_affine(float d, int code, float m)
     return d * (float)code + m;
 }
 
-/* The index of the value nearest to x among n ascending ones; the lower of two equally near. */
+/* The values that the codes of IQ4_NL and IQ4_XS stand for. */
+MOE_UNUSED static const int8_t iq4_value[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                                1,    13,   25,  38,  53,  69,  89,  113};
+
+/* The index of the value nearest to x; the first of two equally near. */
 MOE_UNUSED static int quant_nearest(float x, const int8_t *values, int n)
 {
     int best = 0;

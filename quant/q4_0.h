@@ -37,11 +37,7 @@ static void q4_0_quantize(const float *src, void *blocks, size_t n)
 {
     q4_0_block *w = blocks;
     for (size_t b = 0; b < n / 32; b++, src += 32) {
-        float peak = 0;
-        for (size_t k = 0; k < 32; k++)
-            if (fabsf(src[k]) > fabsf(peak))
-                peak = src[k];
-        const uint16_t stored = quant_scale(peak / -8);
+        const uint16_t stored = quant_scale(quant_peak(src, 32) / -8);
         const float d = f32_of_f16(stored);
         memcpy(w[b].d, &stored, 2);
         for (size_t k = 0; k < 16; k++) {

@@ -33,10 +33,7 @@ static void q8_0_quantize(const float *src, void *blocks, size_t n)
 {
     q8_0_block *w = blocks;
     for (size_t b = 0; b < n / 32; b++, src += 32) {
-        float amax = 0;
-        for (size_t k = 0; k < 32; k++)
-            amax = fmaxf(amax, fabsf(src[k]));
-        const uint16_t stored = quant_scale(amax / 127);
+        const uint16_t stored = quant_scale(fabsf(quant_peak(src, 32)) / 127);
         memcpy(w[b].d, &stored, 2);
         for (size_t k = 0; k < 32; k++)
             w[b].q[k] = (int8_t)quant_round(src[k], f32_of_f16(stored), -127, 127);

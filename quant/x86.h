@@ -57,6 +57,15 @@ MOE_AVX2_INLINE __m128i x86_u16x8(const uint8_t *const row[8], size_t offset)
     return _mm_insert_epi16(v, load_u16(row[7] + offset), 7);
 }
 
+/* The 32-bit word at `offset` of each of 8 rows, in row order. */
+MOE_AVX2_INLINE __m256i x86_u32x8(const uint8_t *const row[8], size_t offset)
+{
+    int32_t v[8];
+    for (size_t i = 0; i < 8; i++)
+        memcpy(&v[i], row[i] + offset, 4);
+    return _mm256_setr_epi32(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]);
+}
+
 /* The half-precision number at `offset` of each of 8 rows. */
 MOE_AVX2_INLINE __m256 x86_f16x8(const uint8_t *const row[8], size_t offset)
 {
@@ -153,6 +162,46 @@ MOE_AVX2_INLINE void x86_nibbles(const uint8_t *const row[8], size_t offset, x86
     w->hi[1] = _mm256_and_si256(_mm256_srli_epi16(v1, 4), mask);
     w->hi[2] = _mm256_and_si256(_mm256_srli_epi16(v2, 4), mask);
     w->hi[3] = _mm256_and_si256(_mm256_srli_epi16(v3, 4), mask);
+}
+
+/* 16 where the bit k of a 32-bit word is set that `words` holds for each half, else 0: for bytes k = 0
+ * to 15 of each half, or 16 to 31. `at` is the place of the word in its half, plus 2 for the latter. */
+MOE_AVX2_INLINE __m256i x86_bits_to_16(__m256i words, int at)
+{
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
+    const __m256i copy = _mm256_setr_epi64x(0, 0x0101010101010101, 0, 0x0101010101010101);
+    __m256i v = _mm256_shuffle_epi8(words, _mm256_add_epi8(copy, _mm256_set1_epi8((char)at)));
+    v = _mm256_cmpeq_epi8(_mm256_and_si256(v, bit), bit);
+    return _mm256_and_si256(v, _mm256_set1_epi8(16));
+}
+
+/* Adds 16 to the code k of a row whose 32-bit word at `offset` has the bit k set. */
+MOE_AVX2_INLINE void x86_fifth_bits(const uint8_t *const row[8], size_t offset, x86_block *w)
+{
+    const __m256i words = x86_u32x8(row, offset);
+    w->lo[0] = _mm256_or_si256(w->lo[0], x86_bits_to_16(words, 0));
+    w->lo[1] = _mm256_or_si256(w->lo[1], x86_bits_to_16(words, 4));
+    w->lo[2] = _mm256_or_si256(w->lo[2], x86_bits_to_16(words, 8));
+    w->lo[3] = _mm256_or_si256(w->lo[3], x86_bits_to_16(words, 12));
+    w->hi[0] = _mm256_or_si256(w->hi[0], x86_bits_to_16(words, 2));
+    w->hi[1] = _mm256_or_si256(w->hi[1], x86_bits_to_16(words, 6));
+    w->hi[2] = _mm256_or_si256(w->hi[2], x86_bits_to_16(words, 10));
+    w->hi[3] = _mm256_or_si256(w->hi[3], x86_bits_to_16(words, 14));
+}
+
+/* Replaces codes 0..15 by the table's values. */
+MOE_AVX2_INLINE void x86_look_up(x86_block *w, const int8_t table[16])
+{
+    const __m256i t =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)table));
+    w->lo[0] = _mm256_shuffle_epi8(t, w->lo[0]);
+    w->lo[1] = _mm256_shuffle_epi8(t, w->lo[1]);
+    w->lo[2] = _mm256_shuffle_epi8(t, w->lo[2]);
+    w->lo[3] = _mm256_shuffle_epi8(t, w->lo[3]);
+    w->hi[0] = _mm256_shuffle_epi8(t, w->hi[0]);
+    w->hi[1] = _mm256_shuffle_epi8(t, w->hi[1]);
+    w->hi[2] = _mm256_shuffle_epi8(t, w->hi[2]);
+    w->hi[3] = _mm256_shuffle_epi8(t, w->hi[3]);
 }
 
 MOE_AVX2_INLINE __m256i x86_dot_pair_u5(__m256i lo, __m256i hi, const x86_x32 *x)

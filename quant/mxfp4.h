@@ -1,0 +1,142 @@
+/* quant/mxfp4.h - MXFP4: blocks of 32 weights in the E2M1 float format, with one power of two.
+ * OCP Microscaling Formats (MX) v1.0.
+ *
+ *     byte 0   1                                17
+ *          | e | q[16]                          |     w[k]      = 2^(e - 128) * mxfp4_value[q[k] & 15]
+ *          E8M0  low nibbles: k 0..15                 w[k + 16] = 2^(e - 128) * mxfp4_value[q[k] >> 4]
+ *                high nibbles: k 16..31
+ *
+ * The table holds twice the E2M1 numbers, which makes them integers; hence 128 where the standard has a
+ * bias of 127. The standard's NaN, e = 255, is read as a power of two like any other, as GGUF's own
+ * reader does.
+ *
+ * Product with a row of activations, block after block:
+ *     acc = fmaf(2^(e - 128) * x_scale, (float)sum(value * x_q), acc) */
+#ifndef MOE_QUANT_MXFP4_H
+#define MOE_QUANT_MXFP4_H
+
+#include "common.h"
+#include "quant.h"
+#include "x86.h"
+
+typedef struct mxfp4_block {
+    uint8_t e;
+    uint8_t q[16];
+} mxfp4_block;
+_Static_assert(sizeof(mxfp4_block) == 17, "as in GGUF");
+
+static const int8_t mxfp4_value[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+/* 2^(e - 128), whose two smallest numbers are subnormal. */
+MOE_INLINE float mxfp4_scale(uint8_t e)
+{
+    return f32_of_bits(e < 2 ? 0x00200000u << e : (e - 1u) << 23);
+}
+
+static void mxfp4_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const mxfp4_block *w = blocks;
+    for (size_t b = 0; b < n / 32; b++) {
+        const float d = mxfp4_scale(w[b].e);
+        for (size_t k = 0; k < 16; k++) {
+            dst[32 * b + k] = d * (float)mxfp4_value[w[b].q[k] & 15];
+            dst[32 * b + k + 16] = d * (float)mxfp4_value[w[b].q[k] >> 4];
+        }
+    }
+}
+
+/* As the standard says: the exponent of the largest magnitude becomes that of the largest number, 6.
+ * What lies above 6 becomes 6. */
+static void mxfp4_quantize(const float *src, void *blocks, size_t n)
+{
+    mxfp4_block *w = blocks;
+    for (size_t b = 0; b < n / 32; b++, src += 32) {
+        int exponent; /* amax in [2^(exponent - 1), 2^exponent) */
+        const float amax = fabsf(quant_peak(src, 32));
+        frexpf(amax, &exponent);
+        const int e = amax > 0 ? exponent - 1 - 2 + 127 : 0;
+        w[b].e = (uint8_t)MOE_MIN(MOE_MAX(e, 0), 254);
+        memset(w[b].q, 0, sizeof w[b].q);
+        for (size_t k = 0; k < 32; k++) {
+            int code = quant_nearest(fabsf(src[k]) / mxfp4_scale(w[b].e), mxfp4_value, 8);
+            code |= src[k] < 0 ? 8 : 0;
+            w[b].q[k % 16] |= (uint8_t)(code << k / 16 * 4);
+        }
+    }
+}
+
+static float mxfp4_dot_c(const uint8_t *row, const uint8_t *x_row, size_t n_in)
+{
+    const mxfp4_block *w = (const mxfp4_block *)row;
+    const moe_q8 x = act_q8(MOE_ACT_Q8_32, x_row, n_in);
+    float acc = 0;
+    for (size_t b = 0; b < n_in / 32; b++) {
+        int sum = 0;
+        for (size_t k = 0; k < 16; k++) {
+            sum += mxfp4_value[w[b].q[k] & 15] * x.q[32 * b + k];
+            sum += mxfp4_value[w[b].q[k] >> 4] * x.q[32 * b + k + 16];
+        }
+        acc = fmaf(mxfp4_scale(w[b].e) * x.scale[b], (float)sum, acc);
+    }
+    return acc;
+}
+
+static void mxfp4_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, mxfp4_dot_c);
+}
+
+#if MOE_X86
+/* mxfp4_scale() of the bytes at `offset` of 8 rows. */
+MOE_AVX2_INLINE __m256 mxfp4_scales_avx2(const uint8_t *const row[8], size_t offset)
+{
+    const __m256i e = _mm256_setr_epi32(row[0][offset], row[1][offset], row[2][offset],
+                                        row[3][offset], row[4][offset], row[5][offset],
+                                        row[6][offset], row[7][offset]);
+    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    const __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+    return _mm256_castsi256_ps(
+        _mm256_blendv_epi8(normal, subnormal, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+}
+
+/* The values are raised by 12, which makes them unsigned codes 0..24. */
+MOE_AVX2_INLINE void mxfp4_unpack_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
+{
+    static const int8_t code[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    x86_nibbles(row, offset + offsetof(mxfp4_block, q), w);
+    x86_look_up(w, code);
+    w->d = mxfp4_scales_avx2(row, offset);
+}
+
+/* sum((code - 12) * q) = sum(code * q) - 12 * sum(q) */
+MOE_AVX2_INLINE __m256 mxfp4_step_avx2(const x86_block *w, const x86_x32 *x, __m256 acc)
+{
+    return x86_add_scaled(w, x, _mm256_add_epi32(x86_dot_u5(w, x), x86_sum_times(x, -12)), acc);
+}
+
+MOE_AVX2 static void mxfp4_gemv_avx2(const moe_mm *mm)
+{
+    x86_gemv32(mm, sizeof(mxfp4_block), mxfp4_unpack_avx2, mxfp4_step_avx2);
+}
+
+MOE_AVX2 static void mxfp4_gemm_avx2(const moe_mm *mm)
+{
+    x86_gemm32(mm, sizeof(mxfp4_block), mxfp4_unpack_avx2, mxfp4_step_avx2);
+}
+#endif
+
+static moe_kernels mxfp4_select(uint32_t cpu)
+{
+    moe_kernels best = {mxfp4_mm_c, mxfp4_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){mxfp4_gemv_avx2, mxfp4_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_mxfp4 = {"MXFP4", 39, 32, sizeof(mxfp4_block), MOE_ACT_Q8_32, 4.25,
+                                      mxfp4_dequantize, mxfp4_quantize, mxfp4_select};
+
+#endif

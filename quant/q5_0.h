@@ -1,0 +1,114 @@
+/* quant/q5_0.h - Q5_0: blocks of 32 weights, one scale, 5 bits each.
+ *
+ *     byte 0   2     6                          22
+ *          | d | qh  | q[16]                    |     w[k] = d * (code[k] - 16)
+ *          f16   u32   low nibbles: k 0..15           code[k] = nibble | (qh >> k & 1) << 4
+ *                      high nibbles: k 16..31
+ *
+ * Product with a row of activations, block after block:
+ *     acc = fmaf(d * x_scale, (float)sum((code - 16) * x_q), acc) */
+#ifndef MOE_QUANT_Q5_0_H
+#define MOE_QUANT_Q5_0_H
+
+#include "common.h"
+#include "quant.h"
+#include "x86.h"
+
+typedef struct q5_0_block {
+    uint8_t d[2];
+    uint8_t qh[4];
+    uint8_t q[16];
+} q5_0_block;
+_Static_assert(sizeof(q5_0_block) == 22, "as in GGUF");
+
+/* Code k of a block, 0..31. */
+MOE_INLINE int q5_0_code(const q5_0_block *w, size_t k)
+{
+    return (w->q[k % 16] >> k / 16 * 4 & 15) | (w->qh[k / 8] >> k % 8 & 1) << 4;
+}
+
+static void q5_0_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const q5_0_block *w = blocks;
+    for (size_t b = 0; b < n / 32; b++) {
+        const float d = f32_of_f16(load_u16(w[b].d));
+        for (size_t k = 0; k < 32; k++)
+            dst[32 * b + k] = d * (float)(q5_0_code(&w[b], k) - 16);
+    }
+}
+
+/* The weight of the largest magnitude becomes code 0, that is -16 * d. */
+static void q5_0_quantize(const float *src, void *blocks, size_t n)
+{
+    q5_0_block *w = blocks;
+    for (size_t b = 0; b < n / 32; b++, src += 32) {
+        const uint16_t stored = quant_scale(quant_peak(src, 32) / -16);
+        memset(&w[b], 0, sizeof w[b]);
+        memcpy(w[b].d, &stored, 2);
+        for (size_t k = 0; k < 32; k++) {
+            const int code = quant_round(src[k], f32_of_f16(stored), -16, 15) + 16;
+            w[b].q[k % 16] |= (uint8_t)((code & 15) << k / 16 * 4);
+            w[b].qh[k / 8] |= (uint8_t)((code >> 4) << k % 8);
+        }
+    }
+}
+
+static float q5_0_dot_c(const uint8_t *row, const uint8_t *x_row, size_t n_in)
+{
+    const q5_0_block *w = (const q5_0_block *)row;
+    const moe_q8 x = act_q8(MOE_ACT_Q8_32, x_row, n_in);
+    float acc = 0;
+    for (size_t b = 0; b < n_in / 32; b++) {
+        int sum = 0;
+        for (size_t k = 0; k < 32; k++)
+            sum += (q5_0_code(&w[b], k) - 16) * x.q[32 * b + k];
+        acc = fmaf(f32_of_f16(load_u16(w[b].d)) * x.scale[b], (float)sum, acc);
+    }
+    return acc;
+}
+
+static void q5_0_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, q5_0_dot_c);
+}
+
+#if MOE_X86
+MOE_AVX2_INLINE void q5_0_unpack_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
+{
+    x86_nibbles(row, offset + offsetof(q5_0_block, q), w);
+    x86_fifth_bits(row, offset + offsetof(q5_0_block, qh), w);
+    w->d = x86_f16x8(row, offset);
+}
+
+/* sum((code - 16) * q) = sum(code * q) - 16 * sum(q): the codes stay unsigned. */
+MOE_AVX2_INLINE __m256 q5_0_step_avx2(const x86_block *w, const x86_x32 *x, __m256 acc)
+{
+    return x86_add_scaled(w, x, _mm256_add_epi32(x86_dot_u5(w, x), x86_sum_times(x, -16)), acc);
+}
+
+MOE_AVX2 static void q5_0_gemv_avx2(const moe_mm *mm)
+{
+    x86_gemv32(mm, sizeof(q5_0_block), q5_0_unpack_avx2, q5_0_step_avx2);
+}
+
+MOE_AVX2 static void q5_0_gemm_avx2(const moe_mm *mm)
+{
+    x86_gemm32(mm, sizeof(q5_0_block), q5_0_unpack_avx2, q5_0_step_avx2);
+}
+#endif
+
+static moe_kernels q5_0_select(uint32_t cpu)
+{
+    moe_kernels best = {q5_0_mm_c, q5_0_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){q5_0_gemv_avx2, q5_0_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_q5_0 = {"Q5_0", 6, 32, sizeof(q5_0_block), MOE_ACT_Q8_32, 5.5,
+                                     q5_0_dequantize, q5_0_quantize, q5_0_select};
+
+#endif
