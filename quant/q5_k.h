@@ -1,0 +1,201 @@
+/* quant/q5_k.h - Q5_K: 256 weights in 176 bytes, 5.5 bits per weight.
+ *
+ *     byte 0      2      4            16          48                              176
+ *          | d    | dmin | scales     | qh        | qs                            |
+ *          | f16  | f16  | 12 bytes   | 32 bytes  | 128 bytes                     |
+ *
+ * Q4_K with a fifth bit: 8 groups of 32 weights with 6-bit scales s[g] and minima m[g], packed as
+ * k.h says. Weight i of group g has its low bits in a nibble of qs[32 (g / 2) + i], the low one if g
+ * is even, and its highest in bit g of qh[i].
+ *
+ *     weight = d s[g] q - dmin m[g]        each product and the difference rounded to float32
+ *
+ * (The products are exact: 11 + 6 + 5 bits fit into 24. A compiler that fuses them changes nothing.)
+ *
+ * Times activations x = x_scale q_x, with integers that are exact,
+ *
+ *     int_sum = sum over g of s[g] (sum over i of q q_x)
+ *     min_sum = sum over g of m[g] (sum over i of q_x)
+ *     acc = fma(x_scale, fma(-dmin, min_sum, d int_sum), acc)     superblock after superblock */
+#ifndef MOE_QUANT_Q5_K_H
+#define MOE_QUANT_Q5_K_H
+
+#include "k.h"
+#include "x86_k.h"
+
+typedef struct q5_k_block {
+    uint8_t d[2], dmin[2]; // f16
+    uint8_t scales[12];    // 8 scales, 8 minima
+    uint8_t qh[32];
+    uint8_t qs[128];
+} q5_k_block;
+_Static_assert(sizeof(q5_k_block) == 176, "as in the file");
+
+static void q5_k_quantize(const float *src, void *blocks, size_t n)
+{
+    q5_k_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++) {
+        k_affine k;
+        k_quantize_affine(src + b * K_LEN, 8, 31, 63, &k);
+        k_put_f16(block->d, k.d);
+        k_put_f16(block->dmin, k.dmin);
+        k_put_scales_mins(block->scales, k.scale, k.min);
+        memset(block->qh, 0, sizeof block->qh);
+        for (int i = 0; i < K_LEN; i++)
+            block->qh[i % 32] = (uint8_t)(block->qh[i % 32] | k.q[i] >> 4 << i / 32);
+        for (int i = 0; i < 128; i++) {
+            const uint8_t *q = k.q + i / 32 * 64 + i % 32;
+            block->qs[i] = (uint8_t)((q[0] & 15) | (q[32] & 15) << 4);
+        }
+    }
+}
+
+MOE_INLINE int q5_k_code(const q5_k_block *block, int k)
+{
+    int low = block->qs[k / 64 * 32 + k % 32] >> k / 32 % 2 * 4 & 15;
+    return low | (block->qh[k % 32] >> k / 32 & 1) << 4;
+}
+
+static void q5_k_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const q5_k_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++) {
+        for (int k = 0; k < K_LEN; k++) {
+            int scale, min;
+            k_get_scale_min(block->scales, k / 32, &scale, &min);
+            float d = f32_of_f16(load_u16(block->d)) * (float)scale;
+            float m = f32_of_f16(load_u16(block->dmin)) * (float)min;
+            *dst++ = d * (float)q5_k_code(block, k) - m;
+        }
+    }
+}
+
+/* -- C: the specification -- */
+
+static float q5_k_dot_c(const uint8_t *w, const uint8_t *x_row, size_t n_in)
+{
+    const moe_q8 x = act_q8(MOE_ACT_Q8_256, x_row, n_in);
+    const q5_k_block *block = (const q5_k_block *)w;
+    float acc = 0;
+    for (size_t b = 0; b < n_in / K_LEN; b++, block++) {
+        const int8_t *q = x.q + b * K_LEN;
+        const int16_t *sum = x.sum + b * 16;
+        int32_t int_sum = 0, min_sum = 0;
+        for (int g = 0; g < 8; g++) {
+            int scale, min;
+            k_get_scale_min(block->scales, g, &scale, &min);
+            int32_t dot = 0;
+            for (int k = 32 * g; k < 32 * g + 32; k++)
+                dot += q5_k_code(block, k) * q[k];
+            int_sum += scale * dot;
+            min_sum += min * (sum[2 * g] + sum[2 * g + 1]);
+        }
+        float d = f32_of_f16(load_u16(block->d)), dmin = f32_of_f16(load_u16(block->dmin));
+        acc = fmaf(x.scale[b], fmaf(-dmin, (float)min_sum, d * (float)int_sum), acc);
+    }
+    return acc;
+}
+
+static void q5_k_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, q5_k_dot_c);
+}
+
+/* -- AVX2 -- */
+#if MOE_X86
+
+/* The codes of group 2p (low) and 2p + 1 (high), from 32 bytes of qs and from qh >> 2p. */
+MOE_AVX2_INLINE __m256i q5_k_low_avx2(__m256i qs, __m256i qh)
+{
+    return _mm256_or_si256(
+        _mm256_and_si256(qs, _mm256_set1_epi8(15)),
+        _mm256_and_si256(_mm256_slli_epi16(qh, 4), _mm256_set1_epi8(16)));
+}
+
+MOE_AVX2_INLINE __m256i q5_k_high_avx2(__m256i qs, __m256i qh)
+{
+    return _mm256_or_si256(
+        _mm256_and_si256(_mm256_srli_epi16(qs, 4), _mm256_set1_epi8(15)),
+        _mm256_and_si256(_mm256_slli_epi16(qh, 3), _mm256_set1_epi8(16)));
+}
+
+MOE_AVX2_INLINE __m256i q5_k_dot64_avx2(__m256i acc, const uint8_t *qs, __m256i qh, const int8_t *q,
+                                        __m256i scale0, __m256i scale1)
+{
+    __m256i v = x86_k_load(qs);
+    acc = x86_k_madd(acc, q5_k_low_avx2(v, qh), q, scale0);
+    return x86_k_madd(acc, q5_k_high_avx2(v, qh), q + 32, scale1);
+}
+
+MOE_AVX2_INLINE void q5_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                   __m256i *dot, __m256i *min)
+{
+    const x86_k_scales s = x86_k_scale_min(w);
+    const uint8_t *qs = w + offsetof(q5_k_block, qs);
+    const __m256i qh = x86_k_load(w + offsetof(q5_k_block, qh));
+    __m256i acc = _mm256_setzero_si256();
+    acc = q5_k_dot64_avx2(acc, qs, qh, q, _mm256_shuffle_epi32(s.low, 0x00),
+                          _mm256_shuffle_epi32(s.low, 0x55));
+    acc = q5_k_dot64_avx2(acc, qs + 32, _mm256_srli_epi16(qh, 2), q + 64,
+                          _mm256_shuffle_epi32(s.low, 0xaa), _mm256_shuffle_epi32(s.low, 0xff));
+    acc = q5_k_dot64_avx2(acc, qs + 64, _mm256_srli_epi16(qh, 4), q + 128,
+                          _mm256_shuffle_epi32(s.high, 0x00), _mm256_shuffle_epi32(s.high, 0x55));
+    acc = q5_k_dot64_avx2(acc, qs + 96, _mm256_srli_epi16(qh, 6), q + 192,
+                          _mm256_shuffle_epi32(s.high, 0xaa), _mm256_shuffle_epi32(s.high, 0xff));
+    *dot = acc;
+    *min = _mm256_madd_epi16(s.min, x86_k_load(sum));
+}
+
+MOE_AVX2_INLINE void q5_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+{
+    const x86_k_scales s = x86_k_scale_min(w);
+    __m256i qh = x86_k_load(w + offsetof(q5_k_block, qh));
+    for (int p = 0; p < 4; p++, qh = _mm256_srli_epi16(qh, 2)) {
+        __m256i v = x86_k_load(w + offsetof(q5_k_block, qs) + 32 * p);
+        x86_k_store(row->code + 64 * p, q5_k_low_avx2(v, qh));
+        x86_k_store(row->code + 64 * p + 32, q5_k_high_avx2(v, qh));
+    }
+    x86_k_store(row->scale, _mm256_blend_epi32(s.low, s.high, 0xf0));
+    x86_k_store(row->min, s.min);
+}
+
+/* 4 * 2 * 127 * 31 = 31496 */
+static const x86_k_format q5_k_avx2 = {sizeof(q5_k_block), 0,  X86_K_FLOAT_MIN, 32, 4,
+                                       q5_k_dot_avx2,      q5_k_unpack_avx2};
+
+MOE_AVX2 static void q5_k_gemv_avx2(const moe_mm *mm)
+{
+    x86_k_gemv(mm, &q5_k_avx2);
+}
+
+MOE_AVX2 static void q5_k_gemm_avx2(const moe_mm *mm)
+{
+    x86_k_gemm(mm, &q5_k_avx2, q5_k_gemv_avx2);
+}
+
+#endif
+
+static moe_kernels q5_k_select(uint32_t cpu)
+{
+    moe_kernels best = {q5_k_mm_c, q5_k_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){q5_k_gemv_avx2, q5_k_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_q5_k = {
+    .name = "Q5_K",
+    .id = 13,
+    .block_len = K_LEN,
+    .block_bytes = sizeof(q5_k_block),
+    .act = MOE_ACT_Q8_256,
+    .bits = 8.0 * sizeof(q5_k_block) / K_LEN,
+    .dequantize = q5_k_dequantize,
+    .quantize = q5_k_quantize,
+    .select = q5_k_select,
+};
+
+#endif

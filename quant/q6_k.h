@@ -1,0 +1,192 @@
+/* quant/q6_k.h - Q6_K: 256 weights in 210 bytes, 6.5625 bits per weight.
+ *
+ *     byte 0                         128            192        208      210
+ *          | ql                      | qh           | scales   | d      |
+ *          | 128 bytes               | 64 bytes     | int8[16] | f16    |
+ *
+ * 16 groups of 16 weights with 8-bit signed scales s[g]. Each half (128 weights) has 64 bytes of ql
+ * and 32 of qh: with j = 0..3 and i = 0..31, weight 32 j + i of the half has
+ *
+ *     bits 0..3 in ql[32 (j mod 2) + i], the low nibble if j < 2
+ *     bits 4..5 in qh[i], bits 2j and 2j + 1
+ *
+ *     weight = d s[g] (q - 32)             each product rounded to float32
+ *
+ * Times activations x = x_scale q_x, with an integer that is exact,
+ *
+ *     int_sum = sum over g of s[g] (sum over i of (q - 32) q_x)
+ *     acc = fma(x_scale d, int_sum, acc)   superblock after superblock; x_scale d is rounded */
+#ifndef MOE_QUANT_Q6_K_H
+#define MOE_QUANT_Q6_K_H
+
+#include "k.h"
+#include "x86_k.h"
+
+typedef struct q6_k_block {
+    uint8_t ql[128];
+    uint8_t qh[64];
+    int8_t scales[16];
+    uint8_t d[2]; // f16
+} q6_k_block;
+_Static_assert(sizeof(q6_k_block) == 210, "as in the file");
+
+static void q6_k_quantize(const float *src, void *blocks, size_t n)
+{
+    q6_k_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++) {
+        k_linear k;
+        k_quantize_linear(src + b * K_LEN, -32, 31, -128, 127, &k);
+        k_put_f16(block->d, k.d);
+        memcpy(block->scales, k.scale, 16);
+        memset(block->ql, 0, sizeof block->ql);
+        memset(block->qh, 0, sizeof block->qh);
+        for (int i = 0; i < K_LEN; i++) {
+            uint8_t *ql = &block->ql[i / 128 * 64 + i % 64], *qh = &block->qh[i / 128 * 32 + i % 32];
+            *ql = (uint8_t)(*ql | (k.q[i] & 15) << i / 64 % 2 * 4);
+            *qh = (uint8_t)(*qh | k.q[i] >> 4 << i / 32 % 4 * 2);
+        }
+    }
+}
+
+MOE_INLINE int q6_k_code(const q6_k_block *block, int k)
+{
+    int low = block->ql[k / 128 * 64 + k % 64] >> k / 64 % 2 * 4 & 15;
+    return (low | (block->qh[k / 128 * 32 + k % 32] >> k / 32 % 4 * 2 & 3) << 4) - 32;
+}
+
+static void q6_k_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const q6_k_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++)
+        for (int k = 0; k < K_LEN; k++) {
+            float d = f32_of_f16(load_u16(block->d)) * (float)block->scales[k / 16];
+            *dst++ = d * (float)q6_k_code(block, k);
+        }
+}
+
+/* -- C: the specification -- */
+
+static float q6_k_dot_c(const uint8_t *w, const uint8_t *x_row, size_t n_in)
+{
+    const moe_q8 x = act_q8(MOE_ACT_Q8_256, x_row, n_in);
+    const q6_k_block *block = (const q6_k_block *)w;
+    float acc = 0;
+    for (size_t b = 0; b < n_in / K_LEN; b++, block++) {
+        const int8_t *q = x.q + b * K_LEN;
+        int32_t int_sum = 0;
+        for (int g = 0; g < 16; g++) {
+            int32_t dot = 0;
+            for (int k = 16 * g; k < 16 * g + 16; k++)
+                dot += q6_k_code(block, k) * q[k];
+            int_sum += block->scales[g] * dot;
+        }
+        acc = fmaf(x.scale[b] * f32_of_f16(load_u16(block->d)), (float)int_sum, acc);
+    }
+    return acc;
+}
+
+static void q6_k_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, q6_k_dot_c);
+}
+
+/* -- AVX2 -- */
+#if MOE_X86
+
+/* The codes + 32 of 32 weights: `nibble` holds bits 0..3 in the low half of each byte, `high` bits
+ * 4..5 where they belong. What stands elsewhere in them is cut off. */
+MOE_AVX2_INLINE __m256i q6_k_join_avx2(__m256i nibble, __m256i high)
+{
+    return _mm256_or_si256(_mm256_and_si256(nibble, _mm256_set1_epi8(15)),
+                           _mm256_and_si256(high, _mm256_set1_epi8(48)));
+}
+
+/* Half a superblock: 128 codes. */
+MOE_AVX2_INLINE void q6_k_half_avx2(const uint8_t *ql, const uint8_t *qh, __m256i code[4])
+{
+    const __m256i v0 = x86_k_load(ql), v1 = x86_k_load(ql + 32), h = x86_k_load(qh);
+    code[0] = q6_k_join_avx2(v0, _mm256_slli_epi16(h, 4));
+    code[1] = q6_k_join_avx2(v1, _mm256_slli_epi16(h, 2));
+    code[2] = q6_k_join_avx2(_mm256_srli_epi16(v0, 4), h);
+    code[3] = q6_k_join_avx2(_mm256_srli_epi16(v1, 4), _mm256_srli_epi16(h, 2));
+}
+
+/* Products of code + 32 with x; `scale` holds the pairs of int16 of 4 even groups | 4 odd groups. */
+MOE_AVX2_INLINE __m256i q6_k_dot128_avx2(__m256i acc, const uint8_t *ql, const uint8_t *qh,
+                                         const int8_t *q, __m256i scale)
+{
+    __m256i code[4];
+    q6_k_half_avx2(ql, qh, code);
+    acc = x86_k_madd(acc, code[0], q, _mm256_shuffle_epi32(scale, 0x00));
+    acc = x86_k_madd(acc, code[1], q + 32, _mm256_shuffle_epi32(scale, 0x55));
+    acc = x86_k_madd(acc, code[2], q + 64, _mm256_shuffle_epi32(scale, 0xaa));
+    return x86_k_madd(acc, code[3], q + 96, _mm256_shuffle_epi32(scale, 0xff));
+}
+
+MOE_AVX2_INLINE void q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                   __m256i *dot, __m256i *min)
+{
+    const q6_k_block *block = (const q6_k_block *)w;
+    const __m128i scales = _mm_loadu_si128((const __m128i *)block->scales);
+    x86_k_scales16 s = x86_k_spread16(scales);
+    __m256i acc = _mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), x86_k_load(sum));
+    acc = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), acc), 5);
+    acc = q6_k_dot128_avx2(acc, block->ql, block->qh, q, s.low);
+    *dot = q6_k_dot128_avx2(acc, block->ql + 64, block->qh + 32, q + 128, s.high);
+    (void)min;
+}
+
+MOE_AVX2_INLINE void q6_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+{
+    const q6_k_block *block = (const q6_k_block *)w;
+    for (int half = 0; half < 2; half++) {
+        __m256i code[4];
+        q6_k_half_avx2(block->ql + 64 * half, block->qh + 32 * half, code);
+        for (int j = 0; j < 4; j++)
+            x86_k_store(row->code + 128 * half + 32 * j, code[j]);
+    }
+    __m256i scale = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)block->scales));
+    x86_k_store(row->scale, scale);
+    x86_k_store(row->min, _mm256_slli_epi16(scale, 5));
+}
+
+/* 2 * 2 * 127 * 63 = 32004 */
+static const x86_k_format q6_k_avx2 = {sizeof(q6_k_block), offsetof(q6_k_block, d), X86_K_INT_MIN,
+                                       16, 2, q6_k_dot_avx2, q6_k_unpack_avx2};
+
+MOE_AVX2 static void q6_k_gemv_avx2(const moe_mm *mm)
+{
+    x86_k_gemv(mm, &q6_k_avx2);
+}
+
+MOE_AVX2 static void q6_k_gemm_avx2(const moe_mm *mm)
+{
+    x86_k_gemm(mm, &q6_k_avx2, q6_k_gemv_avx2);
+}
+
+#endif
+
+static moe_kernels q6_k_select(uint32_t cpu)
+{
+    moe_kernels best = {q6_k_mm_c, q6_k_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){q6_k_gemv_avx2, q6_k_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_q6_k = {
+    .name = "Q6_K",
+    .id = 14,
+    .block_len = K_LEN,
+    .block_bytes = sizeof(q6_k_block),
+    .act = MOE_ACT_Q8_256,
+    .bits = 8.0 * sizeof(q6_k_block) / K_LEN,
+    .dequantize = q6_k_dequantize,
+    .quantize = q6_k_quantize,
+    .select = q6_k_select,
+};
+
+#endif
