@@ -22,7 +22,8 @@ The logits are computed in double precision throughout: torch.float32 is made to
 the model runs, since the modelling code forces norms, softmax and rotary angles into float32. The same
 model is also run in single precision, unchanged; the script prints the distance between the two and
 stops if it is not far below the tolerance of the tests. Weights are spread widely enough for attention
-and routers to be far from uniform, and tokens are chosen such that no router decision is a near tie.
+and routers to be far from uniform, and tokens are chosen such that no router decision is a near tie
+(0.2 between logits), so that a rounded key/value cache cannot turn one.
 """
 import argparse
 import contextlib
@@ -434,7 +435,7 @@ def make(name, m, seed, out, no_vocab):
     for _ in range(20):
         weights = round_weights(random_weights(skeleton, m, rng), m, arch)
         oracle = Oracle(build(m)[0], cls, weights, True)
-        tokens, margin = pick_tokens(oracle, m, rng, 0.15 if quantized else 2e-3)
+        tokens, margin = pick_tokens(oracle, m, rng, 0.2)
         if tokens:
             break
     else:
