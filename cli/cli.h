@@ -112,14 +112,16 @@ bool common_init(cli_common *common);
 enum { COMMON_OPTIONS = 7 };
 const cli_option *common_options(cli_common *common, cli_option table[COMMON_OPTIONS]);
 
-/* A name from a CLI_CHOICE table. */
+/* Values of --cache, in the order of moe_cache_type. */
 extern const char *const cache_names[];
 
 /* Opens the model at `path`; on failure says why and returns the exit status. */
 int common_open(moe_model **model, const char *path, const cli_common *common);
 void common_model_options(moe_model_options *options, moe_host *host, const char *path,
                           const cli_common *common);
-/* Opens a session, of n_ctx tokens, or the default if 0. */
+/* The defaults, with the common options and the cancel flag in them. `cache` is the index of a cache
+ * name. */
+void common_session_options(moe_session_options *options, const cli_common *common, int cache);
 int common_session(moe_session **session, moe_model *model, const moe_session_options *options);
 
 /* Prints "moe: ..." for a person. Returns EXIT_FAILED. */
@@ -136,6 +138,16 @@ char *cli_read_all(const char *path, size_t *bytes);
 moe_token *cli_encode(const moe_tokenizer *tokenizer, const char *text, size_t text_bytes,
                       uint32_t flags, size_t *n_tokens);
 
+/* Text from tokens: a buffer that grows as odd tokenizers need it. Zero-initialise; free data. */
+typedef struct cli_text {
+    char *data;
+    size_t room;
+} cli_text;
+
+/* Decodes one token, -1 to end the stream, into text->data; the length of the text. */
+size_t cli_decode(const moe_tokenizer *tokenizer, moe_decoder *decoder, moe_token token,
+                  cli_text *text);
+
 /* realloc with n * item_bytes checked; a failure is reported and ends the program, which holds
  * nothing that needs care. */
 void *cli_alloc(void *old, size_t n, size_t item_bytes);
@@ -144,15 +156,19 @@ void *cli_alloc(void *old, size_t n, size_t item_bytes);
  * shown, not obeyed. */
 void cli_write_text(const char *text, size_t text_bytes);
 
+/* For qsort. */
+int cli_compare_doubles(const void *a, const void *b);
+
 /* "1.23 GB" in a buffer of the caller. Powers of 1000. */
 typedef struct cli_size { char text[24]; } cli_size;
 const char *cli_size_text(cli_size *buffer, uint64_t bytes);
 
-/* A file that appears under its name only when it is whole: written beside it first. */
+/* A file that appears under its name only when it is whole: written beside it first. "-" is standard
+ * output. */
 typedef struct cli_output {
     FILE *file;
     const char *path;
-    char *partial;
+    char *partial; /* NULL for standard output */
 } cli_output;
 
 bool output_open(cli_output *output, const char *path);

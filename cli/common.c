@@ -157,6 +157,14 @@ int common_open(moe_model **model, const char *path, const cli_common *common)
     return EXIT_OK;
 }
 
+void common_session_options(moe_session_options *options, const cli_common *common, int cache)
+{
+    moe_session_options_init(options);
+    options->n_threads = common->n_threads;
+    options->cache_type = (moe_cache_type)cache;
+    options->cancel = &cli_cancel;
+}
+
 int common_session(moe_session **session, moe_model *model, const moe_session_options *options)
 {
     moe_error error = {0};
@@ -182,6 +190,20 @@ moe_token *cli_encode(const moe_tokenizer *tokenizer, const char *text, size_t t
             return NULL;
         }
         capacity = *n_tokens;
+    }
+}
+
+size_t cli_decode(const moe_tokenizer *tokenizer, moe_decoder *decoder, moe_token token,
+                  cli_text *text)
+{
+    for (;;) {
+        size_t bytes = text->room ? moe_tokenizer_decode(tokenizer, decoder, token, text->data,
+                                                         text->room)
+                                  : 255;
+        if (bytes < text->room)
+            return bytes;
+        text->room = bytes + 1;
+        text->data = cli_alloc(text->data, text->room, 1);
     }
 }
 
@@ -220,7 +242,9 @@ bool output_open(cli_output *output, const char *path)
 {
     static const char suffix[] = ".partial";
     size_t length = strlen(path);
-    output->path = path;
+    *output = (cli_output){.file = stdout, .path = path};
+    if (!strcmp(path, "-"))
+        return true;
     output->partial = cli_alloc(NULL, length + sizeof suffix, 1);
     memcpy(output->partial, path, length);
     memcpy(output->partial + length, suffix, sizeof suffix);
@@ -236,17 +260,17 @@ bool output_write(cli_output *output, const void *data, size_t bytes)
 {
     if (fwrite(data, 1, bytes, output->file) == bytes)
         return true;
-    cli_fail("%s: %s", output->partial, strerror(errno));
+    cli_fail("%s: %s", output->path, strerror(errno));
     return false;
 }
 
 bool output_close(cli_output *output, bool keep)
 {
-    bool good = true;
-    if (fclose(output->file) && keep)
-        good = false;
-    if (good && keep && rename(output->partial, output->path))
-        good = false;
+    if (!output->partial)
+        return true; /* main() flushes standard output and looks at the result */
+    bool good = !fclose(output->file);
+    if (good && keep)
+        good = !rename(output->partial, output->path);
     if (!good)
         cli_fail("%s: %s", output->path, strerror(errno));
     if (!good || !keep)
@@ -271,6 +295,12 @@ void cli_write_text(const char *text, size_t text_bytes)
         putchar(c);
     }
     fflush(stdout);
+}
+
+int cli_compare_doubles(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
 }
 
 const char *cli_size_text(cli_size *buffer, uint64_t bytes)
