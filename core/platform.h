@@ -32,16 +32,17 @@ MOE_UNUSED static void plat_unmap(const uint8_t *data, uint64_t bytes);
 
 /* -- threads -- */
 #ifdef _WIN32
-typedef struct plat_thread { void *handle; } plat_thread;
+typedef struct plat_thread { void *handle; void (*run)(void *); void *arg; } plat_thread;
 typedef struct plat_mutex { void *srw; } plat_mutex;
 typedef struct plat_cond { void *cv; } plat_cond;
 #else
 #include <pthread.h>
-typedef struct plat_thread { pthread_t id; } plat_thread;
+typedef struct plat_thread { pthread_t id; void (*run)(void *); void *arg; } plat_thread;
 typedef struct plat_mutex { pthread_mutex_t m; } plat_mutex;
 typedef struct plat_cond { pthread_cond_t c; } plat_cond;
 #endif
 
+/* *thread must stay where it is until it was joined. */
 MOE_UNUSED static bool plat_thread_start(plat_thread *thread, void (*run)(void *), void *arg);
 MOE_UNUSED static void plat_thread_join(plat_thread *thread);
 MOE_UNUSED static bool plat_mutex_init(plat_mutex *m);
