@@ -1,0 +1,703 @@
+/* tests/fenced_backend.h - a backend whose memory the host cannot touch.
+ *
+ * It stands in for a device with memory of its own. Every buffer is a copy in pages that are
+ * PROT_NONE except while this backend itself runs, with a guard page behind it; layers that reach
+ * around the seam crash. Fresh buffers hold NaN, weights can never be written, and operations are
+ * only run at submit(), so nothing works by accident. What is recorded is checked against the
+ * promises of backends/backend.h: views inside their buffers, aligned, not overlapping where they
+ * must not, sizes within the queue's options; submit() reports the first breach.
+ *
+ * The arithmetic is not its subject: the operations are run by the CPU backend, over the same pages.
+ *
+ * moe_device, moe_queue and moe_buffer are the CPU backend's structs in this translation unit; ours
+ * have other names and are cast, as each backend alone knows what is behind these pointers. */
+#ifndef MOE_TESTS_FENCED_BACKEND_H
+#define MOE_TESTS_FENCED_BACKEND_H
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "../backends/backend.h"
+
+typedef struct fenced_device fenced_device;
+
+typedef struct fenced_buffer {
+    fenced_device *device; // NULL once freed
+    struct fenced_buffer *next, **link;
+    moe_buffer *inner;     // the same pages, as the CPU backend sees them
+    uint8_t *map;          // whole pages, then one that is never accessible
+    uint64_t map_bytes;    // without the guard page
+    uint8_t *memory;       // ends where the guard page starts, up to the alignment of 64
+    uint64_t bytes;
+    bool read_only;
+} fenced_buffer;
+
+struct fenced_device {
+    const moe_backend *cpu;
+    moe_device *inner;
+    moe_mem *mem;
+    plat_mutex mutex;      // protects the list and n_open
+    fenced_buffer *buffers;
+    uint32_t n_open;       // queues that are running now
+};
+
+typedef enum fenced_kind {
+    FENCED_EMBED, FENCED_NORM, FENCED_MATMUL, FENCED_ROPE, FENCED_STORE, FENCED_ATTEND, FENCED_GLU,
+    FENCED_ADD, FENCED_SOFTCAP, FENCED_ROUTE, FENCED_EXPERTS, FENCED_COMBINE
+} fenced_kind;
+
+/* An operation in the CPU backend's terms, with copies of what it points to. */
+typedef struct fenced_op {
+    fenced_kind kind;
+    union {
+        moe_embed_op embed;
+        moe_norm_op norm;
+        moe_matmul_op matmul;
+        moe_rope_op rope;
+        moe_store_op store;
+        moe_attend_op attend;
+        moe_glu_op glu;
+        moe_add_op add;
+        moe_softcap_op softcap;
+        moe_route_op route;
+        moe_experts_op experts;
+        moe_combine_op combine;
+    } as;
+    moe_weight weight[MOE_MATMUL_MAX];
+    moe_cache cache[2];
+} fenced_op;
+
+enum { FENCED_N_OPS = 37 }; // odd, so that a full queue is flushed at changing places
+
+typedef struct fenced_queue {
+    fenced_device *device;
+    moe_queue *inner;
+    moe_queue_options options;
+    moe_status status;     // of what was recorded since the last submit
+    moe_error error;
+    uint32_t n_ops;
+    uint64_t n_runs;       // operations run so far, for the tests
+    fenced_op ops[FENCED_N_OPS];
+} fenced_queue;
+
+/* ---------------------------------------------------------------------------------- fence -- */
+
+static bool fenced_protect(const fenced_buffer *b, bool open)
+{
+    int access = !open ? PROT_NONE : b->read_only ? PROT_READ : PROT_READ | PROT_WRITE;
+    return mprotect(b->map, (size_t)b->map_bytes, access) == 0;
+}
+
+static void fenced_open(fenced_device *d)
+{
+    plat_mutex_lock(&d->mutex);
+    if (d->n_open++ == 0)
+        for (fenced_buffer *b = d->buffers; b; b = b->next)
+            fenced_protect(b, true);
+    plat_mutex_unlock(&d->mutex);
+}
+
+static void fenced_shut(fenced_device *d)
+{
+    plat_mutex_lock(&d->mutex);
+    if (--d->n_open == 0)
+        for (fenced_buffer *b = d->buffers; b; b = b->next)
+            fenced_protect(b, false);
+    plat_mutex_unlock(&d->mutex);
+}
+
+/* -------------------------------------------------------------------------------- buffers -- */
+
+static void fenced_buffer_free(moe_device *device, moe_buffer *buffer)
+{
+    fenced_device *d = (fenced_device *)device;
+    fenced_buffer *b = (fenced_buffer *)buffer;
+    if (!b)
+        return;
+    if (b->inner)
+        d->cpu->buffer_free(d->inner, b->inner);
+    plat_mutex_lock(&d->mutex);
+    if (b->link) {
+        *b->link = b->next;
+        if (b->next)
+            b->next->link = b->link;
+    }
+    plat_mutex_unlock(&d->mutex);
+    if (b->map) {
+        munmap(b->map, (size_t)b->map_bytes + (size_t)sysconf(_SC_PAGESIZE));
+        atomic_fetch_sub(&d->mem->used_bytes, b->map_bytes);
+    }
+    b->device = NULL;
+    mem_free(d->mem, b);
+}
+
+/* content NULL: fresh, full of NaN. */
+static moe_status fenced_buffer_make(fenced_device *d, const void *content, uint64_t bytes,
+                                     moe_buffer **out, moe_error *error)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    *out = NULL;
+    fenced_buffer *b = mem_alloc(d->mem, 1, sizeof *b);
+    if (!b)
+        return fail_memory(error, d->mem, "buffer", sizeof *b);
+    uint64_t map_bytes;
+    if (!checked_align(bytes ? bytes : 1, page, &map_bytes) || !mem_reserve(d->mem, map_bytes)) {
+        mem_free(d->mem, b);
+        return fail_memory(error, d->mem, "buffer", bytes);
+    }
+    void *map = mmap(NULL, (size_t)(map_bytes + page), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+                     0);
+    if (map == MAP_FAILED) {
+        atomic_fetch_sub(&d->mem->used_bytes, map_bytes);
+        mem_free(d->mem, b);
+        return fail_memory(error, d->mem, "buffer", bytes);
+    }
+    *b = (fenced_buffer){.device = d, .map = map, .map_bytes = map_bytes, .bytes = bytes};
+    b->memory = b->map + map_bytes - align_up(bytes, 64);
+    if (!fenced_protect(b, true)) {
+        fenced_buffer_free((moe_device *)d, (moe_buffer *)b);
+        return fail(error, MOE_ERR_BACKEND, "buffer", "expected mprotect to work");
+    }
+    if (content)
+        memcpy(b->memory, content, (size_t)bytes);
+    else
+        memset(b->map, 0xff, (size_t)map_bytes);
+    b->read_only = content != NULL;
+    moe_status status = d->cpu->buffer_wrap(d->inner, b->memory, bytes, &b->inner, error);
+    if (status) {
+        fenced_buffer_free((moe_device *)d, (moe_buffer *)b);
+        return status;
+    }
+    plat_mutex_lock(&d->mutex);
+    b->next = d->buffers;
+    b->link = &d->buffers;
+    if (b->next)
+        b->next->link = &b->next;
+    d->buffers = b;
+    fenced_protect(b, d->n_open > 0);
+    plat_mutex_unlock(&d->mutex);
+    *out = (moe_buffer *)b;
+    return MOE_OK;
+}
+
+static moe_status fenced_buffer_new(moe_device *device, uint64_t bytes, moe_buffer **out,
+                                    moe_error *error)
+{
+    return fenced_buffer_make((fenced_device *)device, NULL, bytes, out, error);
+}
+
+static moe_status fenced_buffer_wrap(moe_device *device, const void *host, uint64_t bytes,
+                                     moe_buffer **out, moe_error *error)
+{
+    return fenced_buffer_make((fenced_device *)device, host, bytes, out, error);
+}
+
+/* --------------------------------------------------------------------------------- device -- */
+
+static void fenced_device_close(moe_device *device)
+{
+    fenced_device *d = (fenced_device *)device;
+    if (!d)
+        return;
+    if (d->inner)
+        d->cpu->device_close(d->inner);
+    plat_mutex_destroy(&d->mutex);
+    mem_free(d->mem, d);
+}
+
+static moe_status fenced_device_open(moe_device **out, const moe_device_options *options,
+                                     moe_error *error)
+{
+    *out = NULL;
+    fenced_device *d = mem_alloc(options->mem, 1, sizeof *d);
+    if (!d)
+        return fail_memory(error, options->mem, "device", sizeof *d);
+    d->cpu = backend_cpu();
+    d->mem = options->mem;
+    if (!plat_mutex_init(&d->mutex)) {
+        mem_free(options->mem, d);
+        return fail(error, MOE_ERR_THREAD, "device", "cannot make a mutex");
+    }
+    moe_status status = d->cpu->device_open(&d->inner, options, error);
+    if (status)
+        fenced_device_close((moe_device *)d);
+    else
+        *out = (moe_device *)d;
+    return status;
+}
+
+static const char *fenced_device_name(const moe_device *device)
+{
+    (void)device;
+    return "fenced memory";
+}
+
+/* --------------------------------------------------------------------------------- checks -- */
+
+static bool fenced_fault(fenced_queue *q, const char *op, const char *what, uint64_t expected,
+                         uint64_t got)
+{
+    if (!q->status)
+        q->status = fail(&q->error, MOE_ERR_BACKEND, op, "%s: expected at most %llu, got %llu", what,
+                         (unsigned long long)expected, (unsigned long long)got);
+    return false;
+}
+
+static bool fenced_at_most(fenced_queue *q, const char *op, const char *what, uint64_t got,
+                           uint64_t limit)
+{
+    return got <= limit || fenced_fault(q, op, what, limit, got);
+}
+
+typedef enum fenced_use {
+    FENCED_READ,
+    FENCED_WRITE,
+    FENCED_MAYBE // reads; may be absent
+} fenced_use;
+
+/* Checks that `count` items of `item_bytes` at the view are there, and turns the view into the CPU
+ * backend's. */
+static bool fenced_view(fenced_queue *q, const char *op, const char *what, moe_view *view,
+                        uint64_t count, uint64_t item_bytes, fenced_use use)
+{
+    fenced_buffer *b = (fenced_buffer *)view->buffer;
+    uint64_t bytes, end;
+    if (!b && use == FENCED_MAYBE)
+        return true;
+    if (!b || b->device != q->device)
+        return fenced_fault(q, op, what, 0, 1); // no buffer, or one of another device
+    if (use == FENCED_WRITE && b->read_only)
+        return fenced_fault(q, op, "bytes written to weights", 0, count * item_bytes);
+    if (view->offset % 4)
+        return fenced_fault(q, op, "misalignment of a view", 0, view->offset % 4);
+    if (!checked_mul(count, item_bytes, &bytes) || !checked_add(view->offset, bytes, &end))
+        end = UINT64_MAX;
+    if (end > b->bytes)
+        return fenced_fault(q, op, what, b->bytes, end);
+    view->buffer = b->inner;
+    return true;
+}
+
+/* Whether two ranges of floats have a byte in common. */
+static bool fenced_apart(fenced_queue *q, const char *op, moe_view a, uint64_t a_floats, moe_view b,
+                         uint64_t b_floats)
+{
+    bool apart = a.buffer != b.buffer || a.offset + 4 * a_floats <= b.offset ||
+                 b.offset + 4 * b_floats <= a.offset;
+    return apart || fenced_fault(q, op, "overlap of dst and src", 0, 1);
+}
+
+/* The same range, or none in common. */
+static bool fenced_same_or_apart(fenced_queue *q, const char *op, moe_view a, moe_view b,
+                                 uint64_t floats)
+{
+    return (a.buffer == b.buffer && a.offset == b.offset) ||
+           fenced_apart(q, op, a, floats, b, floats);
+}
+
+/* A checked copy of a weight, at *place. */
+static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w, moe_weight *place)
+{
+    if (!weight_present(*w) || !(*w)->quant)
+        return fenced_fault(q, op, "missing weights", 0, 1);
+    *place = **w;
+    *w = place;
+    uint64_t block = place->quant->block_len;
+    uint64_t row = place->dims[0] / block * place->quant->block_bytes;
+    return fenced_at_most(q, op, "remainder of a row", place->dims[0] % block, 0) &&
+           fenced_at_most(q, op, "bytes in a row", row, place->row_bytes) &&
+           fenced_at_most(q, op, "bytes in a matrix", place->row_bytes * place->dims[1],
+                          place->matrix_bytes) &&
+           fenced_at_most(q, op, "row length", place->dims[0], q->options.n_in_max) &&
+           fenced_view(q, op, place->name ? place->name : "weight", &place->data, place->dims[2],
+                       place->matrix_bytes, FENCED_READ);
+}
+
+static bool fenced_cache(fenced_queue *q, const char *op, const moe_cache **c, moe_cache *place,
+                         fenced_use use)
+{
+    *place = **c;
+    *c = place;
+    return fenced_view(q, op, "cache", &place->data, (uint64_t)place->n_head * place->n_slot,
+                       cache_row_bytes(place->type, place->dim), use);
+}
+
+static bool fenced_n_tok(fenced_queue *q, const char *op, uint64_t n_tok)
+{
+    return fenced_at_most(q, op, "n_tok", n_tok, q->options.n_tok_max) &&
+           fenced_at_most(q, op, "missing n_tok", n_tok == 0, 0);
+}
+
+/* -------------------------------------------------------------------------------- running -- */
+
+static void fenced_run_one(fenced_queue *q, const fenced_op *op)
+{
+    const moe_backend *cpu = q->device->cpu;
+    switch (op->kind) {
+    case FENCED_EMBED: cpu->embed(q->inner, &op->as.embed); break;
+    case FENCED_NORM: cpu->norm(q->inner, &op->as.norm); break;
+    case FENCED_MATMUL: cpu->matmul(q->inner, &op->as.matmul); break;
+    case FENCED_ROPE: cpu->rope(q->inner, &op->as.rope); break;
+    case FENCED_STORE: cpu->store(q->inner, &op->as.store); break;
+    case FENCED_ATTEND: cpu->attend(q->inner, &op->as.attend); break;
+    case FENCED_GLU: cpu->glu(q->inner, &op->as.glu); break;
+    case FENCED_ADD: cpu->add(q->inner, &op->as.add); break;
+    case FENCED_SOFTCAP: cpu->softcap(q->inner, &op->as.softcap); break;
+    case FENCED_ROUTE: cpu->route(q->inner, &op->as.route); break;
+    case FENCED_EXPERTS: cpu->experts(q->inner, &op->as.experts); break;
+    case FENCED_COMBINE: cpu->combine(q->inner, &op->as.combine); break;
+    }
+    q->n_runs++;
+}
+
+/* Runs what is recorded; what goes wrong is kept for submit(). */
+static void fenced_flush(fenced_queue *q)
+{
+    if (!q->status && q->n_ops) {
+        fenced_open(q->device);
+        for (uint32_t i = 0; i < q->n_ops; i++)
+            fenced_run_one(q, &q->ops[i]);
+        q->status = q->device->cpu->submit(q->inner, &q->error);
+        fenced_shut(q->device);
+    }
+    q->n_ops = 0;
+}
+
+static moe_status fenced_submit(moe_queue *queue, moe_error *error)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    fenced_flush(q);
+    moe_status status = q->status;
+    if (status && error)
+        *error = q->error;
+    q->status = MOE_OK;
+    q->error = (moe_error){0};
+    return status;
+}
+
+static moe_status fenced_write(moe_queue *queue, moe_view dst, const void *src, uint64_t bytes)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    const fenced_buffer *b = (const fenced_buffer *)dst.buffer;
+    fenced_flush(q);
+    if (!q->status && !fenced_view(q, "write", "dst", &dst, bytes, 1, FENCED_WRITE))
+        return q->status;
+    if (q->status)
+        return q->status;
+    fenced_open(q->device);
+    memcpy(b->memory + dst.offset, src, (size_t)bytes);
+    fenced_shut(q->device);
+    return MOE_OK;
+}
+
+static moe_status fenced_read(moe_queue *queue, moe_view src, void *dst, uint64_t bytes,
+                              moe_error *error)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    const fenced_buffer *b = (const fenced_buffer *)src.buffer;
+    fenced_flush(q);
+    if (!q->status)
+        fenced_view(q, "read", "src", &src, bytes, 1, FENCED_READ);
+    moe_status status = fenced_submit(queue, error);
+    if (status)
+        return status;
+    fenced_open(q->device);
+    memcpy(dst, b->memory + src.offset, (size_t)bytes);
+    fenced_shut(q->device);
+    return MOE_OK;
+}
+
+/* ------------------------------------------------------------------------------ recording -- */
+
+/* A place for one more operation. It counts only once fenced_keep() is told that it is sound. */
+static fenced_op *fenced_place(fenced_queue *q, fenced_kind kind)
+{
+    if (q->n_ops == FENCED_N_OPS)
+        fenced_flush(q);
+    fenced_op *op = &q->ops[q->n_ops];
+    op->kind = kind;
+    return op;
+}
+
+static void fenced_keep(fenced_queue *q, bool sound)
+{
+    q->n_ops += sound;
+}
+
+static void fenced_embed(moe_queue *queue, const moe_embed_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    fenced_op *f = fenced_place(q, FENCED_EMBED);
+    moe_embed_op *o = &f->as.embed;
+    *o = *op;
+    fenced_keep(q, fenced_n_tok(q, "embed", o->n_tok) &&
+                       fenced_weight(q, "embed", &o->table, &f->weight[0]) &&
+                       fenced_view(q, "embed", "ids", &o->ids, o->n_tok, 4, FENCED_READ) &&
+                       fenced_view(q, "embed", "dst", &o->dst, o->n_tok * op->table->dims[0], 4,
+                                   FENCED_WRITE));
+}
+
+static void fenced_norm(moe_queue *queue, const moe_norm_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_norm_op *o = &fenced_place(q, FENCED_NORM)->as.norm;
+    *o = *op;
+    uint64_t last = o->n_row ? o->n_row - 1 : 0;
+    fenced_keep(
+        q, fenced_at_most(q, "norm", "missing n_row", o->n_row == 0, 0) &&
+               fenced_at_most(q, "norm", "dim, by the strides", o->dim,
+                              last ? MOE_MIN(o->dst_stride, o->src_stride) : UINT32_MAX) &&
+               fenced_view(q, "norm", "src", &o->src, last * o->src_stride + o->dim, 4,
+                           FENCED_READ) &&
+               fenced_view(q, "norm", "dst", &o->dst, last * o->dst_stride + o->dim, 4,
+                           FENCED_WRITE) &&
+               fenced_view(q, "norm", "weight", &o->weight, o->dim, 4, FENCED_MAYBE));
+}
+
+static void fenced_matmul(moe_queue *queue, const moe_matmul_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    fenced_op *f = fenced_place(q, FENCED_MATMUL);
+    moe_matmul_op *o = &f->as.matmul;
+    *o = *op;
+    bool sound = fenced_n_tok(q, "matmul", o->n_tok) &&
+                 fenced_at_most(q, "matmul", "n_out", o->n_out, MOE_MATMUL_MAX) &&
+                 fenced_at_most(q, "matmul", "missing n_out", o->n_out == 0, 0) &&
+                 weight_present(op->out[0].w) &&
+                 fenced_view(q, "matmul", "src", &o->src,
+                             o->n_tok * op->out[0].w->dims[0], 4, FENCED_READ);
+    for (uint32_t i = 0; sound && i < o->n_out; i++) {
+        const moe_weight *w = op->out[i].w;
+        sound = fenced_weight(q, "matmul", &o->out[i].w, &f->weight[i]) &&
+                fenced_at_most(q, "matmul", "row length, by the first matrix", w->dims[0],
+                               op->out[0].w->dims[0]) &&
+                fenced_at_most(q, "matmul", "matrices", w->dims[2], 1) &&
+                fenced_view(q, "matmul", "bias", &o->out[i].bias, w->dims[1], 4, FENCED_MAYBE) &&
+                fenced_view(q, "matmul", "dst", &o->out[i].dst, o->n_tok * w->dims[1], 4,
+                            FENCED_WRITE) &&
+                fenced_apart(q, "matmul", op->out[i].dst, o->n_tok * w->dims[1], op->src,
+                             o->n_tok * w->dims[0]);
+    }
+    fenced_keep(q, sound);
+}
+
+static void fenced_rope(moe_queue *queue, const moe_rope_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_rope_op *o = &fenced_place(q, FENCED_ROPE)->as.rope;
+    *o = *op;
+    fenced_keep(q, fenced_n_tok(q, "rope", o->n_tok) &&
+                       fenced_at_most(q, "rope", "odd n_rot", o->n_rot % 2, 0) &&
+                       fenced_at_most(q, "rope", "first + n_rot", (uint64_t)o->first + o->n_rot,
+                                      o->head_dim) &&
+                       fenced_view(q, "rope", "table", &o->table, (uint64_t)o->n_tok * o->n_rot, 4,
+                                   FENCED_READ) &&
+                       fenced_view(q, "rope", "x", &o->x,
+                                   (uint64_t)o->n_tok * o->n_head * o->head_dim, 4, FENCED_WRITE));
+}
+
+static void fenced_store(moe_queue *queue, const moe_store_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    fenced_op *f = fenced_place(q, FENCED_STORE);
+    moe_store_op *o = &f->as.store;
+    *o = *op;
+    fenced_keep(q, fenced_n_tok(q, "store", o->n_tok) &&
+                       fenced_cache(q, "store", &o->cache, &f->cache[0], FENCED_WRITE) &&
+                       fenced_at_most(q, "store", "n_tok, by n_slot", o->n_tok,
+                                      op->cache->n_slot) &&
+                       fenced_view(q, "store", "src", &o->src,
+                                   (uint64_t)o->n_tok * op->cache->n_head * op->cache->dim, 4,
+                                   FENCED_READ));
+}
+
+static void fenced_attend(moe_queue *queue, const moe_attend_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    fenced_op *f = fenced_place(q, FENCED_ATTEND);
+    moe_attend_op *o = &f->as.attend;
+    *o = *op;
+    uint64_t q_floats = (uint64_t)o->n_tok * o->n_head * op->k->dim;
+    uint64_t dst_floats = (uint64_t)o->n_tok * o->n_head * op->v->dim;
+    uint64_t first = o->window && o->pos >= o->window ? o->pos + 1 - o->window : 0;
+    fenced_keep(
+        q, fenced_n_tok(q, "attend", o->n_tok) &&
+               fenced_cache(q, "attend", &o->k, &f->cache[0], FENCED_READ) &&
+               fenced_cache(q, "attend", &o->v, &f->cache[1], FENCED_READ) &&
+               fenced_at_most(q, "attend", "positions in use", o->pos + o->n_tok - first,
+                              MOE_MIN(op->k->n_slot, op->v->n_slot)) &&
+               fenced_at_most(q, "attend", "n_head", o->n_head, q->options.n_head_max) &&
+               fenced_at_most(q, "attend", "n_slot", MOE_MAX(op->k->n_slot, op->v->n_slot),
+                              q->options.n_slot_max) &&
+               fenced_at_most(q, "attend", "dim", MOE_MAX(op->k->dim, op->v->dim),
+                              q->options.dim_max) &&
+               fenced_at_most(q, "attend", "remainder of heads", o->n_head % op->k->n_head, 0) &&
+               fenced_view(q, "attend", "sink", &o->sink, o->n_head, 4, FENCED_MAYBE) &&
+               fenced_view(q, "attend", "q", &o->q, q_floats, 4, FENCED_READ) &&
+               fenced_view(q, "attend", "dst", &o->dst, dst_floats, 4, FENCED_WRITE) &&
+               fenced_apart(q, "attend", op->dst, dst_floats, op->q, q_floats));
+}
+
+static void fenced_glu(moe_queue *queue, const moe_glu_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_glu_op *o = &fenced_place(q, FENCED_GLU)->as.glu;
+    *o = *op;
+    fenced_keep(q, fenced_view(q, "glu", "gate", &o->gate, o->n, 4, FENCED_READ) &&
+                       fenced_view(q, "glu", "up", &o->up, o->n, 4, FENCED_READ) &&
+                       fenced_view(q, "glu", "dst", &o->dst, o->n, 4, FENCED_WRITE) &&
+                       fenced_same_or_apart(q, "glu", op->dst, op->gate, o->n) &&
+                       fenced_same_or_apart(q, "glu", op->dst, op->up, o->n));
+}
+
+static void fenced_add(moe_queue *queue, const moe_add_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_add_op *o = &fenced_place(q, FENCED_ADD)->as.add;
+    *o = *op;
+    fenced_keep(q, fenced_view(q, "add", "a", &o->a, o->n, 4, FENCED_READ) &&
+                       fenced_view(q, "add", "b", &o->b, o->n, 4, FENCED_READ) &&
+                       fenced_view(q, "add", "dst", &o->dst, o->n, 4, FENCED_WRITE) &&
+                       fenced_same_or_apart(q, "add", op->dst, op->a, o->n) &&
+                       fenced_same_or_apart(q, "add", op->dst, op->b, o->n));
+}
+
+static void fenced_softcap(moe_queue *queue, const moe_softcap_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_softcap_op *o = &fenced_place(q, FENCED_SOFTCAP)->as.softcap;
+    *o = *op;
+    fenced_keep(q, fenced_view(q, "softcap", "x", &o->x, o->n, 4, FENCED_WRITE));
+}
+
+static void fenced_route(moe_queue *queue, const moe_route_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_route_op *o = &fenced_place(q, FENCED_ROUTE)->as.route;
+    *o = *op;
+    uint64_t n_tok = o->n_tok, n_used = o->router.n_used, n_expert = o->router.n_expert;
+    fenced_keep(
+        q, fenced_n_tok(q, "route", n_tok) &&
+               fenced_at_most(q, "route", "n_expert", n_expert, q->options.n_expert_max) &&
+               fenced_at_most(q, "route", "n_used", n_used, n_expert) &&
+               fenced_view(q, "route", "logits", &o->logits, n_tok * n_expert, 4, FENCED_READ) &&
+               fenced_view(q, "route", "bias", &o->bias, n_expert, 4, FENCED_MAYBE) &&
+               fenced_view(q, "route", "ids", &o->ids, n_tok * n_used, 4, FENCED_WRITE) &&
+               fenced_view(q, "route", "weights", &o->weights, n_tok * n_used, 4, FENCED_WRITE));
+}
+
+static void fenced_experts(moe_queue *queue, const moe_experts_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    fenced_op *f = fenced_place(q, FENCED_EXPERTS);
+    moe_experts_op *o = &f->as.experts;
+    *o = *op;
+    uint64_t n_row = (uint64_t)o->n_tok * o->n_used, n_src = o->shared_src ? o->n_tok : n_row;
+    bool sound = fenced_n_tok(q, "experts", n_row) &&
+                 fenced_at_most(q, "experts", "n_out", o->n_out, MOE_COUNT(o->out)) &&
+                 fenced_at_most(q, "experts", "missing n_out", o->n_out == 0, 0) &&
+                 fenced_view(q, "experts", "ids", &o->ids, n_row, 4, FENCED_READ) &&
+                 weight_present(op->out[0].w) &&
+                 fenced_view(q, "experts", "src", &o->src, n_src * op->out[0].w->dims[0], 4,
+                             FENCED_READ);
+    for (uint32_t i = 0; sound && i < o->n_out; i++) {
+        const moe_weight *w = op->out[i].w;
+        sound = fenced_weight(q, "experts", &o->out[i].w, &f->weight[i]) &&
+                fenced_at_most(q, "experts", "row length, by the first matrix", w->dims[0],
+                               op->out[0].w->dims[0]) &&
+                fenced_at_most(q, "experts", "matrices", w->dims[2], q->options.n_expert_max) &&
+                fenced_view(q, "experts", "bias", &o->out[i].bias, w->dims[2] * w->dims[1], 4,
+                            FENCED_MAYBE) &&
+                fenced_view(q, "experts", "dst", &o->out[i].dst, n_row * w->dims[1], 4,
+                            FENCED_WRITE) &&
+                fenced_apart(q, "experts", op->out[i].dst, n_row * w->dims[1], op->src,
+                             n_src * w->dims[0]);
+    }
+    fenced_keep(q, sound);
+}
+
+static void fenced_combine(moe_queue *queue, const moe_combine_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_combine_op *o = &fenced_place(q, FENCED_COMBINE)->as.combine;
+    *o = *op;
+    uint64_t n_row = (uint64_t)o->n_tok * o->n_used;
+    fenced_keep(q, fenced_n_tok(q, "combine", n_row) &&
+                       fenced_view(q, "combine", "src", &o->src, n_row * o->dim, 4, FENCED_READ) &&
+                       fenced_view(q, "combine", "weights", &o->weights, n_row, 4, FENCED_READ) &&
+                       fenced_view(q, "combine", "dst", &o->dst, (uint64_t)o->n_tok * o->dim, 4,
+                                   FENCED_WRITE) &&
+                       fenced_apart(q, "combine", op->dst, (uint64_t)o->n_tok * o->dim, op->src,
+                                    n_row * o->dim));
+}
+
+/* ---------------------------------------------------------------------------------- queue -- */
+
+static void fenced_queue_close(moe_queue *queue)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    if (!q)
+        return;
+    if (q->inner)
+        q->device->cpu->queue_close(q->inner);
+    mem_free(q->device->mem, q);
+}
+
+static moe_status fenced_queue_open(moe_queue **out, moe_device *device,
+                                    const moe_queue_options *options, moe_error *error)
+{
+    fenced_device *d = (fenced_device *)device;
+    *out = NULL;
+    fenced_queue *q = mem_alloc(d->mem, 1, sizeof *q);
+    if (!q)
+        return fail_memory(error, d->mem, "queue", sizeof *q);
+    q->device = d;
+    q->options = *options;
+    moe_status status = d->cpu->queue_open(&q->inner, d->inner, options, error);
+    if (status)
+        fenced_queue_close((moe_queue *)q);
+    else
+        *out = (moe_queue *)q;
+    return status;
+}
+
+static uint64_t fenced_queue_bytes(const moe_device *device, const moe_queue_options *options)
+{
+    const fenced_device *d = (const fenced_device *)device;
+    return align_up(sizeof(fenced_queue) + sizeof(mem_head), MEM_ALIGN) +
+           d->cpu->queue_bytes(d->inner, options);
+}
+
+MOE_UNUSED static const moe_backend *fenced_backend(void)
+{
+    static const moe_backend backend = {
+        .name = "fenced",
+        .device_open = fenced_device_open,
+        .device_close = fenced_device_close,
+        .device_name = fenced_device_name,
+        .buffer_new = fenced_buffer_new,
+        .buffer_wrap = fenced_buffer_wrap,
+        .buffer_free = fenced_buffer_free,
+        .queue_open = fenced_queue_open,
+        .queue_close = fenced_queue_close,
+        .queue_bytes = fenced_queue_bytes,
+        .submit = fenced_submit,
+        .write = fenced_write,
+        .read = fenced_read,
+        .embed = fenced_embed,
+        .norm = fenced_norm,
+        .matmul = fenced_matmul,
+        .rope = fenced_rope,
+        .store = fenced_store,
+        .attend = fenced_attend,
+        .glu = fenced_glu,
+        .add = fenced_add,
+        .softcap = fenced_softcap,
+        .route = fenced_route,
+        .experts = fenced_experts,
+        .combine = fenced_combine,
+    };
+    return &backend;
+}
+
+#endif
