@@ -111,28 +111,18 @@ MOE_AVX2_INLINE void q6_k_half_avx2(const uint8_t *ql, const uint8_t *qh, __m256
     code[3] = q6_k_join_avx2(_mm256_srli_epi16(v1, 4), _mm256_srli_epi16(h, 2));
 }
 
-/* Products of code + 32 with x; `scale` holds the pairs of int16 of 4 even groups | 4 odd groups. */
-MOE_AVX2_INLINE __m256i q6_k_dot128_avx2(__m256i acc, const uint8_t *ql, const uint8_t *qh,
-                                         const int8_t *q, __m256i scale)
-{
-    __m256i code[4];
-    q6_k_half_avx2(ql, qh, code);
-    acc = x86_k_madd(acc, code[0], q, _mm256_shuffle_epi32(scale, 0x00));
-    acc = x86_k_madd(acc, code[1], q + 32, _mm256_shuffle_epi32(scale, 0x55));
-    acc = x86_k_madd(acc, code[2], q + 64, _mm256_shuffle_epi32(scale, 0xaa));
-    return x86_k_madd(acc, code[3], q + 96, _mm256_shuffle_epi32(scale, 0xff));
-}
-
 MOE_AVX2_INLINE void q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
                                    __m256i *dot, __m256i *min)
 {
     const q6_k_block *block = (const q6_k_block *)w;
     const __m128i scales = _mm_loadu_si128((const __m128i *)block->scales);
-    x86_k_scales16 s = x86_k_spread16(scales);
-    __m256i acc = _mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), x86_k_load(sum));
+    const x86_k_scales16 s = x86_k_spread16(scales);
+    __m256i code[4], acc = _mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), x86_k_load(sum));
     acc = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), acc), 5);
-    acc = q6_k_dot128_avx2(acc, block->ql, block->qh, q, s.low);
-    *dot = q6_k_dot128_avx2(acc, block->ql + 64, block->qh + 32, q + 128, s.high);
+    q6_k_half_avx2(block->ql, block->qh, code);
+    acc = x86_k_madd128(acc, code, q, s.low);
+    q6_k_half_avx2(block->ql + 64, block->qh + 32, code);
+    *dot = x86_k_madd128(acc, code, q + 128, s.high);
     (void)min;
 }
 

@@ -126,6 +126,16 @@ MOE_AVX2_INLINE x86_k_scales16 x86_k_spread16(__m128i scales)
         _mm256_srai_epi16(_mm256_shuffle_epi8(v, _mm256_add_epi8(at, eight)), 8)};
 }
 
+/* acc + scaled products of 128 codes, 8 groups; `scale` is one of the vectors above. */
+MOE_AVX2_INLINE __m256i x86_k_madd128(__m256i acc, const __m256i code[4], const int8_t *q,
+                                      __m256i scale)
+{
+    acc = x86_k_madd(acc, code[0], q, _mm256_shuffle_epi32(scale, 0x00));
+    acc = x86_k_madd(acc, code[1], q + 32, _mm256_shuffle_epi32(scale, 0x55));
+    acc = x86_k_madd(acc, code[2], q + 64, _mm256_shuffle_epi32(scale, 0xaa));
+    return x86_k_madd(acc, code[3], q + 96, _mm256_shuffle_epi32(scale, 0xff));
+}
+
 /* -------------------------------------------------------------------------------- one token -- */
 
 /* How far ahead of the multiplication memory is fetched. */

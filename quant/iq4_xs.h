@@ -1,0 +1,248 @@
+/* quant/iq4_xs.h - IQ4_XS: 256 weights in 136 bytes, 4.25 bits per weight.
+ *
+ *     byte 0      2          4            8                              136
+ *          | d    | scales_h | scales_l   | qs                           |
+ *          | f16  | u16      | 4 bytes    | 128 bytes                    |
+ *
+ * 8 groups of 32 weights with 6-bit scales s[g], stored as s[g] + 32: the low 4 bits are in a nibble
+ * of scales_l[g / 2], the low one if g is even; the high 2 in bits 2g and 2g + 1 of scales_h. A
+ * weight is one of the 16 unevenly spaced values of iq4_value (common.h, as in IQ4_NL): byte
+ * 16 g + i of qs has weight i of group g in its low and weight i + 16 in its high nibble.
+ *
+ *     weight = d s[g] value                each product rounded to float32
+ *
+ * Times activations x = x_scale q_x, with an integer that is exact,
+ *
+ *     int_sum = sum over g of s[g] (sum over i of value q_x)
+ *     acc = fma(x_scale d, int_sum, acc)   superblock after superblock; x_scale d is rounded */
+#ifndef MOE_QUANT_IQ4_XS_H
+#define MOE_QUANT_IQ4_XS_H
+
+#include "k.h"
+#include "x86_k.h"
+
+typedef struct iq4_xs_block {
+    uint8_t d[2];        // f16
+    uint8_t scales_h[2]; // u16
+    uint8_t scales_l[4];
+    uint8_t qs[128];
+} iq4_xs_block;
+_Static_assert(sizeof(iq4_xs_block) == 136, "as in the file");
+
+/* The scale, of either sign, with which the values of the table come nearest to 32 weights: steps
+ * around those that map the largest weight to an end of the table, fitted by least squares. */
+static float iq4_xs_fit(const float *x)
+{
+    enum { N_TRY = 12 };
+    float peak = 0;
+    for (int i = 0; i < 32; i++)
+        if (fabsf(x[i]) > fabsf(peak))
+            peak = x[i];
+    double best = 0;
+    float scale = 0;
+    for (int k = 0; k < 2 * (N_TRY + 1); k++) {
+        float end = (float)iq4_value[k % 2 ? 0 : 15];
+        end = fmaf(end, 0.025f * (float)(k / 2 - N_TRY / 2), end);
+        float inverse = k_inverse(peak / end);
+        double sum_vx = 0, sum_vv = 0;
+        for (int i = 0; i < 32; i++) {
+            int v = iq4_value[quant_nearest(x[i] * inverse, iq4_value, 16)];
+            sum_vx = fma(v, x[i], sum_vx);
+            sum_vv += v * v;
+        }
+        double gain = sum_vx * sum_vx / sum_vv; /* no value is 0 */
+        if (gain > best) {
+            best = gain;
+            scale = (float)(sum_vx / sum_vv);
+        }
+    }
+    return scale;
+}
+
+static void iq4_xs_quantize(const float *src, void *blocks, size_t n)
+{
+    iq4_xs_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++, src += K_LEN) {
+        float scale[8], peak = 0;
+        for (int g = 0; g < 8; g++) {
+            scale[g] = iq4_xs_fit(src + 32 * g);
+            if (fabsf(scale[g]) > fabsf(peak))
+                peak = scale[g];
+        }
+        memset(block, 0, sizeof *block);
+        k_put_f16(block->d, peak / -32);
+        float d = f32_of_f16(load_u16(block->d));
+        uint16_t high = 0;
+        for (int g = 0; g < 8; g++) {
+            int s = k_round(scale[g] * k_inverse(d), -32, 31);
+            block->scales_l[g / 2] =
+                (uint8_t)(block->scales_l[g / 2] | ((s + 32) & 15) << g % 2 * 4);
+            high = (uint16_t)(high | (s + 32) >> 4 << 2 * g);
+            float inverse = k_inverse(d * (float)s);
+            for (int i = 0; i < 32; i++) {
+                int q = quant_nearest(src[32 * g + i] * inverse, iq4_value, 16);
+                uint8_t *byte = &block->qs[16 * g + i % 16];
+                *byte = (uint8_t)(*byte | q << i / 16 * 4);
+            }
+        }
+        memcpy(block->scales_h, &high, 2);
+    }
+}
+
+MOE_INLINE int iq4_xs_scale(const iq4_xs_block *block, int g)
+{
+    int low = block->scales_l[g / 2] >> g % 2 * 4 & 15;
+    return (low | (load_u16(block->scales_h) >> 2 * g & 3) << 4) - 32;
+}
+
+MOE_INLINE int iq4_xs_value(const iq4_xs_block *block, int k)
+{
+    return iq4_value[block->qs[k / 32 * 16 + k % 16] >> k / 16 % 2 * 4 & 15];
+}
+
+static void iq4_xs_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const iq4_xs_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++)
+        for (int k = 0; k < K_LEN; k++) {
+            float d = f32_of_f16(load_u16(block->d)) * (float)iq4_xs_scale(block, k / 32);
+            *dst++ = d * (float)iq4_xs_value(block, k);
+        }
+}
+
+/* -- C: the specification -- */
+
+static float iq4_xs_dot_c(const uint8_t *w, const uint8_t *x_row, size_t n_in)
+{
+    const moe_q8 x = act_q8(MOE_ACT_Q8_256, x_row, n_in);
+    const iq4_xs_block *block = (const iq4_xs_block *)w;
+    float acc = 0;
+    for (size_t b = 0; b < n_in / K_LEN; b++, block++) {
+        const int8_t *q = x.q + b * K_LEN;
+        int32_t int_sum = 0;
+        for (int g = 0; g < 8; g++) {
+            int32_t dot = 0;
+            for (int k = 32 * g; k < 32 * g + 32; k++)
+                dot += iq4_xs_value(block, k) * q[k];
+            int_sum += iq4_xs_scale(block, g) * dot;
+        }
+        acc = fmaf(x.scale[b] * f32_of_f16(load_u16(block->d)), (float)int_sum, acc);
+    }
+    return acc;
+}
+
+static void iq4_xs_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, iq4_xs_dot_c);
+}
+
+/* -- AVX2 -- */
+#if MOE_X86
+
+/* 8 scales as pairs of int16; `shift` says from which bit of scales_l each is taken. */
+MOE_AVX2_INLINE __m256i iq4_xs_scales_avx2(const iq4_xs_block *block, __m256i shift)
+{
+    int32_t low, high = load_u16(block->scales_h) << 4;
+    memcpy(&low, block->scales_l, 4);
+    __m256i l = _mm256_srlv_epi32(_mm256_set1_epi32(low), shift);
+    __m256i h = _mm256_srlv_epi32(_mm256_set1_epi32(high), _mm256_srli_epi32(shift, 1));
+    __m256i s = _mm256_or_si256(_mm256_and_si256(l, _mm256_set1_epi32(15)),
+                                _mm256_and_si256(h, _mm256_set1_epi32(48)));
+    s = _mm256_sub_epi32(s, _mm256_set1_epi32(32));
+    return _mm256_blend_epi16(s, _mm256_slli_epi32(s, 16), 0xaa);
+}
+
+/* The values of groups 2p and 2p + 1: weights 0..15 of both, weights 16..31 of both. */
+MOE_AVX2_INLINE void iq4_xs_values_avx2(const uint8_t *qs, __m256i *low, __m256i *high)
+{
+    const __m256i mask = _mm256_set1_epi8(15), v = x86_k_load(qs);
+    const __m256i table = x86_k_twice(_mm_loadu_si128((const __m128i *)iq4_value));
+    *low = _mm256_shuffle_epi8(table, _mm256_and_si256(v, mask));
+    *high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+}
+
+/* |value| * (x with the value's sign): 2 * 127 * 127 = 32258 fits into 16 bits. */
+MOE_AVX2_INLINE __m256i iq4_xs_madd_avx2(__m256i acc, __m256i value, __m256i x, __m256i scale)
+{
+    __m256i part = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(part, scale));
+}
+
+/* `scale` is that of group 2p in the lower half, of 2p + 1 in the upper. */
+MOE_AVX2_INLINE __m256i iq4_xs_dot64_avx2(__m256i acc, const uint8_t *qs, const int8_t *q,
+                                          __m256i scale)
+{
+    const uint8_t *x = (const uint8_t *)q;
+    __m256i low, high;
+    iq4_xs_values_avx2(qs, &low, &high);
+    acc = iq4_xs_madd_avx2(acc, low, x86_load_pair(x, x + 32), scale);
+    return iq4_xs_madd_avx2(acc, high, x86_load_pair(x + 16, x + 48), scale);
+}
+
+MOE_AVX2_INLINE void iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                     __m256i *dot, __m256i *min)
+{
+    const iq4_xs_block *block = (const iq4_xs_block *)w;
+    const __m256i s =
+        iq4_xs_scales_avx2(block, _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28));
+    __m256i acc = _mm256_setzero_si256();
+    acc = iq4_xs_dot64_avx2(acc, block->qs, q, _mm256_shuffle_epi32(s, 0x00));
+    acc = iq4_xs_dot64_avx2(acc, block->qs + 32, q + 64, _mm256_shuffle_epi32(s, 0x55));
+    acc = iq4_xs_dot64_avx2(acc, block->qs + 64, q + 128, _mm256_shuffle_epi32(s, 0xaa));
+    *dot = iq4_xs_dot64_avx2(acc, block->qs + 96, q + 192, _mm256_shuffle_epi32(s, 0xff));
+    (void)sum;
+    (void)min;
+}
+
+MOE_AVX2_INLINE void iq4_xs_unpack_avx2(const uint8_t *w, x86_k_row *row)
+{
+    const iq4_xs_block *block = (const iq4_xs_block *)w;
+    for (int p = 0; p < 4; p++) {
+        __m256i low, high;
+        iq4_xs_values_avx2(block->qs + 32 * p, &low, &high);
+        x86_k_store(row->code + 64 * p, _mm256_permute2x128_si256(low, high, 0x20));
+        x86_k_store(row->code + 64 * p + 32, _mm256_permute2x128_si256(low, high, 0x31));
+    }
+    x86_k_store(row->scale,
+                iq4_xs_scales_avx2(block, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)));
+}
+
+static const x86_k_format iq4_xs_avx2 = {sizeof(iq4_xs_block), 0, X86_K_NO_MIN, 32, 1,
+                                         iq4_xs_dot_avx2, iq4_xs_unpack_avx2};
+
+MOE_AVX2 static void iq4_xs_gemv_avx2(const moe_mm *mm)
+{
+    x86_k_gemv(mm, &iq4_xs_avx2);
+}
+
+MOE_AVX2 static void iq4_xs_gemm_avx2(const moe_mm *mm)
+{
+    x86_k_gemm(mm, &iq4_xs_avx2, iq4_xs_gemv_avx2);
+}
+
+#endif
+
+static moe_kernels iq4_xs_select(uint32_t cpu)
+{
+    moe_kernels best = {iq4_xs_mm_c, iq4_xs_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){iq4_xs_gemv_avx2, iq4_xs_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_iq4_xs = {
+    .name = "IQ4_XS",
+    .id = 23,
+    .block_len = K_LEN,
+    .block_bytes = sizeof(iq4_xs_block),
+    .act = MOE_ACT_Q8_256,
+    .bits = 8.0 * sizeof(iq4_xs_block) / K_LEN,
+    .dequantize = iq4_xs_dequantize,
+    .quantize = iq4_xs_quantize,
+    .select = iq4_xs_select,
+};
+
+#endif

@@ -1,0 +1,185 @@
+/* quant/q2_k.h - Q2_K: 256 weights in 84 bytes, 2.625 bits per weight.
+ *
+ *     byte 0            16                             80     82     84
+ *          | scales     | qs                           | d    | dmin |
+ *          | 16 bytes   | 64 bytes                     | f16  | f16  |
+ *
+ * 16 groups of 16 weights. scales[g] has the scale s[g] in its low and the minimum m[g] in its high
+ * nibble. Each half (128 weights) has 32 bytes of qs: weight 32 j + i of the half, j = 0..3 and
+ * i = 0..31, is in bits 2j and 2j + 1 of qs[i].
+ *
+ *     weight = d s[g] q - dmin m[g]        each product and the difference rounded to float32
+ *
+ * (The products are exact: 11 + 4 + 2 bits fit into 24. A compiler that fuses them changes nothing.)
+ *
+ * Times activations x = x_scale q_x, with integers that are exact,
+ *
+ *     int_sum = sum over g of s[g] (sum over i of q q_x)
+ *     min_sum = sum over g of m[g] (sum over i of q_x)
+ *     acc = fma(x_scale, fma(-dmin, min_sum, d int_sum), acc)     superblock after superblock */
+#ifndef MOE_QUANT_Q2_K_H
+#define MOE_QUANT_Q2_K_H
+
+#include "k.h"
+#include "x86_k.h"
+
+typedef struct q2_k_block {
+    uint8_t scales[16]; // scale | min << 4
+    uint8_t qs[64];
+    uint8_t d[2], dmin[2]; // f16
+} q2_k_block;
+_Static_assert(sizeof(q2_k_block) == 84, "as in the file");
+
+static void q2_k_quantize(const float *src, void *blocks, size_t n)
+{
+    q2_k_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++) {
+        k_affine k;
+        k_quantize_affine(src + b * K_LEN, 16, 3, 15, &k);
+        k_put_f16(block->d, k.d);
+        k_put_f16(block->dmin, k.dmin);
+        for (int g = 0; g < 16; g++)
+            block->scales[g] = (uint8_t)(k.scale[g] | k.min[g] << 4);
+        for (int i = 0; i < 64; i++) {
+            const uint8_t *q = k.q + i / 32 * 128 + i % 32;
+            block->qs[i] = (uint8_t)(q[0] | q[32] << 2 | q[64] << 4 | q[96] << 6);
+        }
+    }
+}
+
+MOE_INLINE int q2_k_code(const q2_k_block *block, int k)
+{
+    return block->qs[k / 128 * 32 + k % 32] >> k / 32 % 4 * 2 & 3;
+}
+
+static void q2_k_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const q2_k_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++)
+        for (int k = 0; k < K_LEN; k++) {
+            float d = f32_of_f16(load_u16(block->d)) * (float)(block->scales[k / 16] & 15);
+            float m = f32_of_f16(load_u16(block->dmin)) * (float)(block->scales[k / 16] >> 4);
+            *dst++ = d * (float)q2_k_code(block, k) - m;
+        }
+}
+
+/* -- C: the specification -- */
+
+static float q2_k_dot_c(const uint8_t *w, const uint8_t *x_row, size_t n_in)
+{
+    const moe_q8 x = act_q8(MOE_ACT_Q8_256, x_row, n_in);
+    const q2_k_block *block = (const q2_k_block *)w;
+    float acc = 0;
+    for (size_t b = 0; b < n_in / K_LEN; b++, block++) {
+        const int8_t *q = x.q + b * K_LEN;
+        int32_t int_sum = 0, min_sum = 0;
+        for (int g = 0; g < 16; g++) {
+            int32_t dot = 0;
+            for (int k = 16 * g; k < 16 * g + 16; k++)
+                dot += q2_k_code(block, k) * q[k];
+            int_sum += (block->scales[g] & 15) * dot;
+            min_sum += (block->scales[g] >> 4) * x.sum[16 * b + (size_t)g];
+        }
+        float d = f32_of_f16(load_u16(block->d)), dmin = f32_of_f16(load_u16(block->dmin));
+        acc = fmaf(x.scale[b], fmaf(-dmin, (float)min_sum, d * (float)int_sum), acc);
+    }
+    return acc;
+}
+
+static void q2_k_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, q2_k_dot_c);
+}
+
+/* -- AVX2 -- */
+#if MOE_X86
+
+/* Half a superblock: 128 codes. */
+MOE_AVX2_INLINE void q2_k_half_avx2(const uint8_t *qs, __m256i code[4])
+{
+    const __m256i mask = _mm256_set1_epi8(3), v = x86_k_load(qs);
+    code[0] = _mm256_and_si256(v, mask);
+    code[1] = _mm256_and_si256(_mm256_srli_epi16(v, 2), mask);
+    code[2] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
+    code[3] = _mm256_and_si256(_mm256_srli_epi16(v, 6), mask);
+}
+
+/* The 16 scales and the 16 minima, as bytes. */
+MOE_AVX2_INLINE void q2_k_scales_avx2(const q2_k_block *block, __m128i *scale, __m128i *min)
+{
+    const __m128i mask = _mm_set1_epi8(15);
+    const __m128i v = _mm_loadu_si128((const __m128i *)block->scales);
+    *scale = _mm_and_si128(v, mask);
+    *min = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
+}
+
+MOE_AVX2_INLINE void q2_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                   __m256i *dot, __m256i *min)
+{
+    const q2_k_block *block = (const q2_k_block *)w;
+    __m128i scales, mins;
+    q2_k_scales_avx2(block, &scales, &mins);
+    const x86_k_scales16 s = x86_k_spread16(scales);
+    __m256i code[4], acc = _mm256_setzero_si256();
+    q2_k_half_avx2(block->qs, code);
+    acc = x86_k_madd128(acc, code, q, s.low);
+    q2_k_half_avx2(block->qs + 32, code);
+    *dot = x86_k_madd128(acc, code, q + 128, s.high);
+    *min = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x86_k_load(sum));
+}
+
+MOE_AVX2_INLINE void q2_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+{
+    const q2_k_block *block = (const q2_k_block *)w;
+    for (int half = 0; half < 2; half++) {
+        __m256i code[4];
+        q2_k_half_avx2(block->qs + 32 * half, code);
+        for (int j = 0; j < 4; j++)
+            x86_k_store(row->code + 128 * half + 32 * j, code[j]);
+    }
+    __m128i scales, mins;
+    q2_k_scales_avx2(block, &scales, &mins);
+    x86_k_store(row->scale, _mm256_cvtepi8_epi16(scales));
+    x86_k_store(row->min, _mm256_cvtepi8_epi16(mins));
+}
+
+/* Codes up to 3: a whole group, 4 * 2 * 127 * 3 = 3048 */
+static const x86_k_format q2_k_avx2 = {sizeof(q2_k_block), offsetof(q2_k_block, d), X86_K_FLOAT_MIN,
+                                       16, 4, q2_k_dot_avx2, q2_k_unpack_avx2};
+
+MOE_AVX2 static void q2_k_gemv_avx2(const moe_mm *mm)
+{
+    x86_k_gemv(mm, &q2_k_avx2);
+}
+
+MOE_AVX2 static void q2_k_gemm_avx2(const moe_mm *mm)
+{
+    x86_k_gemm(mm, &q2_k_avx2, q2_k_gemv_avx2);
+}
+
+#endif
+
+static moe_kernels q2_k_select(uint32_t cpu)
+{
+    moe_kernels best = {q2_k_mm_c, q2_k_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){q2_k_gemv_avx2, q2_k_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_q2_k = {
+    .name = "Q2_K",
+    .id = 10,
+    .block_len = K_LEN,
+    .block_bytes = sizeof(q2_k_block),
+    .act = MOE_ACT_Q8_256,
+    .bits = 8.0 * sizeof(q2_k_block) / K_LEN,
+    .dequantize = q2_k_dequantize,
+    .quantize = q2_k_quantize,
+    .select = q2_k_select,
+};
+
+#endif

@@ -1,0 +1,205 @@
+/* quant/q3_k.h - Q3_K: 256 weights in 110 bytes, 3.4375 bits per weight.
+ *
+ *     byte 0            32                    96           108    110
+ *          | hmask      | qs                  | scales     | d    |
+ *          | 32 bytes   | 64 bytes            | 12 bytes   | f16  |
+ *
+ * 16 groups of 16 weights with 6-bit scales s[g], stored as s[g] + 32: the low 4 bits are in
+ * scales[g mod 8], in the low nibble if g < 8; the high 2 bits are in scales[8 + g mod 4], bits
+ * 2 (g / 4) and the next. Each half (128 weights) has 32 bytes of qs: weight 32 j + i of the half,
+ * j = 0..3 and i = 0..31, has its low two bits in bits 2j and 2j + 1 of qs[i] and its highest in bit
+ * 4 half + j of hmask[i].
+ *
+ *     weight = d s[g] (q - 4)              each product rounded to float32
+ *
+ * Times activations x = x_scale q_x, with an integer that is exact,
+ *
+ *     int_sum = sum over g of s[g] (sum over i of (q - 4) q_x)
+ *     acc = fma(x_scale d, int_sum, acc)   superblock after superblock; x_scale d is rounded */
+#ifndef MOE_QUANT_Q3_K_H
+#define MOE_QUANT_Q3_K_H
+
+#include "k.h"
+#include "x86_k.h"
+
+typedef struct q3_k_block {
+    uint8_t hmask[32];
+    uint8_t qs[64];
+    uint8_t scales[12];
+    uint8_t d[2]; // f16
+} q3_k_block;
+_Static_assert(sizeof(q3_k_block) == 110, "as in the file");
+
+static void q3_k_quantize(const float *src, void *blocks, size_t n)
+{
+    q3_k_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++) {
+        k_linear k;
+        k_quantize_linear(src + b * K_LEN, -4, 3, -32, 31, &k);
+        memset(block, 0, sizeof *block);
+        k_put_f16(block->d, k.d);
+        for (int g = 0; g < 16; g++) {
+            uint8_t *low = &block->scales[g % 8], *high = &block->scales[8 + g % 4];
+            *low = (uint8_t)(*low | ((k.scale[g] + 32) & 15) << g / 8 * 4);
+            *high = (uint8_t)(*high | (k.scale[g] + 32) >> 4 << g / 4 * 2);
+        }
+        for (int i = 0; i < K_LEN; i++) {
+            uint8_t *low = &block->qs[i / 128 * 32 + i % 32], *high = &block->hmask[i % 32];
+            *low = (uint8_t)(*low | (k.q[i] & 3) << i / 32 % 4 * 2);
+            *high = (uint8_t)(*high | k.q[i] >> 2 << i / 32);
+        }
+    }
+}
+
+MOE_INLINE int q3_k_scale(const q3_k_block *block, int g)
+{
+    int low = block->scales[g % 8] >> g / 8 * 4 & 15;
+    return (low | (block->scales[8 + g % 4] >> g / 4 * 2 & 3) << 4) - 32;
+}
+
+MOE_INLINE int q3_k_code(const q3_k_block *block, int k)
+{
+    int low = block->qs[k / 128 * 32 + k % 32] >> k / 32 % 4 * 2 & 3;
+    return (low | (block->hmask[k % 32] >> k / 32 & 1) << 2) - 4;
+}
+
+static void q3_k_dequantize(const void *blocks, float *dst, size_t n)
+{
+    const q3_k_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++)
+        for (int k = 0; k < K_LEN; k++) {
+            float d = f32_of_f16(load_u16(block->d)) * (float)q3_k_scale(block, k / 16);
+            *dst++ = d * (float)q3_k_code(block, k);
+        }
+}
+
+/* -- C: the specification -- */
+
+static float q3_k_dot_c(const uint8_t *w, const uint8_t *x_row, size_t n_in)
+{
+    const moe_q8 x = act_q8(MOE_ACT_Q8_256, x_row, n_in);
+    const q3_k_block *block = (const q3_k_block *)w;
+    float acc = 0;
+    for (size_t b = 0; b < n_in / K_LEN; b++, block++) {
+        const int8_t *q = x.q + b * K_LEN;
+        int32_t int_sum = 0;
+        for (int g = 0; g < 16; g++) {
+            int32_t dot = 0;
+            for (int k = 16 * g; k < 16 * g + 16; k++)
+                dot += q3_k_code(block, k) * q[k];
+            int_sum += q3_k_scale(block, g) * dot;
+        }
+        acc = fmaf(x.scale[b] * f32_of_f16(load_u16(block->d)), (float)int_sum, acc);
+    }
+    return acc;
+}
+
+static void q3_k_mm_c(const moe_mm *mm)
+{
+    mm_by_rows(mm, q3_k_dot_c);
+}
+
+/* -- AVX2 -- */
+#if MOE_X86
+
+/* The codes + 4 of 32 weights: `low` holds bits 0 and 1, `high` bit 2 where it belongs. */
+MOE_AVX2_INLINE __m256i q3_k_join_avx2(__m256i low, __m256i high)
+{
+    return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(3)),
+                           _mm256_and_si256(high, _mm256_set1_epi8(4)));
+}
+
+/* Half a superblock: 128 codes. `high` holds the half's first bit of hmask as bit 2. */
+MOE_AVX2_INLINE void q3_k_half_avx2(const uint8_t *qs, __m256i high, __m256i code[4])
+{
+    const __m256i v = x86_k_load(qs);
+    code[0] = q3_k_join_avx2(v, high);
+    code[1] = q3_k_join_avx2(_mm256_srli_epi16(v, 2), _mm256_srli_epi16(high, 1));
+    code[2] = q3_k_join_avx2(_mm256_srli_epi16(v, 4), _mm256_srli_epi16(high, 2));
+    code[3] = q3_k_join_avx2(_mm256_srli_epi16(v, 6), _mm256_srli_epi16(high, 3));
+}
+
+/* The 16 scales as signed bytes. */
+MOE_AVX2_INLINE __m128i q3_k_scales_avx2(const q3_k_block *block)
+{
+    const uint64_t nibbles = 0x0f0f0f0f0f0f0f0f;
+    uint64_t low;
+    int32_t high;
+    memcpy(&low, block->scales, 8);
+    memcpy(&high, block->scales + 8, 4);
+    __m128i l = _mm_set_epi64x((long long)(low >> 4 & nibbles), (long long)(low & nibbles));
+    __m128i h = _mm_srlv_epi32(_mm_set1_epi32(high), _mm_setr_epi32(0, 2, 4, 6));
+    h = _mm_slli_epi32(_mm_and_si128(h, _mm_set1_epi8(3)), 4);
+    return _mm_sub_epi8(_mm_or_si128(l, h), _mm_set1_epi8(32));
+}
+
+MOE_AVX2_INLINE void q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                   __m256i *dot, __m256i *min)
+{
+    const q3_k_block *block = (const q3_k_block *)w;
+    const __m128i scales = q3_k_scales_avx2(block);
+    const x86_k_scales16 s = x86_k_spread16(scales);
+    const __m256i high = x86_k_load(block->hmask);
+    __m256i code[4], acc = _mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), x86_k_load(sum));
+    acc = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), acc), 2);
+    q3_k_half_avx2(block->qs, _mm256_slli_epi16(high, 2), code);
+    acc = x86_k_madd128(acc, code, q, s.low);
+    q3_k_half_avx2(block->qs + 32, _mm256_srli_epi16(high, 2), code);
+    *dot = x86_k_madd128(acc, code, q + 128, s.high);
+    (void)min;
+}
+
+MOE_AVX2_INLINE void q3_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+{
+    const q3_k_block *block = (const q3_k_block *)w;
+    const __m256i high = x86_k_load(block->hmask);
+    __m256i code[8];
+    q3_k_half_avx2(block->qs, _mm256_slli_epi16(high, 2), code);
+    q3_k_half_avx2(block->qs + 32, _mm256_srli_epi16(high, 2), code + 4);
+    for (int j = 0; j < 8; j++)
+        x86_k_store(row->code + 32 * j, code[j]);
+    __m256i scale = _mm256_cvtepi8_epi16(q3_k_scales_avx2(block));
+    x86_k_store(row->scale, scale);
+    x86_k_store(row->min, _mm256_slli_epi16(scale, 2));
+}
+
+/* Codes up to 7: a whole group, 4 * 2 * 127 * 7 = 7112 */
+static const x86_k_format q3_k_avx2 = {sizeof(q3_k_block), offsetof(q3_k_block, d), X86_K_INT_MIN,
+                                       16, 4, q3_k_dot_avx2, q3_k_unpack_avx2};
+
+MOE_AVX2 static void q3_k_gemv_avx2(const moe_mm *mm)
+{
+    x86_k_gemv(mm, &q3_k_avx2);
+}
+
+MOE_AVX2 static void q3_k_gemm_avx2(const moe_mm *mm)
+{
+    x86_k_gemm(mm, &q3_k_avx2, q3_k_gemv_avx2);
+}
+
+#endif
+
+static moe_kernels q3_k_select(uint32_t cpu)
+{
+    moe_kernels best = {q3_k_mm_c, q3_k_mm_c};
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = (moe_kernels){q3_k_gemv_avx2, q3_k_gemm_avx2};
+#endif
+    (void)cpu;
+    return best;
+}
+
+static const moe_quant quant_q3_k = {
+    .name = "Q3_K",
+    .id = 11,
+    .block_len = K_LEN,
+    .block_bytes = sizeof(q3_k_block),
+    .act = MOE_ACT_Q8_256,
+    .bits = 8.0 * sizeof(q3_k_block) / K_LEN,
+    .dequantize = q3_k_dequantize,
+    .quantize = q3_k_quantize,
+    .select = q3_k_select,
+};
+
+#endif
