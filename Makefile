@@ -108,13 +108,16 @@ MODELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/moe/models
 RUN ?=
 
 tests: $(TESTS) $(if $(TEST_SCRIPTS),$(PROGRAM) lib)
-test: tests
+# A missing package is said before the compiler says it, unless the target is another machine.
+test:
+	@$(if $(MOE_NO_TEXT)$(RUN),,CC="$(CC)" cli/deps.sh check)
+	@$(MAKE) --no-print-directory tests
 	@MOE="$(abspath $(PROGRAM))" MOE_BUILD="$(abspath $(B))" MOE_MODELS="$(MODELS)" RUN="$(RUN)" \
 		tests/run.sh $(TESTS) $(TEST_SCRIPTS)
 
 # The build is the script's second step: it first sees to the packages that the build needs.
 demo:
-	@MAKE="$(MAKE)" MOE="$(PROGRAM)" MOE_MODELS="$(MODELS)" cli/demo.sh
+	@MAKE="$(MAKE)" CC="$(CC)" MOE="$(PROGRAM)" MOE_MODELS="$(MODELS)" cli/demo.sh
 
 models:
 	@MOE_MODELS="$(MODELS)" cli/fetch.sh smollm2 gemma3
