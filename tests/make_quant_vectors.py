@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Writes tests/data/quant_vectors.bin: random blocks of every tensor type and what the public gguf
+package makes of them. Needs: pip install gguf numpy.
+
+    file    "MQV1", u32 number of types, then for each type:
+            u32 id, u32 block_len, u32 block_bytes, u32 n_blocks, the blocks, float32 for each weight
+
+All numbers are little-endian. Two thirds of the blocks are random bytes, so that scales are sometimes
+subnormal, infinite or NaN; the others are all ones, all zeros, or repeat one byte."""
+import os
+import re
+import struct
+import warnings
+
+import gguf
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def types():
+    with open(os.path.join(HERE, "..", "quant", "types.def"), encoding="utf-8") as f:
+        return [int(i) for i in re.findall(r"^X\(\w+, \w+, (\d+)\)", f.read(), re.M)]
+
+
+def blocks_of(block_bytes, n, rng):
+    rows = rng.integers(0, 256, (n, block_bytes), dtype=np.uint8)
+    for i in range(2, n, 3):
+        rows[i] = rng.choice(np.array([0, 255, 0x0F, 0xF0, 0x55, 0x80, 0x7B], dtype=np.uint8))
+        rows[i, rng.integers(0, block_bytes)] = rng.integers(0, 256)
+    return rows
+
+
+def main():
+    rng = np.random.default_rng(20250101)
+    out = [b"MQV1", struct.pack("<I", len(types()))]
+    for id in types():
+        quant = gguf.GGMLQuantizationType(id)
+        block_len, block_bytes = gguf.GGML_QUANT_SIZES[quant]
+        n = 2048 // block_len if block_len > 1 else 512
+        n = max(n, 16)
+        rows = blocks_of(block_bytes, n, rng)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            floats = gguf.quants.dequantize(rows, quant).astype("<f4").reshape(-1)
+        assert floats.size == n * block_len
+        out += [struct.pack("<4I", id, block_len, block_bytes, n), rows.tobytes(), floats.tobytes()]
+    with open(os.path.join(HERE, "data", "quant_vectors.bin"), "wb") as f:
+        f.write(b"".join(out))
+
+
+if __name__ == "__main__":
+    main()
