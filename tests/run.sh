@@ -14,7 +14,7 @@ if [ -z "${MOE_TEST_SHARED:-}" ] && [ -d "$here/../../shared/data" ]; then
 fi
 # The folder of real models: set only if they are there, so that tests can say that they skip.
 if [ -z "${MOE_TEST_MODELS:-}" ] && [ -n "${MOE_MODELS:-}" ] &&
-    [ -e "$MOE_MODELS/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
+    [ -e "$MOE_MODELS/smollm2.gguf" ]; then
     export MOE_TEST_MODELS="$MOE_MODELS"
 fi
 
