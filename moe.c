@@ -36,6 +36,7 @@
 #include "core/model.c"       /* hyperparameters, binding of weights */
 #include "core/layers.c"      /* attention, feed-forward, experts, built from operations */
 #include "core/model_llama.c" /* families: llama, qwen2, qwen3, mixtral, olmoe, ... */
-#include "core/model_gemma.c"
+#include "core/model_gemma.c" /* gemma3 */
+#include "core/models.c"      /* the table of families */
 #include "core/session.c"     /* cache, batches, logits */
 #include "core/sample.c"      /* logits -> token */

@@ -26,8 +26,8 @@ typedef struct moe_device moe_device;
 typedef struct moe_queue moe_queue;
 typedef struct moe_buffer moe_buffer;
 
-/* A place in a buffer; `offset` in bytes, a multiple of 64 for the start of an array. buffer NULL:
- * absent, where the comment allows it. */
+/* A place in a buffer; `offset` in bytes, a multiple of 4. (Whole arrays start at multiples of 64; a
+ * view of some of their rows may not.) buffer NULL: absent, where the comment allows it. */
 typedef struct moe_view {
     moe_buffer *buffer;
     uint64_t offset;
@@ -225,12 +225,16 @@ typedef struct moe_device_options {
     moe_isa isa;
 } moe_device_options;
 
+enum { MOE_MAX_THREADS = 256 };
+
 typedef struct moe_queue_options {
-    uint32_t n_threads;  // >= 1
+    uint32_t n_threads;      // 1 to MOE_MAX_THREADS
     const moe_cancel *cancel;
-    uint32_t n_tok_max;      // the largest n_tok (times n_used) of any operation
-    uint32_t n_in_max;       // the longest matrix row
-    uint32_t n_expert_max;
+    uint32_t n_tok_max;      // the largest n_tok of any operation
+    uint32_t n_in_max;       // the longest row of a matrix in matmul
+    uint32_t n_expert_max;   // 0 if there are no experts
+    uint32_t n_used_max;     // experts per token
+    uint32_t n_in_expert_max; // the longest row of an expert's matrix
     uint32_t n_head_max;     // of attend
     uint32_t n_slot_max;     // of a cache
     uint32_t dim_max;        // of a cache

@@ -127,101 +127,67 @@ static void cpu_buffer_free(moe_device *d, moe_buffer *b)
 
 /* --------------------------------------------------------------------------------- queue -- */
 
-/* The blocks of memory of a queue: one table serves the estimate and the allocation. */
-enum { CPU_BLOCK_ACT = 2, CPU_BLOCK_SCRATCH = 12, CPU_N_BLOCKS = 17 };
-
-static void cpu_queue_sizes(const moe_queue_options *o, uint64_t bytes[CPU_N_BLOCKS])
+/* Takes `bytes` from a block of memory; with base NULL it only counts. */
+static void *cpu_take(uint8_t *base, uint64_t *used, uint64_t bytes)
 {
+    void *p = base ? base + *used : NULL;
+    *used += align_up(bytes, MEM_ALIGN);
+    return p;
+}
+
+/* Lays out the memory of a queue and returns its size. With base NULL the pointers are not set: so the
+ * estimate and the allocation cannot differ. */
+static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
+{
+    const moe_queue_options *o = &q->options;
     const uint64_t n_query = MOE_MAX(CPU_QUERIES, o->n_head_max);
     const uint64_t row = ((uint64_t)o->dim_max + 2) * sizeof(float);
     const uint64_t n_segment = (uint64_t)o->n_slot_max / CPU_SEGMENT + 1;
-    const uint64_t expert = ((uint64_t)o->n_expert_max + 1) * sizeof(uint32_t);
-    const uint64_t slot = (uint64_t)o->n_tok_max * sizeof(uint32_t);
-    const uint64_t per_thread[] = {
-        CPU_TILE * sizeof(float),
-        CPU_KEY_BLOCK * align_up(o->dim_max, 32) * sizeof(float),
-        n_query * CPU_SEGMENT * sizeof(float),
-        n_query * row,
-        n_query * row,
-    };
-    const uint64_t blocks[CPU_BLOCK_SCRATCH] = {
-        CPU_MAX_OPS * sizeof(cpu_op),
-        3 * CPU_MAX_OPS * sizeof(cpu_phase),
-        (uint64_t)o->n_tok_max * act_row_bytes(MOE_ACT_F32, o->n_in_max),
-        (uint64_t)o->n_tok_max * act_row_bytes(MOE_ACT_Q8_32, o->n_in_max),
-        (uint64_t)o->n_tok_max * act_row_bytes(MOE_ACT_Q8_256, o->n_in_max),
-        o->n_head_max * n_segment * row,
-        expert, expert, expert, slot, slot,
-        o->n_threads * sizeof(cpu_scratch),
-    };
-    memcpy(bytes, blocks, sizeof blocks);
-    for (size_t i = 0; i < MOE_COUNT(per_thread); i++)
-        bytes[CPU_BLOCK_SCRATCH + i] = per_thread[i] * o->n_threads;
+    const uint64_t experts = ((uint64_t)o->n_expert_max + 1) * sizeof(uint32_t);
+    const uint64_t n_slot = (uint64_t)o->n_tok_max * o->n_used_max;
+    uint64_t used = 0;
+    q->ops = cpu_take(base, &used, CPU_MAX_OPS * sizeof(cpu_op));
+    q->phases = cpu_take(base, &used, CPU_MAX_PHASES * sizeof(cpu_phase));
+    for (moe_act act = 0; act < MOE_COUNT(q->act); act++)
+        q->act[act] = cpu_take(
+            base, &used, MOE_MAX(o->n_tok_max * (uint64_t)act_row_bytes(act, o->n_in_max),
+                                 n_slot * act_row_bytes(act, o->n_in_expert_max)));
+    q->segments = cpu_take(base, &used, o->n_head_max * n_segment * row);
+    q->expert_start = cpu_take(base, &used, experts);
+    q->expert_id = cpu_take(base, &used, experts);
+    q->expert_count = cpu_take(base, &used, experts);
+    q->expert_row = cpu_take(base, &used, n_slot * sizeof(uint32_t));
+    q->expert_slot = cpu_take(base, &used, n_slot * sizeof(uint32_t));
+    q->scratch = cpu_take(base, &used, o->n_threads * sizeof(cpu_scratch));
+    for (uint32_t i = 0; i < o->n_threads; i++) {
+        cpu_scratch s = {
+            .tile = cpu_take(base, &used, CPU_TILE * sizeof(float)),
+            .keys = cpu_take(base, &used, CPU_KEY_BLOCK * align_up(o->dim_max, 32) * sizeof(float)),
+            .scores = cpu_take(base, &used, n_query * CPU_SEGMENT * sizeof(float)),
+            .partial = cpu_take(base, &used, n_query * row),
+            .total = cpu_take(base, &used, n_query * row),
+        };
+        if (base)
+            q->scratch[i] = s;
+    }
+    return used;
 }
 
 static uint64_t cpu_queue_bytes(const moe_device *d, const moe_queue_options *options)
 {
     (void)d;
-    uint64_t bytes[CPU_N_BLOCKS], total = sizeof(moe_queue) + 2 * MEM_ALIGN;
-    cpu_queue_sizes(options, bytes);
-    for (int i = 0; i < CPU_N_BLOCKS; i++)
-        total += align_up(bytes[i], MEM_ALIGN) + MEM_ALIGN;
-    return total + align_up(options->n_threads * sizeof(cpu_worker), MEM_ALIGN) + MEM_ALIGN;
-}
-
-/* Where each block's pointer stands; the per-thread ones stand in thread 0's scratch. */
-static void cpu_queue_slots(moe_queue *q, void **slot[CPU_BLOCK_SCRATCH])
-{
-    void **slots[CPU_BLOCK_SCRATCH] = {
-        (void **)&q->ops, (void **)&q->phases, (void **)&q->act[0], (void **)&q->act[1],
-        (void **)&q->act[2], (void **)&q->segments, (void **)&q->expert_start,
-        (void **)&q->expert_id, (void **)&q->expert_count, (void **)&q->expert_row,
-        (void **)&q->expert_slot, (void **)&q->scratch};
-    memcpy(slot, slots, sizeof slots);
+    moe_queue q = {.options = *options};
+    return cpu_queue_layout(&q, NULL) + align_up(sizeof q, MEM_ALIGN) + 3 * MEM_ALIGN +
+           align_up(options->n_threads * sizeof(cpu_worker), MEM_ALIGN);
 }
 
 static void cpu_queue_close(moe_queue *q)
 {
     if (!q)
         return;
-    moe_mem *mem = q->device->mem;
-    void **slot[CPU_BLOCK_SCRATCH];
-    cpu_queue_slots(q, slot);
     cpu_pool_close(&q->pool);
-    if (q->scratch) {
-        mem_free(mem, q->scratch[0].tile);
-        mem_free(mem, q->scratch[0].keys);
-        mem_free(mem, q->scratch[0].scores);
-        mem_free(mem, q->scratch[0].partial);
-        mem_free(mem, q->scratch[0].total);
-    }
-    for (int i = 0; i < CPU_BLOCK_SCRATCH; i++)
-        mem_free(mem, *slot[i]);
-    mem_free(mem, q);
-}
-
-static moe_status cpu_queue_allocate(moe_queue *q, moe_error *error)
-{
-    moe_mem *mem = q->device->mem;
-    uint64_t bytes[CPU_N_BLOCKS];
-    void **slot[CPU_BLOCK_SCRATCH];
-    cpu_queue_sizes(&q->options, bytes);
-    cpu_queue_slots(q, slot);
-    for (int i = 0; i < CPU_BLOCK_SCRATCH; i++)
-        if (!(*slot[i] = mem_alloc_uncleared(mem, bytes[i], 1)))
-            return fail_memory(error, mem, "work memory", bytes[i]);
-    memset(q->scratch, 0, (size_t)bytes[CPU_BLOCK_SCRATCH - 1]);
-    float **part[] = {&q->scratch->tile, &q->scratch->keys, &q->scratch->scores,
-                      &q->scratch->partial, &q->scratch->total};
-    for (size_t i = 0; i < MOE_COUNT(part); i++) {
-        const uint64_t n = bytes[CPU_BLOCK_SCRATCH + i];
-        if (!(*part[i] = mem_alloc_uncleared(mem, n, 1)))
-            return fail_memory(error, mem, "work memory", n);
-        const size_t each = (size_t)(n / q->options.n_threads / sizeof(float));
-        for (uint32_t t = 1; t < q->options.n_threads; t++)
-            *(float **)((char *)part[i] + t * sizeof(cpu_scratch)) = *part[i] + t * each;
-    }
-    return MOE_OK;
+    mem_free(q->device->mem, q->memory);
+    mem_free(q->device->mem, q);
 }
 
 static moe_status cpu_queue_open(moe_queue **out, moe_device *d, const moe_queue_options *options,
@@ -232,9 +198,15 @@ static moe_status cpu_queue_open(moe_queue **out, moe_device *d, const moe_queue
         return fail_memory(error, d->mem, "queue", sizeof *q);
     q->device = d;
     q->options = *options;
-    moe_status status = cpu_queue_allocate(q, error);
-    if (!status)
+    q->pool.mem = d->mem;
+    const uint64_t bytes = cpu_queue_layout(q, NULL);
+    moe_status status = MOE_OK;
+    if ((q->memory = mem_alloc_uncleared(d->mem, bytes, 1))) {
+        cpu_queue_layout(q, q->memory);
         status = cpu_pool_open(&q->pool, options->n_threads, d->mem, error);
+    } else {
+        status = fail_memory(error, d->mem, "work memory", bytes);
+    }
     if (status) {
         cpu_queue_close(q);
         return status;

@@ -16,6 +16,7 @@
 
 enum {
     CPU_MAX_OPS = 2048,
+    CPU_MAX_PHASES = 3 * CPU_MAX_OPS,
     CPU_TOK_TILE = 64,      /* tokens per call of a gemm kernel: their int8 rows stay in L2 */
     CPU_ROW_TILE = 64,      /* rows per task in prefill */
     CPU_TILE = 4096,        /* floats of a task's result tile; the most rows of a decode task */
@@ -86,15 +87,16 @@ struct moe_queue {
     cpu_pool pool;
     _Atomic bool cancelled;
     uint32_t n_op, n_phase;
+    uint8_t *memory;   // one block, in which all of the following lie
     cpu_op *ops;       // [CPU_MAX_OPS]
-    cpu_phase *phases; // [2..3 per op]
-    uint8_t *act[3];   // by moe_act: [n_tok_max][act_row_bytes(n_in_max)]
+    cpu_phase *phases; // [CPU_MAX_PHASES]
+    uint8_t *act[3];   // by moe_act: quantized rows of the running product
     float *segments;   // [n_head_max][n_segment][dim_max + 2]: partial attention of one token
     uint32_t *expert_start;  // [n_expert_max + 1]: first row of each active expert's tokens
     uint32_t *expert_id;     // [n_expert_max]: the experts in use, ascending
     uint32_t *expert_count;  // [n_expert_max]
-    uint32_t *expert_row;    // [n_tok_max]: (token, slot) -> row in expert order
-    uint32_t *expert_slot;   // [n_tok_max]: and back
+    uint32_t *expert_row;    // [n_tok_max * n_used_max]: (token, slot) -> row in expert order
+    uint32_t *expert_slot;   // [n_tok_max * n_used_max]: and back
     uint32_t n_active;
     cpu_scratch *scratch;    // [n_threads]
 };

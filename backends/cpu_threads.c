@@ -15,7 +15,6 @@
 #include "../core/platform.h"
 
 enum {
-    CPU_MAX_THREADS = 256,
     CPU_SPIN_BARRIER = 4000, /* pauses before a waiting thread offers its core to others */
     CPU_SPIN_IDLE = 20000    /* pauses before an idle worker sleeps: about half a millisecond */
 };
@@ -200,7 +199,8 @@ static void cpu_pool_close(cpu_pool *pool)
         plat_cond_destroy(&pool->wake);
     if (pool->have_mutex)
         plat_mutex_destroy(&pool->mutex);
-    mem_free(pool->mem, pool->workers);
+    if (pool->mem)
+        mem_free(pool->mem, pool->workers);
     memset(pool, 0, sizeof *pool);
 }
 

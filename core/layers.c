@@ -1,0 +1,177 @@
+/* core/layers.c - the building blocks of a layer: norms, attention, feed-forward, experts.
+ *
+ * A block records operations on the backend's queue and returns at once. It decides by what weights
+ * are there, never by the family's name; families compose blocks in core/model_<family>.c. */
+#ifndef MOE_CORE_LAYERS_C
+#define MOE_CORE_LAYERS_C
+
+#include "model.h"
+
+/* One batch of tokens on its way through the layers: positions [pos, pos + n_tok) of a session. */
+struct moe_pass {
+    const moe_model *model;
+    const moe_backend *be;
+    moe_queue *queue;
+    const moe_cache *k_cache, *v_cache; // [n_layer]
+    uint32_t n_tok, pos;
+    /* Places of activations, each large enough for the session's batch. */
+    moe_view ids;            // int32 [n_tok]
+    moe_view rope[2];        // [n_tok][n_rot / 2][2] cos, sin: global, local layers
+    moe_view x;              // [n_tok][n_embd] the residual stream
+    moe_view h;              // [n_tok][n_embd] normed, or a block's output
+    moe_view q;              // [n_tok][n_head][head_dim]
+    moe_view k, v;           // [n_tok][n_head_kv][head_dim], [...][head_dim_v]
+    moe_view attn;           // [n_tok][n_head][head_dim_v]
+    moe_view gate, up;       // [n_tok][n_ff], or [n_tok][n_used][n_ff_expert]
+    moe_view router;         // [n_tok][n_expert]
+    moe_view expert_ids;     // int32 [n_tok][n_used]
+    moe_view expert_weights; // [n_tok][n_used]
+    moe_view expert_out;     // [n_tok][n_used][n_embd]
+    moe_view logits;         // [n_logits][n_vocab]
+};
+
+static void layer_norm(moe_pass *p, moe_view dst, moe_view src, const moe_weight *weight,
+                       uint32_t n_row, uint32_t dim)
+{
+    const moe_norm_op op = {dst, src, weight->data, n_row, dim, dim, dim, p->model->hp.eps};
+    p->be->norm(p->queue, &op);
+}
+
+/* dst = (add ? dst : 0) + w src + bias */
+static void layer_linear(moe_pass *p, moe_view dst, const moe_weight *w, moe_view src,
+                         const moe_weight *bias, bool add)
+{
+    const moe_matmul_op op = {
+        .src = src, .n_tok = p->n_tok, .n_out = 1, .out = {{w, bias ? bias->data : (moe_view){0}, dst, add}}};
+    p->be->matmul(p->queue, &op);
+}
+
+/* A layer attends locally if the family has a window and the layer is not its period's last. */
+static bool layer_is_local(const moe_hparams *hp, uint32_t index)
+{
+    return hp->window && (!hp->window_period || (index + 1) % hp->window_period != 0);
+}
+
+/* Norm of each head, or, where the weight is longer, of all heads as one row (OLMoE). */
+static void layer_qk_norm(moe_pass *p, moe_view x, const moe_weight *weight, uint32_t n_head)
+{
+    const uint32_t dim = (uint32_t)weight->dims[0];
+    if (weight_present(weight))
+        layer_norm(p, x, x, weight, p->n_tok * (n_head * p->model->hp.head_dim / dim), dim);
+}
+
+static void layer_rope(moe_pass *p, moe_view x, uint32_t n_head, bool local)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_rope_op op = {x, p->rope[local], p->n_tok, n_head, hp->head_dim, 0, hp->n_rot,
+                            hp->rope_interleaved};
+    p->be->rope(p->queue, &op);
+}
+
+static void layer_store(moe_pass *p, const moe_cache *cache, moe_view src)
+{
+    const moe_store_op op = {cache, src, p->n_tok, p->pos};
+    p->be->store(p->queue, &op);
+}
+
+/* Grouped-query attention: p->h in; the output projection is written to dst, or added to it. Vaswani
+ * et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245. */
+static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_layer *l = &p->model->layers[index];
+    const moe_cache *k = &p->k_cache[index], *v = &p->v_cache[index];
+    const bool local = layer_is_local(hp, index);
+    const moe_matmul_op project = {
+        .src = p->h,
+        .n_tok = p->n_tok,
+        .n_out = 3,
+        .out = {{&l->wq, l->bq.data, p->q, false},
+                {&l->wk, l->bk.data, p->k, false},
+                {&l->wv, l->bv.data, p->v, false}},
+    };
+    p->be->matmul(p->queue, &project);
+    layer_qk_norm(p, p->q, &l->q_norm, hp->n_head);
+    layer_qk_norm(p, p->k, &l->k_norm, hp->n_head_kv);
+    layer_rope(p, p->q, hp->n_head, local);
+    layer_rope(p, p->k, hp->n_head_kv, local);
+    layer_store(p, k, p->k);
+    layer_store(p, v, p->v);
+    const moe_attend_op attend = {
+        .dst = p->attn,
+        .q = p->q,
+        .k = k,
+        .v = v,
+        .n_tok = p->n_tok,
+        .pos = p->pos,
+        .n_head = hp->n_head,
+        .window = local ? hp->window : 0,
+        .scale = hp->attn_scale,
+    };
+    p->be->attend(p->queue, &attend);
+    layer_linear(p, dst, &l->wo, p->attn, &l->bo, add);
+}
+
+static void layer_glu(moe_pass *p, uint64_t n)
+{
+    const moe_glu_op op = {p->gate, p->gate, p->up, n, p->model->hp.glu, 0, 0};
+    p->be->glu(p->queue, &op);
+}
+
+/* Gated feed-forward: p->h in. Shazeer 2020, arXiv:2002.05202. */
+static void layer_feed_forward(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
+{
+    const moe_matmul_op project = {
+        .src = p->h,
+        .n_tok = p->n_tok,
+        .n_out = 2,
+        .out = {{.w = &l->gate, .dst = p->gate}, {.w = &l->up, .dst = p->up}},
+    };
+    p->be->matmul(p->queue, &project);
+    layer_glu(p, (uint64_t)p->n_tok * p->model->hp.n_ff);
+    layer_linear(p, dst, &l->down, p->gate, NULL, add);
+}
+
+/* Routed experts: p->h in. The router's logits choose n_used experts for each token; their outputs are
+ * summed with the router's weights. Shazeer et al. 2017, arXiv:1701.06538. */
+static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_router *r = &hp->router;
+    layer_linear(p, p->router, &l->router, p->h, NULL, false);
+    const moe_route_op route = {.ids = p->expert_ids, .weights = p->expert_weights,
+                                .logits = p->router, .router = *r, .n_tok = p->n_tok};
+    p->be->route(p->queue, &route);
+    const moe_experts_op project = {
+        .src = p->h,
+        .ids = p->expert_ids,
+        .n_tok = p->n_tok,
+        .n_used = r->n_used,
+        .shared_src = true,
+        .n_out = 2,
+        .out = {{.w = &l->experts_gate, .dst = p->gate}, {.w = &l->experts_up, .dst = p->up}},
+    };
+    p->be->experts(p->queue, &project);
+    layer_glu(p, (uint64_t)p->n_tok * r->n_used * hp->n_ff_expert);
+    const moe_experts_op down = {
+        .src = p->gate,
+        .ids = p->expert_ids,
+        .n_tok = p->n_tok,
+        .n_used = r->n_used,
+        .n_out = 1,
+        .out = {{.w = &l->experts_down, .dst = p->expert_out}},
+    };
+    p->be->experts(p->queue, &down);
+    const moe_combine_op combine = {dst, p->expert_out, p->expert_weights, p->n_tok, r->n_used,
+                                    hp->n_embd, add};
+    p->be->combine(p->queue, &combine);
+}
+
+/* dst += src, n_embd elements of each token. */
+static void layer_add(moe_pass *p, moe_view dst, moe_view src)
+{
+    const moe_add_op op = {dst, dst, src, (uint64_t)p->n_tok * p->model->hp.n_embd, 1.0f};
+    p->be->add(p->queue, &op);
+}
+
+#endif

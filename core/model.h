@@ -1,0 +1,153 @@
+/* core/model.h - a model in memory: hyperparameters, weights by role, and what a family is.
+ *
+ * The structs are unions over all families: a weight that a family does not have is absent
+ * (weight_present() is false), a number it does not have is 0. Layer code asks for what is there; it
+ * does not ask for the name of the family. */
+#ifndef MOE_CORE_MODEL_H
+#define MOE_CORE_MODEL_H
+
+#include "../backends/backend.h"
+#include "directory.h"
+
+enum {
+    MODEL_MAX_LAYERS = 1024,
+    MODEL_MAX_EXPERTS = 1024,
+    MODEL_MAX_EMBD = 1 << 18,
+    MODEL_MAX_HEADS = 4096,
+    MODEL_MAX_HEAD_DIM = 2048,
+    MODEL_MAX_FF = 1 << 22,
+    MODEL_MAX_CTX = 1 << 30
+};
+
+typedef enum moe_rope_scaling { ROPE_PLAIN, ROPE_LINEAR, ROPE_YARN } moe_rope_scaling;
+
+typedef struct moe_rope_params {
+    float base;
+    moe_rope_scaling scaling;
+    float factor;            // context is stretched by this; 1: not at all
+    float attn_factor;       // YaRN: extra factor on cos and sin
+    float beta_fast, beta_slow;
+    uint32_t n_ctx_original; // YaRN: context length before stretching
+} moe_rope_params;
+
+typedef struct moe_hparams {
+    uint32_t n_vocab, n_ctx_train, n_embd, n_layer;
+    uint32_t n_head, n_head_kv, head_dim, head_dim_v;
+    uint32_t n_ff;
+    uint32_t n_rot;           // elements of a head that are rotated
+    bool rope_interleaved;
+    float eps;                // of the RMS norms
+    float embed_scale;        // of the token embedding; 1: none
+    float attn_scale;         // of q . k
+    float logit_cap;          // soft cap; 0: none
+    uint32_t window;          // sliding window of local layers; 0: none
+    uint32_t window_period;   // of this many layers the last is global; 0: all are global
+    moe_rope_params rope;       // of global layers
+    moe_rope_params rope_local; // of layers with a sliding window
+    moe_glu_kind glu;
+    moe_router router;        // router.n_expert is 0 in a dense model
+    uint32_t n_layer_dense;   // leading layers without experts
+    uint32_t n_ff_expert;
+} moe_hparams;
+
+/* The weights of a layer. Matrices as [n_out][n_in]; vectors are float32 views. */
+typedef struct moe_layer {
+    moe_weight attn_norm;                        // [n_embd]
+    moe_weight wq, wk, wv;                       // [n_head * head_dim][n_embd], ...
+    moe_weight bq, bk, bv, bo;
+    moe_weight q_norm, k_norm;                   // [head_dim], or [n_head * head_dim]
+    moe_weight wo;                               // [n_embd][n_head * head_dim_v]
+    moe_weight attn_post_norm;                   // [n_embd], on the attention's output
+    moe_weight ffn_norm;                         // [n_embd]
+    moe_weight gate, up, down;                   // [n_ff][n_embd], [n_ff][n_embd], [n_embd][n_ff]
+    moe_weight ffn_post_norm;                    // [n_embd], on the feed-forward's output
+    moe_weight router;                           // [n_expert][n_embd]
+    moe_weight experts_gate, experts_up;         // [n_expert][n_ff_expert][n_embd]
+    moe_weight experts_down;                     // [n_expert][n_embd][n_ff_expert]
+} moe_layer;
+
+/* The weights outside the layers. */
+typedef struct moe_globals {
+    moe_weight embedding;   // [n_vocab][n_embd]
+    moe_weight output_norm; // [n_embd]
+    moe_weight output;      // [n_vocab][n_embd]; absent: tied to the embedding
+    moe_weight rope_freqs;  // [n_rot / 2]: divisors of the frequencies (Llama 3 scaling)
+} moe_globals;
+
+/* Symbolic lengths in the tables of tensors. */
+typedef enum moe_dim {
+    DIM_NONE, DIM_VOCAB, DIM_EMBD, DIM_Q, DIM_K, DIM_V, DIM_O, DIM_HEAD, DIM_HALF_ROT, DIM_FF,
+    DIM_EXPERT, DIM_FF_EXPERT
+} moe_dim;
+
+enum {
+    BIND_OPTIONAL = 1,
+    BIND_VECTOR = 2,  /* kept as float32, converted if need be: norms, biases */
+    BIND_DENSE = 4,   /* only in layers without experts */
+    BIND_EXPERTS = 8, /* only in layers with experts */
+    BIND_GLOBAL = 16  /* not in a layer */
+};
+
+/* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it, the
+ * converter renames by it. "%u" is the layer; a second one in the Hugging Face name is the expert,
+ * whose matrices GGUF stacks. */
+typedef struct moe_binding {
+    const char *gguf;
+    const char *hf;
+    uint16_t field;  // offset in moe_layer, or in moe_globals
+    uint8_t flags;
+    uint8_t dims[3]; // moe_dim, in GGUF's order: the contiguous one first
+} moe_binding;
+
+#define BIND_IN_LAYER(gguf, hf, field, flags, ...)                                                 \
+    {"blk.%u." gguf, "model.layers.%u." hf, (uint16_t)offsetof(moe_layer, field), flags,           \
+     {__VA_ARGS__}}
+#define BIND_IN_MODEL(gguf, hf, field, flags, ...)                                                 \
+    {gguf, hf, (uint16_t)offsetof(moe_globals, field), (flags) | BIND_GLOBAL, {__VA_ARGS__}}
+#define BIND_END {NULL, NULL, 0, 0, {0}}
+
+typedef struct moe_pass moe_pass;
+
+/* Reads hyperparameters one after another; after the first failure the rest does nothing. */
+typedef struct hparam_reader {
+    const moe_directory *dir;
+    const char *arch; // prefix of the keys
+    moe_error *error;
+    moe_status status;
+} hparam_reader;
+
+/* A family of models. One file core/model_<family>.c, one line in core/models.def per name. */
+typedef struct moe_family {
+    const char *arch;       // general.architecture
+    const char *hf;         // model_type of the Hugging Face config
+    /* Sets what differs from the common keys, which are read already. */
+    void (*hparams)(moe_hparams *hp, hparam_reader *r);
+    const moe_binding *bindings[6]; // tables that end with BIND_END; the list ends with NULL
+    /* Records the work of one layer: p->x in, p->x out. */
+    void (*layer)(moe_pass *p, uint32_t index);
+} moe_family;
+
+struct moe_model {
+    moe_mem mem;
+    moe_directory *dir;
+    moe_tokenizer *tokenizer;
+    const moe_family *family;
+    moe_hparams hp;
+    moe_globals globals;
+    moe_layer *layers;             // [n_layer]
+    float *vectors;                // all norms and biases
+    double *rope_freqs[2];         // [n_rot / 2] radians per position: global, local
+    float rope_magnitude[2];       // factor on cos and sin
+    const moe_backend *backend;
+    moe_device *device;
+    moe_buffer **buffers;          // [n_buffer] every buffer that holds weights
+    uint32_t n_buffer;
+    char *architecture, *name;
+    moe_model_info info;
+};
+
+/* Prints a binding's GGUF name for a layer into buf. */
+MOE_UNUSED static const char *binding_name(const moe_binding *b, uint32_t layer, char *buf,
+                                           size_t buf_bytes);
+
+#endif

@@ -1,0 +1,468 @@
+/* core/session.c - one conversation: the cache, the work memory, and the forward pass over batches of
+ * tokens.
+ *
+ * session_forward() is the whole of inference at a glance: embedding, layers, final norm, logits. */
+#ifndef MOE_CORE_SESSION_C
+#define MOE_CORE_SESSION_C
+
+#include "layers.c"
+#include "platform.h"
+
+enum { SESSION_DEFAULT_CTX = 4096, SESSION_MAX_BATCH = 4096 };
+
+struct moe_session {
+    moe_model *model;
+    moe_session_options options; // with the defaults filled in
+    moe_queue *queue;
+    moe_buffer *cache, *work;
+    moe_cache *caches;     // [2 * n_layer]: keys, then values
+    moe_pass pass;
+    float *rope_table;     // [n_batch][n_rot]: on the host, before it is written
+    uint32_t n_past;
+    moe_error error;
+};
+
+/* ------------------------------------------------------------------------------- planning -- */
+
+/* The memory of a session: computed once for the estimate, the same for the allocation. */
+typedef struct session_plan {
+    uint64_t cache_bytes, work_bytes, queue_bytes, host_bytes, total_bytes;
+    moe_queue_options queue;
+} session_plan;
+
+/* Reserves an array in the work buffer. */
+static bool plan_take(uint64_t *used, moe_view *view, uint64_t n, uint64_t item_bytes)
+{
+    uint64_t bytes;
+    view->offset = *used;
+    return checked_mul(n, item_bytes, &bytes) && checked_add(*used, bytes, used) &&
+           checked_align(*used, MEM_ALIGN, used);
+}
+
+/* Lays out the activations; the views' offsets are set. */
+static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_pass *p,
+                      uint64_t *used)
+{
+    const uint64_t n = o->n_batch, f = sizeof(float), used_experts = hp->router.n_used;
+    const uint64_t n_ff = MOE_MAX(hp->n_ff, used_experts * hp->n_ff_expert);
+    *used = 0;
+    return plan_take(used, &p->ids, n, sizeof(int32_t)) &&
+           plan_take(used, &p->rope[0], n * hp->n_rot, f) &&
+           plan_take(used, &p->rope[1], n * hp->n_rot, f) &&
+           plan_take(used, &p->x, n * hp->n_embd, f) &&
+           plan_take(used, &p->h, n * hp->n_embd, f) &&
+           plan_take(used, &p->q, n * hp->n_head * hp->head_dim, f) &&
+           plan_take(used, &p->k, n * hp->n_head_kv * hp->head_dim, f) &&
+           plan_take(used, &p->v, n * hp->n_head_kv * hp->head_dim_v, f) &&
+           plan_take(used, &p->attn, n * hp->n_head * hp->head_dim_v, f) &&
+           plan_take(used, &p->gate, n * n_ff, f) && plan_take(used, &p->up, n * n_ff, f) &&
+           plan_take(used, &p->router, n * hp->router.n_expert, f) &&
+           plan_take(used, &p->expert_ids, n * used_experts, sizeof(int32_t)) &&
+           plan_take(used, &p->expert_weights, n * used_experts, f) &&
+           plan_take(used, &p->expert_out, n * used_experts * hp->n_embd, f) &&
+           plan_take(used, &p->logits, (uint64_t)o->n_logits * hp->n_vocab, f);
+}
+
+/* Bytes of one of a layer's caches, rounded up. */
+static bool plan_cache(const moe_hparams *hp, const moe_session_options *o, uint32_t dim,
+                       uint64_t *bytes)
+{
+    return checked_mul((uint64_t)hp->n_head_kv * o->n_ctx, cache_row_bytes(o->cache_type, dim),
+                       bytes) &&
+           checked_align(*bytes, MEM_ALIGN, bytes);
+}
+
+static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
+{
+    uint32_t n_in = MOE_MAX(hp->n_embd, hp->n_ff);
+    n_in = MOE_MAX(n_in, hp->n_head * hp->head_dim_v);
+    const bool experts = hp->router.n_expert > 0;
+    return (moe_queue_options){
+        .n_threads = o->n_threads,
+        .cancel = o->cancel,
+        .n_tok_max = o->n_batch,
+        .n_in_max = n_in,
+        .n_expert_max = hp->router.n_expert,
+        .n_used_max = hp->router.n_used,
+        .n_in_expert_max = experts ? MOE_MAX(hp->n_embd, hp->n_ff_expert) : 0,
+        .n_head_max = hp->n_head,
+        .n_slot_max = o->n_ctx,
+        .dim_max = MOE_MAX(hp->head_dim, hp->head_dim_v),
+    };
+}
+
+/* False if a size does not fit into 64 bits. */
+static bool session_plan_for(const moe_model *m, const moe_session_options *o, session_plan *plan)
+{
+    const moe_hparams *hp = &m->hp;
+    moe_pass scratch = {0};
+    uint64_t k, v;
+    plan->queue = plan_queue(hp, o);
+    if (!plan_work(hp, o, &scratch, &plan->work_bytes) || !plan_cache(hp, o, hp->head_dim, &k) ||
+        !plan_cache(hp, o, hp->head_dim_v, &v) ||
+        !checked_add(k, v, &k) || !checked_mul(hp->n_layer, k, &plan->cache_bytes))
+        return false;
+    plan->queue_bytes = m->backend->queue_bytes(m->device, &plan->queue);
+    plan->host_bytes = sizeof(moe_session) + 2ull * hp->n_layer * sizeof(moe_cache) +
+                       (uint64_t)o->n_batch * hp->n_rot * sizeof(float) + 16 * MEM_ALIGN;
+    return checked_add(plan->cache_bytes, plan->work_bytes, &plan->total_bytes) &&
+           checked_add(plan->total_bytes, plan->queue_bytes, &plan->total_bytes) &&
+           checked_add(plan->total_bytes, plan->host_bytes, &plan->total_bytes);
+}
+
+/* Bytes that a new session may take: what is left under the ceiling, or else what is free. */
+static uint64_t session_budget(const moe_model *m)
+{
+    const uint64_t limit = m->mem.limit_bytes, used = atomic_load(&m->mem.used_bytes);
+    if (limit)
+        return used < limit ? limit - used : 0;
+    const uint64_t free_bytes = plat_free_memory();
+    return free_bytes ? free_bytes : UINT64_MAX;
+}
+
+/* The longest context whose plan fits into the budget; 0 if none does. */
+static uint32_t session_longest(const moe_model *m, const moe_session_options *o, uint64_t budget)
+{
+    uint32_t low = 0, high = MODEL_MAX_CTX;
+    while (low < high) {
+        const uint32_t middle = low + (high - low + 1) / 2;
+        moe_session_options trial = *o;
+        session_plan plan;
+        trial.n_ctx = middle;
+        if (session_plan_for(m, &trial, &plan) && plan.total_bytes <= budget)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+static moe_status session_fill_options(const moe_model *m, const moe_session_options *options,
+                                       moe_session_options *o, moe_error *error)
+{
+    moe_session_options_init(o);
+    if (options)
+        memcpy(o, options, MOE_MIN(options->size, sizeof *o));
+    o->size = sizeof *o;
+    if (!m->device)
+        return fail(error, MOE_ERR_ARGUMENT, "model",
+                    "it was opened with vocab_only: it has no weights to compute with");
+    if (!o->n_ctx)
+        o->n_ctx = MOE_MIN(m->hp.n_ctx_train, SESSION_DEFAULT_CTX);
+    if (!o->n_threads)
+        o->n_threads = MOE_MIN(plat_n_cores(), MOE_MAX_THREADS);
+    if (o->n_threads > MOE_MAX_THREADS)
+        return fail(error, MOE_ERR_ARGUMENT, "n_threads", "expected 0 to %d, got %u",
+                    MOE_MAX_THREADS, o->n_threads);
+    if (o->n_batch < 1 || o->n_batch > SESSION_MAX_BATCH)
+        return fail(error, MOE_ERR_ARGUMENT, "n_batch", "expected 1 to %d, got %u",
+                    SESSION_MAX_BATCH, o->n_batch);
+    if (o->n_ctx > MODEL_MAX_CTX)
+        return fail(error, MOE_ERR_LIMIT, "n_ctx", "expected at most %d, got %u", MODEL_MAX_CTX,
+                    o->n_ctx);
+    if (o->n_logits < 1 || o->n_logits > SESSION_MAX_BATCH)
+        return fail(error, MOE_ERR_ARGUMENT, "n_logits", "expected 1 to %d, got %u",
+                    SESSION_MAX_BATCH, o->n_logits);
+    if (o->cache_type < MOE_CACHE_F16 || o->cache_type > MOE_CACHE_F32)
+        return fail(error, MOE_ERR_ARGUMENT, "cache_type", "expected 0 to %d, got %d",
+                    MOE_CACHE_F32, (int)o->cache_type);
+    o->n_batch = MOE_MIN(o->n_batch, o->n_ctx);
+    o->n_logits = MOE_MIN(o->n_logits, o->n_batch);
+    return MOE_OK;
+}
+
+moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
+                                moe_memory_estimate *estimate, moe_error *error)
+{
+    moe_session_options o;
+    session_plan plan;
+    if (!model || !estimate)
+        return fail(error, MOE_ERR_ARGUMENT, NULL, "model and estimate must not be NULL");
+    moe_status status = session_fill_options(model, options, &o, error);
+    if (status)
+        return status;
+    const bool fits_64 = session_plan_for(model, &o, &plan);
+    const uint64_t budget = session_budget(model);
+    const moe_memory_estimate full = {
+        .size = sizeof full,
+        .cache_bytes = fits_64 ? plan.cache_bytes : UINT64_MAX,
+        .work_bytes = fits_64 ? plan.total_bytes - plan.cache_bytes : UINT64_MAX,
+        .total_bytes = fits_64 ? plan.total_bytes : UINT64_MAX,
+        .n_ctx = o.n_ctx,
+        .n_ctx_max = session_longest(model, &o, budget),
+        .fits = fits_64 && plan.total_bytes <= budget,
+    };
+    const size_t size = MOE_MIN(estimate->size, sizeof full);
+    memcpy(estimate, &full, size);
+    estimate->size = size;
+    return MOE_OK;
+}
+
+/* ----------------------------------------------------------------------------------- open -- */
+
+/* Points the caches and the activations of the pass into the two buffers. */
+static void session_lay_out(moe_session *s)
+{
+    const moe_model *m = s->model;
+    const moe_hparams *hp = &m->hp;
+    moe_pass *p = &s->pass;
+    uint64_t used, offset = 0;
+    plan_work(hp, &s->options, p, &used);
+    moe_view *const views[] = {&p->ids,  &p->rope[0], &p->rope[1], &p->x,    &p->h,
+                               &p->q,    &p->k,       &p->v,       &p->attn, &p->gate,
+                               &p->up,   &p->router,  &p->expert_ids, &p->expert_weights,
+                               &p->expert_out, &p->logits};
+    for (size_t i = 0; i < MOE_COUNT(views); i++)
+        views[i]->buffer = s->work;
+    for (uint32_t i = 0; i < 2 * hp->n_layer; i++) {
+        const uint32_t dim = i < hp->n_layer ? hp->head_dim : hp->head_dim_v;
+        uint64_t bytes = 0;
+        s->caches[i] = (moe_cache){{s->cache, offset}, s->options.cache_type, hp->n_head_kv,
+                                   s->options.n_ctx, dim};
+        plan_cache(hp, &s->options, dim, &bytes);
+        offset += bytes;
+    }
+    p->model = m;
+    p->be = m->backend;
+    p->queue = s->queue;
+    p->k_cache = s->caches;
+    p->v_cache = s->caches + hp->n_layer;
+}
+
+static moe_status session_allocate(moe_session *s, const session_plan *plan, moe_error *error)
+{
+    moe_model *m = s->model;
+    s->caches = mem_alloc(&m->mem, 2 * (uint64_t)m->hp.n_layer, sizeof *s->caches);
+    s->rope_table = mem_alloc(&m->mem, (uint64_t)s->options.n_batch * m->hp.n_rot, sizeof(float));
+    if (!s->caches || !s->rope_table)
+        return fail_memory(error, &m->mem, "session", plan->host_bytes);
+    moe_status status = m->backend->buffer_new(m->device, plan->cache_bytes, &s->cache, error);
+    if (!status)
+        status = m->backend->buffer_new(m->device, plan->work_bytes, &s->work, error);
+    if (!status)
+        status = m->backend->queue_open(&s->queue, m->device, &plan->queue, error);
+    return status;
+}
+
+moe_status moe_session_open(moe_session **out, moe_model *model,
+                            const moe_session_options *options, moe_error *error)
+{
+    moe_session_options o;
+    session_plan plan;
+    if (!out || !model)
+        return fail(error, MOE_ERR_ARGUMENT, NULL, "out and model must not be NULL");
+    *out = NULL;
+    moe_status status = session_fill_options(model, options, &o, error);
+    if (status)
+        return status;
+    const uint64_t budget = session_budget(model);
+    if (!session_plan_for(model, &o, &plan) || plan.total_bytes > budget)
+        return fail(error, MOE_ERR_LIMIT, "n_ctx",
+                    "a context of %u tokens needs more than the %llu MB that are available; at most "
+                    "%u tokens fit", o.n_ctx, (unsigned long long)(budget >> 20),
+                    session_longest(model, &o, budget));
+    moe_session *s = mem_alloc(&model->mem, 1, sizeof *s);
+    if (!s)
+        return fail_memory(error, &model->mem, "session", sizeof *s);
+    s->model = model;
+    s->options = o;
+    status = session_allocate(s, &plan, error);
+    if (status) {
+        moe_session_close(s);
+        return status;
+    }
+    session_lay_out(s);
+    if (o.n_ctx > model->hp.n_ctx_train)
+        mem_log(&model->mem, MOE_LOG_WARN,
+                "the context is longer than the one the model was trained with");
+    *out = s;
+    return MOE_OK;
+}
+
+void moe_session_close(moe_session *s)
+{
+    if (!s)
+        return;
+    moe_model *m = s->model;
+    if (s->queue)
+        m->backend->queue_close(s->queue);
+    m->backend->buffer_free(m->device, s->work);
+    m->backend->buffer_free(m->device, s->cache);
+    mem_free(&m->mem, s->rope_table);
+    mem_free(&m->mem, s->caches);
+    mem_free(&m->mem, s);
+}
+
+/* ---------------------------------------------------------------------------------- forward -- */
+
+/* Angles of positions [pos, pos + n_tok), in double precision, so that every machine rounds to the
+ * same floats. */
+static void session_write_rope(moe_session *s, uint32_t kind, uint32_t pos, uint32_t n_tok)
+{
+    const moe_model *m = s->model;
+    const uint32_t half = m->hp.n_rot / 2;
+    float *dst = s->rope_table;
+    for (uint32_t t = 0; t < n_tok; t++) {
+        for (uint32_t i = 0; i < half; i++) {
+            const double angle = (double)(pos + t) * m->rope_freqs[kind][i];
+            *dst++ = (float)(cos(angle) * m->rope_magnitude[kind]);
+            *dst++ = (float)(sin(angle) * m->rope_magnitude[kind]);
+        }
+    }
+    m->backend->write(s->queue, s->pass.rope[kind], s->rope_table,
+                      (uint64_t)n_tok * m->hp.n_rot * sizeof(float));
+}
+
+/* Final norm and output matrix for n_row tokens of the batch, from row `row` on. */
+static moe_status session_logits(moe_session *s, uint32_t row, uint32_t n_row, float *logits)
+{
+    moe_pass *p = &s->pass;
+    const moe_hparams *hp = &s->model->hp;
+    const moe_globals *g = &s->model->globals;
+    const moe_weight *output = weight_present(&g->output) ? &g->output : &g->embedding;
+    const uint32_t n_tok = p->n_tok;
+    p->n_tok = n_row;
+    layer_norm(p, p->h, view_at(p->x, (uint64_t)row * hp->n_embd * sizeof(float)),
+               &g->output_norm, n_row, hp->n_embd);
+    layer_linear(p, p->logits, output, p->h, NULL, false);
+    p->n_tok = n_tok;
+    if (hp->logit_cap > 0) {
+        const moe_softcap_op cap = {p->logits, (uint64_t)n_row * hp->n_vocab, hp->logit_cap};
+        p->be->softcap(p->queue, &cap);
+    }
+    return p->be->read(p->queue, p->logits, logits, (uint64_t)n_row * hp->n_vocab * sizeof(float),
+                       &s->error);
+}
+
+/* One batch: tokens at positions [pos, pos + n_tok), at most n_batch of them; logits of the last
+ * n_logits. */
+static moe_status session_forward(moe_session *s, const moe_token *tokens, uint32_t pos,
+                                  uint32_t n_tok, uint32_t n_logits, float *logits)
+{
+    moe_pass *p = &s->pass;
+    const moe_model *m = s->model;
+    p->pos = pos;
+    p->n_tok = n_tok;
+    p->be->write(p->queue, p->ids, tokens, n_tok * sizeof *tokens);
+    session_write_rope(s, 0, pos, n_tok);
+    if (m->hp.window)
+        session_write_rope(s, 1, pos, n_tok);
+    const moe_embed_op embed = {p->x, p->ids, &m->globals.embedding, m->hp.embed_scale, n_tok};
+    p->be->embed(p->queue, &embed);
+    for (uint32_t layer = 0; layer < m->hp.n_layer; layer++)
+        m->family->layer(p, layer);
+    for (uint32_t done = 0; done < n_logits;) {
+        const uint32_t n = MOE_MIN(s->options.n_logits, n_logits - done);
+        moe_status status = session_logits(s, n_tok - n_logits + done, n,
+                                           logits + (size_t)done * m->hp.n_vocab);
+        if (status)
+            return status;
+        done += n;
+    }
+    return p->be->submit(p->queue, &s->error);
+}
+
+/* --------------------------------------------------------------------------------- evaluate -- */
+
+/* Names the first weight that is not a finite number. Only called when a result is not. */
+static moe_status session_explain(moe_session *s)
+{
+    enum { BLOCK = 4096 };
+    const moe_directory *dir = s->model->dir;
+    float values[BLOCK];
+    for (size_t i = 0; i < directory_n_tensors(dir); i++) {
+        const moe_tensor *t = directory_tensor_at(dir, i);
+        for (uint64_t first = 0; first < t->n_elements; first += BLOCK) {
+            const size_t n = (size_t)MOE_MIN(BLOCK, t->n_elements - first);
+            t->quant->dequantize(t->data + first / t->quant->block_len * t->quant->block_bytes,
+                                 values, n);
+            for (size_t k = 0; k < n; k++)
+                if (!isfinite(values[k]))
+                    return fail(&s->error, MOE_ERR_MODEL, t->name,
+                                "expected finite weights, got %f at element %llu",
+                                (double)values[k], (unsigned long long)(first + k));
+        }
+    }
+    return fail(&s->error, MOE_ERR_MODEL, NULL,
+                "the logits are not finite although all weights are: the activations overflow");
+}
+
+static bool logits_are_finite(const float *logits, size_t n)
+{
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++)
+        bad |= (bits_of_f32(logits[i]) & 0x7f800000) == 0x7f800000;
+    return !bad;
+}
+
+static moe_status session_check_eval(moe_session *s, const moe_token *tokens, size_t n_tok,
+                                     size_t n_logits, const float *logits)
+{
+    const uint32_t free_slots = s->options.n_ctx - s->n_past;
+    if (n_logits > n_tok || (n_logits && !logits) || (n_tok && !tokens))
+        return fail(&s->error, MOE_ERR_ARGUMENT, "n_logits",
+                    "expected at most n_tok (%zu) and memory for them, got %zu", n_tok, n_logits);
+    if (n_tok > free_slots)
+        return fail(&s->error, MOE_ERR_CONTEXT, NULL,
+                    "%zu tokens do not fit: %u of %u positions are taken; rewind, or open a session "
+                    "with a longer context", n_tok, s->n_past, s->options.n_ctx);
+    for (size_t i = 0; i < n_tok; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= s->model->hp.n_vocab)
+            return fail(&s->error, MOE_ERR_ARGUMENT, "tokens",
+                        "expected ids from 0 to %u, got %d at index %zu",
+                        s->model->hp.n_vocab - 1, tokens[i], i);
+    return directory_check(s->model->dir, &s->error);
+}
+
+moe_status moe_session_eval(moe_session *s, const moe_token *tokens, size_t n_tok, size_t n_logits,
+                            float *logits)
+{
+    if (!s)
+        return MOE_ERR_ARGUMENT;
+    memset(&s->error, 0, sizeof s->error);
+    moe_status status = session_check_eval(s, tokens, n_tok, n_logits, logits);
+    const size_t n_silent = n_tok - n_logits;
+    const size_t n_vocab = s->model->hp.n_vocab;
+    for (size_t done = 0; done < n_tok && !status;) {
+        const uint32_t n = (uint32_t)MOE_MIN(s->options.n_batch, n_tok - done);
+        /* The batch may end in tokens whose logits are wanted. */
+        const size_t first = MOE_MAX(done, n_silent);
+        const uint32_t wanted = done + n > first ? (uint32_t)(done + n - first) : 0;
+        float *dst = wanted ? logits + (first - n_silent) * n_vocab : NULL;
+        status = session_forward(s, tokens + done, s->n_past + (uint32_t)done, n, wanted, dst);
+        if (!status && !logits_are_finite(dst, wanted * n_vocab))
+            status = session_explain(s);
+        done += n;
+    }
+    if (!status)
+        s->n_past += (uint32_t)n_tok;
+    return status;
+}
+
+uint32_t moe_session_length(const moe_session *session)
+{
+    return session->n_past;
+}
+
+uint32_t moe_session_capacity(const moe_session *session)
+{
+    return session->options.n_ctx;
+}
+
+moe_status moe_session_rewind(moe_session *session, uint32_t n_tok)
+{
+    if (!session)
+        return MOE_ERR_ARGUMENT;
+    if (n_tok > session->n_past)
+        return fail(&session->error, MOE_ERR_ARGUMENT, "n_tok", "expected at most %u, got %u",
+                    session->n_past, n_tok);
+    session->n_past = n_tok;
+    return MOE_OK;
+}
+
+const moe_error *moe_session_error(const moe_session *session)
+{
+    return &session->error;
+}
+
+#endif
