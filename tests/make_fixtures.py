@@ -61,6 +61,7 @@ MODELS = {
                   original_max_position_embeddings=128), ctx=512),
     "llama-linear": dict(
         family="llama", vocab=103, embd=40, head=5, kv=1, dim=10, ff=30, layer=2, tied=False, tok=50,
+        bias=True,
         rope=dict(rope_type="linear", rope_theta=1000.0, factor=3.0), ctx=256),
     "mixtral": dict(
         family="mixtral", vocab=107, embd=30, head=3, kv=1, dim=10, ff=26, layer=2, tied=False, tok=48,
@@ -77,11 +78,17 @@ MODELS = {
         rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
     "qwen3-yarn": dict(
         family="qwen3", vocab=117, embd=36, head=4, kv=2, dim=18, ff=33, layer=2, tied=False, tok=70,
+        # attn_factor as in DeepSeek-R1-0528-Qwen3-8B: transformers does not know it, llama.cpp's
+        # converter writes it, llama.cpp does not use it
         rope=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, beta_fast=8.0, beta_slow=0.5,
-                  original_max_position_embeddings=64), ctx=256),
+                  original_max_position_embeddings=64, attn_factor=0.8782488562869419), ctx=256),
     "qwen3moe": dict(
         family="qwen3moe", vocab=127, embd=42, head=6, kv=2, dim=12, ff=50, ff_exp=14, layer=2,
         tied=False, tok=49, expert=7, used=3, renorm=True,
+        rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
+    "qwen3moe-raw": dict(
+        family="qwen3moe", vocab=99, embd=35, head=5, kv=1, dim=16, ff=50, ff_exp=19, layer=2,
+        tied=True, tok=46, expert=5, used=3, renorm=False,
         rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
     "qwen3moe-q": dict(
         family="qwen3moe", vocab=160, embd=96, head=4, kv=2, dim=16, ff=64, ff_exp=32, layer=2,
@@ -103,7 +110,11 @@ MODELS = {
     "gemma3-linear": dict(
         family="gemma3", vocab=119, embd=30, head=5, kv=1, dim=8, ff=41, layer=6, tied=True, tok=55,
         window=5, rope=dict(rope_type="linear", rope_theta=5000.0, factor=8.0), rope_local=200.0,
-        ctx=1024),
+        softcap=2.5, ctx=1024),
+    "gemma3-27b": dict(  # 62 layers: the one size whose attention scale is n_embd / n_head
+        family="gemma3", vocab=97, embd=12, head=2, kv=1, dim=4, ff=7, layer=62, tied=True, tok=41,
+        window=7, rope=dict(rope_type="default", rope_theta=1000000.0), rope_local=100.0,
+        post_norm=0.15, ctx=256),
 }
 
 
@@ -126,7 +137,8 @@ def randomize(m, rng):
         m["embd"] = m["head"] * m["dim"]
     if m["family"] == "gemma3":
         m["window"] = int(rng.integers(1, 20))
-        m["layer"] = int(rng.integers(6, 14))
+        if m["layer"] != 62:
+            m["layer"] = int(rng.integers(6, 14))
     else:
         m["layer"] = int(rng.integers(1, 5))
     m["vocab"] = int(rng.integers(60, 400))
@@ -146,7 +158,8 @@ def build(m):
              bos_token_id=1, eos_token_id=2, pad_token_id=None, attention_dropout=0.0)
     f = m["family"]
     if f == "llama":
-        return LlamaConfig(head_dim=m["dim"], **c), LlamaForCausalLM, "llama"
+        return (LlamaConfig(head_dim=m["dim"], attention_bias=m.get("bias", False), **c),
+                LlamaForCausalLM, "llama")
     if f == "mixtral":
         return (MixtralConfig(head_dim=m["dim"], num_local_experts=m["expert"],
                               num_experts_per_tok=m["used"], **c), MixtralForCausalLM, "llama")
@@ -165,7 +178,9 @@ def build(m):
     c["rope_parameters"] = {"full_attention": dict(m["rope"]),
                             "sliding_attention": dict(rope_type="default",
                                                       rope_theta=m["rope_local"])}
-    return (Gemma3TextConfig(head_dim=m["dim"], query_pre_attn_scalar=m["dim"],
+    scale = m["embd"] // m["head"] if m["layer"] == 62 else m["dim"]
+    return (Gemma3TextConfig(head_dim=m["dim"], query_pre_attn_scalar=scale,
+                             final_logit_softcapping=m.get("softcap"),
                              sliding_window=m["window"], **c), Gemma3ForCausalLM, "gemma3")
 
 
@@ -188,6 +203,8 @@ def random_weights(model, m, rng):
             if part in ("q_norm", "k_norm"):
                 w *= 1.25
                 w = np.round(w * 4096) / 4096
+            if part.startswith("post_") and "post_norm" in m:  # keeps a deep model well conditioned
+                w = np.round(w * m["post_norm"] * 4096) / 4096
             if m["family"] == "gemma3":
                 w = w - 1
         elif part == "embed_tokens":
@@ -243,7 +260,7 @@ def gguf_tensors(weights, m, arch):
             out.append((blk + "ffn_down_exps.weight", w))
             continue
         rest, kind = rest.rsplit(".", 1)
-        if arch == "llama" and rest == "self_attn.q_proj":
+        if arch == "llama" and rest == "self_attn.q_proj":  # weight and bias
             w = interleave(w, m["head"])
         if arch == "llama" and rest == "self_attn.k_proj":
             w = interleave(w, m["kv"])
@@ -284,11 +301,15 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     if m["family"] == "gemma3":
         w.add_sliding_window(m["window"])
         w.add_rope_freq_base_swa(m["rope_local"])
+        if "softcap" in m:
+            w.add_final_logit_softcapping(m["softcap"])
     if "expert" in m:
         w.add_expert_count(m["expert"])
         w.add_expert_used_count(m["used"])
     if m["family"] == "qwen3moe":
         w.add_expert_feed_forward_length(m["ff_exp"])
+        if not m["renorm"]:  # no published model has this; llama.cpp ignores the key here
+            w.add_expert_weights_norm(False)
     rope = m["rope"]
     if rope["rope_type"] == "linear":
         w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -297,6 +318,8 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
         w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         w.add_rope_scaling_factor(rope["factor"])
         w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "attn_factor" in rope:
+            w.add_rope_scaling_yarn_attn_factor(rope["attn_factor"])
         if "beta_fast" in rope:
             w.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
             w.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])

@@ -1,0 +1,775 @@
+/* tests/test_forward.c - the forward pass of every family against the logits that Hugging Face
+ * transformers computes (tests/make_fixtures.py), and the promise that those logits are the same bits
+ * however they are asked for.
+ *
+ * Environment: MOE_TEST_FIXTURES, another folder of fixtures; MOE_TEST_WRITE_BITS, a file to write
+ * the hashes to that bits_are_those_recorded compares.
+ * With -DMOE_TEST_BACKEND_FENCED everything runs on the backend of tests/fenced_backend.h. */
+#include "test.h"
+
+#include <dirent.h>
+#include <pthread.h>
+
+#ifdef MOE_TEST_BACKEND_FENCED
+#include "fenced_backend.h"
+#define TEST_BACKEND fenced_backend()
+#else
+#define TEST_BACKEND NULL
+#endif
+
+enum { MAX_FIXTURES = 64, LONG_TOK = 560 };
+
+typedef struct fixture {
+    char name[64];
+    char *gguf;           // the file's content
+    size_t gguf_bytes;
+    char path[512];
+    uint32_t integers;    // 1: some matrices are in integer formats
+    uint32_t n_tok, n_vocab;
+    const int32_t *tok;   // [n_tok]
+    const float *logits;  // [n_tok][n_vocab]
+} fixture;
+
+static fixture fixtures[MAX_FIXTURES];
+static size_t n_fixtures;
+
+/* ------------------------------------------------------------------------------- fixtures -- */
+
+static const char *fixture_folder(void)
+{
+    static char folder[400];
+    const char *other = getenv("MOE_TEST_FIXTURES");
+    if (other)
+        return other;
+    snprintf(folder, sizeof folder, "%s/fixtures", test_root());
+    return folder;
+}
+
+static bool fixture_load(fixture *f, const char *name)
+{
+    char path[512];
+    snprintf(f->name, sizeof f->name, "%s", name);
+    snprintf(f->path, sizeof f->path, "%s/%s.gguf", fixture_folder(), name);
+    snprintf(path, sizeof path, "%s/%s.expected", fixture_folder(), name);
+    f->gguf = test_read_file(f->path, &f->gguf_bytes);
+    size_t bytes = 0;
+    char *expected = test_read_file(path, &bytes);
+    if (!f->gguf || !expected || bytes < 16 || memcmp(expected, "MOEX", 4))
+        return false;
+    memcpy(&f->integers, expected + 4, 4);
+    memcpy(&f->n_tok, expected + 8, 4);
+    memcpy(&f->n_vocab, expected + 12, 4);
+    f->tok = (const int32_t *)(expected + 16);
+    f->logits = (const float *)(expected + 16 + 4 * (size_t)f->n_tok);
+    return bytes == 16 + 4 * (size_t)f->n_tok * (1 + (size_t)f->n_vocab);
+}
+
+static int by_name(const void *a, const void *b)
+{
+    return strcmp(((const fixture *)a)->name, ((const fixture *)b)->name);
+}
+
+static bool fixtures_load(void)
+{
+    DIR *dir = opendir(fixture_folder());
+    if (!dir)
+        return false;
+    bool ok = true;
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        char name[64];
+        char *dot = strrchr(entry->d_name, '.');
+        if (!dot || strcmp(dot, ".gguf") || (size_t)(dot - entry->d_name) >= sizeof name)
+            continue;
+        snprintf(name, sizeof name, "%.*s", (int)(dot - entry->d_name), entry->d_name);
+        if (n_fixtures == MAX_FIXTURES || !fixture_load(&fixtures[n_fixtures], name)) {
+            printf("  cannot read fixture %s\n", name);
+            ok = false;
+            continue;
+        }
+        n_fixtures++;
+    }
+    closedir(dir);
+    qsort(fixtures, n_fixtures, sizeof fixtures[0], by_name);
+    return ok && n_fixtures > 0;
+}
+
+/* -------------------------------------------------------------------------------- running -- */
+
+/* How a sequence is computed. 0 or NULL: the default. */
+typedef struct how {
+    moe_cache_type cache;
+    uint32_t n_threads, n_batch, n_logits;
+    size_t chunk; // tokens per call; 0: all in one
+} how;
+
+static moe_model *model_open_with(const fixture *f, moe_model_options *options)
+{
+    moe_model *model = NULL;
+    moe_error error = {0};
+    options->backend = TEST_BACKEND;
+    moe_status status = moe_model_open(&model, options, &error);
+    CHECK(status == MOE_OK && model, "%s: %s: %s", f->name, moe_status_name(status), error.message);
+    return model;
+}
+
+static moe_model *model_open_isa(const fixture *f, moe_isa isa)
+{
+    moe_model_options options;
+    moe_model_options_init(&options);
+    options.path = f->path;
+    options.isa = isa;
+    return model_open_with(f, &options);
+}
+
+static moe_session *session_open_how(moe_model *model, const how *h, uint32_t n_ctx)
+{
+    moe_session_options options;
+    moe_session_options_init(&options);
+    options.n_ctx = n_ctx;
+    options.cache_type = h->cache;
+    options.n_threads = h->n_threads ? h->n_threads : 1;
+    if (h->n_batch)
+        options.n_batch = h->n_batch;
+    if (h->n_logits)
+        options.n_logits = h->n_logits;
+    moe_session *session = NULL;
+    moe_error error = {0};
+    moe_status status = moe_session_open(&session, model, &options, &error);
+    CHECK(status == MOE_OK && session, "%s: %s", moe_status_name(status), error.message);
+    return session;
+}
+
+/* Appends tokens in calls of `chunk` tokens; all logits. */
+static bool eval_chunks(moe_session *session, const moe_token *tok, size_t n_tok, size_t chunk,
+                        size_t n_vocab, float *logits)
+{
+    for (size_t i = 0; i < n_tok;) {
+        size_t n = MOE_MIN(chunk ? chunk : n_tok, n_tok - i);
+        moe_status status = moe_session_eval(session, tok + i, n, n, logits + i * n_vocab);
+        CHECK(status == MOE_OK, "eval of %zu tokens at %zu: %s: %s", n, i, moe_status_name(status),
+              moe_session_error(session)->message);
+        if (status)
+            return false;
+        i += n;
+    }
+    return true;
+}
+
+/* All logits of a sequence, from malloc and NaN where nothing was written; NULL if it failed. */
+static float *run(moe_model *model, const how *h, const moe_token *tok, size_t n_tok,
+                  size_t n_vocab)
+{
+    float *logits = malloc(n_tok * n_vocab * sizeof(float));
+    memset(logits, 0xff, n_tok * n_vocab * sizeof(float));
+    moe_session *session = model ? session_open_how(model, h, (uint32_t)n_tok) : NULL;
+    bool ok = session && eval_chunks(session, tok, n_tok, h->chunk, n_vocab, logits);
+    moe_session_close(session);
+    if (ok)
+        return logits;
+    free(logits);
+    return NULL;
+}
+
+/* The largest difference, in units of the largest expected logit of the position. */
+static double relative_error(const float *got, const float *want, size_t n)
+{
+    double diff = 0, scale = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = fabs((double)got[i] - (double)want[i]);
+        if (!(d <= diff)) /* NaN included */
+            diff = d;
+        scale = MOE_MAX(scale, fabs((double)want[i]));
+    }
+    return diff / scale;
+}
+
+static uint64_t hash_of(const void *data, size_t bytes)
+{
+    uint64_t h = 14695981039346656037u; /* FNV-1a */
+    for (size_t i = 0; i < bytes; i++)
+        h = (h ^ ((const unsigned char *)data)[i]) * 1099511628211u;
+    return h;
+}
+
+/* Both blocks of logits are the same bits; says where they differ. Frees `got`. */
+static void check_same(const fixture *f, const char *what, float *got, const float *want,
+                       size_t n_tok)
+{
+    if (!got)
+        return; /* the failure was reported */
+    size_t bytes = n_tok * f->n_vocab * sizeof(float), first = 0;
+    if (hash_of(got, bytes) != hash_of(want, bytes)) {
+        while (!memcmp(got + first * f->n_vocab, want + first * f->n_vocab,
+                       f->n_vocab * sizeof(float)))
+            first++;
+        CHECK(false, "%s: %s: other bits from position %zu on, relative error %.1e", f->name, what,
+              first, relative_error(got + first * f->n_vocab, want + first * f->n_vocab,
+                                    f->n_vocab));
+    }
+    free(got);
+}
+
+/* -------------------------------------------------------------------------- transformers -- */
+
+/* Float weights and an F32 cache: the task's tolerance. The fixtures are well conditioned: single
+ * and double precision differ by 1e-6 to 6e-6 in transformers itself (make_fixtures.py prints it).
+ *
+ * With an F16 cache each stored number is off by up to 2^-12 of itself, 1.4e-4 in the mean square.
+ * The fixtures' attention scores have a standard deviation of about 3 and so move by 4e-4, which is
+ * the relative change of the weights; the values move by 1.4e-4. Over 2 to 7 layers this adds up to
+ * about 1e-3 of the logits' standard deviation, and the largest of 100 logits may be off by 4 times
+ * that while the scale, the largest logit, is about 3 standard deviations: 1.5e-3. Doubled.
+ *
+ * A Q8_0 cache rounds to 1/127 of the largest of up to 32 numbers: about 5e-3 in the mean square,
+ * 36 times as much as F16. The same way: 5e-2, doubled.
+ *
+ * Integer weights are multiplied with activations rounded the same way, 5e-3 per multiplication, with
+ * five in a row per layer: sqrt(2 * 5 + 1) * 5e-3 = 1.7e-2 of a standard deviation, more where scores
+ * are large. The largest of 160 logits: 2.5e-2, doubled. */
+static double tolerance(const fixture *f, moe_cache_type cache)
+{
+    double limit = cache == MOE_CACHE_F32 ? 1e-4 : cache == MOE_CACHE_F16 ? 3e-3 : 0.1;
+    return f->integers ? MOE_MAX(limit, 5e-2) : limit;
+}
+
+static void check_against_transformers(const how *h, const char *what)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        float *got = run(model, h, f->tok, f->n_tok, f->n_vocab);
+        double worst = 0, limit = tolerance(f, h->cache);
+        for (size_t t = 0; got && t < f->n_tok; t++) {
+            double e = relative_error(got + t * f->n_vocab, f->logits + t * f->n_vocab, f->n_vocab);
+            CHECK(e <= limit, "%s, %s, position %zu: relative error %.2e, allowed %.0e", f->name,
+                  what, t, e, limit);
+            worst = e <= worst ? worst : e;
+        }
+        if (test_only && got)
+            printf("  %-14s %-10s largest relative error %.1e of %.0e\n", f->name, what, worst,
+                   limit);
+        free(got);
+        moe_model_close(model);
+    }
+}
+
+static void prefill_is_right(void)
+{
+    check_against_transformers(&(how){.cache = MOE_CACHE_F32}, "prefill");
+}
+
+static void step_by_step_is_right(void)
+{
+    check_against_transformers(&(how){.cache = MOE_CACHE_F32, .chunk = 1}, "steps");
+}
+
+static void chunks_are_right(void)
+{
+    check_against_transformers(&(how){.cache = MOE_CACHE_F32, .chunk = 7}, "chunks");
+}
+
+static void small_batches_are_right(void)
+{
+    check_against_transformers(&(how){.cache = MOE_CACHE_F32, .n_batch = 5}, "batches");
+}
+
+static void f16_cache_is_right(void)
+{
+    check_against_transformers(&(how){.cache = MOE_CACHE_F16}, "F16 cache");
+}
+
+static void q8_0_cache_is_right(void)
+{
+    check_against_transformers(&(how){.cache = MOE_CACHE_Q8_0}, "Q8_0 cache");
+}
+
+/* A test of the test: a wrong token must be far outside all tolerances. */
+static void tolerances_can_fail(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        moe_token *tok = malloc(f->n_tok * sizeof *tok);
+        memcpy(tok, f->tok, f->n_tok * sizeof *tok);
+        tok[0] = (tok[0] + 1) % (int32_t)f->n_vocab;
+        float *got = run(model, &(how){.cache = MOE_CACHE_F32}, tok, f->n_tok, f->n_vocab);
+        double e = got ? relative_error(got + f->n_vocab, f->logits + f->n_vocab, f->n_vocab) : 0;
+        CHECK(e > 1.5 * tolerance(f, MOE_CACHE_Q8_0) || !got,
+              "%s: another first token changes the second position by only %.1e", f->name, e);
+        free(got);
+        free(tok);
+        moe_model_close(model);
+    }
+}
+
+/* ------------------------------------------------------------------------------ same bits -- */
+
+/* A longer sequence than the fixture's, as far as the model goes, so that large chunks mean
+ * something and sliding windows wrap around many times. */
+static size_t long_tokens(const fixture *f, const moe_model *model, moe_token *tok)
+{
+    moe_model_info info = {.size = sizeof info};
+    moe_model_get_info(model, &info);
+    size_t n = MOE_MIN((size_t)LONG_TOK, info.n_ctx_train);
+    test_random_state = 88172645463325252u;
+    for (size_t i = 0; i < n; i++)
+        tok[i] = (moe_token)(test_random() % f->n_vocab);
+    return n;
+}
+
+/* For each fixture and cache type: the long sequence in one call on one thread, and what `compare`
+ * has to say about it. */
+static void for_each_reference(void (*compare)(const fixture *, moe_model *, moe_cache_type,
+                                               const moe_token *, size_t, const float *))
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        moe_token tok[LONG_TOK];
+        moe_model *model = model_open_isa(&fixtures[i], MOE_ISA_AUTO);
+        if (!model)
+            continue;
+        size_t n = long_tokens(&fixtures[i], model, tok);
+        for (int c = 0; c < 3; c++) {
+            moe_cache_type cache = (moe_cache_type)c;
+            float *want = run(model, &(how){.cache = cache}, tok, n, fixtures[i].n_vocab);
+            if (want)
+                compare(&fixtures[i], model, cache, tok, n, want);
+            free(want);
+        }
+        moe_model_close(model);
+    }
+}
+
+static void compare_threads(const fixture *f, moe_model *model, moe_cache_type cache,
+                            const moe_token *tok, size_t n, const float *want)
+{
+    static const uint32_t threads[] = {2, 3, 8};
+    for (size_t i = 0; i < MOE_COUNT(threads); i++) {
+        char what[40];
+        snprintf(what, sizeof what, "%u threads, cache %d", threads[i], (int)cache);
+        how h = {.cache = cache, .n_threads = threads[i]};
+        check_same(f, what, run(model, &h, tok, n, f->n_vocab), want, n);
+    }
+    how h = {.cache = cache, .n_threads = 3, .chunk = 1};
+    check_same(f, "3 threads, one token at a time", run(model, &h, tok, 64, f->n_vocab), want, 64);
+}
+
+static void same_bits_for_any_thread_count(void)
+{
+    for_each_reference(compare_threads);
+}
+
+static void compare_chunks(const fixture *f, moe_model *model, moe_cache_type cache,
+                           const moe_token *tok, size_t n, const float *want)
+{
+    static const struct {
+        uint32_t chunk, n_batch, n_logits;
+    } ways[] = {{1, 0, 0}, {7, 0, 0},  {64, 0, 0}, {512, 0, 0}, {0, 1, 0},
+                {0, 5, 3}, {0, 64, 0}, {0, 33, 7}, {13, 4, 64}, {0, 4096, 512}};
+    for (size_t i = 0; i < MOE_COUNT(ways); i++) {
+        char what[80];
+        snprintf(what, sizeof what, "calls of %u, n_batch %u, n_logits %u, cache %d", ways[i].chunk,
+                 ways[i].n_batch, ways[i].n_logits, (int)cache);
+        how h = {.cache = cache, .chunk = ways[i].chunk, .n_batch = ways[i].n_batch,
+                 .n_logits = ways[i].n_logits};
+        check_same(f, what, run(model, &h, tok, n, f->n_vocab), want, n);
+    }
+}
+
+static void same_bits_for_any_chunks(void)
+{
+    for_each_reference(compare_chunks);
+}
+
+static void same_bits_for_any_context_length(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        size_t n = f->n_tok, bytes = n * f->n_vocab * sizeof(float);
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        float *want = run(model, &(how){.chunk = 3}, f->tok, n, f->n_vocab);
+        moe_session *session = model ? session_open_how(model, &(how){0}, (uint32_t)n + 37) : NULL;
+        float *got = malloc(bytes);
+        if (session && want && eval_chunks(session, f->tok, n, 11, f->n_vocab, got))
+            check_same(f, "a longer context", got, want, n);
+        else
+            free(got);
+        moe_session_close(session);
+        free(want);
+        moe_model_close(model);
+    }
+}
+
+static void same_bits_on_any_instruction_set(void)
+{
+    static const moe_isa isas[] = {MOE_ISA_C, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_NEON};
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        moe_model *best = model_open_isa(f, MOE_ISA_AUTO);
+        for (int c = 0; c < 3; c++) {
+            how h = {.cache = (moe_cache_type)c};
+            float *want = run(best, &h, f->tok, f->n_tok, f->n_vocab);
+            for (size_t k = 0; want && k < MOE_COUNT(isas); k++) {
+                moe_model *model = model_open_isa(f, isas[k]);
+                char what[40];
+                snprintf(what, sizeof what, "isa %d, cache %d", (int)isas[k], c);
+                h.chunk = 0;
+                check_same(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want, f->n_tok);
+                h.chunk = 1;
+                check_same(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want, f->n_tok);
+                moe_model_close(model);
+            }
+            free(want);
+        }
+        moe_model_close(best);
+    }
+}
+
+/* ------------------------------------------------------------------------- ways of opening -- */
+
+static int read_memory(void *user, uint64_t offset, void *dst, size_t bytes)
+{
+    const fixture *f = user;
+    if (offset > f->gguf_bytes || bytes > f->gguf_bytes - offset)
+        return 1;
+    memcpy(dst, f->gguf + offset, bytes);
+    return 0;
+}
+
+static void same_bits_for_any_way_of_opening(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        fixture *f = &fixtures[i];
+        moe_model *mapped = model_open_isa(f, MOE_ISA_AUTO);
+        float *want = run(mapped, &(how){0}, f->tok, f->n_tok, f->n_vocab);
+        char *moved = malloc(f->gguf_bytes + 64);
+        for (int way = 0; want && way < 5; way++) {
+            static const char *const names[] = {"copied", "read by a callback", "a buffer",
+                                                "a buffer at +4", "a buffer at +1"};
+            moe_model_options options;
+            moe_model_options_init(&options);
+            if (way == 0) {
+                options.path = f->path;
+                options.copy = true;
+            } else if (way == 1) {
+                options.read = read_memory;
+                options.read_user = f;
+                options.read_bytes = f->gguf_bytes;
+            } else {
+                uintptr_t base = ((uintptr_t)moved + 31) & ~(uintptr_t)31;
+                char *at = (char *)base + (way == 3 ? 4 : way == 4 ? 1 : 0);
+                memcpy(at, f->gguf, f->gguf_bytes);
+                options.data = at;
+                options.data_bytes = f->gguf_bytes;
+            }
+            moe_model *model = model_open_with(f, &options);
+            check_same(f, names[way], run(model, &(how){0}, f->tok, f->n_tok, f->n_vocab), want,
+                       f->n_tok);
+            moe_model_close(model);
+        }
+        free(moved);
+        free(want);
+        moe_model_close(mapped);
+    }
+}
+
+/* ------------------------------------------------------------------------- rewind, sessions -- */
+
+/* Goes forward with the fixture's tokens, back, forward with others, back, and forward again. */
+static void rewound_session_equals_a_fresh_one(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        size_t n = f->n_tok, v = f->n_vocab;
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        moe_token *other = malloc(n * sizeof *other);
+        for (size_t t = 0; t < n; t++)
+            other[t] = (f->tok[t] + 5) % (moe_token)v;
+        for (int c = 0; c < 3; c++) {
+            how h = {.cache = (moe_cache_type)c};
+            float *want = run(model, &h, f->tok, n, v);
+            float *got = malloc(n * v * sizeof(float));
+            moe_session *session = want ? session_open_how(model, &h, (uint32_t)n) : NULL;
+            const size_t backs[] = {n - 1, n - 3, n / 2, 9, 1, 0};
+            for (size_t b = 0; session && b < MOE_COUNT(backs); b++) {
+                size_t back = backs[b], now = moe_session_length(session);
+                bool ok = eval_chunks(session, f->tok + now, n - now, 0, v, got + now * v);
+                ok = ok && moe_session_rewind(session, (uint32_t)back) == MOE_OK;
+                ok = ok && eval_chunks(session, other, n - back, 5, v, got + back * v);
+                ok = ok && moe_session_rewind(session, (uint32_t)back) == MOE_OK;
+                CHECK(ok && moe_session_length(session) == back, "%s: rewind to %zu: %s", f->name,
+                      back, moe_session_error(session)->message);
+                memset(got + back * v, 0xff, (n - back) * v * sizeof(float));
+                if (!ok || !eval_chunks(session, f->tok + back, n - back, b % 2, v, got + back * v))
+                    break;
+                size_t at = back;
+                while (at < n && !memcmp(got + at * v, want + at * v, v * sizeof(float)))
+                    at++;
+                CHECK(at == n, "%s, cache %d: after a rewind to %zu position %zu has other bits",
+                      f->name, c, back, at);
+                CHECK(moe_session_rewind(session, (uint32_t)(back / 2)) == MOE_OK, "%s", f->name);
+            }
+            moe_session_close(session);
+            free(got);
+            free(want);
+        }
+        free(other);
+        moe_model_close(model);
+    }
+}
+
+static void interleaved_sessions_do_not_disturb_each_other(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        size_t n = f->n_tok, v = f->n_vocab;
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        moe_token *reverse = malloc(n * sizeof *reverse);
+        for (size_t t = 0; t < n; t++)
+            reverse[t] = f->tok[n - 1 - t];
+        how h = {.n_threads = 2};
+        float *want[2] = {run(model, &h, f->tok, n, v), run(model, &h, reverse, n, v)};
+        float *got[2] = {malloc(n * v * sizeof(float)), malloc(n * v * sizeof(float))};
+        moe_session *s[2] = {NULL, NULL};
+        bool ok = want[0] && want[1] && (s[0] = session_open_how(model, &h, (uint32_t)n)) &&
+                  (s[1] = session_open_how(model, &h, (uint32_t)n));
+        for (size_t t = 0; ok && t < n; t += 3)
+            for (int k = 0; ok && k < 2; k++)
+                ok = eval_chunks(s[k], (k ? reverse : f->tok) + t, MOE_MIN((size_t)3, n - t), 0, v,
+                                 got[k] + t * v);
+        for (int k = 0; k < 2; k++) {
+            if (ok)
+                check_same(f, "interleaved", got[k], want[k], n);
+            else
+                free(got[k]);
+            moe_session_close(s[k]);
+            free(want[k]);
+        }
+        free(reverse);
+        moe_model_close(model);
+    }
+}
+
+typedef struct thread_job {
+    const fixture *f;
+    moe_model *model;
+    const moe_token *tok;
+    size_t n_tok;
+    float *logits;
+    bool ok;
+} thread_job;
+
+static void *thread_run(void *arg)
+{
+    thread_job *job = arg;
+    moe_session_options options;
+    moe_session_options_init(&options);
+    options.n_ctx = (uint32_t)job->n_tok;
+    options.n_threads = 2;
+    for (int repeat = 0; repeat < 3; repeat++) {
+        moe_session *session = NULL;
+        job->ok = moe_session_open(&session, job->model, &options, NULL) == MOE_OK;
+        for (size_t t = 0; job->ok && t < job->n_tok; t++)
+            job->ok = moe_session_eval(session, job->tok + t, 1, 1,
+                                       job->logits + t * job->f->n_vocab) == MOE_OK;
+        moe_session_close(session);
+    }
+    return NULL;
+}
+
+static void sessions_in_two_threads_share_a_model(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        size_t n = f->n_tok, v = f->n_vocab;
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        moe_token *reverse = malloc(n * sizeof *reverse);
+        for (size_t t = 0; t < n; t++)
+            reverse[t] = f->tok[n - 1 - t];
+        thread_job jobs[2];
+        pthread_t threads[2];
+        float *want[2];
+        for (int k = 0; k < 2; k++) {
+            jobs[k] = (thread_job){f, model, k ? reverse : f->tok, n,
+                                   malloc(n * v * sizeof(float)), false};
+            want[k] = run(model, &(how){0}, jobs[k].tok, n, v);
+        }
+        bool started = want[0] && want[1];
+        for (int k = 0; started && k < 2; k++)
+            CHECK(!pthread_create(&threads[k], NULL, thread_run, &jobs[k]), "thread %d", k);
+        for (int k = 0; k < 2; k++) {
+            if (started)
+                pthread_join(threads[k], NULL);
+            CHECK(jobs[k].ok, "%s: a session in thread %d failed", f->name, k);
+            if (jobs[k].ok)
+                check_same(f, "two threads", jobs[k].logits, want[k], n);
+            else
+                free(jobs[k].logits);
+            free(want[k]);
+        }
+        free(reverse);
+        moe_model_close(model);
+    }
+}
+
+/* ---------------------------------------------------------------------- the host's threads -- */
+
+/* A parallel_for that takes the tasks from the back, on one thread. */
+static void backwards(void *user, uint32_t n, void (*task)(void *arg, uint32_t i), void *arg)
+{
+    ++*(uint32_t *)user;
+    while (n--)
+        task(arg, n);
+}
+
+static void same_bits_with_the_hosts_threads(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        moe_model *own = model_open_isa(f, MOE_ISA_AUTO);
+        float *want = run(own, &(how){0}, f->tok, f->n_tok, f->n_vocab);
+        uint32_t n_calls = 0;
+        moe_host host;
+        moe_host_init(&host);
+        host.user = &n_calls;
+        host.parallel_for = backwards;
+        moe_model_options options;
+        moe_model_options_init(&options);
+        options.path = f->path;
+        options.host = &host;
+        moe_model *model = model_open_with(f, &options);
+        how h = {.n_threads = 4};
+        if (want)
+            check_same(f, "parallel_for", run(model, &h, f->tok, f->n_tok, f->n_vocab), want,
+                       f->n_tok);
+        CHECK(n_calls > 0, "%s: parallel_for was not called", f->name);
+        free(want);
+        moe_model_close(model);
+        moe_model_close(own);
+    }
+}
+
+/* ---------------------------------------------------------------------------- fewer logits -- */
+
+static void any_number_of_logits_gives_the_same_rows(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        size_t n = f->n_tok, v = f->n_vocab;
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        float *want = run(model, &(how){0}, f->tok, n, v);
+        float *got = malloc(n * v * sizeof(float));
+        static const size_t counts[] = {0, 1, 2, 17};
+        for (size_t k = 0; want && k < MOE_COUNT(counts); k++) {
+            moe_session *session = session_open_how(model, &(how){.n_batch = 8}, (uint32_t)n);
+            if (!session)
+                break;
+            size_t first = n - 1; /* the last token goes alone, after the logits of some before */
+            moe_status status = moe_session_eval(session, f->tok, first, counts[k],
+                                                 counts[k] ? got : NULL);
+            CHECK(status == MOE_OK, "%s: %s", f->name, moe_session_error(session)->message);
+            CHECK(status || !counts[k] ||
+                      !memcmp(got, want + (first - counts[k]) * v, counts[k] * v * sizeof(float)),
+                  "%s: the last %zu rows differ", f->name, counts[k]);
+            status = moe_session_eval(session, f->tok + first, 1, 1, got);
+            CHECK(status == MOE_OK && !memcmp(got, want + first * v, v * sizeof(float)),
+                  "%s: the last row differs after %zu rows of logits", f->name, counts[k]);
+            moe_session_close(session);
+        }
+        free(got);
+        free(want);
+        moe_model_close(model);
+    }
+}
+
+static void a_refused_call_changes_nothing(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        size_t n = f->n_tok, v = f->n_vocab;
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        float *want = run(model, &(how){0}, f->tok, n, v);
+        float *got = malloc((n + 1) * v * sizeof(float));
+        moe_session *session = want ? session_open_how(model, &(how){0}, (uint32_t)n) : NULL;
+        if (session && eval_chunks(session, f->tok, 10, 0, v, got)) {
+            moe_token bad[2] = {f->tok[10], (moe_token)v};
+            CHECK(moe_session_eval(session, f->tok, n - 9, 1, got) == MOE_ERR_CONTEXT, "%s", f->name);
+            CHECK(moe_session_eval(session, bad, 2, 1, got) == MOE_ERR_ARGUMENT, "%s", f->name);
+            bad[1] = -1;
+            CHECK(moe_session_eval(session, bad, 2, 1, got) == MOE_ERR_ARGUMENT, "%s", f->name);
+            CHECK(moe_session_length(session) == 10, "%s: length %u", f->name,
+                  moe_session_length(session));
+            if (eval_chunks(session, f->tok + 10, n - 10, 0, v, got))
+                CHECK(!memcmp(got, want + 10 * v, (n - 10) * v * sizeof(float)), "%s", f->name);
+        }
+        moe_session_close(session);
+        free(got);
+        free(want);
+        moe_model_close(model);
+    }
+}
+
+/* -------------------------------------------------------------------------- recorded bits -- */
+
+/* The hashes of all fixtures' logits are those of tests/fixtures/bits.txt, lines of
+ * "NAME CACHE HASH": the only test that compares compilers and machines with each other. */
+static void bits_are_those_recorded(void)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/bits.txt", fixture_folder());
+    const char *new_path = getenv("MOE_TEST_WRITE_BITS");
+    FILE *written = new_path ? fopen(new_path, "w") : NULL;
+    size_t bytes;
+    char *recorded = test_read_file(path, &bytes);
+    if (!recorded && !written)
+        SKIP("this folder of fixtures has no bits.txt");
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        for (int c = 0; c < 3; c++) {
+            static const char *const names[] = {"F16", "Q8_0", "F32"};
+            how h = {.cache = (moe_cache_type)c};
+            float *got = run(model, &h, f->tok, f->n_tok, f->n_vocab);
+            char line[128];
+            snprintf(line, sizeof line, "%s %s %016llx\n", f->name, names[c],
+                     got ? (unsigned long long)hash_of(got, f->n_tok * f->n_vocab * sizeof(float))
+                         : 0ull);
+            CHECK(written || strstr(recorded, line), "not in %s: %s", path, line);
+            if (written)
+                fputs(line, written);
+            free(got);
+        }
+        moe_model_close(model);
+    }
+    if (written)
+        fclose(written);
+    free(recorded);
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    if (!fixtures_load()) {
+        printf("FAIL fixtures: cannot read all of %s\n", fixture_folder());
+        return 1;
+    }
+    RUN(prefill_is_right);
+    RUN(step_by_step_is_right);
+    RUN(chunks_are_right);
+    RUN(small_batches_are_right);
+    RUN(f16_cache_is_right);
+    RUN(q8_0_cache_is_right);
+    RUN(tolerances_can_fail);
+    RUN(same_bits_for_any_thread_count);
+    RUN(same_bits_for_any_chunks);
+    RUN(same_bits_for_any_context_length);
+    RUN(same_bits_on_any_instruction_set);
+    RUN(same_bits_for_any_way_of_opening);
+    RUN(same_bits_with_the_hosts_threads);
+    RUN(rewound_session_equals_a_fresh_one);
+    RUN(interleaved_sessions_do_not_disturb_each_other);
+    RUN(sessions_in_two_threads_share_a_model);
+    RUN(any_number_of_logits_gives_the_same_rows);
+    RUN(a_refused_call_changes_nothing);
+    RUN(bits_are_those_recorded);
+    return test_end();
+}
