@@ -8,27 +8,6 @@
 
 /* --------------------------------------------------------------------------------- helpers -- */
 
-/* The moe_cpu bits of this machine. */
-static uint32_t cpu_bits(void)
-{
-    uint32_t bits = 0;
-#if MOE_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        bits |= MOE_CPU_AVX2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        bits |= MOE_CPU_AVX512;
-    if ((bits & MOE_CPU_AVX512) && __builtin_cpu_supports("avx512vnni"))
-        bits |= MOE_CPU_AVX512_VNNI;
-#endif
-#if MOE_ARM64
-    bits |= MOE_CPU_NEON;
-#endif
-    return bits;
-}
-
 /* The distinct kernels that subsets of the machine's bits select, the C kernels first. */
 enum { MAX_VARIANTS = 8 };
 typedef struct variants {
@@ -39,7 +18,7 @@ typedef struct variants {
 
 static variants variants_of(const moe_quant *quant)
 {
-    const uint32_t machine = cpu_bits();
+    const uint32_t machine = cpu_detect();
     variants v = {.n = 0};
     for (uint32_t cpu = 0; cpu < 128; cpu++) {
         if (cpu & ~machine)
@@ -263,7 +242,7 @@ static void f16_conversion_is_exact(void)
 static void f16_conversion_equals_the_instruction(void)
 {
 #if MOE_X86
-    if (!(cpu_bits() & MOE_CPU_AVX2))
+    if (!(cpu_detect() & MOE_CPU_AVX2))
         SKIP("no F16C");
     for (uint32_t h = 0; h < 65536; h++)
         CHECK(bits_of_f32(f32_of_f16((uint16_t)h)) == bits_of_f32(f32_by_instruction((uint16_t)h)),
@@ -451,7 +430,7 @@ static void activations_are_packed_as_documented(void)
         memset(c.data, 0xaa, bytes);
         act_quantize(act, (float *)x.data, n, c.data, 0);
         for (uint32_t cpu = 1; cpu < 128; cpu++)
-            if (!(cpu & ~cpu_bits())) {
+            if (!(cpu & ~cpu_detect())) {
                 memset(v.data, 0x55, bytes);
                 act_quantize(act, (float *)x.data, n, v.data, cpu);
                 CHECK(memcmp(c.data, v.data, bytes) == 0, "cpu %x differs from C, n %zu", cpu, n);
@@ -478,7 +457,7 @@ static void float_activations_are_copied(void)
     fill_floats(x, 13, 41);
     guarded row = guarded_new(act_row_bytes(MOE_ACT_F32, 13), true);
     memset(row.data, 0xff, 64);
-    act_quantize(MOE_ACT_F32, x, 13, row.data, cpu_bits());
+    act_quantize(MOE_ACT_F32, x, 13, row.data, cpu_detect());
     CHECK(memcmp(row.data, x, sizeof x) == 0, "not the same");
     for (size_t i = sizeof x; i < 64; i++)
         CHECK(row.data[i] == 0, "byte %zu of the padding", i);
@@ -629,7 +608,7 @@ static void nan_activations_give_nan(void)
             fill_floats(x, n, 44);
             if (t == 1)
                 x[300] = NAN;
-            act_quantize(quant->act, x, n, rows.data + t * x_stride, cpu_bits());
+            act_quantize(quant->act, x, n, rows.data + t * x_stride, cpu_detect());
         }
         for (size_t j = 0; j < v.n; j++) {
             moe_mm mm = {w.data, row_bytes, rows.data, x_stride, y, n_row, n, n_row, 2};

@@ -1,0 +1,233 @@
+/* bench/kernels.c - the speed of the matrix kernels of every quantization format, on one thread,
+ * through the calls that the CPU backend makes.
+ *
+ *     kernels [--json] [--quick] [TYPE ...]
+ *
+ * For each format and each variant that this machine can run:
+ *   gemv  one token: GB/s of weights, from L2 (256 KiB of them) and from memory (256 MiB), the latter
+ *         beside the speed of only reading the same memory, measured in turn with it
+ *   gemm  64 tokens: Gop/s (a multiplication and an addition are two), and for 8 tokens
+ * Figures are medians of 9 runs; "x C" is the ratio to the C kernel. */
+#include "../tests/test.h"
+
+#include <time.h>
+
+enum {
+    N_RUNS = 9,
+    L2_BYTES = 256 << 10,
+    RAM_BYTES = 256 << 20,
+    GEMM_ROWS = 1024,
+    ROW_TILE = 64, /* rows per call of a gemm kernel */
+    N_IN = 2048
+};
+
+typedef struct result {
+    double gemv_l2, gemv_ram, read_ram, gemm64, gemm8;
+} result;
+
+static volatile uint64_t sink;
+
+/* The time that this thread has run: on a busy machine, the time in which others ran is left out. */
+static uint64_t cpu_time_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static int compare(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static double median(double *v, size_t n)
+{
+    qsort(v, n, sizeof *v, compare);
+    return v[n / 2];
+}
+
+static void *alloc(size_t bytes)
+{
+    void *p = NULL;
+    if (posix_memalign(&p, 4096, bytes)) {
+        fprintf(stderr, "no memory for %zu bytes\n", bytes);
+        exit(1);
+    }
+    return p;
+}
+
+/* GB/s of reading `bytes` bytes. */
+static double time_read(const uint8_t *data, size_t bytes)
+{
+    const uint64_t start = cpu_time_ns();
+    uint64_t sum[8] = {0};
+    const uint64_t *p = (const uint64_t *)data;
+    for (size_t i = 0; i + 8 <= bytes / 8; i += 8)
+        for (size_t j = 0; j < 8; j++)
+            sum[j] ^= p[i + j];
+    for (size_t j = 0; j < 8; j++)
+        sink ^= sum[j];
+    return (double)bytes / (double)(cpu_time_ns() - start);
+}
+
+/* GB/s of weights; `repeat` times over mm's rows. */
+static double time_gemv(moe_mm_fn *gemv, const moe_mm *mm, size_t repeat)
+{
+    const uint64_t start = cpu_time_ns();
+    for (size_t i = 0; i < repeat; i++)
+        gemv(mm);
+    return (double)(repeat * mm->n_row * mm->w_stride) / (double)(cpu_time_ns() - start);
+}
+
+/* Gop/s, in calls of ROW_TILE rows. */
+static double time_gemm(moe_mm_fn *gemm, moe_mm mm, size_t repeat)
+{
+    const uint8_t *w = mm.w;
+    float *y = mm.y;
+    const size_t n_row = mm.n_row;
+    mm.n_row = ROW_TILE;
+    const uint64_t start = cpu_time_ns();
+    for (size_t i = 0; i < repeat; i++)
+        for (size_t r = 0; r < n_row; r += ROW_TILE) {
+            mm.w = w + r * mm.w_stride;
+            mm.y = y + r;
+            gemm(&mm);
+        }
+    return 2.0 * (double)(repeat * n_row * mm.n_in * mm.n_tok) / (double)(cpu_time_ns() - start);
+}
+
+/* The first MiB is the quantizer's work, the rest repeats it. */
+static void fill(const moe_quant *quant, uint8_t *w, size_t row_bytes, size_t n_row)
+{
+    static float row[N_IN];
+    const size_t n_first = MOE_MIN(n_row, ((1u << 20) + row_bytes - 1) / row_bytes);
+    for (size_t r = 0; r < n_first; r++) {
+        for (size_t k = 0; k < N_IN; k++)
+            row[k] = test_random_float();
+        quant->quantize(row, w + r * row_bytes, N_IN);
+    }
+    for (size_t r = n_first; r < n_row; r++)
+        memcpy(w + r * row_bytes, w + (r - n_first) * row_bytes, row_bytes);
+}
+
+static result measure(const moe_quant *quant, moe_kernels k, uint8_t *w, size_t ram_bytes, bool slow)
+{
+    const size_t row_bytes = N_IN / quant->block_len * quant->block_bytes;
+    const size_t x_stride = act_row_bytes(quant->act, N_IN);
+    const size_t ram_rows = ram_bytes / row_bytes / (slow ? 16 : 1);
+    uint8_t *x = alloc(64 * x_stride);
+    float *y = alloc(MOE_MAX(ram_rows, 64 * (size_t)GEMM_ROWS) * sizeof *y);
+    float src[N_IN];
+    for (size_t t = 0; t < 64; t++) {
+        for (size_t i = 0; i < N_IN; i++)
+            src[i] = test_random_float();
+        act_quantize(quant->act, src, N_IN, x + t * x_stride, 0);
+    }
+    const moe_mm l2 = {w, row_bytes, x, x_stride, y, 0, N_IN, L2_BYTES / row_bytes, 1};
+    const moe_mm ram = {w, row_bytes, x, x_stride, y, 0, N_IN, ram_rows, 1};
+    moe_mm gemm = {w, row_bytes, x, x_stride, y, GEMM_ROWS, N_IN, slow ? ROW_TILE : GEMM_ROWS, 64};
+    double v[5][N_RUNS];
+    const size_t n_runs = slow ? 3 : N_RUNS;
+    for (size_t i = 0; i < n_runs; i++) {
+        v[0][i] = time_gemv(k.gemv, &l2, slow ? 2 : 40);
+        v[1][i] = time_gemv(k.gemv, &ram, 1);
+        v[2][i] = time_read(w, ram_rows * row_bytes);
+        gemm.n_tok = 64;
+        v[3][i] = time_gemm(k.gemm, gemm, 1);
+        gemm.n_tok = 8;
+        v[4][i] = time_gemm(k.gemm, gemm, slow ? 1 : 8);
+    }
+    free(x);
+    free(y);
+    return (result){median(v[0], n_runs), median(v[1], n_runs), median(v[2], n_runs),
+                    median(v[3], n_runs), median(v[4], n_runs)};
+}
+
+/* The name of the last step of the ladder that a set of bits reaches. */
+static const char *variant_name(uint32_t cpu)
+{
+    static const char *const names[] = {"avx2",    "avx-vnni", "avx512", "avx512-vnni",
+                                        "neon",    "dotprod",  "i8mm"};
+    const char *name = "c";
+    for (size_t i = 0; i < MOE_COUNT(names); i++)
+        if (cpu >> i & 1)
+            name = names[i];
+    return name;
+}
+
+static void print_result(const moe_quant *quant, uint32_t cpu, const result *r, const result *c,
+                         bool json, bool first)
+{
+    if (json) {
+        printf("%s\n  {\"type\": \"%s\", \"variant\": \"%s\", \"gemv_l2_gb_s\": %.2f, "
+               "\"gemv_ram_gb_s\": %.2f, \"read_ram_gb_s\": %.2f, \"gemm64_gop_s\": %.2f, "
+               "\"gemm8_gop_s\": %.2f}",
+               first ? "" : ",", quant->name, variant_name(cpu), r->gemv_l2, r->gemv_ram, r->read_ram,
+               r->gemm64, r->gemm8);
+        return;
+    }
+    printf("%-7s %-11s %7.2f %7.2f  %3.0f %%  %6.1f x  %7.1f %7.1f  %6.1f x\n", quant->name,
+           variant_name(cpu), r->gemv_l2, r->gemv_ram, 100 * r->gemv_ram / r->read_ram,
+           r->gemv_l2 / c->gemv_l2, r->gemm64, r->gemm8, r->gemm64 / c->gemm64);
+    fflush(stdout);
+}
+
+/* Adds one bit of the machine after the other; a step that changes no kernel is left out. */
+static void bench_type(const moe_quant *quant, uint8_t *w, size_t ram_bytes, bool json, bool *first)
+{
+    const size_t row_bytes = N_IN / quant->block_len * quant->block_bytes;
+    fill(quant, w, row_bytes, ram_bytes / row_bytes);
+    moe_kernels last = quant->select(0);
+    const result c = measure(quant, last, w, ram_bytes, true);
+    print_result(quant, 0, &c, &c, json, *first);
+    *first = false;
+    uint32_t cpu = 0;
+    for (uint32_t bit = 1; bit < 128; bit <<= 1) {
+        if (!(cpu_detect() & bit))
+            continue;
+        cpu |= bit;
+        const moe_kernels k = quant->select(cpu);
+        if (k.gemv == last.gemv && k.gemm == last.gemm)
+            continue;
+        last = k;
+        const result r = measure(quant, k, w, ram_bytes, false);
+        print_result(quant, cpu, &r, &c, json, false);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    bool json = false, first = true;
+    size_t ram_bytes = RAM_BYTES;
+    int n_names = 0;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--json") == 0)
+            json = true;
+        else if (strcmp(argv[i], "--quick") == 0)
+            ram_bytes = RAM_BYTES / 8;
+        else if (quant_by_name(argv[i]))
+            argv[++n_names] = argv[i];
+        else {
+            fprintf(stderr, "usage: kernels [--json] [--quick] [TYPE ...]\n");
+            return 2;
+        }
+    }
+    uint8_t *w = alloc(ram_bytes);
+    if (json)
+        printf("[");
+    else
+        printf("                         gemv GB/s of weights         gemm Gop/s\n"
+               "type    variant          L2  memory  /read   L2 / C   64 tok   8 tok  64 / C\n");
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        bool wanted = n_names == 0;
+        for (int j = 1; j <= n_names; j++)
+            wanted = wanted || quant_by_name(argv[j]) == quant_table[i];
+        if (wanted)
+            bench_type(quant_table[i], w, ram_bytes, json, &first);
+    }
+    if (json)
+        printf("\n]\n");
+    free(w);
+    return 0;
+}
