@@ -179,8 +179,8 @@ MOE_AVX2_INLINE __m256i iq4_xs_dot64_avx2(__m256i acc, const uint8_t *qs, const 
     return iq4_xs_madd_avx2(acc, high, x86_load_pair(x + 16, x + 48), scale);
 }
 
-MOE_AVX2_INLINE void iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                     __m256i *dot, __m256i *min)
+MOE_AVX2_INLINE __m256i iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                        __m256i *min)
 {
     const iq4_xs_block *block = (const iq4_xs_block *)w;
     const __m256i s =
@@ -189,9 +189,16 @@ MOE_AVX2_INLINE void iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q, const in
     acc = iq4_xs_dot64_avx2(acc, block->qs, q, _mm256_shuffle_epi32(s, 0x00));
     acc = iq4_xs_dot64_avx2(acc, block->qs + 32, q + 64, _mm256_shuffle_epi32(s, 0x55));
     acc = iq4_xs_dot64_avx2(acc, block->qs + 64, q + 128, _mm256_shuffle_epi32(s, 0xaa));
-    *dot = iq4_xs_dot64_avx2(acc, block->qs + 96, q + 192, _mm256_shuffle_epi32(s, 0xff));
     (void)sum;
     (void)min;
+    return iq4_xs_dot64_avx2(acc, block->qs + 96, q + 192, _mm256_shuffle_epi32(s, 0xff));
+}
+
+MOE_AVX2_INLINE void iq4_xs_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
+                                      const int16_t *sum, x86_k_sums *out)
+{
+    x86_k_dot_rows(row, offset, q, sum, offsetof(iq4_xs_block, d), X86_K_NO_MIN, iq4_xs_dot_avx2,
+                   out);
 }
 
 MOE_AVX2_INLINE void iq4_xs_unpack_avx2(const uint8_t *w, x86_k_row *row)
@@ -208,7 +215,7 @@ MOE_AVX2_INLINE void iq4_xs_unpack_avx2(const uint8_t *w, x86_k_row *row)
 }
 
 static const x86_k_format iq4_xs_avx2 = {sizeof(iq4_xs_block), 0, X86_K_NO_MIN, 32, 1,
-                                         iq4_xs_dot_avx2, iq4_xs_unpack_avx2};
+                                         iq4_xs_dot8_avx2, iq4_xs_unpack_avx2};
 
 MOE_AVX2 static void iq4_xs_gemv_avx2(const moe_mm *mm)
 {

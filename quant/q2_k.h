@@ -113,8 +113,8 @@ MOE_AVX2_INLINE void q2_k_scales_avx2(const q2_k_block *block, __m128i *scale, _
     *min = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
 }
 
-MOE_AVX2_INLINE void q2_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                   __m256i *dot, __m256i *min)
+MOE_AVX2_INLINE __m256i q2_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                      __m256i *min)
 {
     const q2_k_block *block = (const q2_k_block *)w;
     __m128i scales, mins;
@@ -124,8 +124,15 @@ MOE_AVX2_INLINE void q2_k_dot_avx2(const uint8_t *w, const int8_t *q, const int1
     q2_k_half_avx2(block->qs, code);
     acc = x86_k_madd128(acc, code, q, s.low);
     q2_k_half_avx2(block->qs + 32, code);
-    *dot = x86_k_madd128(acc, code, q + 128, s.high);
     *min = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x86_k_load(sum));
+    return x86_k_madd128(acc, code, q + 128, s.high);
+}
+
+MOE_AVX2_INLINE void q2_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
+                                    const int16_t *sum, x86_k_sums *out)
+{
+    x86_k_dot_rows(row, offset, q, sum, offsetof(q2_k_block, d), X86_K_FLOAT_MIN, q2_k_dot_avx2,
+                   out);
 }
 
 MOE_AVX2_INLINE void q2_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
@@ -145,7 +152,7 @@ MOE_AVX2_INLINE void q2_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
 
 /* Codes up to 3: a whole group, 4 * 2 * 127 * 3 = 3048 */
 static const x86_k_format q2_k_avx2 = {sizeof(q2_k_block), offsetof(q2_k_block, d), X86_K_FLOAT_MIN,
-                                       16, 4, q2_k_dot_avx2, q2_k_unpack_avx2};
+                                       16, 4, q2_k_dot8_avx2, q2_k_unpack_avx2};
 
 MOE_AVX2 static void q2_k_gemv_avx2(const moe_mm *mm)
 {

@@ -133,8 +133,8 @@ MOE_AVX2_INLINE __m128i q3_k_scales_avx2(const q3_k_block *block)
     return _mm_sub_epi8(_mm_or_si128(l, h), _mm_set1_epi8(32));
 }
 
-MOE_AVX2_INLINE void q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                   __m256i *dot, __m256i *min)
+MOE_AVX2_INLINE __m256i q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                      __m256i *min)
 {
     const q3_k_block *block = (const q3_k_block *)w;
     const __m128i scales = q3_k_scales_avx2(block);
@@ -145,8 +145,15 @@ MOE_AVX2_INLINE void q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const int1
     q3_k_half_avx2(block->qs, _mm256_slli_epi16(high, 2), code);
     acc = x86_k_madd128(acc, code, q, s.low);
     q3_k_half_avx2(block->qs + 32, _mm256_srli_epi16(high, 2), code);
-    *dot = x86_k_madd128(acc, code, q + 128, s.high);
     (void)min;
+    return x86_k_madd128(acc, code, q + 128, s.high);
+}
+
+MOE_AVX2_INLINE void q3_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
+                                    const int16_t *sum, x86_k_sums *out)
+{
+    x86_k_dot_rows(row, offset, q, sum, offsetof(q3_k_block, d), X86_K_INT_MIN, q3_k_dot_avx2,
+                   out);
 }
 
 MOE_AVX2_INLINE void q3_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
@@ -165,7 +172,7 @@ MOE_AVX2_INLINE void q3_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
 
 /* Codes up to 7: a whole group, 4 * 2 * 127 * 7 = 7112 */
 static const x86_k_format q3_k_avx2 = {sizeof(q3_k_block), offsetof(q3_k_block, d), X86_K_INT_MIN,
-                                       16, 4, q3_k_dot_avx2, q3_k_unpack_avx2};
+                                       16, 4, q3_k_dot8_avx2, q3_k_unpack_avx2};
 
 MOE_AVX2 static void q3_k_gemv_avx2(const moe_mm *mm)
 {

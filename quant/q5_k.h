@@ -119,31 +119,44 @@ MOE_AVX2_INLINE __m256i q5_k_high_avx2(__m256i qs, __m256i qh)
         _mm256_and_si256(_mm256_slli_epi16(qh, 3), _mm256_set1_epi8(16)));
 }
 
-MOE_AVX2_INLINE __m256i q5_k_dot64_avx2(__m256i acc, const uint8_t *qs, __m256i qh, const int8_t *q,
-                                        __m256i scale0, __m256i scale1)
+/* acc[r] += groups g and g + 1 (constant, g even) of rows r and r + 4. Two products of two, 4 * 127 *
+ * 31, fit into 16 bits. `qs` and `qh` are offsets into the rows. */
+MOE_AVX2_INLINE void q5_k_dot64_avx2(const uint8_t *const row[8], size_t qs, size_t qh,
+                                     const int8_t *q, const x86_k_header *h, int g, __m256i acc[4])
 {
-    __m256i v = x86_k_load(qs);
-    acc = x86_k_madd(acc, q5_k_low_avx2(v, qh), q, scale0);
-    return x86_k_madd(acc, q5_k_high_avx2(v, qh), q + 32, scale1);
+    const __m256i x0 = x86_load_twice(q), x1 = x86_load_twice(q + 16);
+    const __m256i x2 = x86_load_twice(q + 32), x3 = x86_load_twice(q + 48);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        __m256i v0 = x86_load_pair(row[r] + qs, row[r + 4] + qs);
+        __m256i v1 = x86_load_pair(row[r] + qs + 16, row[r + 4] + qs + 16);
+        __m256i h0 = _mm256_srli_epi16(x86_load_pair(row[r] + qh, row[r + 4] + qh), g);
+        __m256i h1 = _mm256_srli_epi16(x86_load_pair(row[r] + qh + 16, row[r + 4] + qh + 16), g);
+        __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(q5_k_low_avx2(v0, h0), x0),
+                                       _mm256_maddubs_epi16(q5_k_low_avx2(v1, h1), x1));
+        __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(q5_k_high_avx2(v0, h0), x2),
+                                        _mm256_maddubs_epi16(q5_k_high_avx2(v1, h1), x3));
+        low = _mm256_madd_epi16(low, x86_k_scale(h, r, g));
+        high = _mm256_madd_epi16(high, x86_k_scale(h, r, g + 1));
+        acc[r] = _mm256_add_epi32(acc[r], _mm256_add_epi32(low, high));
+    }
 }
 
-MOE_AVX2_INLINE void q5_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                   __m256i *dot, __m256i *min)
+MOE_AVX2_INLINE void q5_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
+                                    const int16_t *sum, x86_k_sums *out)
 {
-    const x86_k_scales s = x86_k_scale_min(w);
-    const uint8_t *qs = w + offsetof(q5_k_block, qs);
-    const __m256i qh = x86_k_load(w + offsetof(q5_k_block, qh));
-    __m256i acc = _mm256_setzero_si256();
-    acc = q5_k_dot64_avx2(acc, qs, qh, q, _mm256_shuffle_epi32(s.low, 0x00),
-                          _mm256_shuffle_epi32(s.low, 0x55));
-    acc = q5_k_dot64_avx2(acc, qs + 32, _mm256_srli_epi16(qh, 2), q + 64,
-                          _mm256_shuffle_epi32(s.low, 0xaa), _mm256_shuffle_epi32(s.low, 0xff));
-    acc = q5_k_dot64_avx2(acc, qs + 64, _mm256_srli_epi16(qh, 4), q + 128,
-                          _mm256_shuffle_epi32(s.high, 0x00), _mm256_shuffle_epi32(s.high, 0x55));
-    acc = q5_k_dot64_avx2(acc, qs + 96, _mm256_srli_epi16(qh, 6), q + 192,
-                          _mm256_shuffle_epi32(s.high, 0xaa), _mm256_shuffle_epi32(s.high, 0xff));
-    *dot = acc;
-    *min = _mm256_madd_epi16(s.min, x86_k_load(sum));
+    const x86_k_header h = x86_k_load_header(row, offset);
+    const size_t qs = offset + offsetof(q5_k_block, qs), qh = offset + offsetof(q5_k_block, qh);
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i acc[4] = {zero, zero, zero, zero};
+    q5_k_dot64_avx2(row, qs, qh, q, &h, 0, acc);
+    q5_k_dot64_avx2(row, qs + 32, qh, q + 64, &h, 2, acc);
+    q5_k_dot64_avx2(row, qs + 64, qh, q + 128, &h, 4, acc);
+    q5_k_dot64_avx2(row, qs + 96, qh, q + 192, &h, 6, acc);
+    out->dot = x86_sum4_i32(acc[0], acc[1], acc[2], acc[3]);
+    out->min = x86_k_min_sum(&h, sum);
+    out->d = h.d;
+    out->dmin = h.dmin;
 }
 
 MOE_AVX2_INLINE void q5_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
@@ -161,7 +174,7 @@ MOE_AVX2_INLINE void q5_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
 
 /* 4 * 2 * 127 * 31 = 31496 */
 static const x86_k_format q5_k_avx2 = {sizeof(q5_k_block), 0,  X86_K_FLOAT_MIN, 32, 4,
-                                       q5_k_dot_avx2,      q5_k_unpack_avx2};
+                                       q5_k_dot8_avx2,     q5_k_unpack_avx2};
 
 MOE_AVX2 static void q5_k_gemv_avx2(const moe_mm *mm)
 {

@@ -111,8 +111,8 @@ MOE_AVX2_INLINE void q6_k_half_avx2(const uint8_t *ql, const uint8_t *qh, __m256
     code[3] = q6_k_join_avx2(_mm256_srli_epi16(v1, 4), _mm256_srli_epi16(h, 2));
 }
 
-MOE_AVX2_INLINE void q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                   __m256i *dot, __m256i *min)
+MOE_AVX2_INLINE __m256i q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
+                                      __m256i *min)
 {
     const q6_k_block *block = (const q6_k_block *)w;
     const __m128i scales = _mm_loadu_si128((const __m128i *)block->scales);
@@ -122,8 +122,15 @@ MOE_AVX2_INLINE void q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const int1
     q6_k_half_avx2(block->ql, block->qh, code);
     acc = x86_k_madd128(acc, code, q, s.low);
     q6_k_half_avx2(block->ql + 64, block->qh + 32, code);
-    *dot = x86_k_madd128(acc, code, q + 128, s.high);
     (void)min;
+    return x86_k_madd128(acc, code, q + 128, s.high);
+}
+
+MOE_AVX2_INLINE void q6_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
+                                    const int16_t *sum, x86_k_sums *out)
+{
+    x86_k_dot_rows(row, offset, q, sum, offsetof(q6_k_block, d), X86_K_INT_MIN, q6_k_dot_avx2,
+                   out);
 }
 
 MOE_AVX2_INLINE void q6_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
@@ -142,7 +149,7 @@ MOE_AVX2_INLINE void q6_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
 
 /* 2 * 2 * 127 * 63 = 32004 */
 static const x86_k_format q6_k_avx2 = {sizeof(q6_k_block), offsetof(q6_k_block, d), X86_K_INT_MIN,
-                                       16, 2, q6_k_dot_avx2, q6_k_unpack_avx2};
+                                       16, 2, q6_k_dot8_avx2, q6_k_unpack_avx2};
 
 MOE_AVX2 static void q6_k_gemv_avx2(const moe_mm *mm)
 {

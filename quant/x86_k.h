@@ -1,10 +1,9 @@
 /* quant/x86_k.h - what the AVX2 kernels of the formats with superblocks of 256 weights share: the
  * loops over rows, superblocks and tokens. A format brings two functions, struct x86_k_format.
  *
- * One token (gemv). The weights are one stream of superblocks, row after row, and are read in the
- * order in which they are stored: memory sets the pace. 8 superblocks give 8 vectors of partial
- * sums, folded together into one vector of sums, whichever rows they belong to; the float part of
- * each goes through the format's expression in vectors, and into the row's sum one by one.
+ * One token (gemv). 8 rows side by side: their integer sums become one vector, in row order, which
+ * goes through the format's float expression. While 8 rows are multiplied the next 8 are fetched, in
+ * the order in which they lie in memory.
  *
  * Many tokens (gemm). A superblock of 8 rows is unpacked into a tile, transposed so that a vector
  * holds 4 consecutive k of 8 rows:
@@ -44,6 +43,12 @@ typedef enum x86_k_min {
     X86_K_FLOAT_MIN /* d * sum of scale * products - dmin * sum of min * sums */
 } x86_k_min;
 
+/* The integers of 8 rows, and the numbers that they belong to. */
+typedef struct x86_k_sums {
+    __m256i dot, min; // [row]; min and dmin with X86_K_FLOAT_MIN only
+    __m256 d, dmin;   // [row]
+} x86_k_sums;
+
 typedef struct x86_k_format {
     size_t block_bytes;
     size_t d_offset;  // of d in the superblock; dmin stands behind it
@@ -51,10 +56,9 @@ typedef struct x86_k_format {
     int group;        // weights that share a scale: 16 or 32
     int n_fold;       // how many times two products of a code and an activation fit into 16 bits:
                       // n_fold * 2 * 127 * code <= 32767. 1: the codes are signed, -127..127
-    /* One superblock times 256 activations. *dot: 8 numbers whose sum is the integer that d belongs
-     * to, the minimum's part included with X86_K_INT_MIN. *min: with X86_K_FLOAT_MIN, the same for
-     * dmin. */
-    void (*dot)(const uint8_t *w, const int8_t *q, const int16_t *sum, __m256i *dot, __m256i *min);
+    /* The superblocks at `offset` of 8 rows times 256 activations. */
+    void (*dot8)(const uint8_t *const row[8], size_t offset, const int8_t *q, const int16_t *sum,
+                 x86_k_sums *out);
     void (*unpack)(const uint8_t *w, x86_k_row *row);
 } x86_k_format;
 
@@ -136,91 +140,132 @@ MOE_AVX2_INLINE __m256i x86_k_madd128(__m256i acc, const __m256i code[4], const 
     return x86_k_madd(acc, code[3], q + 96, _mm256_shuffle_epi32(scale, 0xff));
 }
 
+/* 16 bytes of 8 rows, to 4 vectors that hold 4 bytes of each row. row[i] of the lower, row[i + 4] of
+ * the upper half stand in in[i]. */
+MOE_AVX2_INLINE void x86_k_transpose(const __m256i in[4], __m256i out[4])
+{
+    __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpacklo_epi32(in[2], in[3]);
+    __m256i c = _mm256_unpackhi_epi32(in[0], in[1]), d = _mm256_unpackhi_epi32(in[2], in[3]);
+    out[0] = _mm256_unpacklo_epi64(a, b);
+    out[1] = _mm256_unpackhi_epi64(a, b);
+    out[2] = _mm256_unpacklo_epi64(c, d);
+    out[3] = _mm256_unpackhi_epi64(c, d);
+}
+
+MOE_AVX2_INLINE void x86_k_load_transposed(const uint8_t *const row[8], size_t offset,
+                                           __m256i out[4])
+{
+    const __m256i in[4] = {x86_load_pair(row[0] + offset, row[4] + offset),
+                           x86_load_pair(row[1] + offset, row[5] + offset),
+                           x86_load_pair(row[2] + offset, row[6] + offset),
+                           x86_load_pair(row[3] + offset, row[7] + offset)};
+    x86_k_transpose(in, out);
+}
+
+/* The first 16 bytes of 8 superblocks of Q4_K or Q5_K: d, dmin, scales and minima, all unpacked. */
+typedef struct x86_k_header {
+    __m256 d, dmin;    // [row]
+    __m256i scale[2];  // [row][4] bytes: groups 0..3, 4..7
+    __m256i min[2];
+} x86_k_header;
+
+MOE_AVX2_INLINE x86_k_header x86_k_load_header(const uint8_t *const row[8], size_t offset)
+{
+    const __m256i low4 = _mm256_set1_epi8(15), low6 = _mm256_set1_epi8(63);
+    const __m256i top2 = _mm256_set1_epi8(48);
+    __m256i v[4]; /* d and dmin, bytes 0..3, 4..7, 8..11 of the packed scales */
+    x86_k_load_transposed(row, offset, v);
+    __m256i dd = _mm256_packus_epi32(_mm256_and_si256(v[0], _mm256_set1_epi32(0xffff)),
+                                     _mm256_srli_epi32(v[0], 16));
+    dd = _mm256_permute4x64_epi64(dd, 0xd8);
+    return (x86_k_header){
+        _mm256_cvtph_ps(_mm256_castsi256_si128(dd)),
+        _mm256_cvtph_ps(_mm256_extracti128_si256(dd, 1)),
+        {_mm256_and_si256(v[1], low6),
+         _mm256_or_si256(_mm256_and_si256(v[3], low4),
+                         _mm256_and_si256(_mm256_srli_epi16(v[1], 2), top2))},
+        {_mm256_and_si256(v[2], low6),
+         _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v[3], 4), low4),
+                         _mm256_and_si256(_mm256_srli_epi16(v[2], 2), top2))}};
+}
+
+/* Sum over the groups of minima times activations, for 8 rows. */
+MOE_AVX2_INLINE __m256i x86_k_min_sum(const x86_k_header *h, const int16_t *sum)
+{
+    const __m256i even = _mm256_set1_epi16(255);
+    /* Sums of 32, in the order 0 2 | 1 3 | 4 6 | 5 7. */
+    __m128i s = _mm_hadd_epi16(_mm_loadu_si128((const __m128i *)sum),
+                               _mm_loadu_si128((const __m128i *)(sum + 8)));
+    s = _mm_shufflehi_epi16(_mm_shufflelo_epi16(s, 0xd8), 0xd8);
+    const __m256i v = x86_k_twice(s);
+    __m256i a = _mm256_madd_epi16(_mm256_and_si256(h->min[0], even), _mm256_shuffle_epi32(v, 0x00));
+    __m256i b = _mm256_madd_epi16(_mm256_srli_epi16(h->min[0], 8), _mm256_shuffle_epi32(v, 0x55));
+    __m256i c = _mm256_madd_epi16(_mm256_and_si256(h->min[1], even), _mm256_shuffle_epi32(v, 0xaa));
+    __m256i d = _mm256_madd_epi16(_mm256_srli_epi16(h->min[1], 8), _mm256_shuffle_epi32(v, 0xff));
+    return _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+}
+
+/* The scale of group g (constant) of row r in all of the lower half, of row r + 4 in the upper. */
+MOE_AVX2_INLINE __m256i x86_k_scale(const x86_k_header *h, int r, int g)
+{
+    return _mm256_shuffle_epi8(h->scale[g / 4],
+                               _mm256_set1_epi16((int16_t)(INT16_MIN | (4 * r + g % 4))));
+}
+
 /* -------------------------------------------------------------------------------- one token -- */
 
-/* How far ahead of the multiplication memory is fetched. */
-enum { X86_K_AHEAD_BYTES = 2048 };
+/* dot8 for formats that multiply row by row. dot() returns 8 numbers whose sum is the integer that d
+ * belongs to, the minimum's part included with X86_K_INT_MIN, and *min likewise for dmin. */
+typedef __m256i x86_k_dot_fn(const uint8_t *w, const int8_t *q, const int16_t *sum, __m256i *min);
 
-/* 8 superblocks, of any rows, on their way from integers to floats. */
-typedef struct x86_k_batch {
-    const uint8_t *block[8];
-    float x_scale[8];
-    __m256i dot[8], min[8];
-} x86_k_batch;
-
-/* The two factors, per superblock, that are to be multiplied and added to the row's sum. */
-MOE_AVX2_INLINE void x86_k_factors(const x86_k_batch *batch, const x86_k_format *f, float a[8],
-                                   float b[8])
+MOE_AVX2_INLINE void x86_k_dot_rows(const uint8_t *const row[8], size_t offset, const int8_t *q,
+                                    const int16_t *sum, size_t d_offset, x86_k_min kind,
+                                    x86_k_dot_fn *dot_row, x86_k_sums *out)
 {
-    __m256 d = x86_f16x8(batch->block, f->d_offset);
-    __m256 sum = _mm256_cvtepi32_ps(x86_sum8_i32(batch->dot));
-    __m256 x_scale = _mm256_loadu_ps(batch->x_scale);
-    if (f->min == X86_K_FLOAT_MIN) {
-        __m256 dmin = x86_f16x8(batch->block, f->d_offset + 2);
-        __m256 min = _mm256_cvtepi32_ps(x86_sum8_i32(batch->min));
-        _mm256_storeu_ps(a, x_scale);
-        _mm256_storeu_ps(b, _mm256_fnmadd_ps(dmin, min, _mm256_mul_ps(d, sum)));
-    } else {
-        _mm256_storeu_ps(a, _mm256_mul_ps(x_scale, d));
-        _mm256_storeu_ps(b, sum);
+    __m256i dot[8], min[8];
+    for (size_t r = 0; r < 8; r++)
+        dot[r] = dot_row(row[r] + offset, q, sum, &min[r]);
+    out->dot = x86_sum8_i32(dot);
+    out->d = x86_f16x8(row, offset + d_offset);
+    if (kind == X86_K_FLOAT_MIN) {
+        out->min = x86_sum8_i32(min);
+        out->dmin = x86_f16x8(row, offset + d_offset + 2);
     }
+}
+
+/* acc + the part of one superblock of 8 rows: the expression of the formats. */
+MOE_AVX2_INLINE __m256 x86_k_add(const x86_k_sums *s, x86_k_min kind, __m256 x_scale, __m256 acc)
+{
+    __m256 dot = _mm256_cvtepi32_ps(s->dot);
+    if (kind != X86_K_FLOAT_MIN)
+        return _mm256_fmadd_ps(_mm256_mul_ps(x_scale, s->d), dot, acc);
+    __m256 term = _mm256_mul_ps(s->d, dot);
+    term = _mm256_fnmadd_ps(s->dmin, _mm256_cvtepi32_ps(s->min), term);
+    return _mm256_fmadd_ps(x_scale, term, acc);
 }
 
 MOE_AVX2_INLINE void x86_k_gemv(const moe_mm *mm, const x86_k_format *f)
 {
     const moe_q8 x = act_q8(MOE_ACT_Q8_256, mm->x, mm->n_in);
     const size_t n_block = mm->n_in / K_LEN;
-    size_t row = 0, b = 0;         // the superblock that is multiplied next
-    size_t row_done = 0, b_done = 0; // and the one that is added next
-    float acc = 0;
-    x86_k_batch batch;
-    memset(&batch, 0, sizeof batch);
-    for (size_t n, left = mm->n_row * n_block; left > 0; left -= n) {
-        n = MOE_MIN(left, 8);
-        for (size_t i = 0; i < n; i++) {
-            const uint8_t *w = mm->w + row * mm->w_stride + b * f->block_bytes;
-            for (size_t k = 0; k < f->block_bytes; k += 64)
-                _mm_prefetch((const char *)w + X86_K_AHEAD_BYTES + k, _MM_HINT_T0);
-            batch.block[i] = w;
-            batch.x_scale[i] = x.scale[b];
-            f->dot(w, x.q + K_LEN * b, x.sum + 16 * b, &batch.dot[i], &batch.min[i]);
-            if (++b == n_block) {
-                b = 0;
-                row++;
-            }
+    for (size_t r = 0; r < mm->n_row; r += 8) {
+        const uint8_t *row[8];
+        x86_rows(mm, r, row);
+        uintptr_t ahead = (uintptr_t)row[0] + 8 * mm->w_stride;
+        __m256 acc = _mm256_setzero_ps();
+        for (size_t b = 0; b < n_block; b++) {
+            for (size_t i = 0; i < 8 * f->block_bytes; i += 64)
+                _mm_prefetch((const char *)(ahead + i), _MM_HINT_T0);
+            ahead += 8 * f->block_bytes;
+            x86_k_sums s;
+            f->dot8(row, b * f->block_bytes, x.q + K_LEN * b, x.sum + 16 * b, &s);
+            acc = x86_k_add(&s, f->min, _mm256_broadcast_ss(x.scale + b), acc);
         }
-        for (size_t i = n; i < 8; i++)
-            batch.block[i] = batch.block[0];
-        float factor[8], term[8];
-        x86_k_factors(&batch, f, factor, term);
-        for (size_t i = 0; i < n; i++) {
-            acc = fmaf(factor[i], term[i], acc);
-            if (++b_done == n_block) {
-                mm->y[row_done++] = acc;
-                acc = 0;
-                b_done = 0;
-            }
-        }
+        x86_store_rows(mm->y + r, acc, mm->n_row - r);
     }
 }
 
 /* ------------------------------------------------------------------------------ many tokens -- */
-
-/* 16 bytes of 8 rows, to 4 vectors that hold 4 bytes of each row. */
-MOE_AVX2_INLINE void x86_k_transpose(const x86_k_row row[8], size_t offset, __m256i out[4])
-{
-    const uint8_t *p = (const uint8_t *)row + offset;
-    __m256i v0 = x86_load_pair(p, p + 4 * sizeof *row);
-    __m256i v1 = x86_load_pair(p + 1 * sizeof *row, p + 5 * sizeof *row);
-    __m256i v2 = x86_load_pair(p + 2 * sizeof *row, p + 6 * sizeof *row);
-    __m256i v3 = x86_load_pair(p + 3 * sizeof *row, p + 7 * sizeof *row);
-    __m256i a = _mm256_unpacklo_epi32(v0, v1), b = _mm256_unpacklo_epi32(v2, v3);
-    __m256i c = _mm256_unpackhi_epi32(v0, v1), d = _mm256_unpackhi_epi32(v2, v3);
-    out[0] = _mm256_unpacklo_epi64(a, b);
-    out[1] = _mm256_unpackhi_epi64(a, b);
-    out[2] = _mm256_unpacklo_epi64(c, d);
-    out[3] = _mm256_unpackhi_epi64(c, d);
-}
 
 /* Unpacks the superblocks at `offset` of 8 rows. */
 MOE_AVX2_INLINE void x86_k_load_tile(const uint8_t *const row[8], size_t offset,
@@ -229,12 +274,15 @@ MOE_AVX2_INLINE void x86_k_load_tile(const uint8_t *const row[8], size_t offset,
     x86_k_row unpacked[8];
     for (int r = 0; r < 8; r++)
         f->unpack(row[r] + offset, &unpacked[r]);
+    const uint8_t *from[8];
+    for (int r = 0; r < 8; r++)
+        from[r] = (const uint8_t *)&unpacked[r];
     for (size_t i = 0; i < K_LEN / 16; i++)
-        x86_k_transpose(unpacked, 16 * i, tile->code + 4 * i);
+        x86_k_load_transposed(from, 16 * i, tile->code + 4 * i);
     for (size_t i = 0; i < 2; i++) {
-        x86_k_transpose(unpacked, offsetof(x86_k_row, scale) + 16 * i, tile->scale + 4 * i);
+        x86_k_load_transposed(from, offsetof(x86_k_row, scale) + 16 * i, tile->scale + 4 * i);
         if (f->min != X86_K_NO_MIN)
-            x86_k_transpose(unpacked, offsetof(x86_k_row, min) + 16 * i, tile->min + 4 * i);
+            x86_k_load_transposed(from, offsetof(x86_k_row, min) + 16 * i, tile->min + 4 * i);
     }
     tile->d = x86_f16x8(row, offset + f->d_offset);
     if (f->min == X86_K_FLOAT_MIN)
@@ -298,7 +346,7 @@ MOE_AVX2_INLINE void x86_k_step(const x86_k_tile *tile, const moe_q8 *x, size_t 
 #pragma GCC unroll 4
     for (size_t t = 0; t < n_tok; t++) {
         __m256i min = _mm256_setzero_si256();
-        __m256 x_scale = _mm256_broadcast_ss(x[t].scale + b);
+        const __m256 x_scale = _mm256_broadcast_ss(x[t].scale + b);
         if (f->min != X86_K_NO_MIN)
             for (size_t p = 0; p < 8; p++) {
                 int32_t two;
@@ -306,14 +354,10 @@ MOE_AVX2_INLINE void x86_k_step(const x86_k_tile *tile, const moe_q8 *x, size_t 
                 min = _mm256_add_epi32(min,
                                        _mm256_madd_epi16(tile->min[p], _mm256_set1_epi32(two)));
             }
-        if (f->min == X86_K_FLOAT_MIN) {
-            __m256 term = _mm256_mul_ps(tile->d, _mm256_cvtepi32_ps(sum[t]));
-            term = _mm256_fnmadd_ps(tile->dmin, _mm256_cvtepi32_ps(min), term);
-            acc[t] = _mm256_fmadd_ps(x_scale, term, acc[t]);
-        } else {
-            __m256 term = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[t], min));
-            acc[t] = _mm256_fmadd_ps(_mm256_mul_ps(x_scale, tile->d), term, acc[t]);
-        }
+        x86_k_sums s = {sum[t], min, tile->d, tile->dmin};
+        if (f->min == X86_K_INT_MIN)
+            s.dot = _mm256_sub_epi32(sum[t], min);
+        acc[t] = x86_k_add(&s, f->min, x_scale, acc[t]);
     }
 }
 
