@@ -18,8 +18,8 @@
  * need about 13 MiB; without a bound a small file could ask for many times its own size. */
 enum { DIR_MAX_TABLE_BYTES = 32 << 20 };
 
-/* Names that hash to neighbouring slots. Tables are at most half full, so chance gives runs of a few
- * dozen in the largest; longer ones were made on purpose, to make lookups slow. */
+/* Names that hash to neighbouring slots. Tables are at most half full, so chance gives runs of a
+ * few dozen in the largest; longer ones were made on purpose, to make lookups slow. */
 enum { DIR_MAX_PROBES = 256 };
 
 enum { DIR_CHUNK_BYTES = 16 << 10, DIR_READ_STEP_BYTES = 4 << 20 };
@@ -35,8 +35,8 @@ typedef struct dir_slot {
     uint32_t item; // index + 1; 0: free
 } dir_slot;
 
-/* moe_meta or moe_tensor structs, in file order, and a hash index over their names. The first member
- * of an item is its name. */
+/* moe_meta or moe_tensor structs, in file order, and a hash index over their names. The first
+ * member of an item is its name. */
 typedef struct dir_table {
     unsigned char *items; // [capacity][item_bytes]
     uint64_t item_bytes;
@@ -73,7 +73,8 @@ struct moe_directory {
 
 /* -------------------------------------------------------------------------------- memory -- */
 
-/* NULL if the tables would grow over their bound or memory is short: dir_fail_memory() says which. */
+/* NULL if the tables would grow over their bound or memory is short; dir_fail_memory() says
+ * which. */
 static void *dir_count_alloc(moe_directory *dir, uint64_t n, uint64_t item_bytes)
 {
     uint64_t bytes;
@@ -91,8 +92,8 @@ static moe_status dir_fail_memory(const moe_directory *dir, const char *subject,
     uint64_t bytes = UINT64_MAX;
     if (!checked_mul(n, item_bytes, &bytes) || bytes > DIR_MAX_TABLE_BYTES - dir->table_bytes)
         return fail(error, MOE_ERR_LIMIT, subject,
-                    "expected metadata whose tables take at most %u bytes, got more with this one's "
-                    "%llu entries",
+                    "expected metadata whose tables take at most %u bytes, got more with the %llu "
+                    "entries of this one",
                     (unsigned)DIR_MAX_TABLE_BYTES, (unsigned long long)n);
     return fail_memory(error, dir->mem, subject, bytes);
 }
@@ -174,13 +175,13 @@ static moe_status dir_table_reserve(moe_directory *dir, dir_table *table, uint64
         n_slots *= 2;
     uint64_t old_bytes = table->capacity * table->item_bytes + table->n_slots * sizeof(dir_slot);
     dir->table_bytes -= old_bytes;
-    uint64_t each = table->item_bytes + (n_slots / capacity + 1) * sizeof(dir_slot);
     unsigned char *items = dir_count_alloc(dir, capacity, table->item_bytes);
     dir_slot *slots = items ? dir_count_alloc(dir, n_slots, sizeof *slots) : NULL;
     if (!slots) {
         dir->table_bytes += old_bytes - (items ? capacity * table->item_bytes : 0);
         mem_free(dir->mem, items);
-        return dir_fail_memory(dir, subject, capacity, each, error);
+        return dir_fail_memory(dir, subject, capacity,
+                               table->item_bytes + n_slots / capacity * sizeof(dir_slot), error);
     }
     if (table->n)
         memcpy(items, table->items, (size_t)(table->n * table->item_bytes));
@@ -247,12 +248,19 @@ static void dir_clear(moe_directory *dir)
 
 /* ------------------------------------------------------------------------------- sources -- */
 
+/* Gives the file back to the system; what was read of it stays. */
+static void dir_file_release(dir_file *file)
+{
+    if (file->is_open)
+        plat_close(&file->os);
+    file->is_open = false;
+}
+
 static void dir_file_close(moe_mem *mem, dir_file *file)
 {
     if (file->map)
         plat_unmap(file->map, file->bytes);
-    if (file->is_open)
-        plat_close(&file->os);
+    dir_file_release(file);
     mem_free(mem, file->copy);
     mem_free(mem, file->head);
     mem_free(mem, file->path);
@@ -347,15 +355,23 @@ static moe_status dir_file_check(const dir_file *file, moe_error *error)
                 (unsigned long long)file->bytes);
 }
 
-/* Makes the data of all tensors of all files readable: from the caller's memory, a map or a copy. */
+/* The bytes behind the header; an empty data section may lie past the end. */
+static uint64_t dir_file_data_bytes(const dir_file *file)
+{
+    return file->bytes - MOE_MIN(file->data_start, file->bytes);
+}
+
+/* Makes the data of all tensors of all files readable, from the caller's memory, a map or a
+ * copy. */
 static moe_status dir_load_data(moe_directory *dir, bool copy, moe_error *error)
 {
     uint64_t done = 0, total = 0;
     for (uint32_t i = 0; i < dir->n_files; i++)
-        total += dir->files[i].bytes - MOE_MIN(dir->files[i].data_start, dir->files[i].bytes);
+        if (!checked_add(total, dir_file_data_bytes(&dir->files[i]), &total))
+            return fail(error, MOE_ERR_LIMIT, "weights", "expected less than 2^64 bytes");
     for (uint32_t i = 0; i < dir->n_files; i++) {
         dir_file *file = &dir->files[i];
-        uint64_t bytes = file->bytes - MOE_MIN(file->data_start, file->bytes);
+        uint64_t bytes = dir_file_data_bytes(file);
         moe_status status = MOE_OK;
         if (bytes == 0 || (file->memory && !copy))
             continue;
@@ -370,6 +386,7 @@ static moe_status dir_load_data(moe_directory *dir, bool copy, moe_error *error)
             status = dir_file_read(dir, file, file->data_start, file->copy, bytes, done, total,
                                    error);
             done += bytes;
+            dir_file_release(file);
         }
         if (status)
             return status;
@@ -583,8 +600,8 @@ MOE_UNUSED static moe_status meta_u32(const moe_directory *dir, const char *key,
     if (ok)
         x = meta_item_i64(meta, 0);
     if (!ok || x < (int64_t)min || x > (int64_t)max)
-        return fail(error, MOE_ERR_MODEL, key, "expected an integer from %u to %u, got %s", min, max,
-                    meta_describe(meta, got, sizeof got));
+        return fail(error, MOE_ERR_MODEL, key, "expected an integer from %u to %u, got %s", min,
+                    max, meta_describe(meta, got, sizeof got));
     *value = (uint32_t)x;
     return MOE_OK;
 }

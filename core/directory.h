@@ -38,11 +38,11 @@ typedef struct moe_meta {
 
 typedef struct moe_tensor {
     const char *name;       // NUL-terminated, owned by the directory
-    const moe_quant *quant;
+    const moe_quant *quant; // NULL only if opened for metadata only and the type is not known
     uint32_t n_dims;        // 1..4
     uint64_t dims[4];       // dims[0] is contiguous; unused ones are 1
     uint64_t n_elements;
-    uint64_t bytes;
+    uint64_t bytes;         // 0 if quant is NULL
     uint64_t offset;        // from the start of its file
     uint32_t file;          // which part of a split file
     const uint8_t *data;    // NULL if the directory was opened for metadata only

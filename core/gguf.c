@@ -139,7 +139,8 @@ static moe_status gguf_fail_magic(gguf_reader *r, const uint8_t magic[4])
                         "expected a GGUF file, got one of its predecessors of before 2023-08; get "
                         "the model as GGUF");
     return fail(r->error, MOE_ERR_FORMAT, "magic",
-                "expected a GGUF file, which starts with \"GGUF\", got the bytes %02x %02x %02x %02x",
+                "expected a GGUF file, which starts with \"GGUF\", got the bytes %02x %02x %02x "
+                "%02x",
                 magic[0], magic[1], magic[2], magic[3]);
 }
 
@@ -238,7 +239,8 @@ static moe_status gguf_parse_array_head(gguf_reader *r, moe_meta *meta)
         return status;
     if (item >= META_N_TYPES)
         return fail(r->error, MOE_ERR_FORMAT, meta->key,
-                    "expected an array of a type from 0 to %d, got type %u", META_N_TYPES - 1, item);
+                    "expected an array of a type from 0 to %d, got type %u", META_N_TYPES - 1,
+                    item);
     if (item == META_ARRAY)
         return fail(r->error, MOE_ERR_UNSUPPORTED, meta->key,
                     "expected an array of numbers or strings, got an array of arrays");
@@ -341,12 +343,12 @@ static moe_status gguf_fail_type(gguf_reader *r, const char *name, uint32_t id)
     const char *type = gguf_foreign_type(id, &removed);
     if (removed)
         return fail(r->error, MOE_ERR_UNSUPPORTED, name,
-                    "expected a tensor type in use, got %u (%s), which was removed from GGUF; get a "
-                    "current file of this model",
+                    "expected a tensor type in use, got %u (%s), which was removed from GGUF; get "
+                    "a current file of this model",
                     id, type);
     return fail(r->error, MOE_ERR_UNSUPPORTED, name,
-                "expected a tensor type that this program computes with, got %u (%s); get the model "
-                "in another quantization, such as Q4_K_M",
+                "expected a tensor type that this program computes with, got %u (%s); get the "
+                "model in another quantization, such as Q4_K_M",
                 id, type ? type : "unknown");
 }
 
@@ -449,6 +451,8 @@ static void gguf_sort(uint32_t *order, size_t n, const moe_tensor *tensors)
 static moe_status gguf_check_overlap(gguf_reader *r)
 {
     size_t n = directory_n_tensors(r->dir);
+    if (n < 2)
+        return MOE_OK;
     uint32_t *order = mem_alloc(r->dir->mem, n, sizeof *order);
     if (!order)
         return fail_memory(r->error, r->dir->mem, "tensors", n * sizeof *order);
@@ -498,6 +502,8 @@ static moe_status gguf_place_tensors(gguf_reader *r)
 static moe_status gguf_parse(gguf_reader *r)
 {
     uint64_t n_tensors = 0, n_meta = 0;
+    if (cancelled(r->dir->cancel))
+        return fail(r->error, MOE_ERR_CANCELLED, NULL, "cancelled during open");
     moe_status status = gguf_parse_head(r, &n_tensors, &n_meta);
     for (uint64_t i = 0; i < n_meta && !status; i++)
         status = gguf_parse_meta(r, i);
@@ -668,15 +674,15 @@ static moe_status gguf_load_split(moe_directory *dir, bool metadata_only, moe_er
     gguf_part_ending(ending, 0, n_parts);
     if (no != 0)
         return fail(error, MOE_ERR_UNSUPPORTED, "split.no",
-                    "expected the first part of a split file, got part %u of %u; open the file whose "
-                    "name ends in \"%s\"",
+                    "expected the first part of a split file, got part %u of %u; open the file "
+                    "whose name ends in \"%s\"",
                     no + 1, n_parts, ending);
     if (metadata_only)
         return MOE_OK;
     if (!dir->files[0].path)
         return fail(error, MOE_ERR_UNSUPPORTED, "split.count",
-                    "expected one whole file in memory or from a callback, got the first of %u parts;"
-                    " open it by its path or join the parts",
+                    "expected one whole file in memory or from a callback, got the first of %u "
+                    "parts; open it by its path or join the parts",
                     n_parts);
     if (n_parts > GGUF_MAX_PARTS)
         return fail(error, MOE_ERR_LIMIT, "split.count", "expected at most %d parts, got %u",
@@ -704,9 +710,7 @@ static moe_status gguf_load(moe_directory *dir, const moe_model_options *options
         (status = gguf_load_split(dir, options->vocab_only, error)))
         return status;
     if (options->vocab_only) {
-        if (dir->files->is_open)
-            plat_close(&dir->files->os);
-        dir->files->is_open = false;
+        dir_file_release(dir->files);
         return MOE_OK;
     }
     return dir_load_data(dir, options->copy, error);

@@ -94,7 +94,7 @@ static bool plat_cgroup(const char *controller, char *path, size_t path_bytes)
     return false;
 }
 
-/* Calls look(dir, value) for the group's folder and for all above it: a limit on any level holds. */
+/* Calls look(dir, value) for the group's folder and all above it: a limit on any level holds. */
 static void plat_cgroup_walk(const char *controller, void (*look)(const char *dir, uint64_t *value),
                              uint64_t *value)
 {
