@@ -181,7 +181,10 @@ enum { MEM_ALIGN = 64 };
 
 /* In front of each block, so that mem_free needs no size. */
 typedef union mem_head {
-    uint64_t bytes; /* of the whole allocation */
+    struct {
+        uint64_t bytes;       /* of the whole allocation */
+        uint64_t asked_bytes; /* of what the caller may use */
+    };
     char pad[MEM_ALIGN];
 } mem_head;
 
@@ -238,6 +241,7 @@ MOE_UNUSED static void *mem_alloc_uncleared(moe_mem *mem, uint64_t n, uint64_t i
         return NULL;
     }
     head->bytes = bytes;
+    head->asked_bytes = n * item_bytes;
     return head + 1;
 }
 
@@ -270,7 +274,7 @@ MOE_UNUSED static void *mem_grow(moe_mem *mem, void *p, uint64_t n, uint64_t ite
 {
     void *q = mem_alloc(mem, n, item_bytes);
     if (q && p) {
-        uint64_t old_bytes = ((mem_head *)p - 1)->bytes - sizeof(mem_head); // rounded up: harmless
+        uint64_t old_bytes = ((mem_head *)p - 1)->asked_bytes;
         memcpy(q, p, (size_t)MOE_MIN(old_bytes, n * item_bytes));
         mem_free(mem, p);
     }

@@ -22,9 +22,14 @@
 
 #include "directory.c"
 
+/* What is read of a file at first. Tests set it so low that each header needs several attempts. */
+#ifndef MOE_GGUF_WINDOW_BYTES
+#define MOE_GGUF_WINDOW_BYTES (1 << 20)
+#endif
+
 enum {
     GGUF_MAX_HEADER_BYTES = 64 << 20, // the largest in use have some 20 MiB
-    GGUF_WINDOW_BYTES = 1 << 20,      // what is read at first
+    GGUF_WINDOW_BYTES = MOE_GGUF_WINDOW_BYTES,
     GGUF_MAX_KEY_BYTES = 65535,       // by the specification
     GGUF_MAX_NAME_BYTES = 63,         // so that a C string of 64 holds it
     GGUF_MIN_META_BYTES = 8 + 1 + 4 + 1,
