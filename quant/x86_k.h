@@ -24,6 +24,13 @@
 
 #if MOE_X86
 
+/* In front of a loop whose length is a constant: it is to disappear. */
+#ifdef __clang__
+#define X86_K_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define X86_K_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 /* A superblock of one row for the tile. The rows are transposed in units of 4 bytes. */
 typedef struct x86_k_row {
     uint8_t code[K_LEN];
@@ -300,6 +307,13 @@ MOE_AVX2_INLINE __m256i x86_k_quad(__m256i code, const int8_t *q, const x86_k_fo
     return _mm256_maddubs_epi16(code, x);
 }
 
+/* A chain of additions stays a chain: as a tree, which compilers prefer, it takes more registers than
+ * there are. */
+MOE_AVX2_INLINE void x86_k_pin(__m256i *v)
+{
+    __asm__("" : "+x"(*v));
+}
+
 /* sum[t] += the scaled products of k 32 p .. 32 p + 31, for n_tok (constant) tokens. */
 MOE_AVX2_INLINE void x86_k_dot32(const x86_k_tile *tile, size_t p, const int8_t *const *q,
                                  __m256i *sum, size_t n_tok, const x86_k_format *f)
@@ -307,26 +321,27 @@ MOE_AVX2_INLINE void x86_k_dot32(const x86_k_tile *tile, size_t p, const int8_t 
     const __m256i even = _mm256_set1_epi32(0x01000100), odd = _mm256_set1_epi32(0x03020302);
     const __m256i row = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c,
                                           0, 0x04040404, 0x08080808, 0x0c0c0c0c);
-    const __m256i pair = tile->scale[p];
     const size_t n_fold = (size_t)f->n_fold;
-#pragma GCC unroll 8
-    for (size_t i = 0; i < 8; i += n_fold) {
-        __m256i scale = pair;
+    X86_K_UNROLL
+    for (size_t i = 0; i < 8 / n_fold; i++) {
+        __m256i part[4], scale = tile->scale[p];
         if (f->group == 16)
-            scale = _mm256_shuffle_epi8(pair, _mm256_add_epi8(row, i < 4 ? even : odd));
-        __m256i part[4];
-#pragma GCC unroll 8
-        for (size_t k = i; k < i + n_fold; k++) {
-            const __m256i code = tile->code[8 * p + k];
-#pragma GCC unroll 4
+            scale = _mm256_shuffle_epi8(scale, _mm256_add_epi8(row, i * n_fold < 4 ? even : odd));
+        X86_K_UNROLL
+        for (size_t k = 0; k < n_fold; k++) {
+            const __m256i code = tile->code[8 * p + i * n_fold + k];
+            X86_K_UNROLL
             for (size_t t = 0; t < n_tok; t++) {
-                __m256i v = x86_k_quad(code, q[t] + 32 * p + 4 * k, f);
-                part[t] = k == i ? v : _mm256_add_epi16(part[t], v);
+                __m256i v = x86_k_quad(code, q[t] + 32 * p + 4 * (i * n_fold + k), f);
+                part[t] = k == 0 ? v : _mm256_add_epi16(part[t], v);
+                x86_k_pin(&part[t]);
             }
         }
-#pragma GCC unroll 4
-        for (size_t t = 0; t < n_tok; t++)
+        X86_K_UNROLL
+        for (size_t t = 0; t < n_tok; t++) {
             sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(part[t], scale));
+            x86_k_pin(&sum[t]);
+        }
     }
 }
 
@@ -336,14 +351,14 @@ MOE_AVX2_INLINE void x86_k_step(const x86_k_tile *tile, const moe_q8 *x, size_t 
 {
     const int8_t *q[4];
     __m256i sum[4];
-#pragma GCC unroll 4
+    X86_K_UNROLL
     for (size_t t = 0; t < n_tok; t++) {
         q[t] = x[t].q + K_LEN * b;
         sum[t] = _mm256_setzero_si256();
     }
     for (size_t p = 0; p < 8; p++)
         x86_k_dot32(tile, p, q, sum, n_tok, f);
-#pragma GCC unroll 4
+    X86_K_UNROLL
     for (size_t t = 0; t < n_tok; t++) {
         __m256i min = _mm256_setzero_si256();
         const __m256 x_scale = _mm256_broadcast_ss(x[t].scale + b);
