@@ -360,15 +360,14 @@ MOE_API moe_status moe_sampler_new(moe_sampler **out, uint32_t n_vocab,
     if (!out)
         return fail(error, MOE_ERR_ARGUMENT, "out", "expected a place for the sampler, got NULL");
     *out = NULL;
-    if (!options)
-        return fail(error, MOE_ERR_ARGUMENT, "options", "expected sampler options, got NULL");
-    if (options->size < sizeof options->size)
+    if (options && options->size < sizeof options->size)
         return fail(error, MOE_ERR_ARGUMENT, "size",
                     "expected options filled by moe_sampler_options_init, got a size of %zu",
                     options->size);
     moe_sampler_options o;
     moe_sampler_options_init(&o);
-    memcpy(&o, options, MOE_MIN(options->size, sizeof o));
+    if (options)
+        memcpy(&o, options, MOE_MIN(options->size, sizeof o));
     o.size = sizeof o;
     moe_status status = sample_check(&o, n_vocab, error);
     if (status)

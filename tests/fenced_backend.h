@@ -296,7 +296,8 @@ static bool fenced_same_or_apart(fenced_queue *q, const char *op, moe_view a, mo
 }
 
 /* A checked copy of a weight, at *place. */
-static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w, moe_weight *place)
+static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w, moe_weight *place,
+                          uint32_t n_in_max)
 {
     if (!weight_present(*w) || !(*w)->quant)
         return fenced_fault(q, op, "missing weights", 0, 1);
@@ -308,7 +309,7 @@ static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w,
            fenced_at_most(q, op, "bytes in a row", row, place->row_bytes) &&
            fenced_at_most(q, op, "bytes in a matrix", place->row_bytes * place->dims[1],
                           place->matrix_bytes) &&
-           fenced_at_most(q, op, "row length", place->dims[0], q->options.n_in_max) &&
+           fenced_at_most(q, op, "row length", place->dims[0], n_in_max) &&
            fenced_view(q, op, place->name ? place->name : "weight", &place->data, place->dims[2],
                        place->matrix_bytes, FENCED_READ);
 }
@@ -431,7 +432,7 @@ static void fenced_embed(moe_queue *queue, const moe_embed_op *op)
     moe_embed_op *o = &f->as.embed;
     *o = *op;
     fenced_keep(q, fenced_n_tok(q, "embed", o->n_tok) &&
-                       fenced_weight(q, "embed", &o->table, &f->weight[0]) &&
+                       fenced_weight(q, "embed", &o->table, &f->weight[0], UINT32_MAX) &&
                        fenced_view(q, "embed", "ids", &o->ids, o->n_tok, 4, FENCED_READ) &&
                        fenced_view(q, "embed", "dst", &o->dst, o->n_tok * op->table->dims[0], 4,
                                    FENCED_WRITE));
@@ -468,7 +469,7 @@ static void fenced_matmul(moe_queue *queue, const moe_matmul_op *op)
                              o->n_tok * op->out[0].w->dims[0], 4, FENCED_READ);
     for (uint32_t i = 0; sound && i < o->n_out; i++) {
         const moe_weight *w = op->out[i].w;
-        sound = fenced_weight(q, "matmul", &o->out[i].w, &f->weight[i]) &&
+        sound = fenced_weight(q, "matmul", &o->out[i].w, &f->weight[i], q->options.n_in_max) &&
                 fenced_at_most(q, "matmul", "row length, by the first matrix", w->dims[0],
                                op->out[0].w->dims[0]) &&
                 fenced_at_most(q, "matmul", "matrices", w->dims[2], 1) &&
@@ -579,7 +580,8 @@ static void fenced_route(moe_queue *queue, const moe_route_op *op)
     fenced_keep(
         q, fenced_n_tok(q, "route", n_tok) &&
                fenced_at_most(q, "route", "n_expert", n_expert, q->options.n_expert_max) &&
-               fenced_at_most(q, "route", "n_used", n_used, n_expert) &&
+               fenced_at_most(q, "route", "n_used", n_used,
+                              MOE_MIN(n_expert, q->options.n_used_max)) &&
                fenced_view(q, "route", "logits", &o->logits, n_tok * n_expert, 4, FENCED_READ) &&
                fenced_view(q, "route", "bias", &o->bias, n_expert, 4, FENCED_MAYBE) &&
                fenced_view(q, "route", "ids", &o->ids, n_tok * n_used, 4, FENCED_WRITE) &&
@@ -593,7 +595,8 @@ static void fenced_experts(moe_queue *queue, const moe_experts_op *op)
     moe_experts_op *o = &f->as.experts;
     *o = *op;
     uint64_t n_row = (uint64_t)o->n_tok * o->n_used, n_src = o->shared_src ? o->n_tok : n_row;
-    bool sound = fenced_n_tok(q, "experts", n_row) &&
+    bool sound = fenced_n_tok(q, "experts", o->n_tok) &&
+                 fenced_at_most(q, "experts", "n_used", o->n_used, q->options.n_used_max) &&
                  fenced_at_most(q, "experts", "n_out", o->n_out, MOE_COUNT(o->out)) &&
                  fenced_at_most(q, "experts", "missing n_out", o->n_out == 0, 0) &&
                  fenced_view(q, "experts", "ids", &o->ids, n_row, 4, FENCED_READ) &&
@@ -602,7 +605,8 @@ static void fenced_experts(moe_queue *queue, const moe_experts_op *op)
                              FENCED_READ);
     for (uint32_t i = 0; sound && i < o->n_out; i++) {
         const moe_weight *w = op->out[i].w;
-        sound = fenced_weight(q, "experts", &o->out[i].w, &f->weight[i]) &&
+        sound = fenced_weight(q, "experts", &o->out[i].w, &f->weight[i],
+                              q->options.n_in_expert_max) &&
                 fenced_at_most(q, "experts", "row length, by the first matrix", w->dims[0],
                                op->out[0].w->dims[0]) &&
                 fenced_at_most(q, "experts", "matrices", w->dims[2], q->options.n_expert_max) &&
@@ -622,7 +626,8 @@ static void fenced_combine(moe_queue *queue, const moe_combine_op *op)
     moe_combine_op *o = &fenced_place(q, FENCED_COMBINE)->as.combine;
     *o = *op;
     uint64_t n_row = (uint64_t)o->n_tok * o->n_used;
-    fenced_keep(q, fenced_n_tok(q, "combine", n_row) &&
+    fenced_keep(q, fenced_n_tok(q, "combine", o->n_tok) &&
+                       fenced_at_most(q, "combine", "n_used", o->n_used, q->options.n_used_max) &&
                        fenced_view(q, "combine", "src", &o->src, n_row * o->dim, 4, FENCED_READ) &&
                        fenced_view(q, "combine", "weights", &o->weights, n_row, 4, FENCED_READ) &&
                        fenced_view(q, "combine", "dst", &o->dst, (uint64_t)o->n_tok * o->dim, 4,

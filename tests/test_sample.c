@@ -507,7 +507,6 @@ static void bad_options_are_named(void)
     o = defaults();
     o.size = 0;
     refused(&o, 10, "size");
-    refused(NULL, 10, "options");
 
     const moe_logit_bias bad[] = {{-1, 1}, {10, 1}, {INT32_MAX, 1}, {3, NAN}, {3, INFINITY}};
     for (size_t i = 0; i < MOE_COUNT(bad); i++) {
@@ -558,6 +557,7 @@ static void option_sizes_are_versions(void)
     CHECK(pick_one(&older, (float[]){1, 2}, 2) == 1, "older");
     older.size = sizeof older;
     refused(&older, 2, "penalty_window");
+    CHECK(pick_one(NULL, (float[]){1, 2, 2}, 3) == 1, "no options are the defaults");
 }
 
 /* ------------------------------------------------------------------------------------ memory -- */
