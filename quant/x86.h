@@ -404,40 +404,35 @@ MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, size_t item_bytes, x86_loa
  * these tokens before the next, so that the 4 rows stay in L1. */
 enum { X86_FLOAT_TOKENS = 48, X86_FLOAT_CHUNK = 512 };
 
-/* One row of a tile enters the sums of n_tok <= 3 tokens. */
-MOE_AVX2_INLINE void x86_float_row(__m256 acc[3], __m256 w, const __m256 x[3], size_t n_tok)
-{
-    acc[0] = _mm256_fmadd_ps(w, x[0], acc[0]);
-    if (n_tok > 1)
-        acc[1] = _mm256_fmadd_ps(w, x[1], acc[1]);
-    if (n_tok > 2)
-        acc[2] = _mm256_fmadd_ps(w, x[2], acc[2]);
-}
-
-/* k .. end of 4 rows times n_tok (constant, <= 3) tokens: up to 12 chains. sum is [n_tok][4]. */
-MOE_AVX2_INLINE void x86_float_tile(const uint8_t *const row[8], const float *const token[3],
-                                    size_t k, size_t end, __m256 (*sum)[4], size_t n_tok,
+/* k .. end of 4 rows times 2 tokens, which may be the same: 8 chains. A tile of 12 would need all 16
+ * registers, and compilers then spill a sum in the loop. */
+MOE_AVX2_INLINE void x86_float_tile(const uint8_t *const row[8], const float *x, const float *x2,
+                                    size_t k, size_t end, __m256 sum[4], __m256 sum2[4],
                                     size_t item_bytes, x86_load8_fn *load8)
 {
-    const size_t last = n_tok - 1, middle = n_tok > 1;
-    __m256 r0[3] = {sum[0][0], sum[middle][0], sum[last][0]};
-    __m256 r1[3] = {sum[0][1], sum[middle][1], sum[last][1]};
-    __m256 r2[3] = {sum[0][2], sum[middle][2], sum[last][2]};
-    __m256 r3[3] = {sum[0][3], sum[middle][3], sum[last][3]};
+    __m256 a0 = sum[0], a1 = sum[1], a2 = sum[2], a3 = sum[3];
+    __m256 b0 = sum2[0], b1 = sum2[1], b2 = sum2[2], b3 = sum2[3];
     for (; k < end; k += 8) {
-        const __m256 x[3] = {_mm256_load_ps(token[0] + k), _mm256_load_ps(token[middle] + k),
-                             _mm256_load_ps(token[last] + k)};
-        x86_float_row(r0, load8(row[0] + k * item_bytes), x, n_tok);
-        x86_float_row(r1, load8(row[1] + k * item_bytes), x, n_tok);
-        x86_float_row(r2, load8(row[2] + k * item_bytes), x, n_tok);
-        x86_float_row(r3, load8(row[3] + k * item_bytes), x, n_tok);
+        const __m256 xa = _mm256_load_ps(x + k), xb = _mm256_load_ps(x2 + k);
+        const __m256 w0 = load8(row[0] + k * item_bytes), w1 = load8(row[1] + k * item_bytes);
+        a0 = _mm256_fmadd_ps(w0, xa, a0);
+        b0 = _mm256_fmadd_ps(w0, xb, b0);
+        a1 = _mm256_fmadd_ps(w1, xa, a1);
+        b1 = _mm256_fmadd_ps(w1, xb, b1);
+        const __m256 w2 = load8(row[2] + k * item_bytes), w3 = load8(row[3] + k * item_bytes);
+        a2 = _mm256_fmadd_ps(w2, xa, a2);
+        b2 = _mm256_fmadd_ps(w2, xb, b2);
+        a3 = _mm256_fmadd_ps(w3, xa, a3);
+        b3 = _mm256_fmadd_ps(w3, xb, b3);
     }
-    for (size_t t = 0; t < n_tok; t++) {
-        sum[t][0] = r0[t];
-        sum[t][1] = r1[t];
-        sum[t][2] = r2[t];
-        sum[t][3] = r3[t];
-    }
+    sum[0] = a0;
+    sum[1] = a1;
+    sum[2] = a2;
+    sum[3] = a3;
+    sum2[0] = b0;
+    sum2[1] = b1;
+    sum2[2] = b2;
+    sum2[3] = b3;
 }
 
 /* 4 rows times n_tok <= X86_FLOAT_TOKENS tokens from t0 on; whole eights of weights. */
@@ -448,16 +443,11 @@ MOE_AVX2_INLINE void x86_float_strip(const moe_mm *mm, const uint8_t *const row[
     const size_t n8 = mm->n_in / 8 * 8;
     for (size_t k = 0; k < n8; k += X86_FLOAT_CHUNK) {
         const size_t end = MOE_MIN(k + X86_FLOAT_CHUNK, n8);
-        for (size_t t = 0; t < n_tok; t += 3) {
-            const float *token[3];
-            for (size_t i = 0; i < 3; i++)
-                token[i] = (const float *)(mm->x + (t0 + MOE_MIN(t + i, n_tok - 1)) * mm->x_stride);
-            if (n_tok - t >= 3)
-                x86_float_tile(row, token, k, end, sum + t, 3, item_bytes, load8);
-            else if (n_tok - t == 2)
-                x86_float_tile(row, token, k, end, sum + t, 2, item_bytes, load8);
-            else
-                x86_float_tile(row, token, k, end, sum + t, 1, item_bytes, load8);
+        for (size_t t = 0; t < n_tok; t += 2) {
+            const size_t t2 = MOE_MIN(t + 1, n_tok - 1);
+            const float *x = (const float *)(mm->x + (t0 + t) * mm->x_stride);
+            const float *x2 = (const float *)(mm->x + (t0 + t2) * mm->x_stride);
+            x86_float_tile(row, x, x2, k, end, sum[t], sum[t2], item_bytes, load8);
         }
     }
 }
