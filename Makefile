@@ -24,7 +24,8 @@ SOVERSION := $(firstword $(subst ., ,$(VERSION)))
 
 # ---------------------------------------------------------------------------------- flags --
 
-SAN_asan := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -DMOE_DEBUG
+SAN_asan := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	-DMOE_DEBUG
 SAN_ubsan := -fsanitize=undefined -fno-sanitize-recover=all -DMOE_DEBUG
 SAN_tsan := -fsanitize=thread -DMOE_DEBUG
 ifneq ($(SAN),)
@@ -34,7 +35,8 @@ endif
 endif
 
 WARN := -Wall -Wextra -Wshadow
-BUILD_CFLAGS = -std=c11 $(WARN) $(SAN_$(SAN)) $(if $(MOE_NO_TEXT),-DMOE_NO_TEXT) $(CPPFLAGS) $(CFLAGS)
+BUILD_CFLAGS = -std=c11 $(WARN) $(SAN_$(SAN)) $(if $(MOE_NO_TEXT),-DMOE_NO_TEXT) $(CPPFLAGS) \
+	$(CFLAGS)
 TEXT_LIBS := -lpcre2-8 -lutf8proc -ljansson
 LIBS = $(if $(MOE_NO_TEXT),,$(TEXT_LIBS)) -lm -pthread
 TEST_LIBS = $(if $(MOE_NO_TEXT),,-lzstd)
@@ -137,7 +139,7 @@ bench: $(BENCHES)
 # ------------------------------------------------------------------- distribution, install --
 
 dist: dist/moe.c dist/moe.h
-CORE_PARTS := moe.c moe.h $(wildcard core/*.[ch] quant/*.[ch] quant/*.def core/*.def backends/*.[ch])
+CORE_PARTS := moe.c moe.h $(wildcard $(foreach d,core quant backends,$d/*.[ch] $d/*.def))
 dist/moe.c: $(CORE_PARTS) core/amalgamate.awk
 	@mkdir -p dist
 	awk -f core/amalgamate.awk moe.c >$@

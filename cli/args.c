@@ -11,6 +11,8 @@
 
 /* ---------------------------------------------------------------------------------- help -- */
 
+enum { HELP_COLUMN = 31 };
+
 static void help_default(const cli_option *o)
 {
     switch (o->kind) {
@@ -34,16 +36,15 @@ static void help_default(const cli_option *o)
 
 static void help_options(const cli_option *table)
 {
-    enum { COLUMN = 27 };
     for (const cli_option *o = table; o->name; o++) {
         int used = o->letter ? printf("  -%c, --%s", o->letter, o->name)
                              : printf("      --%s", o->name);
         if (o->arg)
             used += printf(" %s", o->arg);
-        printf("%*s", used < COLUMN ? COLUMN - used : 1, "");
+        printf("%*s", used < HELP_COLUMN ? HELP_COLUMN - used : 1, "");
         for (const char *c = o->help; *c; c++)
             if (*c == '\n')
-                printf("\n%*s", COLUMN, "");
+                printf("\n%*s", HELP_COLUMN, "");
             else
                 putchar(*c);
         help_default(o);
@@ -59,7 +60,7 @@ static void help_print(const cli_verb *verb, const cli_option *const *tables)
     printf("\noptions:\n");
     for (int i = 0; tables[i]; i++)
         help_options(tables[i]);
-    printf("  -h, --help               this text\n");
+    printf("%-*sthis text\n", HELP_COLUMN, "  -h, --help");
     printf("\nexamples:\n%s", verb->examples);
 }
 
@@ -162,7 +163,7 @@ static const char *value_set(const cli_option *o, const char *text)
     case CLI_BYTES:
         return parse_bytes(text, o->value) ? NULL : "a size such as 800M or 1.5G";
     case CLI_CHOICE:
-        return parse_choice(text, o->choices, o->value) ? NULL : "one of the names in --help";
+        return parse_choice(text, o->choices, o->value) ? NULL : "one of ";
     case CLI_BIAS:
         return parse_bias(text, o->value) ? NULL : "ID=BIAS, such as 42=-1.5 or 42=-inf";
     }
@@ -218,8 +219,10 @@ static bool take_option(const cli_verb *verb, const cli_option *const *tables, i
     }
     const char *expected = value_set(o, value);
     if (expected) {
-        fprintf(stderr, "moe %s: --%s: expected %s, got \"%s\"", verb->name, o->name, expected,
-                value);
+        fprintf(stderr, "moe %s: --%s: expected %s", verb->name, o->name, expected);
+        for (int k = 0; o->kind == CLI_CHOICE && o->choices[k]; k++)
+            fprintf(stderr, "%s%s", k ? ", " : "", o->choices[k]);
+        fprintf(stderr, ", got \"%s\"", value);
         return usage_error(verb, status);
     }
     return true;
@@ -250,7 +253,8 @@ bool cli_parse(const cli_verb *verb, const cli_option *const *tables, int argc, 
         }
     }
     if (n < verb->n_positional) {
-        fprintf(stderr, "moe %s: expected %s, got %d of them", verb->name, verb->args, n);
+        fprintf(stderr, "moe %s: expected %s, got %s", verb->name, verb->args,
+                n ? "only one of them" : "nothing");
         return usage_error(verb, status);
     }
     return true;

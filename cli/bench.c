@@ -115,8 +115,8 @@ static void report_json(bench_state *b, const bench_options *o, const moe_model_
 
 static void print_rate(const char *what, uint32_t n_tok, bench_rate r)
 {
-    printf("%-8s %5u tokens  %10.2f tokens/s   (min %.2f, max %.2f)\n", what, n_tok, r.median, r.min,
-           r.max);
+    printf("%-8s %5u tokens  %10.2f tokens/s   (min %.2f, max %.2f)\n", what, n_tok, r.median,
+           r.min, r.max);
 }
 
 static void report_text(bench_state *b, const bench_options *o, const moe_model_info *info,
@@ -222,8 +222,8 @@ static int bench_main(int argc, char **argv)
 
 const cli_verb verb_bench = {
     "bench", "MODEL", "measures the speed of prefill and decode",
-    "Prints the median, the slowest and the fastest of -r repetitions after a warm-up, the bytes of\n"
-    "weights that one token reads and the memory bandwidth that this makes in decode.",
+    "Prints the median, the slowest and the fastest of -r repetitions after a warm-up, the bytes\n"
+    "of weights that one token reads and the memory bandwidth that this makes in decode.",
     "  moe bench model.gguf\n"
     "  moe bench model.gguf -p 2048 -n 0 -t 1\n"
     "  moe bench model.gguf -p 0 -n 128 -d 4096 --json\n",

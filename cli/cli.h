@@ -1,8 +1,8 @@
 /* cli/cli.h - what the verbs of the `moe` program share.
  *
- * The program is an ordinary user of the library: it includes moe.h and nothing else of it. One file
- * per verb (run.c, info.c, ...); args.c reads options and prints help, json.c writes JSON, common.c
- * opens models and reports errors, system.c is what POSIX has to offer.
+ * The program is an ordinary user of the library: it includes moe.h and nothing else of it. One
+ * file per verb (run.c, info.c, ...); args.c reads options and prints help, json.c writes JSON,
+ * common.c opens models and reports errors, system.c is what POSIX has to offer.
  *
  * Conventions: results go to stdout, everything else to stderr. A verb returns its exit status. */
 #ifndef MOE_CLI_CLI_H
@@ -35,8 +35,8 @@ typedef enum cli_kind {
     CLI_BIAS    /* cli_bias_list: ID=BIAS, may be repeated */
 } cli_kind;
 
-/* One option. Help shows the value that the variable has before parsing as the default, unless it is
- * zero or NULL. */
+/* One option. Help shows the value that the variable has before parsing as the default, unless it
+ * is zero or NULL. */
 typedef struct cli_option {
     char letter;              /* 0: none */
     const char *name;         /* without the dashes; NULL ends a table */
@@ -64,9 +64,9 @@ typedef struct cli_verb {
 
 extern const cli_verb verb_run, verb_info, verb_tokenize, verb_logits, verb_eval, verb_bench;
 
-/* Reads the arguments of a verb: argv[0] is the verb's name. Options and positional arguments may be
- * mixed; "--" ends options. `tables` ends with NULL. False if the verb is over: help was asked for or
- * the arguments were wrong, all has been said, and *status is the exit status. */
+/* Reads the arguments of a verb: argv[0] is the verb's name. Options and positional arguments may
+ * be mixed; "--" ends options. `tables` ends with NULL. False if the verb is over: help was asked
+ * for or the arguments were wrong, all has been said, and *status is the exit status. */
 bool cli_parse(const cli_verb *verb, const cli_option *const *tables, int argc, char **argv,
                const char **positional, int *status);
 
@@ -105,7 +105,8 @@ typedef struct cli_common {
     bool quiet;
 } cli_common;
 
-/* The defaults, with MOE_THREADS and MOE_ISA heeded. False, with a message, if they make no sense. */
+/* The defaults, with MOE_THREADS and MOE_ISA heeded. False, with a message, if they make no sense.
+ * */
 bool common_init(cli_common *common);
 
 /* The table of the common options; `table` has room for COMMON_OPTIONS. */
@@ -119,8 +120,8 @@ extern const char *const cache_names[];
 int common_open(moe_model **model, const char *path, const cli_common *common);
 void common_model_options(moe_model_options *options, moe_host *host, const char *path,
                           const cli_common *common);
-/* The defaults, with the common options and the cancel flag in them. `cache` is the index of a cache
- * name. */
+/* The defaults, with the common options and the cancel flag in them. `cache` is the index of a
+ * cache name. */
 void common_session_options(moe_session_options *options, const cli_common *common, int cache);
 int common_session(moe_session **session, moe_model *model, const moe_session_options *options);
 
@@ -163,8 +164,8 @@ int cli_compare_doubles(const void *a, const void *b);
 typedef struct cli_size { char text[24]; } cli_size;
 const char *cli_size_text(cli_size *buffer, uint64_t bytes);
 
-/* A file that appears under its name only when it is whole: written beside it first. "-" is standard
- * output. */
+/* A file that appears under its name only when it is whole: written beside it first. "-" is
+ * standard output. */
 typedef struct cli_output {
     FILE *file;
     const char *path;
@@ -173,7 +174,8 @@ typedef struct cli_output {
 
 bool output_open(cli_output *output, const char *path);
 bool output_write(cli_output *output, const void *data, size_t bytes);
-/* Puts the file into its place, or removes what there is of it. False, with a message, on failure. */
+/* Puts the file into its place, or removes what there is of it. False, with a message, on failure.
+ * */
 bool output_close(cli_output *output, bool keep);
 
 /* ---------------------------------------------------------------------------- progress.c -- */

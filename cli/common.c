@@ -288,8 +288,12 @@ void cli_write_text(const char *text, size_t text_bytes)
         terminal = system_is_terminal(stdout);
     for (size_t i = 0; i < text_bytes; i++) {
         unsigned char c = (unsigned char)text[i];
-        if (terminal && ((c < 0x20 && c != '\n' && c != '\t') || c == 0x7f)) {
+        bool is_control = (c < 0x20 && c != '\n' && c != '\t') || c == 0x7f;
+        /* U+0080 to U+009F are control characters, too: C2 80 to C2 9F. */
+        bool is_c1 = c == 0xc2 && i + 1 < text_bytes && (unsigned char)text[i + 1] < 0xa0;
+        if (terminal && (is_control || is_c1)) {
             putchar('^');
+            c = is_c1 ? (unsigned char)text[++i] & 0x7f : c;
             c ^= 0x40;
         }
         putchar(c);

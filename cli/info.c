@@ -196,9 +196,10 @@ static void text_memory(const info_file *file, const info_options *o)
     text_size("read per token", file->info.weight_bytes_active);
     if (need->fits)
         printf("  %-24s yes; up to %u tokens would\n", "fits", need->n_ctx_max);
+    else if (need->n_ctx_max)
+        printf("  %-24s NO; %u tokens would: --ctx %u\n", "fits", need->n_ctx_max, need->n_ctx_max);
     else
-        printf("  %-24s NO; %u tokens would: moe run --ctx %u\n", "fits", need->n_ctx_max,
-               need->n_ctx_max);
+        printf("  %-24s NO; no context would\n", "fits");
     printf("  %-24s %s\n", "runs on", file->info.device);
 }
 
@@ -210,8 +211,8 @@ static void text_tensors(const info_file *file)
         char shape[96];
         int used = 0;
         for (uint32_t k = 0; k < t.n_dims && used < (int)sizeof shape - 1; k++)
-            used += snprintf(shape + used, sizeof shape - (size_t)used, k ? " x %" PRIu64 : "%" PRIu64,
-                             t.dims[k]);
+            used += snprintf(shape + used, sizeof shape - (size_t)used, "%s%" PRIu64,
+                             k ? " x " : "", t.dims[k]);
         printf("  %-40s %-8s %-26s %12" PRIu64 "\n", t.name, t.type, shape, t.bytes);
     }
 }
@@ -226,8 +227,11 @@ static void text_metadata(const info_file *file)
             if (*c == '\n')
                 *c = ' ';
         printf("  %s = ", moe_model_meta_key(file->model, i));
-        cli_write_text(value, bytes < 160 ? bytes : 160);
-        printf("%s\n", bytes < 160 ? "" : " ...");
+        size_t shown = bytes < 160 ? bytes : 160;
+        while (shown < bytes && shown && (value[shown] & 0xc0) == 0x80)
+            shown--; /* not in the middle of a character */
+        cli_write_text(value, shown);
+        printf("%s\n", shown < bytes ? " ..." : "");
         free(value);
     }
 }
@@ -382,8 +386,8 @@ static int info_main(int argc, char **argv)
 
 const cli_verb verb_info = {
     "info", "MODEL", "shows a model's sizes and the memory that it needs",
-    "Tells the hyperparameters, how the weights are stored, the memory for a context of --ctx tokens,\n"
-    "and whether that fits into this machine (or under --memory-limit).",
+    "Tells the hyperparameters, how the weights are stored, the memory for a context of --ctx\n"
+    "tokens, and whether that fits into this machine (or under --memory-limit).",
     "  moe info model.gguf\n"
     "  moe info model.gguf --ctx 32768 --cache q8_0 --memory-limit 4G\n"
     "  moe info model.gguf --json --tensors | jq '.tensors[] | select(.type == \"F32\") | .name'\n",

@@ -1,7 +1,7 @@
 /* cli/json.c - writes JSON. Reading it is not the program's business.
  *
- * It streams, so that a table of logits needs no memory, and it makes valid JSON of any bytes: names
- * and text come from files that may be hostile. */
+ * It streams, so that a table of logits needs no memory, and it makes valid JSON of any bytes:
+ * names and text come from files that may be hostile. */
 #include "cli.h"
 
 #include <math.h>

@@ -40,7 +40,8 @@ static moe_token *parse_tokens(const char *text, uint32_t n_vocab, size_t *n)
     return tokens;
 }
 
-/* The ids of the TOP largest logits, the largest first, ties to the lower id. NaN counts as lowest. */
+/* The ids of the TOP largest logits, the largest first, ties to the lower id. NaN counts as lowest.
+ * */
 static size_t top_logits(const float *logits, uint32_t n_vocab, uint32_t top[TOP])
 {
     size_t n = 0;
@@ -191,9 +192,9 @@ static int logits_main(int argc, char **argv)
 
 const cli_verb verb_logits = {
     "logits", "MODEL", "computes the logits for given token ids",
-    "Without --out the 10 largest logits of each position are printed as JSON. With it, all are written\n"
-    "as little-endian float32 [n_tokens][n_vocab]; row i is the prediction after token i.",
+    "Without --out the 10 largest logits of each position are printed as JSON. With it, all are\n"
+    "written as little-endian float32 [n_tokens][n_vocab]; row i is the prediction after token i.",
     "  moe logits model.gguf --tokens 1,15043,3186\n"
-    "  moe tokenize model.gguf --ids <text.txt | moe logits model.gguf --tokens - --out logits.f32\n"
+    "  moe tokenize model.gguf --ids <text | moe logits model.gguf --tokens - --out logits.f32\n"
     "  moe logits model.gguf --tokens 1,2,3 --chunk 1 -t 1 --out - | sha256sum\n",
     1, logits_main};

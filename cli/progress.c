@@ -1,7 +1,7 @@
 /* cli/progress.c - the progress bar on stderr.
  *
- * Drawn only on a terminal and only for work that takes more than a moment; erased when done, so that
- * what stays on the screen is the result. */
+ * Drawn only on a terminal and only for work that takes more than a moment; erased when done, so
+ * that what stays on the screen is the result. */
 #include "cli.h"
 
 static struct {

@@ -87,7 +87,7 @@ static int run_setup(run_state *run, const char *path, const run_options *o)
         return status;
     run->tokenizer = moe_model_tokenizer(run->model);
     if (!run->tokenizer)
-        return cli_fail("%s: no tokenizer in this file; `moe logits` takes token ids", path);
+        return cli_fail("%s: no tokenizer for this file; `moe logits` takes token ids", path);
     size_t bytes;
     char *text = run_read_prompt(o, &bytes);
     if (!text)
@@ -146,6 +146,37 @@ static int run_stopped(run_state *run, moe_status status)
     return EXIT_INTERRUPTED;
 }
 
+/* One token: picked, shown, fed back. Sets finish if it is the last. */
+static int run_step(run_state *run, const run_options *o)
+{
+    moe_token token;
+    if (run->n_tokens == o->n_max) {
+        run->finish = "length";
+        return EXIT_OK;
+    }
+    if (moe_sampler_pick(run->sampler, run->logits, &token))
+        return cli_fail("no token has a finite logit: is the model file damaged?");
+    if (moe_tokenizer_is_end(run->tokenizer, token)) {
+        run->finish = "end";
+        return EXIT_OK;
+    }
+    if (run->n_tokens % 256 == 0)
+        run->tokens = cli_alloc(run->tokens, run->n_tokens + 256, sizeof *run->tokens);
+    run->tokens[run->n_tokens++] = token;
+    run_put(run, token, o->json);
+    if (run->n_tokens == o->n_max)
+        return EXIT_OK; /* the logits after the last token are of no use */
+    if (moe_session_length(run->session) == moe_session_capacity(run->session)) {
+        run->finish = "context";
+        return EXIT_OK;
+    }
+    moe_status status = moe_session_eval(run->session, &token, 1, 1, run->logits);
+    if (status)
+        return run_stopped(run, status);
+    run->n_decoded++;
+    return EXIT_OK;
+}
+
 static int run_generate(run_state *run, const run_options *o)
 {
     double start = system_seconds();
@@ -159,37 +190,8 @@ static int run_generate(run_state *run, const run_options *o)
 
     int result = EXIT_OK;
     start = system_seconds();
-    for (run->finish = NULL; !run->finish;) {
-        moe_token token;
-        if (run->n_tokens == o->n_max) {
-            run->finish = "length";
-            break;
-        }
-        status = moe_sampler_pick(run->sampler, run->logits, &token);
-        if (status) {
-            run->finish = "error";
-            result = cli_fail("no token has a finite logit: is the model file damaged?");
-            break;
-        }
-        if (moe_tokenizer_is_end(run->tokenizer, token)) {
-            run->finish = "end";
-            break;
-        }
-        if (run->n_tokens % 256 == 0)
-            run->tokens = cli_alloc(run->tokens, run->n_tokens + 256, sizeof *run->tokens);
-        run->tokens[run->n_tokens++] = token;
-        run_put(run, token, o->json);
-        if (run->n_tokens == o->n_max) {
-            run->finish = "length";
-        } else if (moe_session_length(run->session) == moe_session_capacity(run->session)) {
-            run->finish = "context";
-        } else if ((status = moe_session_eval(run->session, &token, 1, 1, run->logits))) {
-            result = run_stopped(run, status);
-            break;
-        } else {
-            run->n_decoded++;
-        }
-    }
+    while (!run->finish && result == EXIT_OK)
+        result = run_step(run, o);
     run->decode_s = system_seconds() - start;
     run_put(run, -1, o->json);
     return result;
@@ -260,7 +262,8 @@ static int run_main(int argc, char **argv)
         {0, "parse-special", CLI_FLAG, &o.parse_special, NULL,
          "\"<|im_start|>\" and the like in the prompt become special\ntokens; never use it on text "
          "from others", NULL},
-        {0, "temp", CLI_FLOAT, &o.sampler.temperature, "T", "0: always the most likely token", NULL},
+        {0, "temp", CLI_FLOAT, &o.sampler.temperature, "T",
+         "temperature; 0: always the most likely token", NULL},
         {0, "top-k", CLI_U32, &o.sampler.top_k, "K", "of the K most likely tokens; 0: off", NULL},
         {0, "top-p", CLI_FLOAT, &o.sampler.top_p, "P",
          "of the fewest tokens that have the probability P; 1: off", NULL},
@@ -318,10 +321,10 @@ static int run_main(int argc, char **argv)
 
 const cli_verb verb_run = {
     "run", "MODEL", "continues a prompt",
-    "MODEL is a GGUF file; of a split one, the first part. The prompt comes from -p, from -f or from\n"
-    "standard input (where one newline at the end is left out). It is continued as it is: no chat\n"
-    "template is applied. Text goes to standard output as it is generated, a line with the speed to\n"
-    "standard error. Ctrl-C ends the generation and keeps what is there.",
+    "MODEL is a GGUF file; of a split one, the first part. The prompt comes from -p, from -f or\n"
+    "from standard input; one newline at the end of the last two is left out. It is continued as\n"
+    "it is: no chat template is applied. Text goes to standard output as it is generated, a line\n"
+    "with the speed to standard error. Ctrl-C ends the generation and keeps what is there.",
     "  moe run model.gguf -p \"The capital of France is\" -n 32\n"
     "  moe run model.gguf -f story.txt --temp 0.8 --top-p 0.95 --seed 1\n"
     "  echo \"Once upon a time\" | moe run model.gguf --json | jq -r .text\n"

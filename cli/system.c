@@ -1,5 +1,5 @@
-/* cli/system.c - what the program asks of the operating system beyond standard C: signals, the clock,
- * memory use, terminals. POSIX. Nothing else in cli/ includes a system header. */
+/* cli/system.c - what the program asks of the operating system beyond standard C: signals, the
+ * clock, memory use, terminals. POSIX. Nothing else in cli/ includes a system header. */
 #define _XOPEN_SOURCE 700
 
 #include "cli.h"

@@ -16,8 +16,8 @@ static void print_ids(const moe_token *tokens, size_t n)
     putchar('\n');
 }
 
-/* One token per line: the id and its text as it stands in the vocabulary, quoted as in JSON, so that
- * spaces and control characters are seen. */
+/* One token per line: the id and its text as it stands in the vocabulary, quoted as in JSON, so
+ * that spaces and control characters are seen. */
 static void print_pieces(const moe_tokenizer *tokenizer, const moe_token *tokens, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -109,9 +109,9 @@ static int tokenize_main(int argc, char **argv)
 
 const cli_verb verb_tokenize = {
     "tokenize", "MODEL", "turns text on standard input into token ids",
-    "MODEL is a GGUF file, with or without weights and of any architecture, or a tokenizer.json. The\n"
-    "text is taken as it is, with every newline; bytes that are not UTF-8 count as U+FFFD. It never\n"
-    "becomes a special token unless --parse-special is given.",
+    "MODEL is a GGUF file, with or without weights and of any architecture, or a tokenizer.json.\n"
+    "The text is taken as it is, with every newline; bytes that are not UTF-8 count as U+FFFD. It\n"
+    "never becomes a special token unless --parse-special is given.",
     "  printf 'Hello world' | moe tokenize model.gguf --ids\n"
     "  moe tokenize tokenizer.json --ids --no-special <text.txt\n"
     "  moe tokenize model.gguf --json <text.txt | jq .n_tokens\n",

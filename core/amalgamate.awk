@@ -1,9 +1,9 @@
 # core/amalgamate.awk - writes the two-file form of the library: `awk -f core/amalgamate.awk moe.c`.
 #
-# In: moe.c. Out, on stdout: the same text with every `#include "..."` replaced by the file it names.
-# A .c or .h file goes in once, where it is first named; a .def file each time, since it is a list
-# that is read with another X each time. moe.h stays an include: it is the second file. A file that
-# is missing ends the run with status 1: the output must not be used then.
+# In: moe.c. Out, on stdout: the same text with every `#include "..."` replaced by the file it
+# names. A .c or .h file goes in once, where it is first named; a .def file each time, since it is a
+# list that is read with another X each time. moe.h stays an include: it is the second file. A file
+# that is missing ends the run with status 1: the output must not be used then.
 function dirname(path)
 {
     return path ~ /\// ? substr(path, 1, length(path) - length(file_of(path))) : ""

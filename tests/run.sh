@@ -3,8 +3,8 @@
 #
 #   tests/run.sh PROGRAM...      RUN="qemu-aarch64 ..." goes in front of programs, not of scripts
 #
-# A program's last line is "N passed, N failed, N skipped". One that ends in another way (a signal, a
-# sanitizer's report, no such line) counts as one more failure. The last line here is the sum.
+# A program's last line is "N passed, N failed, N skipped". One that ends in another way (a signal,
+# a sanitizer's report, no such line) counts as one more failure. The last line here is the sum.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 export MOE_TEST_ROOT="$here"

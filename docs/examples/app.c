@@ -1,4 +1,5 @@
-/* docs/examples/app.c - a program that uses moe.h: continues a prompt and prints the text as it comes.
+/* docs/examples/app.c - a program that uses moe.h: continues a prompt and prints the text as it
+ * comes.
  *
  *     cc app.c moe.c -lpcre2-8 -lutf8proc -ljansson -lm -pthread     (two files, no installation)
  *     cc app.c $(pkg-config --cflags --libs moe)                     (after `make install`)
@@ -25,8 +26,8 @@ static moe_token *encode(const moe_tokenizer *tokenizer, const char *text, size_
     memset(&error, 0, sizeof error);
     size_t room = strlen(text) + 8; /* seldom more tokens than bytes; if so, it is an error here */
     moe_token *tokens = (moe_token *)malloc(room * sizeof *tokens);
-    if (tokens && moe_tokenizer_encode(tokenizer, text, strlen(text), MOE_ENCODE_ADD_SPECIAL, tokens,
-                                       room, n, &error)) {
+    if (tokens && moe_tokenizer_encode(tokenizer, text, strlen(text), MOE_ENCODE_ADD_SPECIAL,
+                                       tokens, room, n, &error)) {
         failed("encode", &error);
         free(tokens);
         tokens = NULL;
