@@ -139,23 +139,30 @@ static void iq4_xs_mm_c(const moe_mm *mm)
 /* -- AVX2 -- */
 #if MOE_X86
 
-/* 8 scales as pairs of int16; `shift` says from which bit of scales_l each is taken. */
-MOE_AVX2_INLINE __m256i iq4_xs_scales_avx2(const iq4_xs_block *block, __m256i shift)
+/* 8 scales as pairs of int16, from scales_l and scales_h << 4, each shifted to its group. */
+MOE_AVX2_INLINE __m256i iq4_xs_join_avx2(__m256i low, __m256i high)
 {
-    int32_t low, high = load_u16(block->scales_h) << 4;
-    memcpy(&low, block->scales_l, 4);
-    __m256i l = _mm256_srlv_epi32(_mm256_set1_epi32(low), shift);
-    __m256i h = _mm256_srlv_epi32(_mm256_set1_epi32(high), _mm256_srli_epi32(shift, 1));
-    __m256i s = _mm256_or_si256(_mm256_and_si256(l, _mm256_set1_epi32(15)),
-                                _mm256_and_si256(h, _mm256_set1_epi32(48)));
+    __m256i s = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi32(15)),
+                                _mm256_and_si256(high, _mm256_set1_epi32(48)));
     s = _mm256_sub_epi32(s, _mm256_set1_epi32(32));
     return _mm256_blend_epi16(s, _mm256_slli_epi32(s, 16), 0xaa);
 }
 
-/* The values of groups 2p and 2p + 1: weights 0..15 of both, weights 16..31 of both. */
-MOE_AVX2_INLINE void iq4_xs_values_avx2(const uint8_t *qs, __m256i *low, __m256i *high)
+/* Of one row: groups 0, 2, 4, 6 | 1, 3, 5, 7. */
+MOE_AVX2_INLINE __m256i iq4_xs_scales_avx2(const iq4_xs_block *block)
 {
-    const __m256i mask = _mm256_set1_epi8(15), v = x86_k_load(qs);
+    const __m256i shift = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
+    int32_t low, high = load_u16(block->scales_h) << 4;
+    memcpy(&low, block->scales_l, 4);
+    return iq4_xs_join_avx2(
+        _mm256_srlv_epi32(_mm256_set1_epi32(low), shift),
+        _mm256_srlv_epi32(_mm256_set1_epi32(high), _mm256_srli_epi32(shift, 1)));
+}
+
+/* The values of 32 bytes: those of the low nibbles, those of the high ones. */
+MOE_AVX2_INLINE void iq4_xs_values_avx2(__m256i v, __m256i *low, __m256i *high)
+{
+    const __m256i mask = _mm256_set1_epi8(15);
     const __m256i table = x86_k_twice(_mm_loadu_si128((const __m128i *)iq4_value));
     *low = _mm256_shuffle_epi8(table, _mm256_and_si256(v, mask));
     *high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
@@ -174,7 +181,7 @@ MOE_AVX2_INLINE __m256i iq4_xs_dot64_avx2(__m256i acc, const uint8_t *qs, const 
 {
     const uint8_t *x = (const uint8_t *)q;
     __m256i low, high;
-    iq4_xs_values_avx2(qs, &low, &high);
+    iq4_xs_values_avx2(x86_k_load(qs), &low, &high);
     acc = iq4_xs_madd_avx2(acc, low, x86_load_pair(x, x + 32), scale);
     return iq4_xs_madd_avx2(acc, high, x86_load_pair(x + 16, x + 48), scale);
 }
@@ -183,8 +190,7 @@ MOE_AVX2_INLINE __m256i iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q, const
                                         __m256i *min)
 {
     const iq4_xs_block *block = (const iq4_xs_block *)w;
-    const __m256i s =
-        iq4_xs_scales_avx2(block, _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28));
+    const __m256i s = iq4_xs_scales_avx2(block);
     __m256i acc = _mm256_setzero_si256();
     acc = iq4_xs_dot64_avx2(acc, block->qs, q, _mm256_shuffle_epi32(s, 0x00));
     acc = iq4_xs_dot64_avx2(acc, block->qs + 32, q + 64, _mm256_shuffle_epi32(s, 0x55));
@@ -201,21 +207,27 @@ MOE_AVX2_INLINE void iq4_xs_dot8_avx2(const uint8_t *const row[8], size_t offset
                    out);
 }
 
-MOE_AVX2_INLINE void iq4_xs_unpack_avx2(const uint8_t *w, x86_k_row *row)
+MOE_AVX2_INLINE void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
 {
-    const iq4_xs_block *block = (const iq4_xs_block *)w;
-    for (int p = 0; p < 4; p++) {
-        __m256i low, high;
-        iq4_xs_values_avx2(block->qs + 32 * p, &low, &high);
-        x86_k_store(row->code + 64 * p, _mm256_permute2x128_si256(low, high, 0x20));
-        x86_k_store(row->code + 64 * p + 32, _mm256_permute2x128_si256(low, high, 0x31));
+    for (size_t g = 0; g < 8; g++) {
+        __m256i v[4], *code = tile->code + 8 * g;
+        x86_k_load_transposed(row, offset + offsetof(iq4_xs_block, qs) + 16 * g, v);
+        X86_K_UNROLL
+        for (int j = 0; j < 4; j++)
+            iq4_xs_values_avx2(v[j], &code[j], &code[j + 4]);
     }
-    x86_k_store(row->scale,
-                iq4_xs_scales_avx2(block, _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)));
+    __m256i v[4]; /* d and scales_h, scales_l, two vectors of qs */
+    x86_k_load_transposed(row, offset, v);
+    v[0] = _mm256_srli_epi32(v[0], 16 - 4);
+    X86_K_UNROLL
+    for (int g = 0; g < 8; g++)
+        tile->scale[g] = iq4_xs_join_avx2(_mm256_srli_epi32(v[1], 4 * g),
+                                          _mm256_srli_epi32(v[0], 2 * g));
+    tile->d = x86_f16x8(row, offset);
 }
 
 static const x86_k_format iq4_xs_avx2 = {sizeof(iq4_xs_block), 0, X86_K_NO_MIN, 32, 1,
-                                         iq4_xs_dot8_avx2, iq4_xs_unpack_avx2};
+                                         iq4_xs_dot8_avx2, iq4_xs_load_avx2};
 
 MOE_AVX2 static void iq4_xs_gemv_avx2(const moe_mm *mm)
 {

@@ -94,10 +94,10 @@ static void q2_k_mm_c(const moe_mm *mm)
 /* -- AVX2 -- */
 #if MOE_X86
 
-/* Half a superblock: 128 codes. */
-MOE_AVX2_INLINE void q2_k_half_avx2(const uint8_t *qs, __m256i code[4])
+/* The codes j = 0..3 of the same bytes. */
+MOE_AVX2_INLINE void q2_k_codes_avx2(__m256i v, __m256i code[4])
 {
-    const __m256i mask = _mm256_set1_epi8(3), v = x86_k_load(qs);
+    const __m256i mask = _mm256_set1_epi8(3);
     code[0] = _mm256_and_si256(v, mask);
     code[1] = _mm256_and_si256(_mm256_srli_epi16(v, 2), mask);
     code[2] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
@@ -121,9 +121,9 @@ MOE_AVX2_INLINE __m256i q2_k_dot_avx2(const uint8_t *w, const int8_t *q, const i
     q2_k_scales_avx2(block, &scales, &mins);
     const x86_k_scales16 s = x86_k_spread16(scales);
     __m256i code[4], acc = _mm256_setzero_si256();
-    q2_k_half_avx2(block->qs, code);
+    q2_k_codes_avx2(x86_k_load(block->qs), code);
     acc = x86_k_madd128(acc, code, q, s.low);
-    q2_k_half_avx2(block->qs + 32, code);
+    q2_k_codes_avx2(x86_k_load(block->qs + 32), code);
     *min = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x86_k_load(sum));
     return x86_k_madd128(acc, code, q + 128, s.high);
 }
@@ -135,24 +135,36 @@ MOE_AVX2_INLINE void q2_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
                    out);
 }
 
-MOE_AVX2_INLINE void q2_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
 {
-    const q2_k_block *block = (const q2_k_block *)w;
-    for (int half = 0; half < 2; half++) {
-        __m256i code[4];
-        q2_k_half_avx2(block->qs + 32 * half, code);
-        for (int j = 0; j < 4; j++)
-            x86_k_store(row->code + 128 * half + 32 * j, code[j]);
+    for (size_t i = 0; i < 4; i++) { /* half i / 2, 16 bytes of each row */
+        __m256i v[4], code[4];
+        x86_k_load_transposed(row, offset + offsetof(q2_k_block, qs) + 16 * i, v);
+        X86_K_UNROLL
+        for (int k = 0; k < 4; k++) {
+            q2_k_codes_avx2(v[k], code);
+            X86_K_UNROLL
+            for (int j = 0; j < 4; j++)
+                tile->code[32 * (i / 2) + 4 * (i % 2) + 8 * (size_t)j + (size_t)k] = code[j];
+        }
     }
-    __m128i scales, mins;
-    q2_k_scales_avx2(block, &scales, &mins);
-    x86_k_store(row->scale, _mm256_cvtepi8_epi16(scales));
-    x86_k_store(row->min, _mm256_cvtepi8_epi16(mins));
+    const __m256i mask = _mm256_set1_epi8(15);
+    __m256i scale[4], min[4];
+    x86_k_load_transposed(row, offset, scale);
+    X86_K_UNROLL
+    for (int i = 0; i < 4; i++) {
+        min[i] = _mm256_and_si256(_mm256_srli_epi16(scale[i], 4), mask);
+        scale[i] = _mm256_and_si256(scale[i], mask);
+    }
+    x86_k_spread_pairs(scale, tile->scale);
+    x86_k_spread_pairs(min, tile->min);
+    tile->d = x86_f16x8(row, offset + offsetof(q2_k_block, d));
+    tile->dmin = x86_f16x8(row, offset + offsetof(q2_k_block, dmin));
 }
 
 /* Codes up to 3: a whole group, 4 * 2 * 127 * 3 = 3048 */
 static const x86_k_format q2_k_avx2 = {sizeof(q2_k_block), offsetof(q2_k_block, d), X86_K_FLOAT_MIN,
-                                       16, 4, q2_k_dot8_avx2, q2_k_unpack_avx2};
+                                       16, 4, q2_k_dot8_avx2, q2_k_load_avx2};
 
 MOE_AVX2 static void q2_k_gemv_avx2(const moe_mm *mm)
 {

@@ -109,10 +109,9 @@ MOE_AVX2_INLINE __m256i q3_k_join_avx2(__m256i low, __m256i high)
                            _mm256_and_si256(high, _mm256_set1_epi8(4)));
 }
 
-/* Half a superblock: 128 codes. `high` holds the half's first bit of hmask as bit 2. */
-MOE_AVX2_INLINE void q3_k_half_avx2(const uint8_t *qs, __m256i high, __m256i code[4])
+/* The codes j = 0..3 of the same bytes. `high` holds the half's first bit of hmask as bit 2. */
+MOE_AVX2_INLINE void q3_k_codes_avx2(__m256i v, __m256i high, __m256i code[4])
 {
-    const __m256i v = x86_k_load(qs);
     code[0] = q3_k_join_avx2(v, high);
     code[1] = q3_k_join_avx2(_mm256_srli_epi16(v, 2), _mm256_srli_epi16(high, 1));
     code[2] = q3_k_join_avx2(_mm256_srli_epi16(v, 4), _mm256_srli_epi16(high, 2));
@@ -142,9 +141,9 @@ MOE_AVX2_INLINE __m256i q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const i
     const __m256i high = x86_k_load(block->hmask);
     __m256i code[4], acc = _mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), x86_k_load(sum));
     acc = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), acc), 2);
-    q3_k_half_avx2(block->qs, _mm256_slli_epi16(high, 2), code);
+    q3_k_codes_avx2(x86_k_load(block->qs), _mm256_slli_epi16(high, 2), code);
     acc = x86_k_madd128(acc, code, q, s.low);
-    q3_k_half_avx2(block->qs + 32, _mm256_srli_epi16(high, 2), code);
+    q3_k_codes_avx2(x86_k_load(block->qs + 32), _mm256_srli_epi16(high, 2), code);
     (void)min;
     return x86_k_madd128(acc, code, q + 128, s.high);
 }
@@ -156,23 +155,43 @@ MOE_AVX2_INLINE void q3_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
                    out);
 }
 
-MOE_AVX2_INLINE void q3_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
 {
-    const q3_k_block *block = (const q3_k_block *)w;
-    const __m256i high = x86_k_load(block->hmask);
-    __m256i code[8];
-    q3_k_half_avx2(block->qs, _mm256_slli_epi16(high, 2), code);
-    q3_k_half_avx2(block->qs + 32, _mm256_srli_epi16(high, 2), code + 4);
-    for (int j = 0; j < 8; j++)
-        x86_k_store(row->code + 32 * j, code[j]);
-    __m256i scale = _mm256_cvtepi8_epi16(q3_k_scales_avx2(block));
-    x86_k_store(row->scale, scale);
-    x86_k_store(row->min, _mm256_slli_epi16(scale, 2));
+    for (size_t i = 0; i < 2; i++) { /* 16 bytes of each half of each row */
+        const size_t qs = offset + offsetof(q3_k_block, qs) + 16 * i;
+        __m256i h[4], v0[4], v1[4], code[8];
+        x86_k_load_transposed(row, offset + 16 * i, h);
+        x86_k_load_transposed(row, qs, v0);
+        x86_k_load_transposed(row, qs + 32, v1);
+        X86_K_UNROLL
+        for (int k = 0; k < 4; k++) {
+            q3_k_codes_avx2(v0[k], _mm256_slli_epi16(h[k], 2), code);
+            q3_k_codes_avx2(v1[k], _mm256_srli_epi16(h[k], 2), code + 4);
+            X86_K_UNROLL
+            for (int j = 0; j < 8; j++)
+                tile->code[4 * i + 8 * (size_t)j + (size_t)k] = code[j];
+        }
+    }
+    uint8_t packed[8][16];
+    const uint8_t *from[8];
+    __m256i scale[4];
+    X86_K_UNROLL
+    for (int r = 0; r < 8; r++) {
+        __m128i s = q3_k_scales_avx2((const q3_k_block *)(row[r] + offset));
+        _mm_storeu_si128((__m128i *)packed[r], s);
+        from[r] = packed[r];
+    }
+    x86_k_load_transposed(from, 0, scale);
+    x86_k_spread_pairs(scale, tile->scale);
+    X86_K_UNROLL
+    for (int p = 0; p < 8; p++)
+        tile->min[p] = _mm256_slli_epi16(tile->scale[p], 2);
+    tile->d = x86_f16x8(row, offset + offsetof(q3_k_block, d));
 }
 
 /* Codes up to 7: a whole group, 4 * 2 * 127 * 7 = 7112 */
 static const x86_k_format q3_k_avx2 = {sizeof(q3_k_block), offsetof(q3_k_block, d), X86_K_INT_MIN,
-                                       16, 4, q3_k_dot8_avx2, q3_k_unpack_avx2};
+                                       16, 4, q3_k_dot8_avx2, q3_k_load_avx2};
 
 MOE_AVX2 static void q3_k_gemv_avx2(const moe_mm *mm)
 {

@@ -107,7 +107,7 @@ MOE_AVX2_INLINE void q4_k_dot64_avx2(const uint8_t *const row[8], size_t offset,
     const __m256i mask = _mm256_set1_epi8(15);
     const __m256i x0 = x86_load_twice(q), x1 = x86_load_twice(q + 16);
     const __m256i x2 = x86_load_twice(q + 32), x3 = x86_load_twice(q + 48);
-#pragma GCC unroll 4
+    X86_K_UNROLL
     for (int r = 0; r < 4; r++) {
         __m256i v0 = x86_load_pair(row[r] + offset, row[r + 4] + offset);
         __m256i v1 = x86_load_pair(row[r] + offset + 16, row[r + 4] + offset + 16);
@@ -139,22 +139,24 @@ MOE_AVX2_INLINE void q4_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
     out->dmin = h.dmin;
 }
 
-MOE_AVX2_INLINE void q4_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+MOE_AVX2_INLINE void q4_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
 {
     const __m256i mask = _mm256_set1_epi8(15);
-    const x86_k_scales s = x86_k_scale_min(w);
-    for (int p = 0; p < 4; p++) {
-        __m256i v = x86_k_load(w + offsetof(q4_k_block, qs) + 32 * p);
-        x86_k_store(row->code + 64 * p, _mm256_and_si256(v, mask));
-        x86_k_store(row->code + 64 * p + 32, _mm256_and_si256(_mm256_srli_epi16(v, 4), mask));
+    for (size_t i = 0; i < 8; i++) {
+        __m256i v[4], *code = tile->code + 16 * (i / 2) + 4 * (i % 2);
+        x86_k_load_transposed(row, offset + offsetof(q4_k_block, qs) + 16 * i, v);
+        X86_K_UNROLL
+        for (int j = 0; j < 4; j++) {
+            code[j] = _mm256_and_si256(v[j], mask);
+            code[j + 8] = _mm256_and_si256(_mm256_srli_epi16(v[j], 4), mask);
+        }
     }
-    x86_k_store(row->scale, _mm256_blend_epi32(s.low, s.high, 0xf0));
-    x86_k_store(row->min, s.min);
+    x86_k_load_scales(row, offset, tile);
 }
 
 /* 8 * 2 * 127 * 15 = 30480 */
 static const x86_k_format q4_k_avx2 = {sizeof(q4_k_block), 0,  X86_K_FLOAT_MIN, 32, 8,
-                                       q4_k_dot8_avx2,     q4_k_unpack_avx2};
+                                       q4_k_dot8_avx2,     q4_k_load_avx2};
 
 MOE_AVX2 static void q4_k_gemv_avx2(const moe_mm *mm)
 {

@@ -126,7 +126,7 @@ MOE_AVX2_INLINE void q5_k_dot64_avx2(const uint8_t *const row[8], size_t qs, siz
 {
     const __m256i x0 = x86_load_twice(q), x1 = x86_load_twice(q + 16);
     const __m256i x2 = x86_load_twice(q + 32), x3 = x86_load_twice(q + 48);
-#pragma GCC unroll 4
+    X86_K_UNROLL
     for (int r = 0; r < 4; r++) {
         __m256i v0 = x86_load_pair(row[r] + qs, row[r + 4] + qs);
         __m256i v1 = x86_load_pair(row[r] + qs + 16, row[r + 4] + qs + 16);
@@ -159,22 +159,28 @@ MOE_AVX2_INLINE void q5_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
     out->dmin = h.dmin;
 }
 
-MOE_AVX2_INLINE void q5_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+MOE_AVX2_INLINE void q5_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
 {
-    const x86_k_scales s = x86_k_scale_min(w);
-    __m256i qh = x86_k_load(w + offsetof(q5_k_block, qh));
-    for (int p = 0; p < 4; p++, qh = _mm256_srli_epi16(qh, 2)) {
-        __m256i v = x86_k_load(w + offsetof(q5_k_block, qs) + 32 * p);
-        x86_k_store(row->code + 64 * p, q5_k_low_avx2(v, qh));
-        x86_k_store(row->code + 64 * p + 32, q5_k_high_avx2(v, qh));
+    for (size_t half = 0; half < 2; half++) {
+        __m256i qh[4];
+        x86_k_load_transposed(row, offset + offsetof(q5_k_block, qh) + 16 * half, qh);
+        for (size_t p = 0; p < 4; p++) {
+            __m256i qs[4], *code = tile->code + 16 * p + 4 * half;
+            x86_k_load_transposed(row, offset + offsetof(q5_k_block, qs) + 32 * p + 16 * half, qs);
+            X86_K_UNROLL
+            for (int j = 0; j < 4; j++) {
+                code[j] = q5_k_low_avx2(qs[j], qh[j]);
+                code[j + 8] = q5_k_high_avx2(qs[j], qh[j]);
+                qh[j] = _mm256_srli_epi16(qh[j], 2);
+            }
+        }
     }
-    x86_k_store(row->scale, _mm256_blend_epi32(s.low, s.high, 0xf0));
-    x86_k_store(row->min, s.min);
+    x86_k_load_scales(row, offset, tile);
 }
 
 /* 4 * 2 * 127 * 31 = 31496 */
 static const x86_k_format q5_k_avx2 = {sizeof(q5_k_block), 0,  X86_K_FLOAT_MIN, 32, 4,
-                                       q5_k_dot8_avx2,     q5_k_unpack_avx2};
+                                       q5_k_dot8_avx2,     q5_k_load_avx2};
 
 MOE_AVX2 static void q5_k_gemv_avx2(const moe_mm *mm)
 {

@@ -101,10 +101,9 @@ MOE_AVX2_INLINE __m256i q6_k_join_avx2(__m256i nibble, __m256i high)
                            _mm256_and_si256(high, _mm256_set1_epi8(48)));
 }
 
-/* Half a superblock: 128 codes. */
-MOE_AVX2_INLINE void q6_k_half_avx2(const uint8_t *ql, const uint8_t *qh, __m256i code[4])
+/* The codes j = 0..3 of the same i: ql[i], ql[32 + i], qh[i] of a half of the superblock. */
+MOE_AVX2_INLINE void q6_k_codes_avx2(__m256i v0, __m256i v1, __m256i h, __m256i code[4])
 {
-    const __m256i v0 = x86_k_load(ql), v1 = x86_k_load(ql + 32), h = x86_k_load(qh);
     code[0] = q6_k_join_avx2(v0, _mm256_slli_epi16(h, 4));
     code[1] = q6_k_join_avx2(v1, _mm256_slli_epi16(h, 2));
     code[2] = q6_k_join_avx2(_mm256_srli_epi16(v0, 4), h);
@@ -119,9 +118,10 @@ MOE_AVX2_INLINE __m256i q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const i
     const x86_k_scales16 s = x86_k_spread16(scales);
     __m256i code[4], acc = _mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), x86_k_load(sum));
     acc = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), acc), 5);
-    q6_k_half_avx2(block->ql, block->qh, code);
+    q6_k_codes_avx2(x86_k_load(block->ql), x86_k_load(block->ql + 32), x86_k_load(block->qh), code);
     acc = x86_k_madd128(acc, code, q, s.low);
-    q6_k_half_avx2(block->ql + 64, block->qh + 32, code);
+    q6_k_codes_avx2(x86_k_load(block->ql + 64), x86_k_load(block->ql + 96),
+                    x86_k_load(block->qh + 32), code);
     (void)min;
     return x86_k_madd128(acc, code, q + 128, s.high);
 }
@@ -133,23 +133,35 @@ MOE_AVX2_INLINE void q6_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
                    out);
 }
 
-MOE_AVX2_INLINE void q6_k_unpack_avx2(const uint8_t *w, x86_k_row *row)
+MOE_AVX2_INLINE void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
 {
-    const q6_k_block *block = (const q6_k_block *)w;
-    for (int half = 0; half < 2; half++) {
-        __m256i code[4];
-        q6_k_half_avx2(block->ql + 64 * half, block->qh + 32 * half, code);
-        for (int j = 0; j < 4; j++)
-            x86_k_store(row->code + 128 * half + 32 * j, code[j]);
+    for (size_t i = 0; i < 4; i++) { /* half i / 2, 16 bytes of each row */
+        const size_t ql = offset + 64 * (i / 2) + 16 * (i % 2);
+        const size_t qh = offset + offsetof(q6_k_block, qh) + 16 * i;
+        __m256i v0[4], v1[4], h[4], code[4];
+        x86_k_load_transposed(row, ql, v0);
+        x86_k_load_transposed(row, ql + 32, v1);
+        x86_k_load_transposed(row, qh, h);
+        X86_K_UNROLL
+        for (int k = 0; k < 4; k++) {
+            q6_k_codes_avx2(v0[k], v1[k], h[k], code);
+            X86_K_UNROLL
+            for (int j = 0; j < 4; j++)
+                tile->code[32 * (i / 2) + 4 * (i % 2) + 8 * (size_t)j + (size_t)k] = code[j];
+        }
     }
-    __m256i scale = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)block->scales));
-    x86_k_store(row->scale, scale);
-    x86_k_store(row->min, _mm256_slli_epi16(scale, 5));
+    __m256i scale[4];
+    x86_k_load_transposed(row, offset + offsetof(q6_k_block, scales), scale);
+    x86_k_spread_pairs(scale, tile->scale);
+    X86_K_UNROLL
+    for (int p = 0; p < 8; p++)
+        tile->min[p] = _mm256_slli_epi16(tile->scale[p], 5);
+    tile->d = x86_f16x8(row, offset + offsetof(q6_k_block, d));
 }
 
 /* 2 * 2 * 127 * 63 = 32004 */
 static const x86_k_format q6_k_avx2 = {sizeof(q6_k_block), offsetof(q6_k_block, d), X86_K_INT_MIN,
-                                       16, 2, q6_k_dot8_avx2, q6_k_unpack_avx2};
+                                       16, 2, q6_k_dot8_avx2, q6_k_load_avx2};
 
 MOE_AVX2 static void q6_k_gemv_avx2(const moe_mm *mm)
 {

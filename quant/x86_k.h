@@ -31,16 +31,10 @@
 #define X86_K_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-/* A superblock of one row for the tile. The rows are transposed in units of 4 bytes. */
-typedef struct x86_k_row {
-    uint8_t code[K_LEN];
-    int16_t scale[16]; // of 16 weights each
-    int16_t min[16];   // what is to be subtracted for each unit of the activations' sums
-} x86_k_row;
-
 typedef struct x86_k_tile {
     __m256i code[K_LEN / 4];
-    __m256i scale[8], min[8];
+    __m256i scale[8];
+    __m256i min[8]; // not with X86_K_NO_MIN
     __m256 d, dmin; // [row]
 } x86_k_tile;
 
@@ -66,17 +60,13 @@ typedef struct x86_k_format {
     /* The superblocks at `offset` of 8 rows times 256 activations. */
     void (*dot8)(const uint8_t *const row[8], size_t offset, const int8_t *q, const int16_t *sum,
                  x86_k_sums *out);
-    void (*unpack)(const uint8_t *w, x86_k_row *row);
+    /* Unpacks them. */
+    void (*load)(const uint8_t *const row[8], size_t offset, x86_k_tile *tile);
 } x86_k_format;
 
 MOE_AVX2_INLINE __m256i x86_k_load(const void *p)
 {
     return _mm256_loadu_si256((const __m256i *)p);
-}
-
-MOE_AVX2_INLINE void x86_k_store(void *p, __m256i v)
-{
-    _mm256_storeu_si256((__m256i *)p, v);
 }
 
 /* 16 bytes in both halves. */
@@ -90,33 +80,6 @@ MOE_AVX2_INLINE __m256i x86_k_madd(__m256i acc, __m256i code, const int8_t *q, _
 {
     __m256i part = _mm256_maddubs_epi16(code, x86_k_load(q));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(part, scale));
-}
-
-/* The scales and minima of Q4_K and Q5_K; `w` is the superblock, whose bytes 4..15 hold them. */
-typedef struct x86_k_scales {
-    __m256i low, high; // in both halves: scales of groups 0..3, of groups 4..7, as pairs of int16
-    __m256i min;       // minima of groups 0..7, as pairs of int16
-} x86_k_scales;
-
-MOE_AVX2_INLINE x86_k_scales x86_k_scale_min(const uint8_t *w)
-{
-    uint64_t a;
-    uint32_t b;
-    memcpy(&a, w + 4, 8);
-    memcpy(&b, w + 12, 4);
-    const uint64_t low = a & 0x3f3f3f3f3f3f3f3f; /* scales 0..3, minima 0..3 */
-    const uint64_t high = (a >> 2 & 0x3030303030303030) | (b & 0x0f0f0f0f) |
-                          (uint64_t)(b >> 4 & 0x0f0f0f0f) << 32; /* the same of 4..7 */
-    const __m256i v = x86_k_twice(_mm_set_epi64x((long long)high, (long long)low));
-    const __m256i at = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1));
-    const __m256i at_min = _mm256_add_epi8(
-        at, _mm256_setr_epi32(0x00040004, 0x00040004, 0x00040004, 0x00040004,
-                              0x000c000c, 0x000c000c, 0x000c000c, 0x000c000c));
-    return (x86_k_scales){
-        _mm256_shuffle_epi8(v, at),
-        _mm256_shuffle_epi8(v, _mm256_add_epi8(at, _mm256_set1_epi16(0x0008))),
-        _mm256_shuffle_epi8(v, at_min)};
 }
 
 /* 16 signed scales of groups of 16 weights. A vector of 32 codes has an even group in its lower and
@@ -274,26 +237,36 @@ MOE_AVX2_INLINE void x86_k_gemv(const moe_mm *mm, const x86_k_format *f)
 
 /* ------------------------------------------------------------------------------ many tokens -- */
 
-/* Unpacks the superblocks at `offset` of 8 rows. */
-MOE_AVX2_INLINE void x86_k_load_tile(const uint8_t *const row[8], size_t offset,
-                                     const x86_k_format *f, x86_k_tile *tile)
+/* The tile's scales, or minima, from those of 16 groups: in[i] holds the signed bytes 4i .. 4i + 3 of
+ * each row. */
+MOE_AVX2_INLINE void x86_k_spread_pairs(const __m256i in[4], __m256i out[8])
 {
-    x86_k_row unpacked[8];
-    for (int r = 0; r < 8; r++)
-        f->unpack(row[r] + offset, &unpacked[r]);
-    const uint8_t *from[8];
-    for (int r = 0; r < 8; r++)
-        from[r] = (const uint8_t *)&unpacked[r];
-    for (size_t i = 0; i < K_LEN / 16; i++)
-        x86_k_load_transposed(from, 16 * i, tile->code + 4 * i);
-    for (size_t i = 0; i < 2; i++) {
-        x86_k_load_transposed(from, offsetof(x86_k_row, scale) + 16 * i, tile->scale + 4 * i);
-        if (f->min != X86_K_NO_MIN)
-            x86_k_load_transposed(from, offsetof(x86_k_row, min) + 16 * i, tile->min + 4 * i);
+    const __m256i low = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
+    const __m256i high = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
+    X86_K_UNROLL
+    for (int i = 0; i < 4; i++) {
+        out[2 * i] = _mm256_srai_epi16(_mm256_shuffle_epi8(in[i], low), 8);
+        out[2 * i + 1] = _mm256_srai_epi16(_mm256_shuffle_epi8(in[i], high), 8);
     }
-    tile->d = x86_f16x8(row, offset + f->d_offset);
-    if (f->min == X86_K_FLOAT_MIN)
-        tile->dmin = x86_f16x8(row, offset + f->d_offset + 2);
+}
+
+/* Everything of a tile of Q4_K or Q5_K but the codes. */
+MOE_AVX2_INLINE void x86_k_load_scales(const uint8_t *const row[8], size_t offset,
+                                       x86_k_tile *tile)
+{
+    const x86_k_header h = x86_k_load_header(row, offset);
+    const __m256i first = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
+    X86_K_UNROLL
+    for (int g = 0; g < 8; g++) {
+        const __m256i at = _mm256_add_epi8(first, _mm256_set1_epi16((int16_t)(g % 4)));
+        tile->scale[g] = _mm256_shuffle_epi8(h.scale[g / 4], at);
+        tile->min[g] = _mm256_shuffle_epi8(h.min[g / 4], at);
+    }
+    tile->d = h.d;
+    tile->dmin = h.dmin;
 }
 
 /* Products of 4 k of 8 rows with 4 activations. Signed codes: |w| * (x with w's sign). */
@@ -396,7 +369,7 @@ MOE_AVX2_INLINE void x86_k_gemm_tokens(const moe_mm *mm, size_t t0, size_t n_tok
             acc[t] = _mm256_setzero_ps();
         for (size_t b = 0; b < n_block; b++) {
             x86_k_tile tile;
-            x86_k_load_tile(row, b * f->block_bytes, f, &tile);
+            f->load(row, b * f->block_bytes, &tile);
             size_t t = 0;
             for (; t + 4 <= n_tok; t += 4)
                 x86_k_step(&tile, x + t, b, acc + t, 4, f);
