@@ -176,6 +176,10 @@ static bool norm_filter(norm_kind kind, const uint8_t *p, size_t bytes, text_buf
             if (UNICODE_IN(unicode_accents, c))
                 continue;
             break;
+        case NORM_BERT_ACCENTS: // of the marks only those without a width
+            if (UNICODE_IN(unicode_accents, c) && unicode_category(c) == GC_MN)
+                continue;
+            break;
         case NORM_BERT_CLEAN:
             if (UNICODE_IN(unicode_bert_removed, c))
                 continue;

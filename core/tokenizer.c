@@ -352,6 +352,30 @@ static void decode_bytes(const moe_tokenizer *tok, moe_decoder *d, const uint8_t
     }
 }
 
+static bool decode_begins(const uint8_t *p, size_t n, const char *text)
+{
+    size_t bytes = strlen(text);
+    return n >= bytes && !memcmp(p, text, bytes);
+}
+
+/* WordPiece: takes the mark off a token and puts a space in front of one that begins a word. */
+static void decode_word(const moe_tokenizer *tok, const moe_decoder *d, const uint8_t **p, size_t *n,
+                        decode_out *out)
+{
+    static const char *const glued[] = {".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re"};
+    bool continues = *tok->prefix ? decode_begins(*p, *n, tok->prefix)
+                                  : *tok->suffix && !decode_begins(*p, *n, tok->suffix);
+    size_t mark = continues ? strlen(tok->prefix) : strlen(tok->suffix);
+    if (*tok->suffix || d->started) {
+        *p += MOE_MIN(mark, *n);
+        *n -= MOE_MIN(mark, *n);
+    }
+    for (size_t i = 0; tok->cleanup && i < MOE_COUNT(glued); i++)
+        continues |= decode_begins(*p, *n, glued[i]);
+    if (d->started && !continues)
+        decode_put(out, " ", 1);
+}
+
 /* The rules that depend on the place of a token in the stream. */
 static void decode_token(const moe_tokenizer *tok, moe_decoder *d, const tok_entry *t,
                          decode_out *out)
@@ -361,29 +385,14 @@ static void decode_token(const moe_tokenizer *tok, moe_decoder *d, const tok_ent
     bool byte = t->kind == TOK_BYTE && n == 1;
     if (!byte && !tok->byte_level) // byte tokens form characters among themselves only
         decode_flush(tok, d, out);
-    if (tok->decoder == DECODE_WORDPIECE) {
-        size_t skip = strlen(tok->prefix), mark = strlen(tok->suffix);
-        bool begins = !mark || (n >= mark && !memcmp(p, tok->suffix, mark));
-        bool continues = (skip && n >= skip && !memcmp(p, tok->prefix, skip)) || (mark && !begins);
-        if (mark && begins) {
-            p += mark;
-            n -= mark;
-        }
-        if (d->started && continues) {
-            p += skip;
-            n -= skip;
-        } else if (d->started) {
-            decode_put(out, " ", 1);
-        }
-    } else if (tok->decoder == DECODE_SPACED && d->started) {
+    uint32_t strip = d->started ? 0 : tok->decoder == DECODE_METASPACE ? UINT32_MAX
+                                                                       : tok->strip_start;
+    for (; strip && n && *p == ' '; strip--, n--)
+        p++;
+    if (tok->decoder == DECODE_WORDPIECE)
+        decode_word(tok, d, &p, &n, out);
+    else if (tok->decoder == DECODE_SPACED && d->started)
         decode_put(out, " ", 1);
-    } else if (tok->decoder == DECODE_METASPACE && !d->started) {
-        for (; n && *p == ' '; n--)
-            p++;
-    } else if (!d->started && tok->strip_start) {
-        for (uint32_t k = 0; k < tok->strip_start && n && *p == ' '; k++, n--)
-            p++;
-    }
     d->started = true;
     decode_bytes(tok, d, p, n, out);
 }

@@ -62,7 +62,7 @@ typedef struct tok_added_set {
 
 typedef enum norm_kind {
     NORM_NFC, NORM_NFD, NORM_NFKC, NORM_NFKD, NORM_LOWERCASE, NORM_PREPEND, NORM_REPLACE,
-    NORM_STRIP, NORM_STRIP_ACCENTS, NORM_CHARSMAP, NORM_CHARSMAP_LONGEST, NORM_BERT_CLEAN,
+    NORM_STRIP, NORM_STRIP_ACCENTS, NORM_BERT_ACCENTS, NORM_CHARSMAP, NORM_CHARSMAP_LONGEST, NORM_BERT_CLEAN,
     NORM_BERT_CJK, NORM_SQUEEZE, NORM_NMT
 } norm_kind;
 
@@ -145,6 +145,7 @@ struct moe_tokenizer {
     uint32_t merge_mask;
     const char *prefix, *suffix; // of continuing parts / at the end of a word; "" if none
     uint32_t max_word_chars;     // WordPiece
+    bool whole_words;            // WordPiece without parts: WordLevel
     double unknown_score;        // unigram
     tok_added_set sorted;        // unigram: the vocabulary
 
@@ -153,6 +154,7 @@ struct moe_tokenizer {
 
     tok_decoder decoder;
     uint32_t strip_start;  // spaces that the decoder takes off the start of the text
+    bool cleanup;          // DECODE_WORDPIECE: no space before punctuation and contractions
     bool bytes_one_by_one; // an invalid run of byte tokens becomes one U+FFFD per byte
 };
 

@@ -309,6 +309,7 @@ static moe_status vocab_load_wordpiece(vocab_loader *g)
     bool lower = true;
     tok->model = MODEL_WORDPIECE;
     tok->decoder = DECODE_WORDPIECE;
+    tok->cleanup = true;
     tok->prefix = "";
     tok->suffix = "\xE2\x96\x81";
     tok->max_word_chars = 100;
@@ -325,7 +326,7 @@ static moe_status vocab_load_wordpiece(vocab_loader *g)
     vocab_add_norm(g, NORM_BERT_CJK);
     if (strip) {
         vocab_add_norm(g, NORM_NFD);
-        vocab_add_norm(g, NORM_STRIP_ACCENTS);
+        vocab_add_norm(g, NORM_BERT_ACCENTS);
     }
     if (lower)
         vocab_add_norm(g, NORM_LOWERCASE);

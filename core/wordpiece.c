@@ -17,7 +17,7 @@ static int32_t wordpiece_longest(tok_run *run, const uint8_t *p, size_t n, size_
     if (!buf_append(&run->word, prefix, prefix_bytes) ||
         !buf_append(&run->word, p + start, stop - start))
         return -1;
-    while (stop > start) {
+    while (stop > start && !(tok->whole_words && stop < n)) {
         int32_t id = map_find(tok, run->word.data, prefix_bytes + (stop - start));
         if (id >= 0 && tok->tokens[id].model) {
             *end = stop;
