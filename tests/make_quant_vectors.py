@@ -6,7 +6,8 @@ package makes of them. Needs: pip install gguf numpy.
             u32 id, u32 block_len, u32 block_bytes, u32 n_blocks, the blocks, float32 for each weight
 
 All numbers are little-endian. Two thirds of the blocks are random bytes, so that scales are sometimes
-subnormal, infinite or NaN; the others are all ones, all zeros, or repeat one byte."""
+subnormal, infinite or NaN; the others are all ones, all zeros, or repeat one byte. The first bytes of
+the first blocks are 0, 1, 2, 253, 254, 255, the ends of an 8-bit exponent."""
 import os
 import re
 import struct
@@ -28,6 +29,7 @@ def blocks_of(block_bytes, n, rng):
     for i in range(2, n, 3):
         rows[i] = rng.choice(np.array([0, 255, 0x0F, 0xF0, 0x55, 0x80, 0x7B], dtype=np.uint8))
         rows[i, rng.integers(0, block_bytes)] = rng.integers(0, 256)
+    rows[:6, 0] = [0, 1, 2, 253, 254, 255]
     return rows
 
 

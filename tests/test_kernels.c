@@ -385,9 +385,11 @@ static void fill_floats(float *x, size_t n, size_t kind)
     if (kind >= 20 && kind < 40)
         for (size_t k = 0; k < n; k++)
             x[k] = kind == 20 ? 0 : edge_value(kind < 36 ? kind - 20 : test_random());
-    if (kind == 40) /* all the halves, which are ties */
+    if (kind == 40 || kind == 44) { /* all the halves: ties, and close to ties if scaled */
+        const float unit = kind == 40 ? 1.0f : 1.0f + fabsf(test_random_float());
         for (size_t k = 0; k < n; k++)
-            x[k] = k % 32 == 31 ? 127.0f : (float)(int)(test_random() % 254) - 126.5f;
+            x[k] = unit * (k % 32 == 31 ? 127.0f : (float)(int)(test_random() % 254) - 126.5f);
+    }
     if (kind == 41)
         x[test_random() % n] = NAN;
     if (kind == 42)
@@ -420,7 +422,7 @@ static void activations_are_packed_as_documented(void)
 {
     const moe_act acts[] = {MOE_ACT_Q8_32, MOE_ACT_Q8_256};
     const size_t lengths[] = {1, 15, 31, 32, 33, 64, 100, 255, 256, 257, 576, 1000};
-    for (size_t i = 0; i < 2 * MOE_COUNT(lengths) * 44; i++) {
+    for (size_t i = 0; i < 2 * MOE_COUNT(lengths) * 45; i++) {
         const moe_act act = acts[i % 2];
         const size_t n = lengths[i / 2 % MOE_COUNT(lengths)], group = act_group(act);
         const size_t bytes = act_row_bytes(act, n);
@@ -537,9 +539,40 @@ static void kernels_equal_c(void)
         /* Token counts and lengths beyond any tile. */
         for (size_t j = 0; j < 8; j++)
             check_shape(quant, &v, extremes, MIXED,
-                        blocks[j] * (quant->block_len == 1 ? 7 : quant->block_len), 9 + j, 70 - 9 * j);
+                        blocks[j] * (quant->block_len == 1 ? 19 : quant->block_len), 9 + j, 70 - 9 * j);
         if (v.n == 1 && i == 0)
             printf("  only the C kernels run here\n");
+    }
+}
+
+/* Products below the smallest number: their sums are -0, which a lane that is not summed must not turn
+ * into +0. */
+static void float_kernels_keep_negative_zero(void)
+{
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        const moe_quant *quant = quant_table[i];
+        const variants v = variants_of(quant);
+        if (quant->act != MOE_ACT_F32)
+            continue;
+        for (size_t n = 8; n < 24; n++) {
+            float src[24], y = 1;
+            uint8_t w[24 * 4];
+            guarded x = guarded_new(act_row_bytes(MOE_ACT_F32, n), true);
+            for (size_t k = 0; k < n; k++)
+                src[k] = 1e-44f;
+            act_quantize(MOE_ACT_F32, src, n, x.data, 0);
+            for (size_t k = 0; k < n; k++)
+                src[k] = -6e-8f;
+            quant->quantize(src, w, n);
+            const moe_mm mm = {w, n * quant->block_bytes, x.data, 0, &y, 1, n, 1, 1};
+            for (size_t j = 0; j < v.n; j++) {
+                v.kernels[j].gemm(&mm);
+                CHECK(y == 0 && signbit(y), "%s gemm, cpu %x: %a", quant->name, v.cpu[j], y);
+                v.kernels[j].gemv(&mm);
+                CHECK(y == 0 && signbit(y), "%s gemv, cpu %x: %a", quant->name, v.cpu[j], y);
+            }
+            guarded_free(x);
+        }
     }
 }
 
@@ -605,7 +638,7 @@ static void nan_activations_give_nan(void)
             for (size_t b = 0; b < row_bytes; b += quant->block_bytes)
                 random_block(quant, w.data + r * row_bytes + b);
         for (size_t t = 0; t < 2; t++) {
-            fill_floats(x, n, 44);
+            fill_floats(x, n, 45);
             if (t == 1)
                 x[300] = NAN;
             act_quantize(quant->act, x, n, rows.data + t * x_stride, cpu_detect());
@@ -635,6 +668,7 @@ int main(int argc, char **argv)
     RUN(activations_are_packed_as_documented);
     RUN(float_activations_are_copied);
     RUN(kernels_equal_c);
+    RUN(float_kernels_keep_negative_zero);
     RUN(c_kernels_are_products);
     RUN(nan_activations_give_nan);
     return test_end();
