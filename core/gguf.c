@@ -78,7 +78,7 @@ static moe_status gguf_take(gguf_reader *r, uint64_t bytes, const char *subject,
 
 static moe_status gguf_u32(gguf_reader *r, const char *subject, uint32_t *value)
 {
-    const uint8_t *p;
+    const uint8_t *p = NULL;
     moe_status status = gguf_take(r, sizeof *value, subject, &p);
     if (!status)
         memcpy(value, p, sizeof *value);
@@ -87,7 +87,7 @@ static moe_status gguf_u32(gguf_reader *r, const char *subject, uint32_t *value)
 
 static moe_status gguf_u64(gguf_reader *r, const char *subject, uint64_t *value)
 {
-    const uint8_t *p;
+    const uint8_t *p = NULL;
     moe_status status = gguf_take(r, sizeof *value, subject, &p);
     if (!status)
         memcpy(value, p, sizeof *value);
@@ -117,7 +117,7 @@ static moe_status gguf_name(gguf_reader *r, const char *what, uint64_t max_bytes
                     "expected a name of 1 to %llu bytes at offset %llu, got %llu",
                     (unsigned long long)max_bytes, (unsigned long long)at,
                     (unsigned long long)name->bytes);
-    const uint8_t *p;
+    const uint8_t *p = NULL;
     status = gguf_take(r, name->bytes, what, &p);
     if (status)
         return status;
@@ -170,8 +170,8 @@ static moe_status gguf_check_version(gguf_reader *r, uint32_t version)
 /* Magic, version, and counts that the bytes which are left can hold. */
 static moe_status gguf_parse_head(gguf_reader *r, uint64_t *n_tensors, uint64_t *n_meta)
 {
-    const uint8_t *magic;
-    uint32_t version;
+    const uint8_t *magic = NULL;
+    uint32_t version = 0;
     moe_status status = gguf_take(r, 4, "magic", &magic);
     if (status)
         return status;
@@ -238,7 +238,7 @@ static moe_status gguf_parse_strings(gguf_reader *r, moe_meta *meta)
 
 static moe_status gguf_parse_array_head(gguf_reader *r, moe_meta *meta)
 {
-    uint32_t item;
+    uint32_t item = 0;
     moe_status status;
     if ((status = gguf_u32(r, meta->key, &item)) || (status = gguf_u64(r, meta->key, &meta->n)))
         return status;
@@ -281,9 +281,9 @@ static moe_status gguf_parse_value(gguf_reader *r, moe_meta *meta)
 static moe_status gguf_parse_meta(gguf_reader *r, uint64_t index)
 {
     char what[32];
-    moe_str key;
-    void *item;
-    uint32_t type;
+    moe_str key = {0};
+    void *item = NULL;
+    uint32_t type = 0;
     moe_status status;
     snprintf(what, sizeof what, "key %llu", (unsigned long long)index);
     if ((status = gguf_name(r, what, GGUF_MAX_KEY_BYTES, &key)) ||
@@ -389,7 +389,7 @@ static moe_status gguf_parse_shape(gguf_reader *r, moe_tensor *t)
 
 static moe_status gguf_parse_type(gguf_reader *r, moe_tensor *t)
 {
-    uint32_t id;
+    uint32_t id = 0;
     moe_status status = gguf_u32(r, t->name, &id);
     if (status)
         return status;
@@ -410,8 +410,8 @@ static moe_status gguf_parse_type(gguf_reader *r, moe_tensor *t)
 static moe_status gguf_parse_tensor(gguf_reader *r, uint64_t index)
 {
     char what[32];
-    moe_str name;
-    void *item;
+    moe_str name = {0};
+    void *item = NULL;
     moe_status status;
     snprintf(what, sizeof what, "tensor %llu", (unsigned long long)index);
     if ((status = gguf_name(r, what, GGUF_MAX_NAME_BYTES, &name)) ||
@@ -591,7 +591,7 @@ static moe_status gguf_merge(moe_directory *dir, const moe_directory *part, uint
     moe_status status = dir_table_reserve(dir, &dir->tensor, n, "tensor_count", error);
     for (size_t i = 0; i < n && !status; i++) {
         const moe_tensor *from = directory_tensor_at(part, i);
-        void *item;
+        void *item = NULL;
         status = dir_table_add(dir, &dir->tensor, (moe_str){from->name, strlen(from->name)}, &item,
                                error);
         if (!status) {
@@ -609,7 +609,7 @@ static moe_status gguf_merge(moe_directory *dir, const moe_directory *part, uint
 static moe_status gguf_load_part(moe_directory *dir, dir_file *file, const char *path,
                                  uint32_t index, uint32_t n_parts, moe_error *error)
 {
-    uint32_t no, count;
+    uint32_t no = 0, count = 0;
     moe_directory part;
     dir_init(&part, dir->mem);
     part.cancel = dir->cancel;
@@ -667,7 +667,7 @@ static moe_status gguf_load_parts(moe_directory *dir, uint32_t n_parts, moe_erro
  * `metadata_only` the first part has all that is wanted. */
 static moe_status gguf_load_split(moe_directory *dir, bool metadata_only, moe_error *error)
 {
-    uint32_t no, n_parts, n_tensors = 0;
+    uint32_t no = 0, n_parts = 0, n_tensors = 0;
     moe_status status;
     if ((status = gguf_split_key(dir, "split.no", 65535, &no, error)) ||
         (status = gguf_split_key(dir, "split.count", 65535, &n_parts, error)) ||

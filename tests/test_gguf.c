@@ -1,5 +1,5 @@
-/* tests/test_gguf.c - the GGUF loader: valid files load through every kind of source, and each known
- * way to break a loader (the names g01 to g43) ends in a typed error that says what was wrong,
+/* tests/test_gguf.c - the GGUF loader: valid files load through every kind of source, and each
+ * known way to break a loader (the names g01 to g43) ends in a typed error that says what was wrong,
  * quickly, in bounded memory, with nothing left behind.
  *
  * Files are made here, in memory, by a writer that can also write nonsense. */
@@ -330,7 +330,8 @@ static void look_valid(const source *s)
     CHECK(m->n == 3 && str_equal(m->strings[0], "one") && str_equal(m->strings[1], "") &&
               str_equal(m->strings[2], "three"),
           "strings");
-    CHECK(!directory_meta(s->dir, "general.name") && !directory_tensor(s->dir, "x"), "found nothing");
+    CHECK(!directory_meta(s->dir, "general.name") && !directory_tensor(s->dir, "x"),
+          "found what is not there");
     CHECK(directory_meta(s->dir, "array.empty")->n == 0, "empty array");
 }
 
@@ -427,12 +428,21 @@ static void look_numbers(const source *s)
     CHECK(!meta_u32_list(d, "list", true, 0, 9, list, 3, &e) && list[0] == 3 && list[2] == 5, "%s",
           e.message);
     CHECK(!meta_u32_list(d, "n.4", true, 0, 200, list, 3, &e) && list[2] == 100, "%s", e.message);
-    // What is missing is left alone, or an error.
-    u = 7;
+}
+
+/* What is missing is left alone, or an error; what is out of range or of another type is an error
+ * with the value, and nothing is written. */
+static void look_wrong_numbers(const source *s)
+{
+    uint32_t u = 7, list[3] = {77};
+    float f = 0;
+    bool flag = false;
+    moe_str text = {0};
+    moe_error e = {0};
+    const moe_directory *d = s->dir;
     CHECK(!meta_u32(d, "none", false, 0, 9, &u, &e) && u == 7, "changed");
     CHECK(meta_u32(d, "none", true, 0, 9, &u, &e) == MOE_ERR_MODEL && strstr(e.message, "none"),
           "%s", e.message);
-    // Out of range, or of another type: an error with the value, and nothing written.
     CHECK(meta_u32(d, "n.4", true, 0, 99, &u, &e) == MOE_ERR_MODEL && u == 7 &&
               strstr(e.message, "0 to 99") && strstr(e.message, "100"),
           "%s", e.message);
@@ -444,14 +454,14 @@ static void look_numbers(const source *s)
     CHECK(meta_u32(d, "text", true, 0, 99, &u, &e) == MOE_ERR_MODEL && strstr(e.message, "\"abc\""),
           "%s", e.message);
     CHECK(meta_u32(d, "n.6", true, 0, 999, &u, &e) == MOE_ERR_MODEL, "an f32 is no integer");
-    CHECK(meta_f32(d, "nan", true, -1e30, 1e30, &f, &e) == MOE_ERR_MODEL && strstr(e.message, "nan"),
+    CHECK(meta_f32(d, "nan", true, -1e30, 1e30, &f, &e) == MOE_ERR_MODEL &&
+              strstr(e.message, "nan"),
           "%s", e.message);
     CHECK(meta_bool(d, "n.4", true, &flag, &e) == MOE_ERR_MODEL, "a u32 is no bool");
     CHECK(meta_string(d, "n.4", true, &text, &e) == MOE_ERR_MODEL, "a u32 is no string");
     CHECK(meta_u32_list(d, "list", true, 0, 9, list, 4, &e) == MOE_ERR_MODEL &&
               strstr(e.message, "at least 4") && strstr(e.message, "got 3"),
           "%s", e.message);
-    list[0] = 77;
     CHECK(meta_u32_list(d, "list", true, 0, 4, list, 3, &e) == MOE_ERR_MODEL && list[0] == 77, "%s",
           e.message);
 }
@@ -484,6 +494,7 @@ static void valid_numbers_of_all_types(void)
     put_u16(&b, 3);
     put_u16(&b, 4);
     put_u16(&b, 5);
+    accept_mode(&b, false, look_wrong_numbers);
     accept(&b, look_numbers);
 }
 
@@ -1316,7 +1327,8 @@ static void split_errors(void)
     }
 }
 
-/* Each byte of the second part's header changed: an error, or a directory that keeps its promises. */
+/* Each byte of the second part's header changed: an error, or a directory that keeps its
+ * promises. */
 static void split_mutations(void)
 {
     bytes none = {0};

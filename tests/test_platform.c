@@ -156,8 +156,8 @@ static void cgroup_limits(void)
         plat_look_quota(dir, &cores);
         plat_look_memory_v1(dir, &bytes);
         plat_look_memory_v2(dir, &bytes);
-        CHECK(cores == cases[i].cores && bytes == cases[i].bytes, "case %zu: %llu cores, %llu bytes",
-              i, (unsigned long long)cores, (unsigned long long)bytes);
+        CHECK(cores == cases[i].cores && bytes == cases[i].bytes, "case %zu: %llu cores, "
+              "%llu bytes", i, (unsigned long long)cores, (unsigned long long)bytes);
         for (size_t k = 0; k < 3 && cases[i].files[k][0]; k++) {
             char path[512];
             snprintf(path, sizeof path, "%s/%s", dir, cases[i].files[k][0]);
@@ -282,8 +282,9 @@ static void memory_is_cleared_and_counted(void)
         CHECK(mem.used_bytes == 0, "%llu bytes left", (unsigned long long)mem.used_bytes);
     }
     mem_free(&mem, NULL);
-    CHECK(!mem_alloc(&mem, UINT64_MAX, 2) && !mem_alloc(&mem, UINT64_MAX / 8 + 2, 8) &&
-              !mem_alloc(&mem, UINT64_MAX, 1) && !mem_alloc(&mem, UINT64_MAX - 100, 1),
+    volatile uint64_t most = UINT64_MAX; // or the compiler warns of what is meant
+    CHECK(!mem_alloc(&mem, most, 2) && !mem_alloc(&mem, most / 8 + 2, 8) &&
+              !mem_alloc(&mem, most, 1) && !mem_alloc(&mem, most - 100, 1),
           "sizes that wrap");
     CHECK(mem.used_bytes == 0, "%llu bytes left", (unsigned long long)mem.used_bytes);
 }
