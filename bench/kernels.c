@@ -4,8 +4,8 @@
  *     kernels [--json] [--quick] [TYPE ...]
  *
  * For each format and each variant that this machine can run:
- *   gemv  one token: GB/s of weights, from L2 (256 KiB of them) and from memory (256 MiB), the latter
- *         beside the speed of only reading the same memory, measured in turn with it
+ *   gemv  one token: GB/s of weights, from L2 (256 KiB of them) and from memory (256 MiB), the
+ *         latter beside the speed of only reading the same memory, measured in turn with it
  *   gemm  64 tokens: Gop/s (a multiplication and an addition are two), and for 8 tokens
  * Figures are medians of 9 runs; "x C" is the ratio to the C kernel. */
 #include "../tests/test.h"
@@ -27,7 +27,8 @@ typedef struct result {
 
 static volatile uint64_t sink;
 
-/* The time that this thread has run: on a busy machine, the time in which others ran is left out. */
+/* The time that this thread has run: on a busy machine, the time in which others ran is left
+ * out. */
 static uint64_t cpu_time_ns(void)
 {
     struct timespec t;
@@ -111,7 +112,9 @@ static void fill(const moe_quant *quant, uint8_t *w, size_t row_bytes, size_t n_
         memcpy(w + r * row_bytes, w + (r - n_first) * row_bytes, row_bytes);
 }
 
-static result measure(const moe_quant *quant, moe_kernels k, uint8_t *w, size_t ram_bytes, bool slow)
+/* One variant; a `slow` one on fewer data, fewer times. */
+static result measure(const moe_quant *quant, moe_kernels k, uint8_t *w, size_t ram_bytes,
+                      bool slow)
 {
     const size_t row_bytes = N_IN / quant->block_len * quant->block_bytes;
     const size_t x_stride = act_row_bytes(quant->act, N_IN);
@@ -163,8 +166,8 @@ static void print_result(const moe_quant *quant, uint32_t cpu, const result *r, 
         printf("%s\n  {\"type\": \"%s\", \"variant\": \"%s\", \"gemv_l2_gb_s\": %.2f, "
                "\"gemv_ram_gb_s\": %.2f, \"read_ram_gb_s\": %.2f, \"gemm64_gop_s\": %.2f, "
                "\"gemm8_gop_s\": %.2f}",
-               first ? "" : ",", quant->name, variant_name(cpu), r->gemv_l2, r->gemv_ram, r->read_ram,
-               r->gemm64, r->gemm8);
+               first ? "" : ",", quant->name, variant_name(cpu), r->gemv_l2, r->gemv_ram,
+               r->read_ram, r->gemm64, r->gemm8);
         return;
     }
     printf("%-7s %-11s %7.2f %7.2f  %3.0f %%  %6.1f x  %7.1f %7.1f  %6.1f x\n", quant->name,

@@ -5,18 +5,18 @@
  *
  *     scale = amax / 127        q = x * (127 / amax), rounded to nearest even
  *
- * A group whose amax is below 2^-119 becomes zero (scale 0): 127 / amax would overflow near the end of
- * float's range, and such activations add nothing to any sum. A group that holds an infinity or a NaN
- * gets the scale NaN and q 0, so that every result it takes part in is visibly NaN. All bytes of a row
- * are written, the padding too: equal activations give equal bytes. */
+ * A group whose amax is below 2^-119 becomes zero (scale 0): 127 / amax would overflow near the end
+ * of float's range, and such activations add nothing to any sum. A group that holds an infinity or
+ * a NaN gets the scale NaN and q 0, so that every result it takes part in is visibly NaN. All bytes
+ * of a row are written, the padding too: equal activations give equal bytes. */
 #ifndef MOE_QUANT_ACT_H
 #define MOE_QUANT_ACT_H
 
 #include "quant.h"
 #include "x86.h"
 
-/* scale and 127 / amax of a group whose largest magnitude has the bits `amax`; false if all q are 0.
- * As integers, magnitudes compare like floats, and infinities and NaN are the largest. */
+/* scale and 127 / amax of a group whose largest magnitude has the bits `amax`; false if all q are
+ * 0. As integers, magnitudes compare like floats, and infinities and NaN are the largest. */
 MOE_INLINE bool act_scale(uint32_t amax, float *scale, float *inverse)
 {
     if (amax >= 0x7f800000) {
@@ -100,8 +100,8 @@ static act_pack_fn *act_pack_select(uint32_t cpu)
     return best;
 }
 
-/* Packs a row of n >= 1 activations into `row`, act_row_bytes(act, n) bytes, aligned to 32. The result
- * is the same bytes for every set of moe_cpu bits. */
+/* Packs a row of n >= 1 activations into `row`, act_row_bytes(act, n) bytes, aligned to 32. The
+ * result is the same bytes for every set of moe_cpu bits. */
 MOE_UNUSED static void act_quantize(moe_act act, const float *x, size_t n, void *row, uint32_t cpu)
 {
     char *p = row;

@@ -59,8 +59,8 @@ MOE_UNUSED static void quant_span(const float *src, size_t n, int max, uint8_t d
     *m = f32_of_f16(m16);
 }
 
-/* d * code + m. The product of 11 and at most 8 bits is exact: it does not matter whether a compiler
- * fuses the two. */
+/* d * code + m. The product of 11 and at most 8 bits is exact: it does not matter whether a
+ * compiler fuses the two. */
 MOE_INLINE float quant_affine(float d, int code, float m)
 {
     return d * (float)code + m;

@@ -1,7 +1,7 @@
 /* quant/f32.h - F32: weights as they are, float32.
  *
- * Product with a row of activations: lane[k % 8] = fmaf(w[k], x[k], lane[k % 8]) for ascending k, then
- * reduce8(lane). */
+ * Product with a row of activations: lane[k % 8] = fmaf(w[k], x[k], lane[k % 8]) for ascending k,
+ * then reduce8(lane). */
 #ifndef MOE_QUANT_F32_H
 #define MOE_QUANT_F32_H
 

@@ -2,13 +2,13 @@
  * OCP Microscaling Formats (MX) v1.0.
  *
  *     byte 0   1                                17
- *          | e | q[16]                          |     w[k]      = 2^(e - 128) * mxfp4_value[q[k] & 15]
- *          E8M0  low nibbles: k 0..15                 w[k + 16] = 2^(e - 128) * mxfp4_value[q[k] >> 4]
- *                high nibbles: k 16..31
+ *          | e | q[16]                          |   w[k]      = 2^(e - 128) * value[q[k] & 15]
+ *          E8M0  low nibbles: k 0..15               w[k + 16] = 2^(e - 128) * value[q[k] >> 4]
+ *                high nibbles: k 16..31             for k < 16, with value = mxfp4_value
  *
- * The table holds twice the E2M1 numbers, which makes them integers; hence 128 where the standard has a
- * bias of 127. The standard's NaN, e = 255, is read as a power of two like any other, as GGUF's own
- * reader does.
+ * The table holds twice the E2M1 numbers, which makes them integers; hence 128 where the standard
+ * has a bias of 127. The standard's NaN, e = 255, is read as a power of two like any other, as
+ * GGUF's own reader does.
  *
  * Product with a row of activations, block after block:
  *     acc = fmaf(2^(e - 128) * x_scale, (float)sum(value * x_q), acc) */
@@ -45,8 +45,8 @@ static void mxfp4_dequantize(const void *blocks, float *dst, size_t n)
     }
 }
 
-/* As the standard says: the exponent of the largest magnitude becomes that of the largest number, 6.
- * What lies above 6 becomes 6. */
+/* As the standard says: the exponent of the largest magnitude becomes that of the largest number,
+ * 6. What lies above 6 becomes 6. */
 static void mxfp4_quantize(const float *src, void *blocks, size_t n)
 {
     mxfp4_block *w = blocks;

@@ -1,15 +1,15 @@
-/* quant/x86.h - what the AVX2 kernels of all formats share: loading 8 rows side by side, exact integer
- * dot products, sums across lanes, and the loops over rows, blocks and tokens.
+/* quant/x86.h - what the AVX2 kernels of all formats share: loading 8 rows side by side, exact
+ * integer dot products, sums across lanes, and the loops over rows, blocks and tokens.
  *
- * Blocks of 32 weights are computed 8 rows at a time. A vector holds 16 weights of row r in its lower
- * and 16 of row r + 4 in its upper half, so that the activations are one broadcast and the sums of
- * the four vectors fold into one vector in row order:
+ * Blocks of 32 weights are computed 8 rows at a time. A vector holds 16 weights of row r in its
+ * lower and 16 of row r + 4 in its upper half, so that the activations are one broadcast and the
+ * sums of the four vectors fold into one vector in row order:
  *
  *     lo[r]   k 0..15 of row r | k 0..15 of row r + 4      r = 0..3
  *     hi[r]   k 16..31         | k 16..31
  *
- * The last group of a matrix repeats its last row instead of reading past it. Must never: read a byte
- * outside a row, or compute a float in another order than the C kernel of the format. */
+ * The last group of a matrix repeats its last row instead of reading past it. Must never: read a
+ * byte outside a row, or compute a float in another order than the C kernel of the format. */
 #ifndef MOE_QUANT_X86_H
 #define MOE_QUANT_X86_H
 
@@ -176,8 +176,9 @@ MOE_AVX2_INLINE void x86_nibbles(const uint8_t *const row[8], size_t offset, x86
     w->hi[3] = _mm256_and_si256(_mm256_srli_epi16(v3, 4), mask);
 }
 
-/* 16 where the bit k of a 32-bit word is set that `words` holds for each half, else 0: for bytes k = 0
- * to 15 of each half, or 16 to 31. `at` is the place of the word in its half, plus 2 for the latter. */
+/* 16 where the bit k of a 32-bit word is set that `words` holds for each half, else 0: for bytes k
+ * = 0 to 15 of each half, or 16 to 31. `at` is the place of the word in its half, plus 2 for the
+ * latter. */
 MOE_AVX2_INLINE __m256i x86_bits_to_16(__m256i words, int at)
 {
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
@@ -221,8 +222,8 @@ MOE_AVX2_INLINE __m256i x86_dot_pair_u5(__m256i lo, __m256i hi, const x86_x32 *x
     return _mm256_add_epi16(_mm256_maddubs_epi16(lo, x->lo), _mm256_maddubs_epi16(hi, x->hi));
 }
 
-/* Sums of products of unsigned codes 0..31: two folds of 4 products stay below 31 * 127 * 8 = 31496,
- * which fits into 16 bits. */
+/* Sums of products of unsigned codes 0..31: two folds of 4 products stay below 31 * 127 * 8 =
+ * 31496, which fits into 16 bits. */
 MOE_AVX2_INLINE __m256i x86_dot_u5(const x86_block *w, const x86_x32 *x)
 {
     return x86_sum4_i16(x86_dot_pair_u5(w->lo[0], w->hi[0], x),
@@ -276,9 +277,9 @@ MOE_AVX2_INLINE x86_x32 x86_load_x32(const moe_q8 *x, size_t b)
                      _mm256_set1_epi32(sum), _mm256_broadcast_ss(x->scale + b)};
 }
 
-/* What a format brings: how 8 rows of its block are unpacked (`offset` bytes into the rows), and how
- * a block enters the sums of its 8 rows. The loops below are bodies: a format's kernel is one call
- * with its own two functions, which the compiler inlines. */
+/* What a format brings: how 8 rows of its block are unpacked (`offset` bytes into the rows), and
+ * how a block enters the sums of its 8 rows. The loops below are bodies: a format's kernel is one
+ * call with its own two functions, which the compiler inlines. */
 typedef void x86_unpack_fn(const uint8_t *const row[8], size_t offset, x86_block *w);
 typedef __m256 x86_step_fn(const x86_block *w, const x86_x32 *x, __m256 acc);
 
@@ -289,9 +290,9 @@ MOE_AVX2_INLINE void x86_prefetch(uintptr_t address, size_t bytes)
         _mm_prefetch((const char *)(address + i), _MM_HINT_T0);
 }
 
-/* Eight rows are eight streams, too short for the hardware's prefetcher: the next eight, which follow
- * in memory, are fetched as one. Zen 5, one thread, Q4_0 from memory with rows of 2048: 21 GB/s (all
- * that reading gives) instead of 8. */
+/* Eight rows are eight streams, too short for the hardware's prefetcher: the next eight, which
+ * follow in memory, are fetched as one. Zen 5, one thread, Q4_0 from memory with rows of 2048: 21
+ * GB/s (all that reading gives) instead of 8. */
 MOE_AVX2_INLINE void x86_gemv32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
                                 x86_step_fn *step)
 {
@@ -376,7 +377,8 @@ MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, size_t item_bytes, x86_loa
         const uint8_t *row[8];
         x86_rows(mm, r, row);
         const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
-        __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0;
+        __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
+        __m256 a4 = a0, a5 = a0, a6 = a0, a7 = a0;
         for (size_t k = 0; k < n8; k += 8) {
             const size_t at = k * item_bytes;
             x86_prefetch(next + 8 * at, 64 * item_bytes);
@@ -404,8 +406,8 @@ MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, size_t item_bytes, x86_loa
  * these tokens before the next, so that the 4 rows stay in L1. */
 enum { X86_FLOAT_TOKENS = 48, X86_FLOAT_CHUNK = 512 };
 
-/* k .. end of 4 rows times 2 tokens, which may be the same: 8 chains. A tile of 12 would need all 16
- * registers, and compilers then spill a sum in the loop. */
+/* k .. end of 4 rows times 2 tokens, which may be the same: 8 chains. A tile of 12 would need all
+ * 16 registers, and compilers then spill a sum in the loop. */
 MOE_AVX2_INLINE void x86_float_tile(const uint8_t *const row[8], const float *x, const float *x2,
                                     size_t k, size_t end, __m256 sum[4], __m256 sum2[4],
                                     size_t item_bytes, x86_load8_fn *load8)

@@ -1,6 +1,6 @@
-/* tests/test_kernels.c - every quantization format: its layout against the gguf package, its reference
- * quantizer, and every kernel variant that this machine can run against the C kernel, bit for bit, on
- * random, extreme and unaligned data between guard pages. */
+/* tests/test_kernels.c - every quantization format: its layout against the gguf package, its
+ * reference quantizer, and every kernel variant that this machine can run against the C kernel, bit
+ * for bit, on random, extreme and unaligned data between guard pages. */
 #include "test.h"
 
 #include <sys/mman.h>
@@ -35,7 +35,8 @@ static variants variants_of(const moe_quant *quant)
     return v;
 }
 
-/* `bytes` bytes whose last one, or whose first one, stands next to a page that cannot be touched. */
+/* `bytes` bytes whose last one, or whose first one, stands next to a page that cannot be
+ * touched. */
 typedef struct guarded {
     uint8_t *map, *data;
     size_t map_bytes;
@@ -220,7 +221,8 @@ static void f16_conversion_is_exact(void)
         const float x = f32_of_f16((uint16_t)h);
         const int exponent = (int)(h >> 10 & 31);
         const double fraction = (h & 1023) / 1024.0;
-        const double magnitude = exponent ? ldexp(1 + fraction, exponent - 15) : ldexp(fraction, -14);
+        const double magnitude =
+            exponent ? ldexp(1 + fraction, exponent - 15) : ldexp(fraction, -14);
         if (exponent == 31)
             CHECK((h & 1023) ? x != x : fabsf(x) == INFINITY, "%04x -> %a", h, x);
         else
@@ -278,14 +280,14 @@ static void bf16_conversion_rounds_to_even(void)
 
 /* ----------------------------------------------------------------------------- quantizers -- */
 
-/* The error of a reference quantizer on weights spread evenly over [-1, 1], as a fraction of a block's
- * largest magnitude.
- *   rms   step / sqrt(12), where the step is 2 / 2^bits for scales and 2 / (2^bits - 1) for spans; 1.3
- *         times that for scales that are rounded themselves, and for codes that clip.
- *   max   half a step, or the part that is clipped: one whole step of Q4_0 and Q5_0, whose codes end at
- *         +7/8 and +15/16 of the largest; 14 / 127 of IQ4_NL (127 becomes 113); 8 becomes 6 in MXFP4.
- *         Plus the rounding of scales and offsets to 11 bits. 0: not bounded (searches for the least
- *         squares may give up single weights). */
+/* The error of a reference quantizer on weights spread evenly over [-1, 1], as a fraction of a
+ * block's largest magnitude.
+ *   rms   step / sqrt(12), where the step is 2 / 2^bits for scales and 2 / (2^bits - 1) for spans;
+ *         1.3 times that for scales that are rounded themselves, and for codes that clip.
+ *   max   half a step, or the part that is clipped: one whole step of Q4_0 and Q5_0, whose codes
+ *         end at +7/8 and +15/16 of the largest; 14 / 127 of IQ4_NL (127 becomes 113); 8 becomes 6
+ *         in MXFP4. Plus the rounding of scales and offsets to 11 bits. 0: not bounded (searches
+ *         for the least squares may give up single weights). */
 static const struct {
     const char *name;
     double rms, max;
@@ -371,9 +373,9 @@ static void quantizers_take_odd_blocks(void)
 
 static float edge_value(size_t i)
 {
-    static const float edge[] = {0.0f,     -0.0f,    1e-45f,    -1e-40f, 0x1p-119f, 0x1.fffffep-120f,
-                                 1.0f,     -1.0f,    3.4e38f,   -3.4e38f, 1e-30f,   127.0f,
-                                 0x1p-126f, 0.5f,    1.5f,      -2.5f};
+    static const float edge[] = {
+        0.0f, -0.0f, 1e-45f,  -1e-40f,  0x1p-119f, 0x1.fffffep-120f, 0x1p-126f, 0.5f,
+        1.0f, -1.0f, 3.4e38f, -3.4e38f, 1e-30f,    127.0f,           1.5f,      -2.5f};
     return edge[i % MOE_COUNT(edge)];
 }
 
@@ -468,7 +470,8 @@ static void float_activations_are_copied(void)
 
 /* --------------------------------------------------------------------------------- kernels -- */
 
-/* One shape and one kind of data: every variant against C, memory guarded, y surrounded by canaries. */
+/* One shape and one kind of data: every variant against C, memory guarded, y surrounded by
+ * canaries. */
 static void check_shape(const moe_quant *quant, const variants *v, const uint8_t *extremes,
                         data_kind kind, size_t n_in, size_t n_row, size_t n_tok)
 {
@@ -486,7 +489,8 @@ static void check_shape(const moe_quant *quant, const variants *v, const uint8_t
     fill_weights(quant, kind, extremes, w.data, n_row, row_bytes, w_stride);
     for (size_t t = 0; t < n_tok; t++)
         fill_activations(quant->act, kind, t, n_in, x.data + t * x_stride);
-    moe_mm mm = {w.data, w_stride, x.data, x_stride, (float *)want.data, y_stride, n_in, n_row, n_tok};
+    moe_mm mm = {w.data,   w_stride, x.data, x_stride, (float *)want.data,
+                 y_stride, n_in,     n_row,  n_tok};
     memset(want.data, 0xc5, y_len * sizeof(float));
     v->kernels[0].gemm(&mm);
     for (size_t i = 0; i < y_len; i++)
@@ -509,7 +513,8 @@ static void check_shape(const moe_quant *quant, const variants *v, const uint8_t
         memset(mm.y, 0xc5, n_row * sizeof(float));
         v->kernels[i].gemv(&mm);
         CHECK(memcmp((float *)want.data + last, mm.y, n_row * sizeof(float)) == 0,
-              "%s gemv, cpu %x, data %d: %zu x %zu", quant->name, v->cpu[i], (int)kind, n_row, n_in);
+              "%s gemv, cpu %x, data %d: %zu x %zu", quant->name, v->cpu[i], (int)kind, n_row,
+              n_in);
     }
     CHECK(memcmp(want.data, got.data, y_len * sizeof(float)) == 0, "%s: a canary", quant->name);
     guarded_free(w);
@@ -539,14 +544,15 @@ static void kernels_equal_c(void)
         /* Token counts and lengths beyond any tile. */
         for (size_t j = 0; j < 8; j++)
             check_shape(quant, &v, extremes, MIXED,
-                        blocks[j] * (quant->block_len == 1 ? 19 : quant->block_len), 9 + j, 70 - 9 * j);
+                        blocks[j] * (quant->block_len == 1 ? 19 : quant->block_len), 9 + j,
+                        70 - 9 * j);
         if (v.n == 1 && i == 0)
             printf("  only the C kernels run here\n");
     }
 }
 
-/* Products below the smallest number: their sums are -0, which a lane that is not summed must not turn
- * into +0. */
+/* Products below the smallest number: their sums are -0, which a lane that is not summed must not
+ * turn into +0. */
 static void float_kernels_keep_negative_zero(void)
 {
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
@@ -576,9 +582,9 @@ static void float_kernels_keep_negative_zero(void)
     }
 }
 
-/* The C kernels against a sum in double precision of the dequantized weights and activations. Each block
- * enters with at most 4 roundings, and one of the running sum; a block's terms are at most 4 times its
- * largest weight times its activations (where an offset cancels a code). */
+/* The C kernels against a sum in double precision of the dequantized weights and activations. Each
+ * block enters with at most 4 roundings, and one of the running sum; a block's terms are at most 4
+ * times its largest weight times its activations (where an offset cancels a code). */
 static void c_kernels_are_products(void)
 {
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
