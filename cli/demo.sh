@@ -16,7 +16,7 @@ echo "3/4 model: SmolLM2-135M-Instruct, 98 MB"
 cli/fetch.sh smollm2
 echo "4/4 a prompt"
 
-question="Why is the sky blue? Answer in a few sentences."
+question="Explain what a CPU does, in three sentences."
 echo
 echo "> $question"
 echo
@@ -25,5 +25,4 @@ prompt="<|im_start|>user
 $question<|im_end|>
 <|im_start|>assistant
 "
-exec "$MOE" run "$models/smollm2.gguf" --parse-special -p "$prompt" -n 160 \
-    --temp 0.6 --top-p 0.9 --repeat-penalty 1.1 --seed 1
+exec "$MOE" run "$models/smollm2.gguf" --parse-special -p "$prompt" -n 200

@@ -312,7 +312,8 @@ run 0 eval "$model" "$work/text" --ctx 16 --kl-base "$work/base.logits"
 out_has "KL divergence   0 +/- 0"
 out_has "same top token  100.00 %"
 out_has "perplexity "
-run 0 eval "$model" - --ctx 16 <"$work/text"
+"$moe" eval "$model" - --ctx 16 <"$work/text" >"$work/out" 2>"$work/err" || wrong "from stdin"
+out_has "scored          21 tokens"
 end
 
 begin eval_refuses_what_it_cannot_compare
