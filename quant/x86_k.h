@@ -294,9 +294,9 @@ MOE_AVX2_INLINE void x86_k_dot32(const x86_k_tile *tile, size_t p, const int8_t 
     const __m256i even = _mm256_set1_epi32(0x01000100), odd = _mm256_set1_epi32(0x03020302);
     const __m256i row = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c,
                                           0, 0x04040404, 0x08080808, 0x0c0c0c0c);
-    const size_t n_fold = (size_t)f->n_fold;
+    const size_t n_fold = (size_t)f->n_fold, n_part = 8 / n_fold;
     X86_K_UNROLL
-    for (size_t i = 0; i < 8 / n_fold; i++) {
+    for (size_t i = 0; i < n_part; i++) {
         __m256i part[4], scale = tile->scale[p];
         if (f->group == 16)
             scale = _mm256_shuffle_epi8(scale, _mm256_add_epi8(row, i * n_fold < 4 ? even : odd));
@@ -351,7 +351,7 @@ MOE_AVX2_INLINE void x86_k_step(const x86_k_tile *tile, const moe_q8 *x, size_t 
 
 /* Tokens computed on one tile before the next is unpacked, and the number from which on a tile is
  * worth its unpacking. */
-enum { X86_K_TOKENS = 64, X86_K_TOKENS_MIN = 3 };
+enum { X86_K_TOKENS = 64, X86_K_TOKENS_MIN = 4 };
 
 /* Up to X86_K_TOKENS tokens from t0 on. */
 MOE_AVX2_INLINE void x86_k_gemm_tokens(const moe_mm *mm, size_t t0, size_t n_tok,
@@ -381,16 +381,25 @@ MOE_AVX2_INLINE void x86_k_gemm_tokens(const moe_mm *mm, size_t t0, size_t n_tok
     }
 }
 
+/* Few tokens: one by one, on 8 rows at a time, which stay in the cache. */
+MOE_AVX2_INLINE void x86_k_gemm_few(const moe_mm *mm, moe_mm_fn *gemv)
+{
+    for (size_t r = 0; r < mm->n_row; r += 8)
+        for (size_t t = 0; t < mm->n_tok; t++) {
+            moe_mm part = *mm;
+            part.w += r * mm->w_stride;
+            part.x += t * mm->x_stride;
+            part.y += t * mm->y_stride + r;
+            part.n_row = MOE_MIN(mm->n_row - r, 8);
+            part.n_tok = 1;
+            gemv(&part);
+        }
+}
+
 MOE_AVX2_INLINE void x86_k_gemm(const moe_mm *mm, const x86_k_format *f, moe_mm_fn *gemv)
 {
     if (mm->n_tok < X86_K_TOKENS_MIN) {
-        for (size_t t = 0; t < mm->n_tok; t++) {
-            moe_mm one = *mm;
-            one.x += t * mm->x_stride;
-            one.y += t * mm->y_stride;
-            one.n_tok = 1;
-            gemv(&one);
-        }
+        x86_k_gemm_few(mm, gemv);
         return;
     }
     for (size_t t = 0; t < mm->n_tok; t += X86_K_TOKENS)
