@@ -314,7 +314,8 @@ MOE_AVX2_INLINE void x86_gemv32(const moe_mm *mm, size_t block_bytes, x86_unpack
     }
 }
 
-/* Tokens computed on one unpacked block before the next is unpacked. */
+/* Tokens computed on one unpacked block before the next is unpacked. The prefetch matters where few
+ * tokens use weights from memory, as with experts: Zen 5, Q4_0, 8 tokens: 141 Gop/s instead of 87. */
 enum { X86_TOKENS = 16 };
 
 MOE_AVX2_INLINE void x86_gemm32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
@@ -332,7 +333,9 @@ MOE_AVX2_INLINE void x86_gemm32(const moe_mm *mm, size_t block_bytes, x86_unpack
             __m256 acc[X86_TOKENS];
             for (size_t t = 0; t < n_tok; t++)
                 acc[t] = _mm256_setzero_ps();
+            const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
             for (size_t b = 0; b < n_block; b++) {
+                x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
                 x86_block w;
                 unpack(row, b * block_bytes, &w);
                 for (size_t t = 0; t < n_tok; t++) {
