@@ -95,15 +95,15 @@ MOE_UNUSED static void edit_set_string(gguf_edit *e, const char *name, const cha
     free(value);
 }
 
-/* An array of items of a fixed size. */
+/* An array: `bytes` bytes hold n items, as they stand in a file. */
 MOE_UNUSED static void edit_set_array(gguf_edit *e, const char *name, uint32_t item,
-                                      const void *items, uint64_t n, size_t item_bytes)
+                                      const void *items, uint64_t n, size_t bytes)
 {
-    uint8_t *value = edit_memory(NULL, 12 + n * item_bytes);
+    uint8_t *value = edit_memory(NULL, 12 + bytes);
     memcpy(value, &item, 4);
     memcpy(value + 4, &n, 8);
-    memcpy(value + 12, items, n * item_bytes);
-    edit_set(e, name, META_ARRAY, value, 12 + n * item_bytes);
+    memcpy(value + 12, items, bytes);
+    edit_set(e, name, META_ARRAY, value, 12 + bytes);
     free(value);
 }
 
@@ -227,7 +227,7 @@ MOE_UNUSED static gguf_edit *edit_read(const char *path)
             edit_set_string(e, m->key, text);
             free(text);
         } else if (m->type == META_ARRAY) {
-            edit_set_array(e, m->key, m->item, m->data, m->n, (size_t)(m->data_bytes / m->n));
+            edit_set_array(e, m->key, m->item, m->data, m->n, (size_t)m->data_bytes);
         } else {
             edit_set(e, m->key, m->type, m->data, (size_t)m->data_bytes);
         }

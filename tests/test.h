@@ -97,6 +97,21 @@ MOE_UNUSED static const char *test_shared(void)
     return getenv("MOE_TEST_SHARED");
 }
 
+/* A factor on time limits: sanitizers are slow, and emulators by what MOE_TEST_SLOW says. */
+MOE_UNUSED static uint32_t test_slowness(void)
+{
+    const char *slow = getenv("MOE_TEST_SLOW");
+    uint32_t factor = slow ? (uint32_t)atoi(slow) : 1;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    factor *= 10;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+    factor *= 10;
+#endif
+#endif
+    return factor ? factor : 1;
+}
+
 /* Random numbers that are the same everywhere: xorshift64*. */
 static uint64_t test_random_state = 88172645463325252u;
 

@@ -1,0 +1,714 @@
+/* tests/test_malformed_model.c - files that are well-formed GGUF but describe no sound model.
+ *
+ * Each case takes a valid fixture of each family, changes one thing, and expects a typed error that
+ * names the key or the tensor; with no leak, within a second and 64 MiB more than the file.
+ *
+ * Environment: MOE_TEST_SLOW, a factor on time limits for emulators. */
+#include "test.h"
+
+#include "gguf_edit.h"
+
+/* --------------------------------------------------------------------------------- families -- */
+
+static const char *const family_files[] = {"llama-tied", "llama-llama3", "mixtral", "qwen2",
+                                           "qwen3",      "qwen3moe",     "olmoe",   "gemma3"};
+
+enum { N_FAMILIES = MOE_COUNT(family_files) };
+
+typedef struct family {
+    const char *file;
+    char arch[32];
+    gguf_edit *valid;
+} family;
+
+static family families[N_FAMILIES];
+
+static bool families_load(void)
+{
+    for (size_t i = 0; i < N_FAMILIES; i++) {
+        family *f = &families[i];
+        char path[512];
+        snprintf(path, sizeof path, "%s/fixtures/%s.gguf", test_root(), family_files[i]);
+        f->file = family_files[i];
+        f->valid = edit_read(path);
+        if (!f->valid)
+            return false;
+        edit_string(f->valid, "general.architecture", f->arch, sizeof f->arch);
+    }
+    return true;
+}
+
+/* The name of a key of the family's, such as "llama.block_count". */
+static const char *key_of(const family *f, const char *key)
+{
+    static char name[4][128];
+    static unsigned next;
+    char *text = name[next++ % 4];
+    snprintf(text, sizeof name[0], "%s%s%s", strncmp(key, "general.", 8) ? f->arch : "",
+             strncmp(key, "general.", 8) ? "." : "", key);
+    return text;
+}
+
+static bool has_key(const family *f, const char *key)
+{
+    return edit_find(f->valid, key_of(f, key)) != NULL;
+}
+
+static uint32_t number_of(const family *f, const char *key)
+{
+    return edit_u32(f->valid, key_of(f, key));
+}
+
+/* ----------------------------------------------------------------------------------- opening -- */
+
+typedef struct memory_count {
+    uint64_t used, peak;
+} memory_count;
+
+static void *count_alloc(void *user, size_t bytes, size_t align)
+{
+    memory_count *m = user;
+    void *p = NULL;
+    if (posix_memalign(&p, align, bytes))
+        return NULL;
+    m->used += bytes;
+    m->peak = MOE_MAX(m->peak, m->used);
+    return p;
+}
+
+static void count_free(void *user, void *ptr, size_t bytes, size_t align)
+{
+    (void)align;
+    ((memory_count *)user)->used -= bytes;
+    free(ptr);
+}
+
+/* Opens the file, and if that works runs a few tokens: the status of the first step that fails. With
+ * room for `error`. */
+static moe_status outcome(const gguf_edit *e, const char *what, moe_error *error)
+{
+    memory_count count = {0};
+    moe_host host;
+    moe_host_init(&host);
+    host.user = &count;
+    host.alloc = count_alloc;
+    host.free = count_free;
+    size_t bytes;
+    uint8_t *data = edit_write(e, &bytes);
+    moe_model_options o;
+    moe_model_options_init(&o);
+    o.host = &host;
+    o.data = data;
+    o.data_bytes = bytes;
+    memset(error, 0, sizeof *error);
+    uint64_t start = plat_time_ns();
+    moe_model *model = (moe_model *)&o;
+    moe_session *s = NULL;
+    moe_status status = moe_model_open(&model, &o, error);
+    CHECK((status == MOE_OK) == (model != NULL), "%s: *out after %s", what,
+          moe_status_name(status));
+    if (!status) {
+        moe_session_options so;
+        moe_session_options_init(&so);
+        so.n_ctx = 16;
+        so.n_threads = 1;
+        status = moe_session_open(&s, model, &so, error);
+    }
+    if (!status) {
+        moe_model_info info = {.size = sizeof info};
+        moe_model_get_info(model, &info);
+        const moe_token tokens[9] = {1, 2, 3, 5, 8, 13, 21, 34, 55};
+        float *logits = edit_memory(NULL, 9 * sizeof(float) * info.n_vocab);
+        status = moe_session_eval(s, tokens, 9, 9, logits);
+        *error = *moe_session_error(s);
+        free(logits);
+    }
+    moe_session_close(s);
+    moe_model_close(model);
+    uint64_t ms = (plat_time_ns() - start) / 1000000;
+    CHECK(ms < 1000 * test_slowness(), "%s: took %llu ms", what, (unsigned long long)ms);
+    CHECK(count.used == 0, "%s: %llu bytes leaked", what, (unsigned long long)count.used);
+    CHECK(count.peak < (64u << 20) + bytes, "%s: %llu bytes used", what,
+          (unsigned long long)count.peak);
+    free(data);
+    return status;
+}
+
+/* The file must be refused, with `name` as the subject and a message that says what was expected. */
+static void refused(const gguf_edit *e, const family *f, const char *name, const char *what)
+{
+    moe_error error;
+    char label[256];
+    snprintf(label, sizeof label, "%s: %s: %s", f->file, name, what);
+    moe_status status = outcome(e, label, &error);
+    CHECK(status == MOE_ERR_MODEL || status == MOE_ERR_UNSUPPORTED || status == MOE_ERR_FORMAT,
+          "%s: %s: %s", label, moe_status_name(status), error.message);
+    CHECK(error.status == status, "%s: the error says %s", label, moe_status_name(error.status));
+    CHECK(!strcmp(error.subject, name), "%s: subject \"%s\" of \"%s\"", label, error.subject,
+          error.message);
+    CHECK(strstr(error.message, name), "%s: not named in \"%s\"", label, error.message);
+    CHECK(strstr(error.message, "expected") || strstr(error.message, "no place"), "%s: \"%s\"",
+          label, error.message);
+}
+
+/* One key changed. `value` NULL: dropped. */
+static void refuse_key(const family *f, const char *key, uint32_t type, const void *value,
+                       size_t bytes, const char *what)
+{
+    gguf_edit *e = edit_copy(f->valid);
+    const char *name = key_of(f, key);
+    if (value)
+        edit_set(e, name, type, value, bytes);
+    else
+        edit_drop(e, name);
+    refused(e, f, name, what);
+    edit_free(e);
+}
+
+static void refuse_u32(const family *f, const char *key, uint32_t value)
+{
+    char what[32];
+    snprintf(what, sizeof what, "%u", value);
+    refuse_key(f, key, META_U32, &value, 4, what);
+}
+
+static void refuse_f32(const family *f, const char *key, float value)
+{
+    char what[32];
+    snprintf(what, sizeof what, "%g", (double)value);
+    refuse_key(f, key, META_F32, &value, 4, what);
+}
+
+static void refuse_missing(const family *f, const char *key)
+{
+    refuse_key(f, key, 0, NULL, 0, "missing");
+}
+
+#define FOR_EACH_FAMILY(f)                                                                         \
+    for (const family *f = families; f < families + N_FAMILIES && !test_failures; f++)
+
+/* ------------------------------------------------------------------------------------ cases -- */
+
+static void valid_files_open(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        moe_error error;
+        CHECK(outcome(f->valid, f->file, &error) == MOE_OK, "%s: %s", f->file, error.message);
+    }
+}
+
+static void m1_architecture(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        gguf_edit *e = edit_copy(f->valid);
+        edit_drop(e, "general.architecture");
+        refused(e, f, "general.architecture", "missing");
+        const char *const unknown[] = {"", "nosuch", "Llama", "llama2", "clip"};
+        for (size_t i = 0; i < MOE_COUNT(unknown); i++) {
+            edit_set_string(e, "general.architecture", unknown[i]);
+            refused(e, f, "general.architecture", unknown[i]);
+        }
+        edit_set_u32(e, "general.architecture", 7);
+        refused(e, f, "general.architecture", "a number");
+        edit_free(e);
+    }
+    /* A name of hostile length is cut, not copied over the end. */
+    gguf_edit *e = edit_copy(families[0].valid);
+    char *name = edit_memory(NULL, 100001);
+    memset(name, 'x', 100000);
+    name[100000] = 0;
+    edit_set_string(e, "general.architecture", name);
+    refused(e, &families[0], "general.architecture", "100000 bytes");
+    free(name);
+    edit_free(e);
+}
+
+static void m2_m3_block_count(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        refuse_missing(f, "block_count");
+        refuse_u32(f, "block_count", 0);
+        refuse_u32(f, "block_count", 100000);
+        refuse_u32(f, "block_count", UINT32_MAX);
+        /* One more than there are: the first tensor of the missing layer is named. One fewer: those
+         * that are left over. */
+        uint32_t n = number_of(f, "block_count");
+        char name[64], what[64];
+        for (int more = 0; more < 2; more++) {
+            gguf_edit *e = edit_copy(f->valid);
+            edit_set_u32(e, key_of(f, "block_count"), more ? n + 1 : n - 1);
+            moe_error error;
+            snprintf(what, sizeof what, "%s: %d layers", f->file, (int)n + (more ? 1 : -1));
+            CHECK(outcome(e, what, &error) != MOE_OK, "%s", what);
+            snprintf(name, sizeof name, "blk.%u.", more ? n : n - 1);
+            CHECK(n == 1 || !strncmp(error.subject, name, strlen(name)), "%s: \"%s\"", what,
+                  error.message);
+            edit_free(e);
+        }
+    }
+}
+
+/* Keys that a family must have, and all the types that they cannot have. */
+static void m4_wrong_types(void)
+{
+    static const char *const keys[] = {
+        "block_count", "context_length", "embedding_length", "feed_forward_length",
+        "attention.head_count", "attention.head_count_kv", "attention.key_length",
+        "attention.value_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+        "rope.dimension_count", "expert_count", "expert_used_count", "expert_feed_forward_length",
+        "attention.sliding_window", "rope.freq_base_swa"};
+    FOR_EACH_FAMILY(f)
+    {
+        for (size_t i = 0; i < MOE_COUNT(keys); i++) {
+            if (!has_key(f, keys[i]))
+                continue;
+            const uint8_t text[11] = {3, 0, 0, 0, 0, 0, 0, 0, '1', '2', '3'};
+            const uint8_t strings[23] = {META_STRING, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0,
+                                         3,           0, 0, 0, 0, 0, 0, 0, 'a', 'b', 'c'};
+            refuse_key(f, keys[i], META_STRING, text, sizeof text, "a string");
+            refuse_key(f, keys[i], META_BOOL, "\1", 1, "a bool");
+            refuse_key(f, keys[i], META_ARRAY, strings, sizeof strings, "an array of strings");
+            if (!strstr(keys[i], "eps") && !strstr(keys[i], "freq_base")) {
+                refuse_key(f, keys[i], META_F32, &(float){2}, 4, "a float");
+                refuse_key(f, keys[i], META_I32, &(int32_t){-2}, 4, "negative");
+                refuse_key(f, keys[i], META_I64, &(int64_t){INT64_MIN}, 8, "most negative");
+                refuse_key(f, keys[i], META_U64, &(uint64_t){(1ull << 32) + number_of(f, keys[i])},
+                           8, "the same modulo 2^32");
+                refuse_key(f, keys[i], META_U64, &(uint64_t){UINT64_MAX}, 8, "2^64 - 1");
+            }
+        }
+        const char *const required[] = {"context_length", "embedding_length",
+                                        "attention.head_count",
+                                        "attention.layer_norm_rms_epsilon"};
+        for (size_t i = 0; i < MOE_COUNT(required); i++)
+            refuse_missing(f, required[i]);
+    }
+}
+
+static void m5_sibling_counts(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        uint32_t n = number_of(f, "block_count");
+        if (!number_of(f, "expert_count"))
+            continue;
+        refuse_u32(f, "leading_dense_block_count", n + 1);
+        refuse_u32(f, "leading_dense_block_count", UINT32_MAX);
+    }
+}
+
+static void m6_m7_heads(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        uint32_t n = number_of(f, "attention.head_count");
+        refuse_u32(f, "attention.head_count", 0);
+        refuse_u32(f, "attention.head_count", UINT32_MAX);
+        refuse_u32(f, "attention.head_count_kv", 0);
+        refuse_u32(f, "attention.head_count_kv", n + 1);
+        refuse_u32(f, "attention.head_count_kv", UINT32_MAX);
+        if (n > 2)
+            refuse_u32(f, "attention.head_count_kv", n - 1);
+    }
+}
+
+static void m8_short_arrays(void)
+{
+    static const char *const keys[] = {"attention.head_count", "attention.head_count_kv",
+                                       "feed_forward_length"};
+    FOR_EACH_FAMILY(f)
+    {
+        uint32_t n = number_of(f, "block_count"), value[64];
+        for (size_t i = 0; i < MOE_COUNT(keys); i++) {
+            gguf_edit *e = edit_copy(f->valid);
+            const char *name = key_of(f, keys[i]);
+            moe_error error;
+            for (uint32_t k = 0; k < 64; k++)
+                value[k] = number_of(f, keys[i]);
+            for (uint32_t have = 0; have < n; have++) {
+                edit_set_array(e, name, META_U32, value, have, 4 * have);
+                refused(e, f, name, "short array");
+            }
+            edit_set_array(e, name, META_U32, value, n, 4 * n); // the control: one for each layer
+            CHECK(outcome(e, name, &error) == MOE_OK, "%s: %s: %s", f->file, name, error.message);
+            value[n - 1] = UINT32_MAX; // all items are looked at
+            edit_set_array(e, name, META_U32, value, n, 4 * n);
+            refused(e, f, name, "2^32 - 1 in the last item");
+            edit_free(e);
+        }
+    }
+}
+
+static void m9_heads_do_not_divide(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        gguf_edit *e = edit_copy(f->valid);
+        uint32_t n_embd = number_of(f, "embedding_length"), n = 2;
+        edit_drop(e, key_of(f, "attention.key_length"));
+        edit_drop(e, key_of(f, "attention.value_length"));
+        while (n_embd % n == 0)
+            n++;
+        edit_set_u32(e, key_of(f, "attention.head_count"), n);
+        edit_set_u32(e, key_of(f, "attention.head_count_kv"), 1);
+        refused(e, f, key_of(f, "attention.head_count"), "does not divide");
+        edit_free(e);
+    }
+}
+
+static void m10_rope_dimensions(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        uint32_t dim = number_of(f, "attention.key_length");
+        dim = dim ? dim : number_of(f, "embedding_length") / number_of(f, "attention.head_count");
+        refuse_u32(f, "rope.dimension_count", 0);
+        refuse_u32(f, "rope.dimension_count", 1);
+        refuse_u32(f, "rope.dimension_count", dim - 1);
+        refuse_u32(f, "rope.dimension_count", dim + 2);
+        refuse_u32(f, "rope.dimension_count", UINT32_MAX);
+    }
+}
+
+static void m11_m12_floats(void)
+{
+    static const char *const scaling[] = {"rope.scaling.factor", "rope.scaling.attn_factor",
+                                          "rope.scaling.yarn_beta_fast",
+                                          "rope.scaling.yarn_beta_slow"};
+    FOR_EACH_FAMILY(f)
+    {
+        const float bad[] = {0, NAN, INFINITY, -INFINITY, -1};
+        for (size_t i = 0; i < MOE_COUNT(bad); i++) {
+            refuse_f32(f, "rope.freq_base", bad[i]);
+            if (i > 0)
+                refuse_f32(f, "attention.layer_norm_rms_epsilon", bad[i]);
+            gguf_edit *e = edit_copy(f->valid);
+            edit_set_string(e, key_of(f, "rope.scaling.type"), "yarn");
+            edit_set_f32(e, key_of(f, "rope.scaling.factor"), 4);
+            for (size_t k = 0; k < MOE_COUNT(scaling); k++) {
+                gguf_edit *one = edit_copy(e);
+                edit_set_f32(one, key_of(f, scaling[k]), bad[i]);
+                refused(one, f, key_of(f, scaling[k]), "not a sound number");
+                edit_free(one);
+            }
+            edit_free(e);
+        }
+        gguf_edit *e = edit_copy(f->valid);
+        edit_set_string(e, key_of(f, "rope.scaling.type"), "magic");
+        refused(e, f, key_of(f, "rope.scaling.type"), "unknown");
+        edit_free(e);
+    }
+}
+
+static void m13_m15_experts(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        uint32_t n = number_of(f, "expert_count");
+        if (!n) {
+            refuse_u32(f, "expert_count", UINT32_MAX);
+            continue;
+        }
+        refuse_missing(f, "expert_used_count");
+        refuse_u32(f, "expert_used_count", 0);
+        refuse_u32(f, "expert_used_count", n + 1);
+        refuse_u32(f, "expert_used_count", UINT32_MAX);
+        refuse_u32(f, "expert_count", 1u << 20);
+        refuse_u32(f, "expert_count", UINT32_MAX);
+        if (has_key(f, "expert_feed_forward_length")) {
+            refuse_u32(f, "expert_feed_forward_length", 0);
+            refuse_u32(f, "expert_feed_forward_length", UINT32_MAX);
+        }
+        if (has_key(f, "feed_forward_length"))
+            refuse_u32(f, "feed_forward_length", UINT32_MAX);
+    }
+}
+
+static void m16_context_length(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        refuse_u32(f, "context_length", 0);
+        refuse_u32(f, "context_length", UINT32_MAX);
+        /* The longest that a file may claim: a session of the default length opens, one of that length
+         * is refused before anything is allocated. */
+        gguf_edit *e = edit_copy(f->valid);
+        edit_set_u32(e, key_of(f, "context_length"), 1u << 30);
+        moe_error error;
+        CHECK(outcome(e, f->file, &error) == MOE_OK, "%s", error.message);
+        edit_free(e);
+    }
+}
+
+static void m17_vocabulary(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        for (int more = 0; more < 2; more++) {
+            gguf_edit *e = edit_copy(f->valid);
+            edit_tensor *t = edit_find_tensor(e, "token_embd.weight");
+            t->dims[1] = more ? t->dims[1] + 1 : t->dims[1] - 1;
+            edit_reshape(t, t->type, t->n_dims, t->dims);
+            t = edit_find_tensor(e, "output.weight");
+            moe_error error;
+            moe_status status = outcome(e, f->file, &error);
+            if (t) // rows of the two no longer agree
+                CHECK(status == MOE_ERR_MODEL && !strcmp(error.subject, "output.weight"), "%s: %s",
+                      f->file, error.message);
+            edit_free(e);
+        }
+        gguf_edit *e = edit_copy(f->valid);
+        edit_tensor *t = edit_find_tensor(e, "token_embd.weight");
+        uint64_t huge[4] = {t->dims[0], 1, 1, 1};
+        edit_reshape(t, t->type, 1, huge);
+        refused(e, f, "token_embd.weight", "one dimension");
+        edit_free(e);
+    }
+}
+
+static bool may_be_missing(const family *f, const char *name)
+{
+    return !strcmp(name, "output.weight") || !strcmp(name, "rope_freqs.weight") ||
+           (strstr(name, ".bias") && !strcmp(f->arch, "llama"));
+}
+
+static void m18_missing_tensors(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        for (size_t i = 0; i < f->valid->n_tensors; i++) {
+            gguf_edit *e = edit_copy(f->valid);
+            char name[64];
+            moe_error error;
+            snprintf(name, sizeof name, "%s", e->tensor[i].name);
+            edit_drop_tensor(e, &e->tensor[i]);
+            if (may_be_missing(f, name))
+                CHECK(outcome(e, name, &error) == MOE_OK, "%s: %s", name, error.message);
+            else
+                refused(e, f, name, "missing");
+            edit_free(e);
+        }
+        gguf_edit *e = edit_copy(f->valid);
+        edit_add_tensor(e, "blk.0.attn_mystery.weight", "F32", 1, (uint64_t[]){8});
+        refused(e, f, "blk.0.attn_mystery.weight", "unknown");
+        edit_free(e);
+    }
+}
+
+/* Each tensor with a shape that is wrong in each of several ways. */
+static void m19_wrong_shapes(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        for (size_t i = 0; i < f->valid->n_tensors; i++) {
+            const edit_tensor *t = &f->valid->tensor[i];
+            const uint32_t n = t->n_dims;
+            for (int how = 0; how < 5; how++) {
+                uint64_t dims[4] = {t->dims[0], t->dims[1], t->dims[2], t->dims[3]};
+                uint32_t n_dims = n;
+                const char *what = "";
+                switch (how) {
+                case 0: what = "longer rows", dims[0] += 1; break;
+                case 1: what = "one more of the last", dims[n - 1] += 1; break;
+                case 2: what = "one dimension more", dims[n_dims++] = 2; break;
+                case 3: what = "transposed", dims[0] = t->dims[1], dims[1] = t->dims[0]; break;
+                default: what = "a single number", n_dims = 1, dims[0] = 1; break;
+                }
+                /* The number of tokens is what the embedding says. */
+                bool same = how == 3 && (n == 1 || dims[0] == dims[1]);
+                bool vocabulary = !strcmp(t->name, "token_embd.weight") && how == 1;
+                if (same || vocabulary || n_dims > 4)
+                    continue;
+                gguf_edit *e = edit_copy(f->valid);
+                edit_reshape(&e->tensor[i], 0, n_dims, dims); // as F32, so that any row is whole
+                if (!strcmp(t->name, "token_embd.weight") && how == 3)
+                    edit_drop_tensor(e, edit_find_tensor(e, "output.weight")
+                                            ? edit_find_tensor(e, "output.weight")
+                                            : &e->tensor[i]);
+                refused(e, f, t->name, what);
+                edit_free(e);
+            }
+        }
+    }
+}
+
+/* Norms and biases must be floats; matrices may be of any type that can be read. */
+static void m20_wrong_types(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        uint32_t n_vectors = 0;
+        for (size_t i = 0; i < f->valid->n_tensors; i++) {
+            const edit_tensor *t = &f->valid->tensor[i];
+            gguf_edit *e = edit_copy(f->valid);
+            edit_tensor *changed = &e->tensor[i];
+            const uint32_t unknown[] = {4, 5, 24, 27, 31, 77, UINT32_MAX}; // removed, integers, none
+            for (size_t k = 0; k < MOE_COUNT(unknown); k++) {
+                changed->type = unknown[k];
+                refused(e, f, t->name, "a type that cannot be computed with");
+            }
+            edit_free(e);
+            n_vectors += t->n_dims == 1;
+        }
+        CHECK(n_vectors > 0, "no vectors");
+    }
+    /* Q8_0 for a norm of 32 elements, in a model that is sound otherwise. */
+    gguf_edit *e = edit_copy(families[0].valid);
+    const family *f = &families[0];
+    const uint32_t n_embd = number_of(f, "embedding_length");
+    for (size_t i = 0; i < e->n_tensors; i++) { // widen the model to 64, all with F32
+        edit_tensor *t = &e->tensor[i];
+        uint64_t dims[4];
+        for (int k = 0; k < 4; k++)
+            dims[k] = t->dims[k] == n_embd ? 64 : t->dims[k];
+        edit_reshape(t, t->type, t->n_dims, dims);
+    }
+    edit_set_u32(e, key_of(f, "embedding_length"), 64);
+    moe_error error;
+    moe_status status = outcome(e, "widened", &error);
+    CHECK(status == MOE_OK, "%s", error.message);
+    edit_tensor *norm = edit_find_tensor(e, "blk.0.attn_norm.weight");
+    edit_reshape(norm, quant_by_name("Q8_0")->id, 1, (uint64_t[]){64});
+    refused(e, f, "blk.0.attn_norm.weight", "Q8_0 norm");
+    edit_free(e);
+}
+
+/* Not-a-numbers and infinities in the weights. Those in norms are found when the file is opened, others
+ * when a result shows it: then the weight is named. Nothing may be read or written out of place. */
+static void m21_weights_are_not_numbers(void)
+{
+    const uint32_t patterns[] = {0x7fc00000, 0x7f800000, 0xff800000, 0xffffffff};
+    FOR_EACH_FAMILY(f)
+    {
+        for (size_t i = 0; i < f->valid->n_tensors; i++) {
+            for (size_t p = 0; p < MOE_COUNT(patterns); p++) {
+                gguf_edit *e = edit_copy(f->valid);
+                edit_tensor *t = &e->tensor[i];
+                for (size_t at = 0; at + 4 <= t->bytes; at += 4)
+                    memcpy(t->data + at, &patterns[p], 4);
+                refused(e, f, t->name, "not numbers");
+                edit_free(e);
+            }
+        }
+    }
+}
+
+/* The same in the scales of blocks, where the type has other places for them. */
+static void m21_scales_are_not_numbers(void)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/fixtures/qwen3moe-q.gguf", test_root());
+    family f = {.file = "qwen3moe-q", .arch = "qwen3moe", .valid = edit_read(path)};
+    REQUIRE(f.valid, "no fixture");
+    uint32_t n_tried = 0;
+    for (size_t i = 0; i < f.valid->n_tensors; i++) {
+        gguf_edit *e = edit_copy(f.valid);
+        edit_tensor *t = &e->tensor[i];
+        const moe_quant *quant = quant_by_id(t->type);
+        if (quant->block_len > 1) {
+            for (size_t at = 0; at < t->bytes; at += quant->block_bytes)
+                memcpy(t->data + at, &(uint16_t){0x7e00}, 2);
+            refused(e, &f, t->name, "NaN in the scales");
+            n_tried++;
+        }
+        edit_free(e);
+    }
+    CHECK(n_tried > 8, "%u quantized tensors", n_tried);
+    edit_free(f.valid);
+}
+
+/* Divisors of the rotary frequencies: too few, none, zero, negative. */
+static void m22_rope_factors(void)
+{
+    const family *f = NULL;
+    for (size_t i = 0; i < N_FAMILIES; i++)
+        if (edit_find_tensor(families[i].valid, "rope_freqs.weight"))
+            f = &families[i];
+    REQUIRE(f, "no fixture with rope_freqs.weight");
+    const uint64_t n = edit_find_tensor(f->valid, "rope_freqs.weight")->dims[0];
+    for (uint64_t have = 1; have < n; have++) {
+        gguf_edit *e = edit_copy(f->valid);
+        edit_reshape(edit_find_tensor(e, "rope_freqs.weight"), 0, 1, &have);
+        refused(e, f, "rope_freqs.weight", "too few");
+        edit_free(e);
+    }
+    const float bad[] = {0, -1, NAN, INFINITY};
+    for (size_t i = 0; i < MOE_COUNT(bad); i++) {
+        gguf_edit *e = edit_copy(f->valid);
+        memcpy(edit_find_tensor(e, "rope_freqs.weight")->data + 4, &bad[i], 4);
+        refused(e, f, "rope_freqs.weight", "not a divisor");
+        edit_free(e);
+    }
+}
+
+/* Sizes whose products pass 2^31, 2^32 or 2^64. */
+static void m23_large_products(void)
+{
+    static const char *const keys[] = {"embedding_length", "feed_forward_length",
+                                       "attention.head_count", "attention.key_length",
+                                       "attention.value_length", "expert_feed_forward_length",
+                                       "attention.sliding_window"};
+    const uint32_t sizes[] = {46341, 65536, 1u << 18, 1u << 22, 1u << 24, 1u << 30, 1u << 31,
+                              UINT32_MAX};
+    FOR_EACH_FAMILY(f)
+    {
+        for (size_t k = 0; k < MOE_COUNT(keys); k++) {
+            for (size_t i = 0; i < MOE_COUNT(sizes); i++) {
+                if (!has_key(f, keys[k]))
+                    continue;
+                gguf_edit *e = edit_copy(f->valid);
+                moe_error error;
+                char what[96];
+                snprintf(what, sizeof what, "%s: %s = %u", f->file, keys[k], sizes[i]);
+                edit_set_u32(e, key_of(f, keys[k]), sizes[i]);
+                /* A tensor has another shape than these say, unless the key alone is out of range. */
+                moe_status status = outcome(e, what, &error);
+                bool window = strstr(keys[k], "window") && sizes[i] <= 1u << 30;
+                bool unused = !strcmp(keys[k], "feed_forward_length") &&
+                              has_key(f, "expert_feed_forward_length") && sizes[i] <= 1u << 22;
+                if (window || (unused && status == MOE_OK))
+                    CHECK(status == MOE_OK, "%s: %s", what, error.message);
+                else
+                    CHECK(status == MOE_ERR_MODEL && error.subject[0], "%s: %s: %s", what,
+                          moe_status_name(status), error.message);
+                edit_free(e);
+            }
+        }
+    }
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    if (!families_load()) {
+        printf("FAIL fixtures: cannot be read below %s\n0 passed, 1 failed, 0 skipped\n",
+               test_root());
+        return 1;
+    }
+    RUN(valid_files_open);
+    RUN(m1_architecture);
+    RUN(m2_m3_block_count);
+    RUN(m4_wrong_types);
+    RUN(m5_sibling_counts);
+    RUN(m6_m7_heads);
+    RUN(m8_short_arrays);
+    RUN(m9_heads_do_not_divide);
+    RUN(m10_rope_dimensions);
+    RUN(m11_m12_floats);
+    RUN(m13_m15_experts);
+    RUN(m16_context_length);
+    RUN(m17_vocabulary);
+    RUN(m18_missing_tensors);
+    RUN(m19_wrong_shapes);
+    RUN(m20_wrong_types);
+    RUN(m21_weights_are_not_numbers);
+    RUN(m21_scales_are_not_numbers);
+    RUN(m22_rope_factors);
+    RUN(m23_large_products);
+    for (size_t i = 0; i < N_FAMILIES; i++)
+        edit_free(families[i].valid);
+    return test_end();
+}
