@@ -14,9 +14,12 @@ Versions (the committed files are reproduced byte for byte with these):
 For each model NAME two files are written:
 
     NAME.gguf       weights and metadata; no tokenizer
-    NAME.expected   little endian: char[4] "MOEX", uint32 kind, uint32 n_tok, uint32 n_vocab,
+    NAME.expected   little endian: char[4] "MOEX", uint32 n_tok, uint32 n_vocab, float32 rounding[3],
                     int32 token[n_tok], float32 logits[n_tok][n_vocab]
-                    kind 0: all matrices are F32, F16 or BF16; 1: some are in integer formats
+
+`rounding` says what a key/value cache of type F16, Q8_0 and F32 costs: the largest relative error of a
+position's logits when transformers itself, in double precision, rounds keys and values so and, in
+front of matrices in integer formats, activations to 8 bits in groups of 32.
 
 The logits are computed in double precision throughout: torch.float32 is made to mean float64 while
 the model runs, since the modelling code forces norms, softmax and rotary angles into float32. The same
@@ -36,7 +39,7 @@ import numpy as np
 import torch
 import transformers
 from gguf import GGMLQuantizationType as GT
-from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM,
+from transformers import (DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM,
                           MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
                           Qwen3MoeConfig, Qwen3MoeForCausalLM)
@@ -386,6 +389,50 @@ def double_precision():
         torch.set_default_dtype(saved[3])
 
 
+def round_groups(x, scale_of):
+    """Rounds to 8 bits in groups of 32 along the last dimension; the last group may be shorter."""
+    n = x.shape[-1]
+    groups = torch.nn.functional.pad(x, (0, -n % 32)).reshape(*x.shape[:-1], -1, 32)
+    largest = groups.abs().amax(-1, keepdim=True)
+    q = torch.round(groups / largest.clamp(min=1e-30) * 127)
+    return (q * scale_of(largest / 127)).reshape(*x.shape[:-1], -1)[..., :n]
+
+
+def round_f16(x):
+    return x.to(torch.float16).to(x.dtype)
+
+
+class RoundingCache(DynamicCache):
+    """Holds nothing; rounds what a cache would have stored."""
+
+    def __init__(self, rounding):
+        super().__init__()
+        self.rounding = rounding
+
+    def update(self, key_states, value_states, *_args, **_kwargs):
+        return self.rounding(key_states), self.rounding(value_states)
+
+
+CACHES = {"F16": round_f16, "Q8_0": lambda x: round_groups(x, round_f16), "F32": lambda x: x}
+
+
+@contextlib.contextmanager
+def rounded_activations(but_for):
+    """Inputs of matrix multiplications are rounded to 8 bits, except for the matrices `but_for`."""
+    linear = torch.nn.functional.linear
+
+    def rounding_linear(x, weight, bias=None):
+        if not any(weight is w for w in but_for):
+            x = round_groups(x, lambda scale: scale)
+        return linear(x, weight, bias)
+
+    torch.nn.functional.linear = rounding_linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
 class Oracle:
     """A model of transformers with given weights, in single or double precision."""
 
@@ -393,16 +440,17 @@ class Oracle:
         self.context = double_precision if double else contextlib.nullcontext
         with self.context():
             config._attn_implementation = "eager"
-            if hasattr(config, "_experts_implementation"):
-                config._experts_implementation = "eager"
+            config._experts_implementation = "eager"
             self.model = cls(config).eval()
             self.model.to(torch.float64 if double else torch.float32)
             state = {k: torch.tensor(v, dtype=torch.float64 if double else torch.float32)
                      for k, v in weights.items()}
             self.model.load_state_dict(state, strict=True)
         self.router_logits = []
+        self.routers = []
         for module in self.model.modules():
             if type(module).__name__.endswith("TopKRouter"):
+                self.routers.append(module.weight)
                 module.register_forward_hook(
                     lambda _m, _i, o: self.router_logits.append(o[0].detach()))
 
@@ -410,6 +458,12 @@ class Oracle:
         self.router_logits.clear()
         with self.context(), torch.no_grad():
             return self.model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+    def rounded_logits(self, tokens, cache, activations):
+        rounding = rounded_activations(self.routers) if activations else contextlib.nullcontext()
+        with self.context(), torch.no_grad(), rounding:
+            return self.model(torch.tensor([tokens]), use_cache=True,
+                              past_key_values=RoundingCache(CACHES[cache])).logits[0].numpy()
 
     def router_margin(self, used):
         """How far the last token's choice of experts is from another one, in logits."""
@@ -467,6 +521,9 @@ def make(name, m, seed, out, no_vocab):
     single = Oracle(build(m)[0], cls, weights, False).logits(tokens)
     assert exact.dtype == np.float64 and single.dtype == np.float32
     gap = distance(single.astype(np.float64), exact)
+    rounding = [distance(oracle.rounded_logits(tokens, cache, quantized), exact)
+                for cache in CACHES]
+    assert quantized or rounding[2] == 0
     if gap > 2e-5:
         sys.exit(f"{name}: single precision is {gap:.1e} from double: the model is too sensitive")
 
@@ -474,12 +531,13 @@ def make(name, m, seed, out, no_vocab):
     path = os.path.join(out, name + ".gguf")
     write_gguf(path, tensors, choose_types(tensors, m), m, arch, name, no_vocab)
     with open(os.path.join(out, name + ".expected"), "wb") as f:
-        f.write(b"MOEX" + struct.pack("<3I", int(quantized), len(tokens), m["vocab"]))
+        f.write(b"MOEX" + struct.pack("<2I3f", len(tokens), m["vocab"], *rounding))
         f.write(np.asarray(tokens, "<i4").tobytes())
         f.write(exact.astype("<f4").tobytes())
     size = os.path.getsize(path) + os.path.getsize(path[:-5] + ".expected")
-    print(f"{name:14} {size / 1000:6.0f} KB  f32-f64 {gap:.1e}  logits {exact.std():5.2f} "
-          f"max {np.abs(exact).max():6.2f}  router margin {margin:.1e}", flush=True)
+    print(f"{name:14} {size / 1000:6.0f} KB  logits {exact.std():5.2f} max {np.abs(exact).max():6.2f}"
+          f"  router margin {margin:.1e}  single precision {gap:.1e}  rounding: "
+          + ", ".join(f"{c} {r:.1e}" for c, r in zip(CACHES, rounding)), flush=True)
 
 
 def main():

@@ -24,8 +24,8 @@ typedef struct fixture {
     char *gguf;           // the file's content
     size_t gguf_bytes;
     char path[512];
-    uint32_t integers;    // 1: some matrices are in integer formats
     uint32_t n_tok, n_vocab;
+    float rounding[3];    // relative error of an F16, Q8_0, F32 cache in transformers
     const int32_t *tok;   // [n_tok]
     const float *logits;  // [n_tok][n_vocab]
 } fixture;
@@ -54,14 +54,14 @@ static bool fixture_load(fixture *f, const char *name)
     f->gguf = test_read_file(f->path, &f->gguf_bytes);
     size_t bytes = 0;
     char *expected = test_read_file(path, &bytes);
-    if (!f->gguf || !expected || bytes < 16 || memcmp(expected, "MOEX", 4))
+    if (!f->gguf || !expected || bytes < 24 || memcmp(expected, "MOEX", 4))
         return false;
-    memcpy(&f->integers, expected + 4, 4);
-    memcpy(&f->n_tok, expected + 8, 4);
-    memcpy(&f->n_vocab, expected + 12, 4);
-    f->tok = (const int32_t *)(expected + 16);
-    f->logits = (const float *)(expected + 16 + 4 * (size_t)f->n_tok);
-    return bytes == 16 + 4 * (size_t)f->n_tok * (1 + (size_t)f->n_vocab);
+    memcpy(&f->n_tok, expected + 4, 4);
+    memcpy(&f->n_vocab, expected + 8, 4);
+    memcpy(f->rounding, expected + 12, 12);
+    f->tok = (const int32_t *)(expected + 24);
+    f->logits = (const float *)(expected + 24 + 4 * (size_t)f->n_tok);
+    return bytes == 24 + 4 * (size_t)f->n_tok * (1 + (size_t)f->n_vocab);
 }
 
 static int by_name(const void *a, const void *b)
@@ -211,25 +211,16 @@ static void check_same(const fixture *f, const char *what, float *got, const flo
 
 /* -------------------------------------------------------------------------- transformers -- */
 
-/* Float weights and an F32 cache: the task's tolerance. The fixtures are well conditioned: single
- * and double precision differ by 1e-6 to 6e-6 in transformers itself (make_fixtures.py prints it).
+/* Float weights and an F32 cache: single precision alone puts transformers 1e-6 to 7e-6 away from
+ * itself in double precision (make_fixtures.py prints it); 1e-4 is the promise.
  *
- * With an F16 cache each stored number is off by up to 2^-12 of itself, 1.4e-4 in the mean square.
- * The fixtures' attention scores have a standard deviation of about 3 and so move by 4e-4, which is
- * the relative change of the weights; the values move by 1.4e-4. Over 2 to 7 layers this adds up to
- * about 1e-3 of the logits' standard deviation, and the largest of 100 logits may be off by 4 times
- * that while the scale, the largest logit, is about 3 standard deviations: 1.5e-3. Doubled.
- *
- * A Q8_0 cache rounds to 1/127 of the largest of up to 32 numbers: about 5e-3 in the mean square,
- * 36 times as much as F16. The same way: 5e-2, doubled.
- *
- * Integer weights are multiplied with activations rounded the same way, 5e-3 per multiplication, with
- * five in a row per layer: sqrt(2 * 5 + 1) * 5e-3 = 1.7e-2 of a standard deviation, more where scores
- * are large. The largest of 160 logits: 2.5e-2, doubled. */
+ * A rounded cache, and activations rounded to 8 bits in front of integer weights, cost what they cost
+ * transformers when it rounds likewise in double precision: the fixture says how much. This library
+ * rounds the same numbers, but single precision turns a few of them the other way, and each such turn
+ * is an error of the same kind: half as much again. */
 static double tolerance(const fixture *f, moe_cache_type cache)
 {
-    double limit = cache == MOE_CACHE_F32 ? 1e-4 : cache == MOE_CACHE_F16 ? 3e-3 : 0.1;
-    return f->integers ? MOE_MAX(limit, 5e-2) : limit;
+    return 1e-4 + 1.5 * (double)f->rounding[cache];
 }
 
 static void check_against_transformers(const how *h, const char *what)
@@ -246,8 +237,8 @@ static void check_against_transformers(const how *h, const char *what)
             worst = e <= worst ? worst : e;
         }
         if (test_only && got)
-            printf("  %-14s %-10s largest relative error %.1e of %.0e\n", f->name, what, worst,
-                   limit);
+            printf("  %-14s %-10s largest relative error %.1e, allowed %.1e\n", f->name, what,
+                   worst, limit);
         free(got);
         moe_model_close(model);
     }
@@ -283,7 +274,8 @@ static void q8_0_cache_is_right(void)
     check_against_transformers(&(how){.cache = MOE_CACHE_Q8_0}, "Q8_0 cache");
 }
 
-/* A test of the test: a wrong token must be far outside all tolerances. */
+/* A test of the tests: one other token at the start must be outside the tolerances at some position,
+ * with whichever cache. */
 static void tolerances_can_fail(void)
 {
     for (size_t i = 0; i < n_fixtures; i++) {
@@ -293,9 +285,14 @@ static void tolerances_can_fail(void)
         memcpy(tok, f->tok, f->n_tok * sizeof *tok);
         tok[0] = (tok[0] + 1) % (int32_t)f->n_vocab;
         float *got = run(model, &(how){.cache = MOE_CACHE_F32}, tok, f->n_tok, f->n_vocab);
-        double e = got ? relative_error(got + f->n_vocab, f->logits + f->n_vocab, f->n_vocab) : 0;
-        CHECK(e > 1.5 * tolerance(f, MOE_CACHE_Q8_0) || !got,
-              "%s: another first token changes the second position by only %.1e", f->name, e);
+        double worst = 0;
+        for (size_t t = 1; got && t < f->n_tok; t++)
+            worst = MOE_MAX(worst, relative_error(got + t * f->n_vocab, f->logits + t * f->n_vocab,
+                                                  f->n_vocab));
+        for (int c = 0; got && c < 3; c++)
+            CHECK(worst > 1.2 * tolerance(f, (moe_cache_type)c),
+                  "%s, cache %d: another first token changes later positions by only %.1e", f->name,
+                  c, worst);
         free(got);
         free(tok);
         moe_model_close(model);
@@ -339,18 +336,24 @@ static void for_each_reference(void (*compare)(const fixture *, moe_model *, moe
     }
 }
 
+/* More threads than cores make each of the many tiny steps wait for the scheduler, so the long sequence
+ * is for two threads only. */
 static void compare_threads(const fixture *f, moe_model *model, moe_cache_type cache,
                             const moe_token *tok, size_t n, const float *want)
 {
-    static const uint32_t threads[] = {2, 3, 8};
-    for (size_t i = 0; i < MOE_COUNT(threads); i++) {
-        char what[40];
-        snprintf(what, sizeof what, "%u threads, cache %d", threads[i], (int)cache);
-        how h = {.cache = cache, .n_threads = threads[i]};
-        check_same(f, what, run(model, &h, tok, n, f->n_vocab), want, n);
+    static const struct {
+        uint32_t n_threads;
+        size_t chunk, n_tok;
+    } ways[] = {{2, 0, LONG_TOK}, {3, 0, 40}, {8, 0, 40}, {3, 1, 4}};
+    for (size_t i = 0; i < MOE_COUNT(ways); i++) {
+        char what[60];
+        snprintf(what, sizeof what, "%u threads, calls of %zu, cache %d", ways[i].n_threads,
+                 ways[i].chunk, (int)cache);
+        how h = {.cache = cache, .n_threads = ways[i].n_threads, .chunk = ways[i].chunk,
+                 .n_logits = 64};
+        size_t n_tok = MOE_MIN(n, ways[i].n_tok);
+        check_same(f, what, run(model, &h, tok, n_tok, f->n_vocab), want, n_tok);
     }
-    how h = {.cache = cache, .n_threads = 3, .chunk = 1};
-    check_same(f, "3 threads, one token at a time", run(model, &h, tok, 64, f->n_vocab), want, 64);
 }
 
 static void same_bits_for_any_thread_count(void)
@@ -526,15 +529,15 @@ static void interleaved_sessions_do_not_disturb_each_other(void)
         moe_token *reverse = malloc(n * sizeof *reverse);
         for (size_t t = 0; t < n; t++)
             reverse[t] = f->tok[n - 1 - t];
-        how h = {.n_threads = 2};
+        how h = {.n_threads = 2, .n_logits = 16};
         float *want[2] = {run(model, &h, f->tok, n, v), run(model, &h, reverse, n, v)};
         float *got[2] = {malloc(n * v * sizeof(float)), malloc(n * v * sizeof(float))};
         moe_session *s[2] = {NULL, NULL};
         bool ok = want[0] && want[1] && (s[0] = session_open_how(model, &h, (uint32_t)n)) &&
                   (s[1] = session_open_how(model, &h, (uint32_t)n));
-        for (size_t t = 0; ok && t < n; t += 3)
+        for (size_t t = 0; ok && t < n; t += 11)
             for (int k = 0; ok && k < 2; k++)
-                ok = eval_chunks(s[k], (k ? reverse : f->tok) + t, MOE_MIN((size_t)3, n - t), 0, v,
+                ok = eval_chunks(s[k], (k ? reverse : f->tok) + t, MOE_MIN((size_t)11, n - t), 0, v,
                                  got[k] + t * v);
         for (int k = 0; k < 2; k++) {
             if (ok)
@@ -565,14 +568,15 @@ static void *thread_run(void *arg)
     moe_session_options_init(&options);
     options.n_ctx = (uint32_t)job->n_tok;
     options.n_threads = 2;
-    for (int repeat = 0; repeat < 3; repeat++) {
-        moe_session *session = NULL;
-        job->ok = moe_session_open(&session, job->model, &options, NULL) == MOE_OK;
-        for (size_t t = 0; job->ok && t < job->n_tok; t++)
-            job->ok = moe_session_eval(session, job->tok + t, 1, 1,
-                                       job->logits + t * job->f->n_vocab) == MOE_OK;
-        moe_session_close(session);
+    options.n_logits = 16;
+    moe_session *session = NULL;
+    job->ok = moe_session_open(&session, job->model, &options, NULL) == MOE_OK;
+    for (size_t t = 0; job->ok && t < job->n_tok; t += 9) {
+        size_t n = MOE_MIN((size_t)9, job->n_tok - t);
+        job->ok = moe_session_eval(session, job->tok + t, n, n,
+                                   job->logits + t * job->f->n_vocab) == MOE_OK;
     }
+    moe_session_close(session);
     return NULL;
 }
 
