@@ -4,10 +4,10 @@
  *          | d    | scales_h | scales_l   | qs                           |
  *          | f16  | u16      | 4 bytes    | 128 bytes                    |
  *
- * 8 groups of 32 weights with 6-bit scales s[g], stored as s[g] + 32: the low 4 bits are in a nibble
- * of scales_l[g / 2], the low one if g is even; the high 2 in bits 2g and 2g + 1 of scales_h. A
- * weight is one of the 16 unevenly spaced values of iq4_value (common.h, as in IQ4_NL): byte
- * 16 g + i of qs has weight i of group g in its low and weight i + 16 in its high nibble.
+ * 8 groups of 32 weights with 6-bit scales s[g], stored as s[g] + 32: the low 4 bits are in a
+ * nibble of scales_l[g / 2], the low one if g is even; the high 2 in bits 2g and 2g + 1 of
+ * scales_h. A weight is one of the 16 unevenly spaced values of iq4_value (common.h, as in IQ4_NL):
+ * byte 16 g + i of qs has weight i of group g in its low and weight i + 16 in its high nibble.
  *
  *     weight = d s[g] value                each product rounded to float32
  *
@@ -226,7 +226,7 @@ MOE_AVX2_INLINE void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset
     tile->d = x86_f16x8(row, offset);
 }
 
-static const x86_k_format iq4_xs_avx2 = {sizeof(iq4_xs_block), 0, X86_K_NO_MIN, 32, 1,
+static const x86_k_format iq4_xs_avx2 = {sizeof(iq4_xs_block), X86_K_NO_MIN, 32, 1,
                                          iq4_xs_dot8_avx2, iq4_xs_load_avx2};
 
 MOE_AVX2 static void iq4_xs_gemv_avx2(const moe_mm *mm)

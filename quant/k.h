@@ -1,8 +1,8 @@
 /* quant/k.h - what the formats with superblocks of 256 weights share: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
  * IQ4_XS.
  *
- * A superblock is divided into groups of 16 or 32 weights. Each group has a small integer scale and,
- * in some formats, a small integer minimum; one or two 16-bit floats per superblock turn these
+ * A superblock is divided into groups of 16 or 32 weights. Each group has a small integer scale
+ * and, in some formats, a small integer minimum; one or two 16-bit floats per superblock turn these
  * integers into numbers. Here are the packing of the 6-bit scales and the searches of the reference
  * quantizers. x86_k.h has the loops around the AVX2 kernels. */
 #ifndef MOE_QUANT_K_H
@@ -31,7 +31,8 @@ MOE_INLINE void k_get_scale_min(const uint8_t p[12], int group, int *scale, int 
 }
 
 /* The inverse, for all groups at once. */
-MOE_UNUSED static void k_put_scales_mins(uint8_t p[12], const uint8_t scale[8], const uint8_t min[8])
+MOE_UNUSED static void k_put_scales_mins(uint8_t p[12], const uint8_t scale[8],
+                                         const uint8_t min[8])
 {
     for (int i = 0; i < 4; i++) {
         p[i] = (uint8_t)(scale[i] | (scale[i + 4] >> 4) << 6);
@@ -153,8 +154,8 @@ MOE_UNUSED static float k_fit_linear(const float *x, int n, int q_min, int q_max
     return scale;
 }
 
-/* The superblock's part of the formats with minima: from 256 weights to integer scales and minima of
- * n_group groups, d and dmin as they will be read back, and codes. */
+/* The superblock's part of the formats with minima: from 256 weights to integer scales and minima
+ * of n_group groups, d and dmin as they will be read back, and codes. */
 typedef struct k_affine {
     float d, dmin;
     uint8_t scale[16], min[16]; // [n_group]

@@ -10,7 +10,7 @@
  *
  *     weight = d s[g] q - dmin m[g]        each product and the difference rounded to float32
  *
- * (The products are exact: 11 + 4 + 2 bits fit into 24. A compiler that fuses them changes nothing.)
+ * (The products are exact: 11 + 4 + 2 bits fit into 24. A compiler that fuses changes nothing.)
  *
  * Times activations x = x_scale q_x, with integers that are exact,
  *
@@ -163,8 +163,8 @@ MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* Codes up to 3: a whole group, 4 * 2 * 127 * 3 = 3048 */
-static const x86_k_format q2_k_avx2 = {sizeof(q2_k_block), offsetof(q2_k_block, d), X86_K_FLOAT_MIN,
-                                       16, 4, q2_k_dot8_avx2, q2_k_load_avx2};
+static const x86_k_format q2_k_avx2 = {sizeof(q2_k_block), X86_K_FLOAT_MIN, 16, 4, q2_k_dot8_avx2,
+                                       q2_k_load_avx2};
 
 MOE_AVX2 static void q2_k_gemv_avx2(const moe_mm *mm)
 {

@@ -7,8 +7,8 @@
  * 16 groups of 16 weights with 6-bit scales s[g], stored as s[g] + 32: the low 4 bits are in
  * scales[g mod 8], in the low nibble if g < 8; the high 2 bits are in scales[8 + g mod 4], bits
  * 2 (g / 4) and the next. Each half (128 weights) has 32 bytes of qs: weight 32 j + i of the half,
- * j = 0..3 and i = 0..31, has its low two bits in bits 2j and 2j + 1 of qs[i] and its highest in bit
- * 4 half + j of hmask[i].
+ * j = 0..3 and i = 0..31, has its low two bits in bits 2j and 2j + 1 of qs[i] and its highest in
+ * bit 4 half + j of hmask[i].
  *
  *     weight = d s[g] (q - 4)              each product rounded to float32
  *
@@ -190,8 +190,8 @@ MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* Codes up to 7: a whole group, 4 * 2 * 127 * 7 = 7112 */
-static const x86_k_format q3_k_avx2 = {sizeof(q3_k_block), offsetof(q3_k_block, d), X86_K_INT_MIN,
-                                       16, 4, q3_k_dot8_avx2, q3_k_load_avx2};
+static const x86_k_format q3_k_avx2 = {sizeof(q3_k_block), X86_K_INT_MIN, 16, 4, q3_k_dot8_avx2,
+                                       q3_k_load_avx2};
 
 MOE_AVX2 static void q3_k_gemv_avx2(const moe_mm *mm)
 {

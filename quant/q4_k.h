@@ -10,7 +10,7 @@
  *
  *     weight = d s[g] q - dmin m[g]        each product and the difference rounded to float32
  *
- * (The products are exact: 11 + 6 + 4 bits fit into 24. A compiler that fuses them changes nothing.)
+ * (The products are exact: 11 + 6 + 4 bits fit into 24. A compiler that fuses changes nothing.)
  *
  * Times activations x = x_scale q_x, with integers that are exact,
  *
@@ -99,8 +99,8 @@ static void q4_k_mm_c(const moe_mm *mm)
 /* -- AVX2 -- */
 #if MOE_X86
 
-/* acc[r] += groups g and g + 1 (constant, g even) of rows r and r + 4. Two products of two, 4 * 127 *
- * 15, fit into 16 bits. */
+/* acc[r] += groups g and g + 1 (constant, g even) of rows r and r + 4. Two products of two,
+ * 4 * 127 * 15, fit into 16 bits. */
 MOE_AVX2_INLINE void q4_k_dot64_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
                                      const x86_k_header *h, int g, __m256i acc[4])
 {
@@ -155,8 +155,8 @@ MOE_AVX2_INLINE void q4_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* 8 * 2 * 127 * 15 = 30480 */
-static const x86_k_format q4_k_avx2 = {sizeof(q4_k_block), 0,  X86_K_FLOAT_MIN, 32, 8,
-                                       q4_k_dot8_avx2,     q4_k_load_avx2};
+static const x86_k_format q4_k_avx2 = {sizeof(q4_k_block), X86_K_FLOAT_MIN, 32, 8, q4_k_dot8_avx2,
+                                       q4_k_load_avx2};
 
 MOE_AVX2 static void q4_k_gemv_avx2(const moe_mm *mm)
 {

@@ -5,12 +5,12 @@
  *          | f16  | f16  | 12 bytes   | 32 bytes  | 128 bytes                     |
  *
  * Q4_K with a fifth bit: 8 groups of 32 weights with 6-bit scales s[g] and minima m[g], packed as
- * k.h says. Weight i of group g has its low bits in a nibble of qs[32 (g / 2) + i], the low one if g
- * is even, and its highest in bit g of qh[i].
+ * k.h says. Weight i of group g has its low bits in a nibble of qs[32 (g / 2) + i], the low one if
+ * g is even, and its highest in bit g of qh[i].
  *
  *     weight = d s[g] q - dmin m[g]        each product and the difference rounded to float32
  *
- * (The products are exact: 11 + 6 + 5 bits fit into 24. A compiler that fuses them changes nothing.)
+ * (The products are exact: 11 + 6 + 5 bits fit into 24. A compiler that fuses changes nothing.)
  *
  * Times activations x = x_scale q_x, with integers that are exact,
  *
@@ -119,8 +119,8 @@ MOE_AVX2_INLINE __m256i q5_k_high_avx2(__m256i qs, __m256i qh)
         _mm256_and_si256(_mm256_slli_epi16(qh, 3), _mm256_set1_epi8(16)));
 }
 
-/* acc[r] += groups g and g + 1 (constant, g even) of rows r and r + 4. Two products of two, 4 * 127 *
- * 31, fit into 16 bits. `qs` and `qh` are offsets into the rows. */
+/* acc[r] += groups g and g + 1 (constant, g even) of rows r and r + 4. Two products of two,
+ * 4 * 127 * 31, fit into 16 bits. `qs` and `qh` are offsets into the rows. */
 MOE_AVX2_INLINE void q5_k_dot64_avx2(const uint8_t *const row[8], size_t qs, size_t qh,
                                      const int8_t *q, const x86_k_header *h, int g, __m256i acc[4])
 {
@@ -179,8 +179,8 @@ MOE_AVX2_INLINE void q5_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* 4 * 2 * 127 * 31 = 31496 */
-static const x86_k_format q5_k_avx2 = {sizeof(q5_k_block), 0,  X86_K_FLOAT_MIN, 32, 4,
-                                       q5_k_dot8_avx2,     q5_k_load_avx2};
+static const x86_k_format q5_k_avx2 = {sizeof(q5_k_block), X86_K_FLOAT_MIN, 32, 4, q5_k_dot8_avx2,
+                                       q5_k_load_avx2};
 
 MOE_AVX2 static void q5_k_gemv_avx2(const moe_mm *mm)
 {

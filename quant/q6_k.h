@@ -41,7 +41,8 @@ static void q6_k_quantize(const float *src, void *blocks, size_t n)
         memset(block->ql, 0, sizeof block->ql);
         memset(block->qh, 0, sizeof block->qh);
         for (int i = 0; i < K_LEN; i++) {
-            uint8_t *ql = &block->ql[i / 128 * 64 + i % 64], *qh = &block->qh[i / 128 * 32 + i % 32];
+            uint8_t *ql = &block->ql[i / 128 * 64 + i % 64];
+            uint8_t *qh = &block->qh[i / 128 * 32 + i % 32];
             *ql = (uint8_t)(*ql | (k.q[i] & 15) << i / 64 % 2 * 4);
             *qh = (uint8_t)(*qh | k.q[i] >> 4 << i / 32 % 4 * 2);
         }
@@ -160,8 +161,8 @@ MOE_AVX2_INLINE void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* 2 * 2 * 127 * 63 = 32004 */
-static const x86_k_format q6_k_avx2 = {sizeof(q6_k_block), offsetof(q6_k_block, d), X86_K_INT_MIN,
-                                       16, 2, q6_k_dot8_avx2, q6_k_load_avx2};
+static const x86_k_format q6_k_avx2 = {sizeof(q6_k_block), X86_K_INT_MIN, 16, 2, q6_k_dot8_avx2,
+                                       q6_k_load_avx2};
 
 MOE_AVX2 static void q6_k_gemv_avx2(const moe_mm *mm)
 {

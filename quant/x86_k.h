@@ -2,8 +2,8 @@
  * loops over rows, superblocks and tokens. A format brings two functions, struct x86_k_format.
  *
  * One token (gemv). 8 rows side by side: their integer sums become one vector, in row order, which
- * goes through the format's float expression. While 8 rows are multiplied the next 8 are fetched, in
- * the order in which they lie in memory.
+ * goes through the format's float expression. While 8 rows are multiplied the next 8 are fetched,
+ * in the order in which they lie in memory.
  *
  * Many tokens (gemm). A superblock of 8 rows is unpacked into a tile, transposed so that a vector
  * holds 4 consecutive k of 8 rows:
@@ -52,7 +52,6 @@ typedef struct x86_k_sums {
 
 typedef struct x86_k_format {
     size_t block_bytes;
-    size_t d_offset;  // of d in the superblock; dmin stands behind it
     x86_k_min min;
     int group;        // weights that share a scale: 16 or 32
     int n_fold;       // how many times two products of a code and an activation fit into 16 bits:
@@ -110,8 +109,8 @@ MOE_AVX2_INLINE __m256i x86_k_madd128(__m256i acc, const __m256i code[4], const 
     return x86_k_madd(acc, code[3], q + 96, _mm256_shuffle_epi32(scale, 0xff));
 }
 
-/* 16 bytes of 8 rows, to 4 vectors that hold 4 bytes of each row. row[i] of the lower, row[i + 4] of
- * the upper half stand in in[i]. */
+/* 16 bytes of 8 rows, to 4 vectors that hold 4 bytes of each row. Row i stands in the
+ * lower, row i + 4 in the upper half of in[i]. */
 MOE_AVX2_INLINE void x86_k_transpose(const __m256i in[4], __m256i out[4])
 {
     __m256i a = _mm256_unpacklo_epi32(in[0], in[1]), b = _mm256_unpacklo_epi32(in[2], in[3]);
@@ -184,8 +183,8 @@ MOE_AVX2_INLINE __m256i x86_k_scale(const x86_k_header *h, int r, int g)
 
 /* -------------------------------------------------------------------------------- one token -- */
 
-/* dot8 for formats that multiply row by row. dot() returns 8 numbers whose sum is the integer that d
- * belongs to, the minimum's part included with X86_K_INT_MIN, and *min likewise for dmin. */
+/* dot8 for formats that multiply row by row. dot_row() returns 8 numbers whose sum is the integer
+ * that d belongs to, the minimum's part included with X86_K_INT_MIN, and *min likewise for dmin. */
 typedef __m256i x86_k_dot_fn(const uint8_t *w, const int8_t *q, const int16_t *sum, __m256i *min);
 
 MOE_AVX2_INLINE void x86_k_dot_rows(const uint8_t *const row[8], size_t offset, const int8_t *q,
@@ -237,8 +236,8 @@ MOE_AVX2_INLINE void x86_k_gemv(const moe_mm *mm, const x86_k_format *f)
 
 /* ------------------------------------------------------------------------------ many tokens -- */
 
-/* The tile's scales, or minima, from those of 16 groups: in[i] holds the signed bytes 4i .. 4i + 3 of
- * each row. */
+/* The tile's scales, or minima, from those of 16 groups: in[i] holds the signed bytes 4i .. 4i + 3
+ * of each row. */
 MOE_AVX2_INLINE void x86_k_spread_pairs(const __m256i in[4], __m256i out[8])
 {
     const __m256i low = _mm256_broadcastsi128_si256(
@@ -280,8 +279,8 @@ MOE_AVX2_INLINE __m256i x86_k_quad(__m256i code, const int8_t *q, const x86_k_fo
     return _mm256_maddubs_epi16(code, x);
 }
 
-/* A chain of additions stays a chain: as a tree, which compilers prefer, it takes more registers than
- * there are. */
+/* A chain of additions stays a chain: as a tree, which compilers prefer, it takes more registers
+ * than there are. */
 MOE_AVX2_INLINE void x86_k_pin(__m256i *v)
 {
     __asm__("" : "+x"(*v));
