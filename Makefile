@@ -37,7 +37,7 @@ endif
 WARN := -Wall -Wextra -Wshadow
 BUILD_CFLAGS = -std=c11 $(WARN) $(SAN_$(SAN)) $(if $(MOE_NO_TEXT),-DMOE_NO_TEXT) $(CPPFLAGS) \
 	$(CFLAGS)
-TEXT_LIBS := -lpcre2-8 -lutf8proc -ljansson
+TEXT_LIBS := -lutf8proc
 LIBS = $(if $(MOE_NO_TEXT),,$(TEXT_LIBS)) -lm -pthread
 TEST_LIBS = $(if $(MOE_NO_TEXT),,-lzstd)
 

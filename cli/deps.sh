@@ -15,8 +15,7 @@ want() { # PACKAGE PURPOSE
     echo "missing: $1, $2"
 }
 header() { # HEADER PACKAGE PURPOSE
-    printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <%s>\n' "$1" | $cc -E - >/dev/null 2>&1 ||
-        want "$2" "$3"
+    echo "#include <$1>" | $cc -E - >/dev/null 2>&1 || want "$2" "$3"
 }
 
 if ! command -v "${cc%% *}" >/dev/null; then
@@ -25,15 +24,11 @@ if ! command -v "${cc%% *}" >/dev/null; then
 fi
 if command -v "${cc%% *}" >/dev/null; then
     header stdlib.h libc6-dev "the C library's headers"
-    header pcre2.h libpcre2-dev "for the patterns by which tokenizers split text"
-    header utf8proc.h libutf8proc-dev "for Unicode normalization"
-    header jansson.h libjansson-dev "for tokenizer.json"
+    header utf8proc.h libutf8proc-dev "for Unicode normalization in tokenizers"
     header zstd.h libzstd-dev "for compressed test data"
 else # headers cannot be looked for yet
     want libc6-dev "the C library's headers"
-    want libpcre2-dev "for the patterns by which tokenizers split text"
-    want libutf8proc-dev "for Unicode normalization"
-    want libjansson-dev "for tokenizer.json"
+    want libutf8proc-dev "for Unicode normalization in tokenizers"
     want libzstd-dev "for compressed test data"
 fi
 if [ "${2:-}" = fetch ] && ! python3 -m pip --version >/dev/null 2>&1; then

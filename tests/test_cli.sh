@@ -262,7 +262,9 @@ kill -INT $pid
 wait $pid
 status=$?
 [ $status = 130 ] || wrong "expected status 130, got $status"
-[ ! -e "$work/half" ] && [ ! -e "$work/half.partial" ] || wrong "left: $(ls "$work")"
+for file in "$work"/half*; do
+    [ ! -e "$file" ] || wrong "left: $file"
+done
 if [ -e /dev/full ]; then
     "$moe" info "$model" >/dev/full 2>"$work/err" && wrong "a full disk went unnoticed"
     "$moe" logits "$model" --tokens $ids --out - >/dev/full 2>"$work/err" &&
