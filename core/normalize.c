@@ -85,14 +85,13 @@ static void norm_order(norm_char *c, size_t n, norm_char *scratch)
     }
 }
 
-/* Composes one base with the characters behind it, and writes them. */
+/* Composes c[0..n), which starts with a base, and writes the result. */
 static bool norm_compose(const norm_char *c, size_t n, int32_t *work, text_buf *out)
 {
     for (size_t i = 0; i < n; i++)
         work[i] = c[i].cp;
     utf8proc_ssize_t m = (utf8proc_ssize_t)n;
-    if (n > 1 && (UNICODE_IN(unicode_norm_base, (uint32_t)work[0]) ||
-                  UNICODE_IN(unicode_norm_active, (uint32_t)work[0])))
+    if (n > 1)
         m = utf8proc_normalize_utf32(work, m, UTF8PROC_COMPOSE | UTF8PROC_STABLE);
     for (utf8proc_ssize_t i = 0; i < m; i++)
         if (!norm_put(out, (uint32_t)work[i]))
@@ -126,7 +125,11 @@ static bool norm_form(norm_kind kind, const uint8_t *p, size_t bytes, text_buf *
                 goto done;
             continue;
         }
-        while (end < n && UNICODE_IN(unicode_norm_active, (uint32_t)c[end].cp))
+        // A base that compositions begin with, and what follows it. Any other character stands
+        // alone; marks behind it find no base then.
+        bool base = UNICODE_IN(unicode_norm_base, (uint32_t)c[i].cp) ||
+                    UNICODE_IN(unicode_norm_active, (uint32_t)c[i].cp);
+        while (base && end < n && UNICODE_IN(unicode_norm_active, (uint32_t)c[end].cp))
             end++;
         if (!norm_compose(c + i, end - i, (int32_t *)(void *)scratch.data, out))
             goto done;
