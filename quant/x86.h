@@ -315,7 +315,8 @@ MOE_AVX2_INLINE void x86_gemv32(const moe_mm *mm, size_t block_bytes, x86_unpack
 }
 
 /* Tokens computed on one unpacked block before the next is unpacked. The prefetch matters where few
- * tokens use weights from memory, as with experts: Zen 5, Q4_0, 8 tokens: 141 Gop/s instead of 87. */
+ * tokens use weights from memory, as with experts: Zen 5, Q4_0, 8 tokens: 141 Gop/s instead of
+ * 87. */
 enum { X86_TOKENS = 16 };
 
 MOE_AVX2_INLINE void x86_gemm32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
