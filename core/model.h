@@ -106,6 +106,34 @@ typedef struct moe_binding {
     {gguf, hf, (uint16_t)offsetof(moe_globals, field), (flags) | BIND_GLOBAL, {__VA_ARGS__}}
 #define BIND_END {NULL, NULL, 0, 0, {0}}
 
+/* How a key of a Hugging Face config.json becomes one of GGUF. The converter reads these tables; the
+ * runtime sees only what comes of them. Keys that all families share stand in core/models.c.
+ *
+ * `hf` is the path of a value: "a.b" is b inside of a; "a|b" the first that is there and not null;
+ * "a+b" a sum, "a*b" a product, from left to right. Nothing is written where a value is missing. */
+typedef enum moe_config_kind {
+    CONFIG_U32,    // a whole number, or an array of them, one for each layer
+    CONFIG_F32,
+    CONFIG_RSQRT,  // float: 1 / sqrt(value)
+    CONFIG_BOOL,
+    CONFIG_WORD,   // uint32: the number behind the word in `words`, "softmax=1 sigmoid=2"
+    CONFIG_EXPECT  // nothing is written; the value must be one of `words`, "silu swish"
+} moe_config_kind;
+
+typedef struct moe_config_key {
+    const char *hf;    // NULL ends a table
+    const char *gguf;  // without the architecture in front
+    moe_config_kind kind;
+    const char *words;
+    double scale;      // of CONFIG_F32; 0: 1
+} moe_config_key;
+
+/* What GGUF's convention for a family changes in the weights. */
+enum {
+    CONVERT_INTERLEAVE_QK = 1, /* rows of q and k within a head: rotary pairs become neighbours */
+    CONVERT_NORM_PLUS_1 = 2    /* checkpoints hold norm weights less 1 */
+};
+
 typedef struct moe_pass moe_pass;
 
 /* Reads hyperparameters one after another; after the first failure the rest does nothing. */
@@ -119,12 +147,14 @@ typedef struct hparam_reader {
 /* A family of models. One file core/model_<family>.c, one line in core/models.def per name. */
 typedef struct moe_family {
     const char *arch;       // general.architecture
-    const char *hf;         // model_type of the Hugging Face config
+    const char *hf;         // model_type of the Hugging Face config; several have blanks between
     /* Sets what differs from the common keys, which are read already. */
     void (*hparams)(moe_hparams *hp, hparam_reader *r);
     const moe_binding *bindings[6]; // tables that end with BIND_END; the list ends with NULL
     /* Records the work of one layer: p->x in, p->x out. */
     void (*layer)(moe_pass *p, uint32_t index);
+    const moe_config_key *config; // config.json: the family's own keys; NULL: none
+    uint32_t convert;             // CONVERT_*
 } moe_family;
 
 struct moe_model {

@@ -53,10 +53,25 @@ static void gemma_layer(moe_pass *p, uint32_t index)
     layer_add(p, p->x, p->h);
 }
 
+static const moe_config_key config_gemma3[] = {
+    {"hidden_activation", NULL, CONFIG_EXPECT, "gelu_pytorch_tanh", 0},
+    {"attention_bias", NULL, CONFIG_EXPECT, "false", 0},
+    {"use_bidirectional_attention", NULL, CONFIG_EXPECT, "false", 0},
+    {"attn_logit_softcapping", NULL, CONFIG_EXPECT, "null", 0},
+    {"query_pre_attn_scalar", "attention.scale", CONFIG_RSQRT, NULL, 0},
+    {"sliding_window", "attention.sliding_window", CONFIG_U32, NULL, 0},
+    {"sliding_window_pattern|_sliding_window_pattern", "attention.sliding_window_pattern",
+     CONFIG_U32, NULL, 0},
+    {"rope_local_base_freq|rope_parameters.sliding_attention.rope_theta", "rope.freq_base_swa",
+     CONFIG_F32, NULL, 0},
+    {"final_logit_softcapping", "final_logit_softcapping", CONFIG_F32, NULL, 0},
+    {0},
+};
+
 static const moe_family family_gemma3 = {
     "gemma3", "gemma3_text", gemma3_hparams,
     {bindings_model, bindings_attention, bindings_head_norm, bindings_gemma, NULL},
-    gemma_layer,
+    gemma_layer, config_gemma3, CONVERT_NORM_PLUS_1,
 };
 
 #endif

@@ -138,39 +138,62 @@ static void llama_layer(moe_pass *p, uint32_t index)
         layer_feed_forward(p, l, p->x, true);
 }
 
+/* ---------------------------------------------------------------------------- config.json -- */
+
+static const moe_config_key config_llama[] = {
+    {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
+    {"sliding_window", NULL, CONFIG_EXPECT, "null", 0},
+    {"mlp_bias", NULL, CONFIG_EXPECT, "false", 0},
+    {0},
+};
+
+static const moe_config_key config_qwen[] = {
+    {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
+    {"use_sliding_window", NULL, CONFIG_EXPECT, "false", 0},
+    {"decoder_sparse_step", NULL, CONFIG_EXPECT, "1", 0},
+    {"mlp_only_layers", NULL, CONFIG_EXPECT, "[]", 0},
+    {0},
+};
+
+static const moe_config_key config_olmoe[] = {
+    {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
+    {"clip_qkv", "attention.clamp_kqv", CONFIG_F32, NULL, 0},
+    {0},
+};
+
 /* ------------------------------------------------------------------------------- families -- */
 
 static const moe_family family_llama = {
-    "llama", "llama", llama_hparams,
+    "llama", "llama mistral mixtral", llama_hparams,
     {bindings_model, bindings_attention, bindings_optional_bias, bindings_feed_forward,
      bindings_mixtral_experts, NULL},
-    llama_layer,
+    llama_layer, config_llama, CONVERT_INTERLEAVE_QK,
 };
 
 static const moe_family family_qwen2 = {
     "qwen2", "qwen2", qwen_hparams,
     {bindings_model, bindings_attention, bindings_qkv_bias, bindings_feed_forward, NULL},
-    llama_layer,
+    llama_layer, config_qwen, 0,
 };
 
 static const moe_family family_qwen3 = {
     "qwen3", "qwen3", qwen_hparams,
     {bindings_model, bindings_attention, bindings_head_norm, bindings_feed_forward, NULL},
-    llama_layer,
+    llama_layer, config_qwen, 0,
 };
 
 static const moe_family family_qwen3moe = {
     "qwen3moe", "qwen3_moe", qwen_hparams,
     {bindings_model, bindings_attention, bindings_head_norm, bindings_feed_forward,
      bindings_experts, NULL},
-    llama_layer,
+    llama_layer, config_qwen, 0,
 };
 
 static const moe_family family_olmoe = {
     "olmoe", "olmoe", olmoe_hparams,
     {bindings_model, bindings_attention, bindings_whole_norm, bindings_feed_forward,
      bindings_experts, NULL},
-    llama_layer,
+    llama_layer, config_olmoe, 0,
 };
 
 #endif
