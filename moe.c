@@ -5,7 +5,7 @@
  * The order of the includes is the flow of the data: file on disk -> records -> tensors -> tokens ->
  * layers -> kernels -> logits -> sampler -> text. Each part uses only what stands above it.
  *
- *     cc -O2 -c moe.c                 with libzstd, PCRE2, utf8proc and jansson for text
+ *     cc -O2 -c moe.c                 with utf8proc for text
  *     cc -O2 -DMOE_NO_TEXT -c moe.c   without tokenizers: token ids in, logits out
  *
  * To read how a model computes, open core/model_llama.c: its layer function is the forward pass of
