@@ -1,8 +1,8 @@
 /* tests/fenced_backend.h - a backend whose memory the host cannot touch.
  *
  * It stands in for a device with memory of its own. Every buffer is a copy in pages that are
- * PROT_NONE except while this backend itself runs, with a guard page behind it; layers that reach
- * around the seam crash. Fresh buffers hold NaN, weights can never be written, and operations are
+ * PROT_NONE except while this backend itself runs and uses it, with a guard page behind it; layers that
+ * reach around the seam crash. Fresh buffers hold NaN, weights can never be written, and operations are
  * only run at submit(), so nothing works by accident. What is recorded is checked against the
  * promises of backends/backend.h: views inside their buffers, aligned, not overlapping where they
  * must not, sizes within the queue's options; submit() reports the first breach.
@@ -23,7 +23,7 @@ typedef struct fenced_device fenced_device;
 
 typedef struct fenced_buffer {
     fenced_device *device; // NULL once freed
-    struct fenced_buffer *next, **link;
+    uint32_t n_open;       // queues that are using it now; protected by the device's mutex
     moe_buffer *inner;     // the same pages, as the CPU backend sees them
     uint8_t *map;          // whole pages, then one that is never accessible
     uint64_t map_bytes;    // without the guard page
@@ -36,13 +36,11 @@ struct fenced_device {
     const moe_backend *cpu;
     moe_device *inner;
     moe_mem *mem;
-    plat_mutex mutex;      // protects the list and n_open
-    fenced_buffer *buffers;
-    uint32_t n_open;       // queues that are running now
+    plat_mutex mutex;
 };
 
 typedef enum fenced_kind {
-    FENCED_EMBED, FENCED_NORM, FENCED_MATMUL, FENCED_ROPE, FENCED_STORE, FENCED_ATTEND, FENCED_GLU,
+    FENCED_EMBED, FENCED_NORM, FENCED_MATMUL, FENCED_ROPE, FENCED_STORE, FENCED_ATTEND, FENCED_HEADS, FENCED_COPY, FENCED_GLU,
     FENCED_ADD, FENCED_SOFTCAP, FENCED_ROUTE, FENCED_EXPERTS, FENCED_COMBINE
 } fenced_kind;
 
@@ -56,6 +54,8 @@ typedef struct fenced_op {
         moe_rope_op rope;
         moe_store_op store;
         moe_attend_op attend;
+        moe_heads_op heads;
+        moe_copy_op copy;
         moe_glu_op glu;
         moe_add_op add;
         moe_softcap_op softcap;
@@ -67,7 +67,10 @@ typedef struct fenced_op {
     moe_cache cache[2];
 } fenced_op;
 
-enum { FENCED_N_OPS = 37 }; // odd, so that a full queue is flushed at changing places
+enum {
+    FENCED_N_OPS = 149,     // odd, so that a full queue is flushed at changing places
+    FENCED_N_USED = 8 * 149 // buffers that those may name
+};
 
 typedef struct fenced_queue {
     fenced_device *device;
@@ -75,9 +78,10 @@ typedef struct fenced_queue {
     moe_queue_options options;
     moe_status status;     // of what was recorded since the last submit
     moe_error error;
-    uint32_t n_ops;
+    uint32_t n_ops, n_used;
     uint64_t n_runs;       // operations run so far, for the tests
     fenced_op ops[FENCED_N_OPS];
+    fenced_buffer *used[FENCED_N_USED]; // what the recorded operations name, each once
 } fenced_queue;
 
 /* ---------------------------------------------------------------------------------- fence -- */
@@ -88,21 +92,22 @@ static bool fenced_protect(const fenced_buffer *b, bool open)
     return mprotect(b->map, (size_t)b->map_bytes, access) == 0;
 }
 
-static void fenced_open(fenced_device *d)
+/* Opens buffers, or shuts those that no other queue is using. */
+static void fenced_open(fenced_device *d, fenced_buffer *const *buffers, uint32_t n)
 {
     plat_mutex_lock(&d->mutex);
-    if (d->n_open++ == 0)
-        for (fenced_buffer *b = d->buffers; b; b = b->next)
-            fenced_protect(b, true);
+    for (uint32_t i = 0; i < n; i++)
+        if (buffers[i]->n_open++ == 0)
+            fenced_protect(buffers[i], true);
     plat_mutex_unlock(&d->mutex);
 }
 
-static void fenced_shut(fenced_device *d)
+static void fenced_shut(fenced_device *d, fenced_buffer *const *buffers, uint32_t n)
 {
     plat_mutex_lock(&d->mutex);
-    if (--d->n_open == 0)
-        for (fenced_buffer *b = d->buffers; b; b = b->next)
-            fenced_protect(b, false);
+    for (uint32_t i = 0; i < n; i++)
+        if (--buffers[i]->n_open == 0)
+            fenced_protect(buffers[i], false);
     plat_mutex_unlock(&d->mutex);
 }
 
@@ -116,13 +121,6 @@ static void fenced_buffer_free(moe_device *device, moe_buffer *buffer)
         return;
     if (b->inner)
         d->cpu->buffer_free(d->inner, b->inner);
-    plat_mutex_lock(&d->mutex);
-    if (b->link) {
-        *b->link = b->next;
-        if (b->next)
-            b->next->link = b->link;
-    }
-    plat_mutex_unlock(&d->mutex);
     if (b->map) {
         munmap(b->map, (size_t)b->map_bytes + (size_t)sysconf(_SC_PAGESIZE));
         atomic_fetch_sub(&d->mem->used_bytes, b->map_bytes);
@@ -168,14 +166,7 @@ static moe_status fenced_buffer_make(fenced_device *d, const void *content, uint
         fenced_buffer_free((moe_device *)d, (moe_buffer *)b);
         return status;
     }
-    plat_mutex_lock(&d->mutex);
-    b->next = d->buffers;
-    b->link = &d->buffers;
-    if (b->next)
-        b->next->link = &b->next;
-    d->buffers = b;
-    fenced_protect(b, d->n_open > 0);
-    plat_mutex_unlock(&d->mutex);
+    fenced_protect(b, false);
     *out = (moe_buffer *)b;
     return MOE_OK;
 }
@@ -274,6 +265,13 @@ static bool fenced_view(fenced_queue *q, const char *op, const char *what, moe_v
         end = UINT64_MAX;
     if (end > b->bytes)
         return fenced_fault(q, op, what, b->bytes, end);
+    uint32_t i = 0;
+    while (i < q->n_used && q->used[i] != b)
+        i++;
+    if (i == FENCED_N_USED)
+        return fenced_fault(q, op, "buffers in use", FENCED_N_USED, i + 1);
+    q->used[i] = b;
+    q->n_used = MOE_MAX(q->n_used, i + 1);
     view->buffer = b->inner;
     return true;
 }
@@ -310,8 +308,9 @@ static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w,
            fenced_at_most(q, op, "bytes in a matrix", place->row_bytes * place->dims[1],
                           place->matrix_bytes) &&
            fenced_at_most(q, op, "row length", place->dims[0], n_in_max) &&
-           fenced_view(q, op, place->name ? place->name : "weight", &place->data, place->dims[2],
-                       place->matrix_bytes, FENCED_READ);
+           fenced_view(q, op, place->name ? place->name : "weight", &place->data,
+                       (place->dims[2] - 1) * place->matrix_bytes +
+                           place->dims[1] * place->row_bytes, 1, FENCED_READ);
 }
 
 static bool fenced_cache(fenced_queue *q, const char *op, const moe_cache **c, moe_cache *place,
@@ -341,6 +340,8 @@ static void fenced_run_one(fenced_queue *q, const fenced_op *op)
     case FENCED_ROPE: cpu->rope(q->inner, &op->as.rope); break;
     case FENCED_STORE: cpu->store(q->inner, &op->as.store); break;
     case FENCED_ATTEND: cpu->attend(q->inner, &op->as.attend); break;
+    case FENCED_HEADS: cpu->heads(q->inner, &op->as.heads); break;
+    case FENCED_COPY: cpu->copy(q->inner, &op->as.copy); break;
     case FENCED_GLU: cpu->glu(q->inner, &op->as.glu); break;
     case FENCED_ADD: cpu->add(q->inner, &op->as.add); break;
     case FENCED_SOFTCAP: cpu->softcap(q->inner, &op->as.softcap); break;
@@ -355,13 +356,13 @@ static void fenced_run_one(fenced_queue *q, const fenced_op *op)
 static void fenced_flush(fenced_queue *q)
 {
     if (!q->status && q->n_ops) {
-        fenced_open(q->device);
+        fenced_open(q->device, q->used, q->n_used);
         for (uint32_t i = 0; i < q->n_ops; i++)
             fenced_run_one(q, &q->ops[i]);
         q->status = q->device->cpu->submit(q->inner, &q->error);
-        fenced_shut(q->device);
+        fenced_shut(q->device, q->used, q->n_used);
     }
-    q->n_ops = 0;
+    q->n_ops = q->n_used = 0;
 }
 
 static moe_status fenced_submit(moe_queue *queue, moe_error *error)
@@ -379,15 +380,16 @@ static moe_status fenced_submit(moe_queue *queue, moe_error *error)
 static moe_status fenced_write(moe_queue *queue, moe_view dst, const void *src, uint64_t bytes)
 {
     fenced_queue *q = (fenced_queue *)queue;
-    const fenced_buffer *b = (const fenced_buffer *)dst.buffer;
+    fenced_buffer *b = (fenced_buffer *)dst.buffer;
     fenced_flush(q);
     if (!q->status && !fenced_view(q, "write", "dst", &dst, bytes, 1, FENCED_WRITE))
         return q->status;
     if (q->status)
         return q->status;
-    fenced_open(q->device);
+    q->n_used = 0;
+    fenced_open(q->device, &b, 1);
     memcpy(b->memory + dst.offset, src, (size_t)bytes);
-    fenced_shut(q->device);
+    fenced_shut(q->device, &b, 1);
     return MOE_OK;
 }
 
@@ -395,16 +397,16 @@ static moe_status fenced_read(moe_queue *queue, moe_view src, void *dst, uint64_
                               moe_error *error)
 {
     fenced_queue *q = (fenced_queue *)queue;
-    const fenced_buffer *b = (const fenced_buffer *)src.buffer;
+    fenced_buffer *b = (fenced_buffer *)src.buffer;
     fenced_flush(q);
     if (!q->status)
         fenced_view(q, "read", "src", &src, bytes, 1, FENCED_READ);
     moe_status status = fenced_submit(queue, error);
     if (status)
         return status;
-    fenced_open(q->device);
+    fenced_open(q->device, &b, 1);
     memcpy(dst, b->memory + src.offset, (size_t)bytes);
-    fenced_shut(q->device);
+    fenced_shut(q->device, &b, 1);
     return MOE_OK;
 }
 
@@ -519,7 +521,7 @@ static void fenced_attend(moe_queue *queue, const moe_attend_op *op)
     moe_attend_op *o = &f->as.attend;
     *o = *op;
     uint64_t q_floats = (uint64_t)o->n_tok * o->n_head * op->k->dim;
-    uint64_t dst_floats = (uint64_t)o->n_tok * o->n_head * op->v->dim;
+    uint64_t dst_floats = (uint64_t)o->n_tok * o->n_head * (op->dim_v ? op->dim_v : op->v->dim);
     uint64_t first = o->window && o->pos >= o->window ? o->pos + 1 - o->window : 0;
     fenced_keep(
         q, fenced_n_tok(q, "attend", o->n_tok) &&
@@ -532,11 +534,54 @@ static void fenced_attend(moe_queue *queue, const moe_attend_op *op)
                               q->options.n_slot_max) &&
                fenced_at_most(q, "attend", "dim", MOE_MAX(op->k->dim, op->v->dim),
                               q->options.dim_max) &&
+               fenced_at_most(q, "attend", "dim_v", op->dim_v, op->v->dim) &&
                fenced_at_most(q, "attend", "remainder of heads", o->n_head % op->k->n_head, 0) &&
                fenced_view(q, "attend", "sink", &o->sink, o->n_head, 4, FENCED_MAYBE) &&
                fenced_view(q, "attend", "q", &o->q, q_floats, 4, FENCED_READ) &&
                fenced_view(q, "attend", "dst", &o->dst, dst_floats, 4, FENCED_WRITE) &&
                fenced_apart(q, "attend", op->dst, dst_floats, op->q, q_floats));
+}
+
+/* The last row of n, each `stride` floats behind the one before, ends here. */
+static uint64_t fenced_span(uint64_t n, uint64_t stride, uint64_t dim)
+{
+    return n ? (n - 1) * stride + dim : 0;
+}
+
+static void fenced_heads(moe_queue *queue, const moe_heads_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    fenced_op *f = fenced_place(q, FENCED_HEADS);
+    moe_heads_op *o = &f->as.heads;
+    *o = *op;
+    uint64_t n_row = weight_present(op->w) ? o->n_tok * op->w->dims[2] : 0;
+    uint64_t src = n_row ? fenced_span(n_row, o->src_stride, op->w->dims[0]) : 0;
+    uint64_t dst = n_row ? fenced_span(n_row, o->dst_stride, op->w->dims[1]) : 0;
+    fenced_keep(q, fenced_n_tok(q, "heads", o->n_tok) &&
+                       fenced_weight(q, "heads", &o->w, &f->weight[0], q->options.n_in_head_max) &&
+                       fenced_at_most(q, "heads", "heads", op->w->dims[2], q->options.n_head_max) &&
+                       fenced_at_most(q, "heads", "n_in, by the stride", op->w->dims[0],
+                                      o->src_stride) &&
+                       fenced_at_most(q, "heads", "n_out, by the stride", op->w->dims[1],
+                                      o->dst_stride) &&
+                       fenced_view(q, "heads", "src", &o->src, src, 4, FENCED_READ) &&
+                       fenced_view(q, "heads", "dst", &o->dst, dst, 4, FENCED_WRITE) &&
+                       fenced_apart(q, "heads", op->dst, dst, op->src, src));
+}
+
+static void fenced_copy(moe_queue *queue, const moe_copy_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_copy_op *o = &fenced_place(q, FENCED_COPY)->as.copy;
+    *o = *op;
+    uint64_t src = fenced_span(o->n_row, o->src_stride, o->dim);
+    uint64_t dst = fenced_span(o->n_row, o->dst_stride, o->dim);
+    fenced_keep(q, fenced_at_most(q, "copy", "missing n_row", o->n_row == 0, 0) &&
+                       fenced_at_most(q, "copy", "dim, by the strides", o->dim,
+                                      MOE_MIN(o->dst_stride, o->src_stride)) &&
+                       fenced_view(q, "copy", "src", &o->src, src, 4, FENCED_READ) &&
+                       fenced_view(q, "copy", "dst", &o->dst, dst, 4, FENCED_WRITE) &&
+                       fenced_apart(q, "copy", op->dst, dst, op->src, src));
 }
 
 static void fenced_glu(moe_queue *queue, const moe_glu_op *op)
@@ -695,6 +740,8 @@ MOE_UNUSED static const moe_backend *fenced_backend(void)
         .rope = fenced_rope,
         .store = fenced_store,
         .attend = fenced_attend,
+        .heads = fenced_heads,
+        .copy = fenced_copy,
         .glu = fenced_glu,
         .add = fenced_add,
         .softcap = fenced_softcap,

@@ -92,7 +92,7 @@ static void host_cannot_touch_memory(void)
         data[i] = (float)i;
     REQUIRE(bench_open(&b, fenced_backend()), "no backend");
     moe_view fresh = bench_new(&b, sizeof data), weights = bench_wrap(&b, data, sizeof data);
-    const fenced_buffer *f = (fenced_buffer *)fresh.buffer, *w = (fenced_buffer *)weights.buffer;
+    fenced_buffer *f = (fenced_buffer *)fresh.buffer, *w = (fenced_buffer *)weights.buffer;
 
     CHECK(signal_of_touch((uint8_t *)zeros, true) == 0, "ordinary memory must not fault");
     CHECK(w->memory != (uint8_t *)data, "weights were not copied");
@@ -106,16 +106,18 @@ static void host_cannot_touch_memory(void)
         for (int i = 0; i < 64; i++)
             CHECK(back[i] == 2 * (float)i, "element %d is %g", i, (double)back[i]);
     }
-    fenced_open((fenced_device *)b.device);
+    fenced_device *d = (fenced_device *)b.device;
+    fenced_buffer *both[2] = {f, w};
+    fenced_open(d, both, 2); // as two queues would that run at the same time
+    fenced_open(d, both, 1);
     CHECK(!faults(f->memory) && !faults(w->memory), "the fence does not open");
     CHECK(signal_of_touch(f->memory, true) == 0, "a buffer cannot be written");
     CHECK(signal_of_touch(w->memory, true) != 0, "weights can be written");
     CHECK(faults(f->memory + 256) && faults(w->memory + 256), "no guard behind a buffer");
-    moe_view later = bench_new(&b, 100);
-    CHECK(!faults(((fenced_buffer *)later.buffer)->memory), "made while open, but shut");
-    fenced_shut((fenced_device *)b.device);
-    CHECK(faults(f->memory) && faults(((fenced_buffer *)later.buffer)->memory), "not shut again");
-    bench_free(&b, later);
+    fenced_shut(d, both, 2);
+    CHECK(!faults(f->memory) && faults(w->memory), "shut for a queue that still runs");
+    fenced_shut(d, both, 1);
+    CHECK(faults(f->memory), "not shut again");
     bench_free(&b, fresh);
     bench_free(&b, weights);
     bench_close(&b);
@@ -146,16 +148,16 @@ static void recording_keeps_the_order(void)
     moe_view x = bench_new(&b, sizeof one), y = bench_new(&b, sizeof one);
     b.backend->write(b.queue, x, one, sizeof one);
     b.backend->write(b.queue, y, one, sizeof one);
-    for (int i = 0; i < 100; i++) // x = 1 + 100
+    for (int i = 0; i < 400; i++) // x = 1 + 400
         b.backend->add(b.queue, &(moe_add_op){x, x, y, 16, 1});
     one[0] = 5;
     b.backend->write(b.queue, y, one, sizeof one); // after what was recorded
     for (int i = 0; i < 10; i++)
         b.backend->add(b.queue, &(moe_add_op){x, x, y, 16, 1});
     CHECK(b.backend->read(b.queue, x, back, sizeof back, NULL) == MOE_OK, "read");
-    CHECK(back[0] == 151 && back[1] == 111 && back[15] == 111, "%g %g", (double)back[0],
+    CHECK(back[0] == 451 && back[1] == 411 && back[15] == 411, "%g %g", (double)back[0],
           (double)back[1]);
-    CHECK(((fenced_queue *)b.queue)->n_runs == 110, "not all were run");
+    CHECK(((fenced_queue *)b.queue)->n_runs == 410, "not all were run");
     bench_free(&b, x);
     bench_free(&b, y);
     bench_close(&b);
