@@ -130,13 +130,30 @@ typedef struct moe_store_op {
  * over the j <= position, and > position - window if window > 0. With a sink, exp(sink[h]) is added
  * to the softmax's denominator. */
 typedef struct moe_attend_op {
-    moe_view dst;        // [n_tok][n_head][v->dim]
+    moe_view dst;        // [n_tok][n_head][v->dim, or dim_v]
     moe_view q;          // [n_tok][n_head][k->dim]
     const moe_cache *k, *v;
     moe_view sink;       // [n_head]; may be absent
     uint32_t n_tok, pos, n_head, window;
     float scale, cap;
+    uint32_t dim_v;      // only the first dim_v elements of a value take part; 0: all. With it v may
+                         // be k: latent attention keeps both in one row
 } moe_attend_op;
+
+/* One matrix per head: dst[t][h][:] = w[h] src[t][h][:]. Rows may stand apart from each other. */
+typedef struct moe_heads_op {
+    moe_view dst, src;   // [n_tok][dims[2]][stride], of which dims[1], and dims[0], are used
+    const moe_weight *w; // dims[2]: heads
+    uint32_t n_tok;
+    uint32_t dst_stride, src_stride; // floats from head to head
+} moe_heads_op;
+
+/* dst = src, for rows that may stand apart. dst must not overlap src. */
+typedef struct moe_copy_op {
+    moe_view dst, src;   // [n_row][dim], strides below
+    uint32_t n_row, dim;
+    uint32_t dst_stride, src_stride; // floats
+} moe_copy_op;
 
 typedef enum moe_glu_kind {
     MOE_GLU_SILU,      /* silu(gate) * up */
@@ -166,6 +183,8 @@ typedef struct moe_softcap_op {
     uint64_t n;
     float cap;
 } moe_softcap_op;
+
+enum { MOE_ROUTER_MAX_GROUPS = 256 };
 
 typedef enum moe_score {
     MOE_SCORE_SOFTMAX,      /* probabilities over all experts; the best k are taken */
@@ -235,7 +254,8 @@ typedef struct moe_queue_options {
     uint32_t n_expert_max;   // 0 if there are no experts
     uint32_t n_used_max;     // experts per token
     uint32_t n_in_expert_max; // the longest row of an expert's matrix
-    uint32_t n_head_max;     // of attend
+    uint32_t n_head_max;     // of attend and heads
+    uint32_t n_in_head_max;  // the longest row of a matrix in heads; 0 if there are none
     uint32_t n_slot_max;     // of a cache
     uint32_t dim_max;        // of a cache
 } moe_queue_options;
@@ -279,6 +299,8 @@ typedef struct moe_backend {
     void (*rope)(moe_queue *queue, const moe_rope_op *op);
     void (*store)(moe_queue *queue, const moe_store_op *op);
     void (*attend)(moe_queue *queue, const moe_attend_op *op);
+    void (*heads)(moe_queue *queue, const moe_heads_op *op);
+    void (*copy)(moe_queue *queue, const moe_copy_op *op);
     void (*glu)(moe_queue *queue, const moe_glu_op *op);
     void (*add)(moe_queue *queue, const moe_add_op *op);
     void (*softcap)(moe_queue *queue, const moe_softcap_op *op);

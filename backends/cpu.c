@@ -148,10 +148,13 @@ static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
     uint64_t used = 0;
     q->ops = cpu_take(base, &used, CPU_MAX_OPS * sizeof(cpu_op));
     q->phases = cpu_take(base, &used, CPU_MAX_PHASES * sizeof(cpu_phase));
-    for (moe_act act = 0; act < MOE_COUNT(q->act); act++)
-        q->act[act] = cpu_take(
-            base, &used, MOE_MAX(o->n_tok_max * (uint64_t)act_row_bytes(act, o->n_in_max),
-                                 n_slot * act_row_bytes(act, o->n_in_expert_max)));
+    for (moe_act act = 0; act < MOE_COUNT(q->act); act++) {
+        const uint64_t plain = o->n_tok_max * (uint64_t)act_row_bytes(act, o->n_in_max);
+        const uint64_t expert = n_slot * act_row_bytes(act, o->n_in_expert_max);
+        const uint64_t head = o->n_in_head_max ? (uint64_t)o->n_tok_max * o->n_head_max *
+                                                     act_row_bytes(act, o->n_in_head_max) : 0;
+        q->act[act] = cpu_take(base, &used, MOE_MAX(MOE_MAX(plain, expert), head));
+    }
     q->segments = cpu_take(base, &used, o->n_head_max * n_segment * row);
     q->expert_start = cpu_take(base, &used, experts);
     q->expert_id = cpu_take(base, &used, experts);
@@ -354,6 +357,24 @@ static void cpu_record_attend(moe_queue *q, const moe_attend_op *o)
     cpu_new_phase(q, op, cpu_attend, (uint64_t)cpu_ceil_div(o->n_tok, op->chunk) * op->k.n_head);
 }
 
+static void cpu_record_heads(moe_queue *q, const moe_heads_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.heads = *o;
+    op->chunk = MOE_MIN(cpu_chunk_rows(q, o->w->dims[1] * o->w->dims[2], o->w->row_bytes, o->n_tok),
+                        (uint32_t)align_up(o->w->dims[1], 8));
+    cpu_new_phase(q, op, cpu_heads_quantize, o->w->dims[2]);
+    cpu_new_phase(q, op, cpu_heads, (uint64_t)cpu_ceil_div(o->w->dims[1], op->chunk) * o->w->dims[2]);
+}
+
+static void cpu_record_copy(moe_queue *q, const moe_copy_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.copy = *o;
+    op->chunk = MOE_MAX(1, CPU_ELEMENTS / o->dim);
+    cpu_new_phase(q, op, cpu_copy, cpu_ceil_div(o->n_row, op->chunk));
+}
+
 static void cpu_record_glu(moe_queue *q, const moe_glu_op *o)
 {
     cpu_op *op = cpu_new_op(q);
@@ -424,6 +445,8 @@ static const moe_backend cpu_backend = {
     .rope = cpu_record_rope,
     .store = cpu_record_store,
     .attend = cpu_record_attend,
+    .heads = cpu_record_heads,
+    .copy = cpu_record_copy,
     .glu = cpu_record_glu,
     .add = cpu_record_add,
     .softcap = cpu_record_softcap,

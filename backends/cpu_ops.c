@@ -62,6 +62,8 @@ struct cpu_op {
         moe_rope_op rope;
         moe_store_op store;
         moe_attend_op attend;
+        moe_heads_op heads;
+        moe_copy_op copy;
         moe_glu_op glu;
         moe_add_op add;
         moe_softcap_op softcap;
@@ -303,6 +305,11 @@ static const float *cpu_cache_floats(const moe_queue *q, const moe_cache *c, uin
     return converted;
 }
 
+MOE_INLINE size_t cpu_value_dim(const moe_attend_op *o, const moe_cache *v)
+{
+    return o->dim_v ? o->dim_v : v->dim;
+}
+
 /* The queries of one task: tokens [tok, tok + n_tok) of the heads that share a key/value head. */
 typedef struct cpu_queries {
     const moe_attend_op *o;
@@ -357,7 +364,7 @@ static void cpu_scores(moe_queue *q, const cpu_queries *a, uint32_t start, uint3
 static void cpu_values(moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
                        uint32_t n, cpu_scratch *s)
 {
-    const size_t dim = a->v->dim;
+    const size_t dim = cpu_value_dim(a->o, a->v);
     size_t stride;
     const float *values = cpu_cache_floats(q, a->v, a->kv_head, first, n, s->keys, &stride);
     for (uint32_t i = 0; i < a->n_tok * a->group; i++) {
@@ -376,7 +383,7 @@ static void cpu_values(moe_queue *q, const cpu_queries *a, uint32_t start, uint3
  * that sees nothing of the segment gets a sum of 0. */
 static void cpu_segment(moe_queue *q, const cpu_queries *a, uint32_t start, cpu_scratch *s)
 {
-    const size_t dim = a->v->dim;
+    const size_t dim = cpu_value_dim(a->o, a->v);
     const uint32_t n_query = a->n_tok * a->group;
     uint32_t first, end, ignored;
     memset(s->partial, 0, n_query * (dim + 2) * sizeof(float));
@@ -437,7 +444,7 @@ static void cpu_attend_finish(moe_queue *q, const moe_attend_op *o, size_t dim, 
 static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     const moe_attend_op *o = &op->u.attend;
-    const size_t dim = op->v.dim;
+    const size_t dim = cpu_value_dim(o, &op->v);
     cpu_scratch *s = &q->scratch[thread];
     cpu_queries a = {o, &op->k, &op->v, task % op->k.n_head, task / op->k.n_head * op->chunk, 0,
                      o->n_head / op->k.n_head};
@@ -460,7 +467,7 @@ static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t t
 static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     const moe_attend_op *o = &op->u.attend;
-    const size_t dim = op->v.dim;
+    const size_t dim = cpu_value_dim(o, &op->v);
     const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
     cpu_queries a = {o, &op->k, &op->v, task % op->k.n_head, 0, 1, o->n_head / op->k.n_head};
     const uint32_t segment = task / op->k.n_head;
@@ -478,7 +485,7 @@ static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, ui
 static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint32_t thread)
 {
     const moe_attend_op *o = &op->u.attend;
-    const size_t dim = op->v.dim;
+    const size_t dim = cpu_value_dim(o, &op->v);
     const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
     float *total = q->scratch[thread].total;
     memset(total, 0, (dim + 2) * sizeof *total);
@@ -487,7 +494,60 @@ static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint3
     cpu_attend_finish(q, o, dim, 0, head, total);
 }
 
+/* -------------------------------------------------------------------- products per head -- */
+
+/* Phase 1: one head of all tokens, in the form that the matrices want. A head's tokens are neighbours
+ * there. */
+static void cpu_heads_quantize(moe_queue *q, const cpu_op *op, uint32_t head, uint32_t thread)
+{
+    (void)thread;
+    const moe_heads_op *o = &op->u.heads;
+    const moe_act act = o->w->quant->act;
+    const size_t n_in = (size_t)o->w->dims[0], bytes = act_row_bytes(act, n_in);
+    for (uint32_t t = 0; t < o->n_tok; t++)
+        act_quantize(act, cpu_floats(o->src) + (t * o->w->dims[2] + head) * o->src_stride, n_in,
+                     q->act[act] + ((size_t)head * o->n_tok + t) * bytes, q->device->cpu);
+}
+
+/* Phase 2: a chunk of rows of one head's matrix, times all tokens. */
+static void cpu_heads(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)thread;
+    const moe_heads_op *o = &op->u.heads;
+    const moe_weight *w = o->w;
+    const moe_act act = w->quant->act;
+    const moe_kernels *kernels = &q->device->kernels[w->quant->id];
+    const uint32_t n_chunk = cpu_ceil_div(w->dims[1], op->chunk);
+    const size_t head = task / n_chunk, row = (size_t)(task % n_chunk) * op->chunk;
+    const size_t y_stride = (size_t)w->dims[2] * o->dst_stride;
+    for (size_t t = 0; t < o->n_tok; t += CPU_TOK_TILE) {
+        moe_mm mm = {
+            .w = w->data.buffer->data + w->data.offset + head * w->matrix_bytes +
+                 row * w->row_bytes,
+            .w_stride = (size_t)w->row_bytes,
+            .x_stride = act_row_bytes(act, (size_t)w->dims[0]),
+            .y = cpu_floats(o->dst) + t * y_stride + head * o->dst_stride + row,
+            .y_stride = y_stride,
+            .n_in = (size_t)w->dims[0],
+            .n_row = (size_t)MOE_MIN(op->chunk, w->dims[1] - row),
+            .n_tok = MOE_MIN(CPU_TOK_TILE, o->n_tok - t),
+        };
+        mm.x = q->act[act] + (head * o->n_tok + t) * mm.x_stride;
+        (mm.n_tok == 1 ? kernels->gemv : kernels->gemm)(&mm);
+    }
+}
+
 /* ------------------------------------------------------------------------ element-wise -- */
+
+static void cpu_copy(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)q, (void)thread;
+    const moe_copy_op *o = &op->u.copy;
+    const uint32_t end = MOE_MIN(o->n_row, (task + 1) * op->chunk);
+    for (uint32_t r = task * op->chunk; r < end; r++)
+        memcpy(cpu_floats(o->dst) + (size_t)r * o->dst_stride,
+               cpu_floats(o->src) + (size_t)r * o->src_stride, o->dim * sizeof(float));
+}
 
 static void cpu_glu(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
@@ -568,8 +628,8 @@ static void cpu_top_k(float *x, uint32_t n, uint32_t k, int32_t *ids)
 static void cpu_limit_groups(const moe_router *r, float *choice)
 {
     const uint32_t size = r->n_expert / r->n_group;
-    float score[256];
-    int32_t chosen[256];
+    float score[MOE_ROUTER_MAX_GROUPS];
+    int32_t chosen[MOE_ROUTER_MAX_GROUPS];
     for (uint32_t g = 0; g < r->n_group; g++) {
         float first = -INFINITY, second = -INFINITY;
         for (uint32_t i = g * size; i < (g + 1) * size; i++) {

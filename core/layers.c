@@ -20,9 +20,12 @@ struct moe_pass {
     moe_view x;              // [n_tok][n_embd] the residual stream
     moe_view h;              // [n_tok][n_embd] normed, or a block's output
     moe_view q;              // [n_tok][n_head][head_dim]
-    moe_view k, v;           // [n_tok][n_head_kv][head_dim], [...][head_dim_v]
+    moe_view k, v;           // [n_tok][n_head_kv][row of the cache]
     moe_view attn;           // [n_tok][n_head][head_dim_v]
-    moe_view gate, up;       // [n_tok][n_ff], or [n_tok][n_used][n_ff_expert]
+    moe_view q_latent;       // [n_tok][n_latent_q]
+    moe_view q_absorbed;     // [n_tok][n_head][n_latent + n_rot]
+    moe_view attn_latent;    // [n_tok][n_head][n_latent]
+    moe_view gate, up;       // [n_tok][n_ff or n_ff_shared], or [n_tok][n_used][n_ff_expert]
     moe_view router;         // [n_tok][n_expert]
     moe_view expert_ids;     // int32 [n_tok][n_used]
     moe_view expert_weights; // [n_tok][n_used]
@@ -105,6 +108,7 @@ static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
         .n_tok = p->n_tok,
         .pos = p->pos,
         .n_head = hp->n_head,
+        .sink = l->sinks.data,
         .window = local ? hp->window : 0,
         .scale = hp->attn_scale,
     };
@@ -112,24 +116,98 @@ static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
     layer_linear(p, dst, &l->wo, p->attn, &l->bo, add);
 }
 
+/* Queries of latent attention, in p->q, with their last n_rot elements rotated; and p->k, a row of the
+ * cache: the normed latent and the rotated part that all heads share. */
+static void layer_latent_project(moe_pass *p, const moe_layer *l)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const uint32_t row = hp->n_latent + hp->n_rot, n_nope = hp->head_dim - hp->n_rot;
+    const bool direct = !hp->n_latent_q;
+    const moe_matmul_op project = {
+        .src = p->h,
+        .n_tok = p->n_tok,
+        .n_out = 2,
+        .out = {{.w = direct ? &l->wq : &l->wq_a, .dst = direct ? p->q : p->q_latent},
+                {.w = &l->wkv_a, .dst = p->k}},
+    };
+    p->be->matmul(p->queue, &project);
+    if (!direct) {
+        const moe_norm_op norm = {p->q_latent, p->q_latent, l->wq_a_norm.data, p->n_tok,
+                                  hp->n_latent_q, hp->n_latent_q, hp->n_latent_q, hp->eps_latent};
+        p->be->norm(p->queue, &norm);
+        layer_linear(p, p->q, &l->wq_b, p->q_latent, NULL, false);
+    }
+    const moe_norm_op norm = {p->k, p->k, l->wkv_a_norm.data, p->n_tok, hp->n_latent, row, row,
+                              hp->eps_latent};
+    p->be->norm(p->queue, &norm);
+    const moe_rope_op rope_q = {p->q, p->rope[0], p->n_tok, hp->n_head, hp->head_dim, n_nope,
+                                hp->n_rot, hp->rope_interleaved};
+    const moe_rope_op rope_k = {p->k, p->rope[0], p->n_tok, 1, row, hp->n_latent, hp->n_rot,
+                                hp->rope_interleaved};
+    p->be->rope(p->queue, &rope_q);
+    p->be->rope(p->queue, &rope_k);
+}
+
+/* Multi-head latent attention: p->h in. Keys are k_b c and values v_b c of a latent c per token, and
+ * only c is kept: q . (k_b c) is (k_b^T q) . c, and the sum of the weighted v_b c is v_b times the
+ * weighted sum of c. DeepSeek-AI 2024, arXiv:2405.04434, section 2.1. */
+static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_layer *l = &p->model->layers[index];
+    const moe_cache *cache = &p->k_cache[index];
+    const uint32_t row = hp->n_latent + hp->n_rot, n_nope = hp->head_dim - hp->n_rot;
+    layer_latent_project(p, l);
+    layer_store(p, cache, p->k);
+    const moe_heads_op absorb = {p->q_absorbed, p->q, &l->wk_b, p->n_tok, row, hp->head_dim};
+    p->be->heads(p->queue, &absorb);
+    const moe_copy_op rotated = {view_at(p->q_absorbed, hp->n_latent * sizeof(float)),
+                                 view_at(p->q, n_nope * sizeof(float)), p->n_tok * hp->n_head,
+                                 hp->n_rot, row, hp->head_dim};
+    p->be->copy(p->queue, &rotated);
+    const moe_attend_op attend = {
+        .dst = p->attn_latent,
+        .q = p->q_absorbed,
+        .k = cache,
+        .v = cache,
+        .n_tok = p->n_tok,
+        .pos = p->pos,
+        .n_head = hp->n_head,
+        .scale = hp->attn_scale,
+        .dim_v = hp->n_latent,
+    };
+    p->be->attend(p->queue, &attend);
+    const moe_heads_op expand = {p->attn, p->attn_latent, &l->wv_b, p->n_tok, hp->head_dim_v,
+                                 hp->n_latent};
+    p->be->heads(p->queue, &expand);
+    layer_linear(p, dst, &l->wo, p->attn, NULL, add);
+}
+
 static void layer_glu(moe_pass *p, uint64_t n)
 {
-    const moe_glu_op op = {p->gate, p->gate, p->up, n, p->model->hp.glu, 0, 0};
+    const moe_hparams *hp = &p->model->hp;
+    const moe_glu_op op = {p->gate, p->gate, p->up, n, hp->glu, hp->glu_alpha, hp->glu_limit};
     p->be->glu(p->queue, &op);
 }
 
 /* Gated feed-forward: p->h in. Shazeer 2020, arXiv:2002.05202. */
-static void layer_feed_forward(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
+static void layer_gated(moe_pass *p, const moe_weight *gate, const moe_weight *up,
+                        const moe_weight *down, moe_view dst, bool add)
 {
     const moe_matmul_op project = {
         .src = p->h,
         .n_tok = p->n_tok,
         .n_out = 2,
-        .out = {{.w = &l->gate, .dst = p->gate}, {.w = &l->up, .dst = p->up}},
+        .out = {{.w = gate, .dst = p->gate}, {.w = up, .dst = p->up}},
     };
     p->be->matmul(p->queue, &project);
-    layer_glu(p, (uint64_t)p->n_tok * p->model->hp.n_ff);
-    layer_linear(p, dst, &l->down, p->gate, NULL, add);
+    layer_glu(p, p->n_tok * gate->dims[1]);
+    layer_linear(p, dst, down, p->gate, NULL, add);
+}
+
+static void layer_feed_forward(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
+{
+    layer_gated(p, &l->gate, &l->up, &l->down, dst, add);
 }
 
 /* Routed experts: p->h in. The router's logits choose n_used experts for each token; their outputs are
@@ -138,9 +216,10 @@ static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool ad
 {
     const moe_hparams *hp = &p->model->hp;
     const moe_router *r = &hp->router;
-    layer_linear(p, p->router, &l->router, p->h, NULL, false);
+    layer_linear(p, p->router, &l->router, p->h, &l->router_bias, false);
     const moe_route_op route = {.ids = p->expert_ids, .weights = p->expert_weights,
-                                .logits = p->router, .router = *r, .n_tok = p->n_tok};
+                                .logits = p->router, .bias = l->router_choice.data,
+                                .router = *r, .n_tok = p->n_tok};
     p->be->route(p->queue, &route);
     const moe_experts_op project = {
         .src = p->h,
@@ -149,7 +228,8 @@ static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool ad
         .n_used = r->n_used,
         .shared_src = true,
         .n_out = 2,
-        .out = {{.w = &l->experts_gate, .dst = p->gate}, {.w = &l->experts_up, .dst = p->up}},
+        .out = {{&l->experts_gate, l->experts_gate_bias.data, p->gate},
+                {&l->experts_up, l->experts_up_bias.data, p->up}},
     };
     p->be->experts(p->queue, &project);
     layer_glu(p, (uint64_t)p->n_tok * r->n_used * hp->n_ff_expert);
@@ -159,12 +239,43 @@ static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool ad
         .n_tok = p->n_tok,
         .n_used = r->n_used,
         .n_out = 1,
-        .out = {{.w = &l->experts_down, .dst = p->expert_out}},
+        .out = {{&l->experts_down, l->experts_down_bias.data, p->expert_out}},
     };
     p->be->experts(p->queue, &down);
     const moe_combine_op combine = {dst, p->expert_out, p->expert_weights, p->n_tok, r->n_used,
                                     hp->n_embd, add};
     p->be->combine(p->queue, &combine);
+}
+
+/* Experts that every token uses: p->h in, added to dst. Where a gate says how much of them, it is a
+ * router with one expert, which is always chosen and whose weight is a sigmoid. */
+static void layer_shared_experts(moe_pass *p, const moe_layer *l, moe_view dst)
+{
+    const bool gated = weight_present(&l->shared_router);
+    layer_gated(p, &l->shared_gate, &l->shared_up, &l->shared_down, gated ? p->expert_out : dst,
+                !gated);
+    if (!gated)
+        return;
+    layer_linear(p, p->router, &l->shared_router, p->h, NULL, false);
+    const moe_route_op route = {
+        .ids = p->expert_ids, .weights = p->expert_weights, .logits = p->router, .n_tok = p->n_tok,
+        .router = {.score = MOE_SCORE_SIGMOID, .n_expert = 1, .n_used = 1, .scale = 1.0f}};
+    p->be->route(p->queue, &route);
+    const moe_combine_op combine = {dst, p->expert_out, p->expert_weights, p->n_tok, 1,
+                                    p->model->hp.n_embd, true};
+    p->be->combine(p->queue, &combine);
+}
+
+/* What stands behind the attention: experts, with the shared ones if there are any, or a dense
+ * feed-forward. p->h in, added to dst. */
+static void layer_mixture(moe_pass *p, const moe_layer *l, moe_view dst)
+{
+    if (weight_present(&l->router))
+        layer_experts(p, l, dst, true);
+    else
+        layer_feed_forward(p, l, dst, true);
+    if (weight_present(&l->shared_gate))
+        layer_shared_experts(p, l, dst);
 }
 
 /* dst += src, n_embd elements of each token. */

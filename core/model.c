@@ -72,7 +72,9 @@ static void hparam_rope(hparam_reader *r, moe_hparams *hp)
     moe_rope_params *rope = &hp->rope;
     moe_str type = {"none", 4};
     char buf[160];
-    *rope = (moe_rope_params){10000.0f, ROPE_PLAIN, 1.0f, 1.0f, 32.0f, 1.0f, hp->n_ctx_train};
+    *rope = (moe_rope_params){.base = 10000.0f, .scaling = ROPE_PLAIN, .factor = 1.0f,
+                              .attn_factor = 1.0f, .log_multiplier = 0.1, .beta_fast = 32.0f,
+                              .beta_slow = 1.0f, .n_ctx_original = hp->n_ctx_train};
     hparam_f32(r, "rope.freq_base", false, 1, 1e12, &rope->base);
     hp->n_rot = hp->head_dim;
     hparam_u32(r, "rope.dimension_count", false, 2, hp->head_dim, &hp->n_rot);
@@ -96,10 +98,55 @@ static void hparam_rope(hparam_reader *r, moe_hparams *hp)
         hparam_f32(r, "rope.scaling.factor", true, 1e-3, 1e6, &rope->factor);
     hparam_u32(r, "rope.scaling.original_context_length", false, 1, MODEL_MAX_CTX,
                &rope->n_ctx_original);
+    /* yarn_attn_factor is left alone: converters write what config.json has as attn_factor, which the
+     * reference implementation does not know and which the files' other readers do not use. */
     hparam_f32(r, "rope.scaling.attn_factor", false, 1e-6, 1e6, &rope->attn_factor);
-    hparam_f32(r, "rope.scaling.yarn_attn_factor", false, 1e-6, 1e6, &rope->attn_factor);
     hparam_f32(r, "rope.scaling.yarn_beta_fast", false, 1e-6, 1e6, &rope->beta_fast);
     hparam_f32(r, "rope.scaling.yarn_beta_slow", false, 1e-6, 1e6, &rope->beta_slow);
+}
+
+/* Groups of experts: only those of the best groups may be chosen. */
+static void hparam_groups(hparam_reader *r, moe_router *router)
+{
+    router->n_group = router->n_group_used = 1;
+    hparam_u32(r, "expert_group_count", false, 0, MOE_ROUTER_MAX_GROUPS, &router->n_group);
+    if (r->status || router->n_group <= 1)
+        return;
+    hparam_require(r, router->n_expert % router->n_group == 0, "expert_group_count",
+                   "expected a divisor of the %u experts, got %u", router->n_expert,
+                   router->n_group);
+    hparam_u32(r, "expert_group_used_count", true, 1, router->n_group, &router->n_group_used);
+    hparam_require(r, r->status || router->n_used <= router->n_expert / router->n_group *
+                                                        router->n_group_used,
+                   "expert_used_count", "expected at most %u, the experts of the groups that may be "
+                   "used, got %u", r->status ? 0 : router->n_expert / router->n_group *
+                                                       router->n_group_used, router->n_used);
+}
+
+/* Experts that every token uses, as one feed-forward of their common width. */
+static void hparam_shared_experts(hparam_reader *r, moe_hparams *hp)
+{
+    uint64_t width;
+    hparam_u32(r, "expert_shared_count", false, 0, MODEL_MAX_EXPERTS, &hp->n_expert_shared);
+    if (r->status || !hp->n_expert_shared)
+        return;
+    width = (uint64_t)hp->n_expert_shared * hp->n_ff_expert;
+    hparam_require(r, hp->n_ff_shared || width <= MODEL_MAX_FF, "expert_shared_count",
+                   "expected shared experts of a width of at most %u together, got %u of them",
+                   MODEL_MAX_FF, hp->n_expert_shared);
+    if (!hp->n_ff_shared)
+        hp->n_ff_shared = (uint32_t)width;
+    hparam_u32(r, "expert_shared_feed_forward_length", false, 1, MODEL_MAX_FF, &hp->n_ff_shared);
+}
+
+/* How the router's logits become scores, if the file says so. */
+static void hparam_score(hparam_reader *r, moe_router *router)
+{
+    static const moe_score scores[] = {MOE_SCORE_SOFTMAX, MOE_SCORE_SIGMOID, MOE_SCORE_SOFTMAX_TOPK};
+    uint32_t func = 0;
+    hparam_u32(r, "expert_gating_func", false, 0, MOE_COUNT(scores), &func);
+    if (!r->status && func)
+        router->score = scores[func - 1];
 }
 
 static void hparam_experts(hparam_reader *r, moe_hparams *hp)
@@ -117,6 +164,10 @@ static void hparam_experts(hparam_reader *r, moe_hparams *hp)
     if (!r->status && router->scale == 0) /* written by some converters for "none" */
         router->scale = 1.0f;
     hparam_u32(r, "leading_dense_block_count", false, 0, hp->n_layer, &hp->n_layer_dense);
+    hparam_score(r, router);
+    hparam_groups(r, router);
+    router->group_max = router->score == MOE_SCORE_SOFTMAX;
+    hparam_shared_experts(r, hp);
     if (!r->status)
         r->status = meta_bool(r->dir, hparam_key(r, "expert_weights_norm", buf), false,
                               &router->renormalize, r->error);
@@ -194,6 +245,14 @@ static uint64_t dim_value(const moe_hparams *hp, moe_dim dim)
     case DIM_FF: return hp->n_ff;
     case DIM_EXPERT: return hp->router.n_expert;
     case DIM_FF_EXPERT: return hp->n_ff_expert;
+    case DIM_FF_SHARED: return hp->n_ff_shared;
+    case DIM_Q_HEADS: return hp->n_head;
+    case DIM_HEAD_V: return hp->head_dim_v;
+    case DIM_NOPE: return hp->head_dim - hp->n_rot;
+    case DIM_LATENT: return hp->n_latent;
+    case DIM_LATENT_Q: return hp->n_latent_q;
+    case DIM_LATENT_ROT: return (uint64_t)hp->n_latent + hp->n_rot;
+    case DIM_LATENT_KV: return (uint64_t)hp->n_head * (hp->head_dim - hp->n_rot + hp->head_dim_v);
     case DIM_NONE: break;
     }
     return 1;
@@ -213,6 +272,18 @@ MOE_UNUSED static const char *binding_name(const moe_binding *b, uint32_t layer,
 static bool layer_has_experts(const moe_hparams *hp, uint32_t layer)
 {
     return hp->router.n_expert > 0 && layer >= hp->n_layer_dense;
+}
+
+/* Whether a model has this tensor in this layer, as far as its hyperparameters say. */
+static bool binding_applies(const moe_hparams *hp, const moe_binding *b, uint32_t layer)
+{
+    const bool experts = layer_has_experts(hp, layer);
+    return !(b->flags & BIND_DENSE && experts) && !(b->flags & BIND_EXPERTS && !experts) &&
+           !(b->flags & BIND_SHARED && !(experts && hp->n_expert_shared)) &&
+           !(b->flags & BIND_LATENT_Q && !hp->n_latent_q) &&
+           !(b->flags & BIND_NO_LATENT_Q && hp->n_latent_q) &&
+           !(b->flags & BIND_LATENT_SPLIT && !hp->latent_split) &&
+           !(b->flags & BIND_LATENT_FUSED && hp->latent_split);
 }
 
 static moe_status binding_check(const moe_model *m, const moe_binding *b, const moe_tensor *t,
@@ -271,8 +342,7 @@ static moe_status bind_walk_all(bind_walk *walk)
         for (const moe_binding *b = m->family->bindings[table]; b->gguf; b++) {
             const bool global = b->flags & BIND_GLOBAL;
             for (uint32_t i = 0; i < (global ? 1 : m->hp.n_layer); i++) {
-                const bool experts = layer_has_experts(&m->hp, i);
-                if ((b->flags & BIND_DENSE && experts) || (b->flags & BIND_EXPERTS && !experts))
+                if (!binding_applies(&m->hp, b, i))
                     continue;
                 void *base = global ? (void *)&m->globals : (void *)&m->layers[i];
                 moe_status status = bind_one(walk, b, i, base);
@@ -324,6 +394,9 @@ static moe_status bind_weight(bind_walk *walk, const moe_binding *b, const moe_t
     w->row_bytes = t->dims[0] / t->quant->block_len * t->quant->block_bytes;
     w->matrix_bytes = w->row_bytes * t->dims[1];
     if (b->flags & BIND_VECTOR) {
+        w->quant = quant_by_name("F32");
+        w->row_bytes = t->dims[0] * sizeof(float);
+        w->matrix_bytes = w->row_bytes * t->dims[1];
         w->data = (moe_view){m->buffers[0], walk->n_vector_floats * sizeof(float)};
         walk->n_vector_floats += align_up(t->n_elements, MEM_ALIGN / sizeof(float));
         return MOE_OK;
@@ -335,21 +408,27 @@ static moe_status bind_weight(bind_walk *walk, const moe_binding *b, const moe_t
     return status;
 }
 
+/* A tensor of a layer that only drafts tokens: the model computes the same without. */
+static bool tensor_is_draft(const moe_model *m, const moe_tensor *t)
+{
+    unsigned layer;
+    return m->hp.n_layer_draft && sscanf(t->name, "blk.%u.", &layer) == 1 &&
+           layer >= m->hp.n_layer && layer - m->hp.n_layer < m->hp.n_layer_draft;
+}
+
 /* A tensor that no binding asks for would be computed without: the results would be wrong. */
 static moe_status bind_find_unused(const moe_model *m, moe_error *error)
 {
     char name[96];
     for (size_t i = 0; i < directory_n_tensors(m->dir); i++) {
         const moe_tensor *t = directory_tensor_at(m->dir, i);
-        bool used = false;
+        bool used = tensor_is_draft(m, t);
         for (uint32_t table = 0; m->family->bindings[table] && !used; table++) {
             for (const moe_binding *b = m->family->bindings[table]; b->gguf && !used; b++) {
                 unsigned layer = 0;
                 if (!(b->flags & BIND_GLOBAL) && sscanf(t->name, "blk.%u.", &layer) != 1)
                     continue;
-                const bool experts = layer_has_experts(&m->hp, layer);
-                used = layer < m->hp.n_layer && !(b->flags & BIND_DENSE && experts) &&
-                       !(b->flags & BIND_EXPERTS && !experts) &&
+                used = layer < m->hp.n_layer && binding_applies(&m->hp, b, layer) &&
                        !strcmp(t->name, binding_name(b, layer, name, sizeof name));
             }
         }
@@ -376,7 +455,8 @@ static moe_status model_bind(moe_model *m, moe_error *error)
         return status;
     const uint64_t vector_bytes = walk.n_vector_floats * sizeof *m->vectors;
     m->vectors = mem_alloc(&m->mem, vector_bytes, 1);
-    m->buffers = mem_alloc(&m->mem, walk.n_buffer + 1, sizeof *m->buffers);
+    enum { VECTORS = 1, DERIVED = 1 };
+    m->buffers = mem_alloc(&m->mem, walk.n_buffer + VECTORS + DERIVED, sizeof *m->buffers);
     if (!m->vectors || !m->buffers)
         return fail_memory(error, &m->mem, "vectors", vector_bytes);
     walk = (bind_walk){.m = m, .error = error, .visit = bind_fill};
@@ -404,8 +484,12 @@ static double yarn_dimension(const moe_rope_params *p, uint32_t n_rot, double n_
 static void rope_frequencies(const moe_rope_params *p, uint32_t n_rot, const float *divisors,
                              double *freq, float *magnitude)
 {
-    double low = floor(yarn_dimension(p, n_rot, p->beta_fast));
-    double high = ceil(yarn_dimension(p, n_rot, p->beta_slow));
+    double low = yarn_dimension(p, n_rot, p->beta_fast);
+    double high = yarn_dimension(p, n_rot, p->beta_slow);
+    if (!p->no_truncate) {
+        low = floor(low);
+        high = ceil(high);
+    }
     low = MOE_MAX(low, 0);
     high = MOE_MIN(high, n_rot - 1.0);
     for (uint32_t i = 0; i < n_rot / 2; i++) {
@@ -421,7 +505,7 @@ static void rope_frequencies(const moe_rope_params *p, uint32_t n_rot, const flo
     }
     *magnitude = p->attn_factor;
     if (p->scaling == ROPE_YARN && p->factor > 1)
-        *magnitude *= (float)(0.1 * log((double)p->factor) + 1);
+        *magnitude *= (float)(p->log_multiplier * log((double)p->factor) + 1);
 }
 
 static moe_status model_prepare_rope(moe_model *m, moe_error *error)
@@ -458,7 +542,9 @@ static void model_count(moe_model *m)
         info->weight_bytes += t->bytes;
         uint64_t params = t->n_elements, bytes = t->bytes;
         const uint32_t n_expert = m->hp.router.n_expert;
-        if (t->n_dims == 3 && n_expert && t->dims[2] == n_expert) {
+        if (tensor_is_draft(m, t))
+            params = bytes = 0;
+        if (t->n_dims == 3 && n_expert && strstr(t->name, "_exps.")) {
             params = params / n_expert * m->hp.router.n_used;
             bytes = bytes / n_expert * m->hp.router.n_used;
         }
@@ -494,10 +580,11 @@ static void model_fill_info(moe_model *m)
     info->n_expert = hp->router.n_expert;
     info->n_expert_used = hp->router.n_used;
     info->n_ff_expert = hp->n_ff_expert;
+    info->n_expert_shared = hp->n_expert_shared;
     info->sliding_window = hp->window;
     info->kv_bytes_per_token = (uint64_t)hp->n_layer * hp->n_head_kv *
-                               (cache_row_bytes(MOE_CACHE_F16, hp->head_dim) +
-                                cache_row_bytes(MOE_CACHE_F16, hp->head_dim_v));
+                               (cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, false)) +
+                                cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, true)));
     model_count(m);
 }
 
@@ -556,6 +643,8 @@ static moe_status model_load_weights(moe_model *m, const moe_model_options *opti
     status = m->backend->device_open(&m->device, &device, error);
     if (!status)
         status = model_bind(m, error);
+    if (!status && m->family->derive)
+        status = m->family->derive(m, error);
     if (!status)
         status = model_prepare_rope(m, error);
     return status;
@@ -618,6 +707,7 @@ void moe_model_close(moe_model *m)
     }
     mem_free(&m->mem, m->buffers);
     mem_free(&m->mem, m->rope_freqs[0]);
+    mem_free(&m->mem, m->derived);
     mem_free(&m->mem, m->vectors);
     mem_free(&m->mem, m->layers);
     tokenizer_free(m->tokenizer);

@@ -25,18 +25,24 @@ typedef struct moe_rope_params {
     float base;
     moe_rope_scaling scaling;
     float factor;            // context is stretched by this; 1: not at all
-    float attn_factor;       // YaRN: extra factor on cos and sin
+    float attn_factor;       // extra factor on cos and sin
+    double log_multiplier;   // YaRN: cos and sin grow by 1 + this * ln(factor); 0: not at all
     float beta_fast, beta_slow;
+    bool no_truncate;        // YaRN: the ends of the ramp are not rounded to whole pairs
     uint32_t n_ctx_original; // YaRN: context length before stretching
 } moe_rope_params;
 
 typedef struct moe_hparams {
     uint32_t n_vocab, n_ctx_train, n_embd, n_layer;
     uint32_t n_head, n_head_kv, head_dim, head_dim_v;
+    uint32_t n_latent;        // latent attention: what keys and values are made from; 0: none
+    uint32_t n_latent_q;      // latent attention: the same for queries; 0: none
+    bool latent_split;        // its up-projection comes as one matrix for keys, one for values
     uint32_t n_ff;
     uint32_t n_rot;           // elements of a head that are rotated
     bool rope_interleaved;
     float eps;                // of the RMS norms
+    float eps_latent;         // of those inside of latent attention
     float embed_scale;        // of the token embedding; 1: none
     float attn_scale;         // of q . k
     float logit_cap;          // soft cap; 0: none
@@ -45,9 +51,12 @@ typedef struct moe_hparams {
     moe_rope_params rope;       // of global layers
     moe_rope_params rope_local; // of layers with a sliding window
     moe_glu_kind glu;
+    float glu_alpha, glu_limit; // of MOE_GLU_CLAMPED
     moe_router router;        // router.n_expert is 0 in a dense model
     uint32_t n_layer_dense;   // leading layers without experts
+    uint32_t n_layer_draft;   // layers behind the last one, for multi-token prediction: not used
     uint32_t n_ff_expert;
+    uint32_t n_expert_shared, n_ff_shared; // experts that every token uses; width of all of them
 } moe_hparams;
 
 /* The weights of a layer. Matrices as [n_out][n_in]; vectors are float32 views. */
@@ -55,15 +64,26 @@ typedef struct moe_layer {
     moe_weight attn_norm;                        // [n_embd]
     moe_weight wq, wk, wv;                       // [n_head * head_dim][n_embd], ...
     moe_weight bq, bk, bv, bo;
+    moe_weight wq_a, wq_a_norm;                  // [n_latent_q][n_embd], [n_latent_q]
+    moe_weight wq_b;                             // [n_head * head_dim][n_latent_q]
+    moe_weight wkv_a, wkv_a_norm;                // [n_latent + n_rot][n_embd], [n_latent]
+    moe_weight wkv_b;                            // both of the next in one
+    moe_weight wk_b;                             // [n_head][n_latent][head_dim - n_rot]
+    moe_weight wv_b;                             // [n_head][head_dim_v][n_latent]
+    moe_weight sinks;                            // [n_head]
     moe_weight q_norm, k_norm;                   // [head_dim], or [n_head * head_dim]
     moe_weight wo;                               // [n_embd][n_head * head_dim_v]
     moe_weight attn_post_norm;                   // [n_embd], on the attention's output
     moe_weight ffn_norm;                         // [n_embd]
     moe_weight gate, up, down;                   // [n_ff][n_embd], [n_ff][n_embd], [n_embd][n_ff]
     moe_weight ffn_post_norm;                    // [n_embd], on the feed-forward's output
-    moe_weight router;                           // [n_expert][n_embd]
+    moe_weight router, router_bias;              // [n_expert][n_embd], [n_expert]
+    moe_weight router_choice;                    // [n_expert], added for the selection only
     moe_weight experts_gate, experts_up;         // [n_expert][n_ff_expert][n_embd]
     moe_weight experts_down;                     // [n_expert][n_embd][n_ff_expert]
+    moe_weight experts_gate_bias, experts_up_bias, experts_down_bias; // [n_expert][...]
+    moe_weight shared_gate, shared_up, shared_down; // as gate, up, down, of n_ff_shared
+    moe_weight shared_router;                    // [n_embd]: how much of the shared experts
 } moe_layer;
 
 /* The weights outside the layers. */
@@ -77,7 +97,8 @@ typedef struct moe_globals {
 /* Symbolic lengths in the tables of tensors. */
 typedef enum moe_dim {
     DIM_NONE, DIM_VOCAB, DIM_EMBD, DIM_Q, DIM_K, DIM_V, DIM_O, DIM_HEAD, DIM_HALF_ROT, DIM_FF,
-    DIM_EXPERT, DIM_FF_EXPERT
+    DIM_EXPERT, DIM_FF_EXPERT, DIM_FF_SHARED, DIM_Q_HEADS, DIM_NOPE, DIM_LATENT, DIM_LATENT_Q,
+    DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V
 } moe_dim;
 
 enum {
@@ -85,7 +106,13 @@ enum {
     BIND_VECTOR = 2,  /* kept as float32, converted if need be: norms, biases */
     BIND_DENSE = 4,   /* only in layers without experts */
     BIND_EXPERTS = 8, /* only in layers with experts */
-    BIND_GLOBAL = 16  /* not in a layer */
+    BIND_GLOBAL = 16, /* not in a layer */
+    /* Only in models with ... */
+    BIND_SHARED = 32,       /* shared experts, in layers with experts */
+    BIND_LATENT_Q = 64,     /* a latent for the queries */
+    BIND_NO_LATENT_Q = 128, /* none */
+    BIND_LATENT_SPLIT = 256, /* latent attention's up-projection in two parts */
+    BIND_LATENT_FUSED = 512 /* in one */
 };
 
 /* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it, the
@@ -95,13 +122,16 @@ typedef struct moe_binding {
     const char *gguf;
     const char *hf;
     uint16_t field;  // offset in moe_layer, or in moe_globals
-    uint8_t flags;
+    uint16_t flags;
     uint8_t dims[3]; // moe_dim, in GGUF's order: the contiguous one first
 } moe_binding;
 
 #define BIND_IN_LAYER(gguf, hf, field, flags, ...)                                                 \
     {"blk.%u." gguf, "model.layers.%u." hf, (uint16_t)offsetof(moe_layer, field), flags,           \
      {__VA_ARGS__}}
+/* One that no checkpoint has under a name of its own. */
+#define BIND_GGUF_ONLY(gguf, field, flags, ...)                                                    \
+    {"blk.%u." gguf, NULL, (uint16_t)offsetof(moe_layer, field), flags, {__VA_ARGS__}}
 #define BIND_IN_MODEL(gguf, hf, field, flags, ...)                                                 \
     {gguf, hf, (uint16_t)offsetof(moe_globals, field), (flags) | BIND_GLOBAL, {__VA_ARGS__}}
 #define BIND_END {NULL, NULL, 0, 0, {0}}
@@ -150,11 +180,13 @@ typedef struct moe_family {
     const char *hf;         // model_type of the Hugging Face config; several have blanks between
     /* Sets what differs from the common keys, which are read already. */
     void (*hparams)(moe_hparams *hp, hparam_reader *r);
-    const moe_binding *bindings[6]; // tables that end with BIND_END; the list ends with NULL
+    const moe_binding *bindings[8]; // tables that end with BIND_END; the list ends with NULL
     /* Records the work of one layer: p->x in, p->x out. */
     void (*layer)(moe_pass *p, uint32_t index);
     const moe_config_key *config; // config.json: the family's own keys; NULL: none
     uint32_t convert;             // CONVERT_*
+    /* Makes weights from those of the file, once they are bound; NULL: nothing to make. */
+    moe_status (*derive)(moe_model *m, moe_error *error);
 } moe_family;
 
 struct moe_model {
@@ -166,6 +198,7 @@ struct moe_model {
     moe_globals globals;
     moe_layer *layers;             // [n_layer]
     float *vectors;                // all norms and biases
+    uint8_t *derived;              // weights made by the family's derive()
     double *rope_freqs[2];         // [n_rot / 2] radians per position: global, local
     float rope_magnitude[2];       // factor on cos and sin
     const moe_backend *backend;
@@ -173,8 +206,24 @@ struct moe_model {
     moe_buffer **buffers;          // [n_buffer] every buffer that holds weights
     uint32_t n_buffer;
     char *architecture, *name;
+    char router_text[160], attention_text[160];
     moe_model_info info;
 };
+
+/* Whether keys and values are made from one latent vector per token, which is what the cache holds. */
+MOE_INLINE bool hparams_latent(const moe_hparams *hp)
+{
+    return hp->n_latent > 0;
+}
+
+/* Length of a head's row in the cache of keys, and in that of values. With latent attention the latent
+ * and the rotated part stand in the one, and nothing in the other. */
+MOE_INLINE uint32_t hparams_cache_dim(const moe_hparams *hp, bool values)
+{
+    if (hparams_latent(hp))
+        return values ? 0 : hp->n_latent + hp->n_rot;
+    return values ? hp->head_dim_v : hp->head_dim;
+}
 
 /* Prints a binding's GGUF name for a layer into buf. */
 MOE_UNUSED static const char *binding_name(const moe_binding *b, uint32_t layer, char *buf,

@@ -71,7 +71,7 @@ static const moe_config_key config_gemma3[] = {
 static const moe_family family_gemma3 = {
     "gemma3", "gemma3_text", gemma3_hparams,
     {bindings_model, bindings_attention, bindings_head_norm, bindings_gemma, NULL},
-    gemma_layer, config_gemma3, CONVERT_NORM_PLUS_1,
+    gemma_layer, config_gemma3, CONVERT_NORM_PLUS_1, NULL,
 };
 
 #endif

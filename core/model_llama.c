@@ -1,5 +1,5 @@
 /* core/model_llama.c - the Llama family and those that differ from it only in details that are data:
- * llama (with Mixtral, which GGUF calls llama too), qwen2, qwen3, qwen3moe, olmoe.
+ * llama (with Mixtral, which GGUF calls llama too), qwen2, qwen2moe, qwen3, qwen3moe, olmoe.
  *
  * The layer, Touvron et al. 2023, arXiv:2302.13971:
  *     x += attention(norm(x));  x += feed_forward(norm(x))
@@ -83,6 +83,19 @@ static const moe_binding bindings_experts[] = {
     BIND_END,
 };
 
+/* Qwen2-MoE: one expert that every token uses, and how much of it. */
+static const moe_binding bindings_gated_shared_expert[] = {
+    BIND_IN_LAYER("ffn_gate_inp_shexp.weight", "mlp.shared_expert_gate.weight", shared_router,
+                  BIND_SHARED | BIND_VECTOR, DIM_EMBD),
+    BIND_IN_LAYER("ffn_gate_shexp.weight", "mlp.shared_expert.gate_proj.weight", shared_gate,
+                  BIND_SHARED, DIM_EMBD, DIM_FF_SHARED),
+    BIND_IN_LAYER("ffn_up_shexp.weight", "mlp.shared_expert.up_proj.weight", shared_up,
+                  BIND_SHARED, DIM_EMBD, DIM_FF_SHARED),
+    BIND_IN_LAYER("ffn_down_shexp.weight", "mlp.shared_expert.down_proj.weight", shared_down,
+                  BIND_SHARED, DIM_FF_SHARED, DIM_EMBD),
+    BIND_END,
+};
+
 static const moe_binding bindings_mixtral_experts[] = {
     BIND_IN_LAYER("ffn_gate_inp.weight", "block_sparse_moe.gate.weight", router, BIND_EXPERTS,
                   DIM_EMBD, DIM_EXPERT),
@@ -112,6 +125,14 @@ static void qwen_hparams(moe_hparams *hp, hparam_reader *r)
     hp->router.score = MOE_SCORE_SOFTMAX;
 }
 
+static void qwen2moe_hparams(moe_hparams *hp, hparam_reader *r)
+{
+    qwen_hparams(hp, r);
+    hp->router.renormalize = false;
+    hp->n_expert_shared = 1;
+    hp->n_ff_shared = hp->n_ff;
+}
+
 static void olmoe_hparams(moe_hparams *hp, hparam_reader *r)
 {
     float clamp = 0;
@@ -132,10 +153,7 @@ static void llama_layer(moe_pass *p, uint32_t index)
     layer_norm(p, p->h, p->x, &l->attn_norm, p->n_tok, n_embd);
     layer_attention(p, index, p->x, true);
     layer_norm(p, p->h, p->x, &l->ffn_norm, p->n_tok, n_embd);
-    if (weight_present(&l->router))
-        layer_experts(p, l, p->x, true);
-    else
-        layer_feed_forward(p, l, p->x, true);
+    layer_mixture(p, l, p->x);
 }
 
 /* ---------------------------------------------------------------------------- config.json -- */
@@ -155,6 +173,16 @@ static const moe_config_key config_qwen[] = {
     {0},
 };
 
+static const moe_config_key config_qwen2moe[] = {
+    {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
+    {"use_sliding_window", NULL, CONFIG_EXPECT, "false", 0},
+    {"decoder_sparse_step", NULL, CONFIG_EXPECT, "1", 0},
+    {"mlp_only_layers", NULL, CONFIG_EXPECT, "[]", 0},
+    {"qkv_bias", NULL, CONFIG_EXPECT, "true", 0},
+    {"shared_expert_intermediate_size", "expert_shared_feed_forward_length", CONFIG_U32, NULL, 0},
+    {0},
+};
+
 static const moe_config_key config_olmoe[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
     {"clip_qkv", "attention.clamp_kqv", CONFIG_F32, NULL, 0},
@@ -167,33 +195,40 @@ static const moe_family family_llama = {
     "llama", "llama mistral mixtral", llama_hparams,
     {bindings_model, bindings_attention, bindings_optional_bias, bindings_feed_forward,
      bindings_mixtral_experts, NULL},
-    llama_layer, config_llama, CONVERT_INTERLEAVE_QK,
+    llama_layer, config_llama, CONVERT_INTERLEAVE_QK, NULL,
 };
 
 static const moe_family family_qwen2 = {
     "qwen2", "qwen2", qwen_hparams,
     {bindings_model, bindings_attention, bindings_qkv_bias, bindings_feed_forward, NULL},
-    llama_layer, config_qwen, 0,
+    llama_layer, config_qwen, 0, NULL,
+};
+
+static const moe_family family_qwen2moe = {
+    "qwen2moe", "qwen2_moe", qwen2moe_hparams,
+    {bindings_model, bindings_attention, bindings_qkv_bias, bindings_feed_forward,
+     bindings_experts, bindings_gated_shared_expert, NULL},
+    llama_layer, config_qwen2moe, 0, NULL,
 };
 
 static const moe_family family_qwen3 = {
     "qwen3", "qwen3", qwen_hparams,
     {bindings_model, bindings_attention, bindings_head_norm, bindings_feed_forward, NULL},
-    llama_layer, config_qwen, 0,
+    llama_layer, config_qwen, 0, NULL,
 };
 
 static const moe_family family_qwen3moe = {
     "qwen3moe", "qwen3_moe", qwen_hparams,
     {bindings_model, bindings_attention, bindings_head_norm, bindings_feed_forward,
      bindings_experts, NULL},
-    llama_layer, config_qwen, 0,
+    llama_layer, config_qwen, 0, NULL,
 };
 
 static const moe_family family_olmoe = {
     "olmoe", "olmoe", olmoe_hparams,
     {bindings_model, bindings_attention, bindings_whole_norm, bindings_feed_forward,
      bindings_experts, NULL},
-    llama_layer, config_olmoe, 0,
+    llama_layer, config_olmoe, 0, NULL,
 };
 
 #endif

@@ -2,7 +2,9 @@
 #ifndef MOE_CORE_MODELS_C
 #define MOE_CORE_MODELS_C
 
+#include "model_deepseek.c"
 #include "model_gemma.c"
+#include "model_gpt_oss.c"
 #include "model_llama.c"
 
 static const moe_family *const family_table[] = {

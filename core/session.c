@@ -44,7 +44,9 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
                       uint64_t *used)
 {
     const uint64_t n = o->n_batch, f = sizeof(float), used_experts = hp->router.n_used;
-    const uint64_t n_ff = MOE_MAX(hp->n_ff, used_experts * hp->n_ff_expert);
+    const uint64_t n_dense = MOE_MAX(hp->n_ff, hp->n_ff_shared);
+    const uint64_t n_ff = MOE_MAX(n_dense, used_experts * hp->n_ff_expert);
+    const uint64_t n_row = hparams_cache_dim(hp, false), n_head = hp->n_head;
     *used = 0;
     return plan_take(used, &p->ids, n, sizeof(int32_t)) &&
            plan_take(used, &p->rope[0], n * hp->n_rot, f) &&
@@ -52,8 +54,11 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->x, n * hp->n_embd, f) &&
            plan_take(used, &p->h, n * hp->n_embd, f) &&
            plan_take(used, &p->q, n * hp->n_head * hp->head_dim, f) &&
-           plan_take(used, &p->k, n * hp->n_head_kv * hp->head_dim, f) &&
-           plan_take(used, &p->v, n * hp->n_head_kv * hp->head_dim_v, f) &&
+           plan_take(used, &p->k, n * hp->n_head_kv * n_row, f) &&
+           plan_take(used, &p->v, n * hp->n_head_kv * hparams_cache_dim(hp, true), f) &&
+           plan_take(used, &p->q_latent, n * hp->n_latent_q, f) &&
+           plan_take(used, &p->q_absorbed, hp->n_latent ? n * n_head * n_row : 0, f) &&
+           plan_take(used, &p->attn_latent, n * n_head * hp->n_latent, f) &&
            plan_take(used, &p->attn, n * hp->n_head * hp->head_dim_v, f) &&
            plan_take(used, &p->gate, n * n_ff, f) && plan_take(used, &p->up, n * n_ff, f) &&
            plan_take(used, &p->router, n * hp->router.n_expert, f) &&
@@ -74,8 +79,8 @@ static bool plan_cache(const moe_hparams *hp, const moe_session_options *o, uint
 
 static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
 {
-    uint32_t n_in = MOE_MAX(hp->n_embd, hp->n_ff);
-    n_in = MOE_MAX(n_in, hp->n_head * hp->head_dim_v);
+    uint32_t n_in = MOE_MAX(hp->n_embd, MOE_MAX(hp->n_ff, hp->n_ff_shared));
+    n_in = MOE_MAX(n_in, MOE_MAX(hp->n_latent_q, hp->n_head * hp->head_dim_v));
     const bool experts = hp->router.n_expert > 0;
     return (moe_queue_options){
         .n_threads = o->n_threads,
@@ -86,8 +91,9 @@ static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_opt
         .n_used_max = hp->router.n_used,
         .n_in_expert_max = experts ? MOE_MAX(hp->n_embd, hp->n_ff_expert) : 0,
         .n_head_max = hp->n_head,
+        .n_in_head_max = hp->n_latent ? MOE_MAX(hp->n_latent, hp->head_dim - hp->n_rot) : 0,
         .n_slot_max = o->n_ctx,
-        .dim_max = MOE_MAX(hp->head_dim, hp->head_dim_v),
+        .dim_max = MOE_MAX(hparams_cache_dim(hp, false), hparams_cache_dim(hp, true)),
     };
 }
 
@@ -98,8 +104,9 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
     moe_pass scratch = {0};
     uint64_t k, v;
     plan->queue = plan_queue(hp, o);
-    if (!plan_work(hp, o, &scratch, &plan->work_bytes) || !plan_cache(hp, o, hp->head_dim, &k) ||
-        !plan_cache(hp, o, hp->head_dim_v, &v) ||
+    if (!plan_work(hp, o, &scratch, &plan->work_bytes) || 
+        !plan_cache(hp, o, hparams_cache_dim(hp, false), &k) ||
+        !plan_cache(hp, o, hparams_cache_dim(hp, true), &v) ||
         !checked_add(k, v, &k) || !checked_mul(hp->n_layer, k, &plan->cache_bytes))
         return false;
     plan->queue_bytes = m->backend->queue_bytes(m->device, &plan->queue);
@@ -210,12 +217,13 @@ static void session_lay_out(moe_session *s)
     plan_work(hp, &s->options, p, &used);
     moe_view *const views[] = {&p->ids,  &p->rope[0], &p->rope[1], &p->x,    &p->h,
                                &p->q,    &p->k,       &p->v,       &p->attn, &p->gate,
+                               &p->q_latent, &p->q_absorbed, &p->attn_latent,
                                &p->up,   &p->router,  &p->expert_ids, &p->expert_weights,
                                &p->expert_out, &p->logits};
     for (size_t i = 0; i < MOE_COUNT(views); i++)
         views[i]->buffer = s->work;
     for (uint32_t i = 0; i < 2 * hp->n_layer; i++) {
-        const uint32_t dim = i < hp->n_layer ? hp->head_dim : hp->head_dim_v;
+        const uint32_t dim = hparams_cache_dim(hp, i >= hp->n_layer);
         uint64_t bytes = 0;
         s->caches[i] = (moe_cache){{s->cache, offset}, s->options.cache_type, hp->n_head_kv,
                                    s->options.n_ctx, dim};

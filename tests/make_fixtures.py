@@ -39,9 +39,13 @@ import numpy as np
 import torch
 import transformers
 from gguf import GGMLQuantizationType as GT
-from transformers import (DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM,
+from transformers import (DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config,
+                          DeepseekV3ForCausalLM, DynamicCache, Gemma3ForCausalLM,
+                          Gemma3TextConfig, GptOssConfig, GptOssForCausalLM, LlamaConfig,
+                          LlamaForCausalLM,
                           MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM,
-                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+                          Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM,
+                          Qwen3Config, Qwen3ForCausalLM,
                           Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.4.6"}
@@ -114,11 +118,64 @@ MODELS = {
         family="gemma3", vocab=119, embd=30, head=5, kv=1, dim=8, ff=41, layer=6, tied=True, tok=55,
         window=5, rope=dict(rope_type="linear", rope_theta=5000.0, factor=8.0), rope_local=200.0,
         softcap=2.5, ctx=1024),
+    "qwen2moe": dict(
+        family="qwen2moe", vocab=111, embd=40, head=5, kv=1, dim=8, ff=33, ff_exp=13, ff_shared=27,
+        layer=2, tied=False, tok=47, expert=7, used=3, renorm=False,
+        rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
+    "qwen2moe-tied": dict(
+        family="qwen2moe", vocab=96, embd=42, head=7, kv=7, dim=6, ff=20, ff_exp=21, ff_shared=9,
+        layer=2, tied=True, tok=43, expert=5, used=2, renorm=True,
+        rope=dict(rope_type="default", rope_theta=10000.0), ctx=256),
+    # DeepSeek-V2-Lite: queries without a latent, softmax, two shared experts, one dense layer
+    "deepseek2-lite": dict(
+        family="deepseek2", vocab=103, embd=36, head=3, kv=3, nope=10, rot=6, dim_v=14, latent=22,
+        ff=31, ff_exp=11, layer=3, dense=1, tied=False, tok=66, expert=9, used=4, shared=2,
+        scale=1.0, rope=dict(rope_type="yarn", rope_theta=300.0, factor=4.0, mscale=0.707,
+                             mscale_all_dim=0.707, original_max_position_embeddings=64), ctx=256),
+    # DeepSeek-V2: groups scored by their best expert; an older file, with the fused matrix
+    "deepseek2-groups": dict(
+        family="deepseek2", vocab=98, embd=30, head=5, kv=5, nope=6, rot=4, dim_v=9, latent=20,
+        latent_q=17, ff=26, ff_exp=13, layer=2, dense=1, tied=False, tok=45, expert=12, used=3,
+        shared=1, group=4, group_used=2, scale=2.5, fused=True,
+        rope=dict(rope_type="default", rope_theta=1000.0), ctx=256),
+    # DeepSeek-V3: sigmoid, a bias for the selection, groups scored by their two best
+    "deepseek3": dict(
+        family="deepseek3", vocab=105, embd=42, head=3, kv=3, nope=12, rot=8, dim_v=10, latent=26,
+        latent_q=15, ff=29, ff_exp=12, layer=3, dense=1, tied=False, tok=61, expert=20, used=4,
+        shared=1, group=5, group_used=2, scale=2.5, renorm=True,
+        rope=dict(rope_type="yarn", rope_theta=500.0, factor=8.0, mscale=1.0, mscale_all_dim=1.0,
+                  beta_fast=16.0, beta_slow=0.5, original_max_position_embeddings=64), ctx=512),
+    # Moonlight: the same router without groups, queries without a latent
+    "deepseek3-flat": dict(
+        family="deepseek3", vocab=99, embd=40, head=4, kv=4, nope=8, rot=4, dim_v=8, latent=18,
+        ff=29, ff_exp=15, layer=2, dense=1, tied=True, tok=44, expert=8, used=3, shared=2, group=1,
+        group_used=1, scale=2.446, renorm=True, fused=True,
+        rope=dict(rope_type="default", rope_theta=50000.0), ctx=256, types=dict(all=GT.F16)),
+    "deepseek3-q": dict(
+        family="deepseek3", vocab=160, embd=64, head=4, kv=4, nope=32, rot=16, dim_v=32, latent=64,
+        latent_q=96, ff=96, ff_exp=32, layer=2, dense=1, tied=False, tok=38, expert=8, used=2,
+        shared=1, group=2, group_used=1, scale=1.8, renorm=True, fused=True,
+        rope=dict(rope_type="default", rope_theta=10000.0), ctx=256, types=dict(all=GT.Q8_0)),
+    "gpt-oss": dict(
+        family="gpt-oss", vocab=117, embd=36, head=6, kv=2, dim=10, ff=21, layer=3, tied=False,
+        tok=64, expert=6, used=3, window=5,
+        rope=dict(rope_type="yarn", rope_theta=400.0, factor=8.0, beta_fast=16.0, beta_slow=0.5,
+                  truncate=False, original_max_position_embeddings=64), ctx=512),
+    "gpt-oss-mxfp4": dict(
+        family="gpt-oss", vocab=128, embd=96, head=3, kv=1, dim=32, ff=64, layer=2, tied=False,
+        tok=40, expert=5, used=2, window=7,
+        rope=dict(rope_type="yarn", rope_theta=150000.0, factor=4.0, truncate=False,
+                  original_max_position_embeddings=64), ctx=256,
+        types={"token_embd": GT.Q8_0, "output.": GT.Q8_0, "attn_q.": GT.Q8_0, "attn_k.": GT.Q8_0,
+               "attn_v.": GT.Q8_0, "attn_output": GT.Q8_0, "_exps": GT.MXFP4}),
     "gemma3-27b": dict(  # 62 layers: the one size whose attention scale is n_embd / n_head
         family="gemma3", vocab=97, embd=12, head=2, kv=1, dim=4, ff=7, layer=62, tied=True, tok=41,
         window=7, rope=dict(rope_type="default", rope_theta=1000000.0), rope_local=100.0,
         post_norm=0.15, ctx=256),
 }
+
+
+NO_HEAD_DIM = ("qwen2", "qwen2moe", "olmoe")  # heads are as long as n_embd / n_head
 
 
 def randomize(m, rng):
@@ -136,8 +193,16 @@ def randomize(m, rng):
         m["embd"] = m["head"] * int(rng.integers(max(1, 24 // m["head"]), 200 // m["head"]))
         m["ff"] = int(rng.integers(9, 300))
         m["ff_exp"] = int(rng.integers(5, 90))
-    if m["family"] == "olmoe":  # has no head_dim of its own
+    if m["family"] in NO_HEAD_DIM:
         m["embd"] = m["head"] * m["dim"]
+    if m["family"] == "gpt-oss":
+        m["window"] = int(rng.integers(1, 20))
+        if "types" in m:
+            m["ff"] = m["ff_exp"]
+    if m["family"] == "qwen2moe":
+        m["ff_shared"] = int(rng.integers(5, 120))
+    if "latent" in m:
+        randomize_latent(m, rng, 32 if m.get("types", {}).get("all") == GT.Q8_0 else 1)
     if m["family"] == "gemma3":
         m["window"] = int(rng.integers(1, 20))
         if m["layer"] != 62:
@@ -146,10 +211,32 @@ def randomize(m, rng):
         m["layer"] = int(rng.integers(1, 5))
     m["vocab"] = int(rng.integers(60, 400))
     m["tok"] = int(rng.integers(30, 90))
-    if "expert" in m:
+    if "expert" in m and "group" not in m:
         m["expert"] = int(rng.integers(3, 20))
         m["used"] = int(rng.integers(1, min(6, m["expert"])))
     return m
+
+
+def randomize_latent(m, rng, step):
+    """Latent attention; lengths of rows are multiples of `step`."""
+    m["kv"] = m["head"]
+    m["embd"] = m["head"] * step * int(rng.integers(1, 4) if step > 1 else rng.integers(8, 40))
+    low, high = (1, 4) if step > 1 else (5, 60)
+    for key in ("nope", "dim_v", "latent", "latent_q", "ff", "ff_exp"):
+        if key in m:
+            m[key] = step * int(rng.integers(low, high))
+    if m["family"] == "deepseek2":  # its code views pairs as complex numbers
+        m["nope"], m["latent"] = 2 * m["nope"], 2 * m["latent"]
+    m["rot"] = 2 * int(rng.integers(1, 17))
+    m["layer"] = int(rng.integers(2, 5))
+    m["dense"] = int(rng.integers(0, m["layer"]))
+    m["shared"] = int(rng.integers(1, 4))
+    if "group" in m:
+        m["group"] = int(rng.integers(1, 6))
+        size = int(rng.integers(2, 6))
+        m["expert"] = m["group"] * size
+        m["group_used"] = int(rng.integers(1, m["group"] + 1))
+        m["used"] = int(rng.integers(1, min(6, m["group_used"] * size)))
 
 
 def build(m):
@@ -178,6 +265,30 @@ def build(m):
     if f == "olmoe":
         return (OlmoeConfig(num_experts=m["expert"], num_experts_per_tok=m["used"],
                             norm_topk_prob=m["renorm"], **c), OlmoeForCausalLM, "olmoe")
+    if f == "qwen2moe":
+        assert m["embd"] % m["head"] == 0
+        return (Qwen2MoeConfig(num_experts=m["expert"], norm_topk_prob=m["renorm"],
+                               num_experts_per_tok=m["used"], moe_intermediate_size=m["ff_exp"],
+                               shared_expert_intermediate_size=m["ff_shared"], **c),
+                Qwen2MoeForCausalLM, "qwen2moe")
+    if f in ("deepseek2", "deepseek3"):
+        c.update(kv_lora_rank=m["latent"], q_lora_rank=m.get("latent_q"), v_head_dim=m["dim_v"],
+                 qk_nope_head_dim=m["nope"], qk_rope_head_dim=m["rot"],
+                 n_routed_experts=m["expert"], num_experts_per_tok=m["used"],
+                 moe_intermediate_size=m["ff_exp"], n_shared_experts=m["shared"],
+                 first_k_dense_replace=m["dense"], routed_scaling_factor=m["scale"],
+                 n_group=m.get("group"), topk_group=m.get("group_used"))
+    if f == "deepseek2":
+        method = "group_limited_greedy" if "group" in m else "greedy"
+        return (DeepseekV2Config(topk_method=method, norm_topk_prob=False, **c),
+                DeepseekV2ForCausalLM, "deepseek2")
+    if f == "deepseek3":
+        return (DeepseekV3Config(norm_topk_prob=m["renorm"], num_mtp_layers=0, **c),
+                DeepseekV3ForCausalLM, "deepseek2")
+    if f == "gpt-oss":
+        return (GptOssConfig(head_dim=m["dim"], num_local_experts=m["expert"],
+                             num_experts_per_tok=m["used"], sliding_window=m["window"], **c),
+                GptOssForCausalLM, "gpt-oss")
     c["rope_parameters"] = {"full_attention": dict(m["rope"]),
                             "sliding_attention": dict(rope_type="default",
                                                       rope_theta=m["rope_local"])}
@@ -189,7 +300,9 @@ def build(m):
 
 # Standard deviations, in units of 1 / sqrt(length of a row).
 GAIN = {"q_proj": 1.7, "k_proj": 1.7, "v_proj": 1.0, "o_proj": 1.0, "gate_proj": 1.4, "up_proj": 1.2,
-        "gate_up_proj": 1.3, "down_proj": 1.3, "gate": 2.0, "lm_head": 2.0}
+        "gate_up_proj": 1.3, "down_proj": 1.3, "gate": 2.0, "lm_head": 2.0, "shared_expert_gate": 2.0,
+        "q_a_proj": 1.0, "q_b_proj": 1.7, "kv_a_proj_with_mqa": 1.7, "kv_b_proj": 1.2, "router": 2.0}
+CLAMPED_GAIN = 5.0  # of gpt-oss' gates: enough of them must reach the limit of 7
 
 
 def random_weights(model, m, rng):
@@ -199,8 +312,15 @@ def random_weights(model, m, rng):
     for name, p in model.state_dict().items():
         shape = tuple(p.shape)
         part = [s for s in name.split(".") if s not in ("weight", "bias")][-1]
-        if name.endswith(".bias"):
+        if name.endswith((".bias", "_proj_bias")):
             w = rng.normal(0, 0.6, shape)
+        elif part == "e_score_correction_bias":
+            w = rng.normal(0, 0.2, shape)
+        elif part == "sinks":
+            w = rng.normal(0, 1.5, shape)
+        elif m["family"] == "gpt-oss" and ".experts." in name:  # transposed: [expert][in][out]
+            gain = CLAMPED_GAIN if part == "gate_up_proj" else 0.4
+            w = rng.normal(0, gain / np.sqrt(shape[-2]), shape)
         elif "norm" in part:
             w = np.round(rng.uniform(0.4, 1.7, shape) * 4096) / 4096
             if part in ("q_norm", "k_norm"):
@@ -235,9 +355,21 @@ LAYER_NAMES = {
     "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm", "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp"}
+    "mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.router": "ffn_gate_inp", "self_attn.q_a_proj": "attn_q_a", "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm", "self_attn.kv_b_proj": "attn_kv_b"}
+for _kind in ("gate", "up", "down"):
+    for _shared in ("shared_expert", "shared_experts"):
+        LAYER_NAMES[f"mlp.{_shared}.{_kind}_proj"] = f"ffn_{_kind}_shexp"
 GEMMA_NAMES = {"post_attention_layernorm": "post_attention_norm",
                "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+FAMILY_NAMES = {"gemma3": GEMMA_NAMES,
+                "gpt-oss": {"post_attention_layernorm": "post_attention_norm"}}
+GPT_OSS_NAMES = {"mlp.experts.gate_up_proj": None, "mlp.experts.gate_up_proj_bias": None,
+                 "mlp.experts.down_proj": "ffn_down_exps.weight",
+                 "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
+                 "self_attn.sinks": "attn_sinks.weight"}
 
 
 def gguf_tensors(weights, m, arch):
@@ -255,6 +387,26 @@ def gguf_tensors(weights, m, arch):
             continue
         _, _, layer, rest = name.split(".", 3)
         blk = f"blk.{layer}."
+        if arch == "gpt-oss" and rest in GPT_OSS_NAMES:
+            if w.ndim == 3:
+                w = w.transpose(0, 2, 1)
+            if "gate_up" in rest:
+                kind = rest.rpartition("_")[2].replace("proj", "weight")
+                out += [(f"{blk}ffn_gate_exps.{kind}", w[:, ::2]),
+                        (f"{blk}ffn_up_exps.{kind}", w[:, 1::2])]
+            else:
+                out.append((blk + GPT_OSS_NAMES[rest], w))
+            continue
+        if rest == "mlp.gate.e_score_correction_bias":
+            out.append((blk + "exp_probs_b.bias", w))
+            continue
+        if rest == "self_attn.kv_b_proj.weight" and not m.get("fused"):
+            heads = w.reshape(m["head"], m["nope"] + m["dim_v"], m["latent"])
+            out += [(blk + "attn_k_b.weight", heads[:, :m["nope"]].transpose(0, 2, 1)),
+                    (blk + "attn_v_b.weight", heads[:, m["nope"]:])]
+            continue
+        if rest == "mlp.shared_expert_gate.weight":
+            w = w[0]
         if rest == "mlp.experts.gate_up_proj":
             n = w.shape[1] // 2
             out += [(blk + "ffn_gate_exps.weight", w[:, :n]), (blk + "ffn_up_exps.weight", w[:, n:])]
@@ -267,7 +419,7 @@ def gguf_tensors(weights, m, arch):
             w = interleave(w, m["head"])
         if arch == "llama" and rest == "self_attn.k_proj":
             w = interleave(w, m["kv"])
-        names = dict(LAYER_NAMES, **GEMMA_NAMES) if arch == "gemma3" else LAYER_NAMES
+        names = dict(LAYER_NAMES, **FAMILY_NAMES.get(arch, {}))
         out.append((f"{blk}{names[rest]}.{kind}", w))
     if m["rope"]["rope_type"] == "llama3":
         out.append(("rope_freqs.weight", llama3_factors(m)))
@@ -284,6 +436,36 @@ def llama3_factors(m):
     return (1 / ((1 - smooth) / r["factor"] + smooth)).astype(np.float32)
 
 
+def write_latent_keys(w, m):
+    """Newer files describe the heads as the cache sees them, older ones as the model does."""
+    key, value = m["nope"] + m["rot"], m["dim_v"]
+    if m.get("fused"):
+        w.add_key_length(key)
+        w.add_value_length(value)
+    else:
+        w.add_key_length(m["latent"] + m["rot"])
+        w.add_value_length(m["latent"])
+        w.add_key_length_mla(key)
+        w.add_value_length_mla(value)
+    w.add_kv_lora_rank(m["latent"])
+    if "latent_q" in m:
+        w.add_q_lora_rank(m["latent_q"])
+    w.add_rope_dimension_count(m["rot"])
+    w.add_leading_dense_block_count(m["dense"])
+    w.add_expert_feed_forward_length(m["ff_exp"])
+    w.add_expert_shared_count(m["shared"])
+    w.add_expert_weights_scale(m["scale"])
+    if m.get("renorm"):
+        w.add_expert_weights_norm(True)
+    if "group" in m:
+        w.add_expert_group_count(m["group"])
+        w.add_expert_group_used_count(m["group_used"])
+    if m["family"] == "deepseek3":
+        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if "mscale_all_dim" in m["rope"]:
+        w.add_rope_scaling_yarn_log_mul(0.1 * m["rope"]["mscale_all_dim"])
+
+
 def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     w = gguf.GGUFWriter(path, arch)
     w.add_name(name)
@@ -293,10 +475,13 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     w.add_embedding_length(m["embd"])
     w.add_feed_forward_length(m["ff"])
     w.add_head_count(m["head"])
-    w.add_head_count_kv(m["kv"])
+    latent = "latent" in m
+    w.add_head_count_kv(1 if latent and not m.get("fused") else m["kv"])
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(m["rope"]["rope_theta"])
-    if m["family"] not in ("qwen2", "olmoe"):
+    if latent:
+        write_latent_keys(w, m)
+    elif m["family"] not in NO_HEAD_DIM:
         w.add_key_length(m["dim"])
         w.add_value_length(m["dim"])
     if arch == "llama":
@@ -309,6 +494,14 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     if "expert" in m:
         w.add_expert_count(m["expert"])
         w.add_expert_used_count(m["used"])
+    if m["family"] == "gpt-oss":
+        w.add_sliding_window(m["window"])
+        w.add_expert_feed_forward_length(m["ff"])
+    if m["family"] == "qwen2moe":
+        w.add_expert_feed_forward_length(m["ff_exp"])
+        w.add_expert_shared_feed_forward_length(m["ff_shared"])
+        if m["renorm"]:  # as for qwen3moe below
+            w.add_expert_weights_norm(True)
     if m["family"] == "qwen3moe":
         w.add_expert_feed_forward_length(m["ff_exp"])
         if not m["renorm"]:  # no published model has this; llama.cpp ignores the key here
@@ -342,7 +535,7 @@ def choose_types(tensors, m):
     """GGUF name -> type, for matrices; all others are F32."""
     rules, out = m.get("types", {}), {}
     for name, data in tensors:
-        if data.ndim < 2 or "ffn_gate_inp" in name:
+        if data.ndim < 2 or "ffn_gate_inp" in name or name.endswith(".bias"):
             continue
         for part, kind in rules.items():
             if part == "all" or part in name:
@@ -364,10 +557,19 @@ def round_weights(weights, m, arch):
         halves = []
         for tensor, _ in gguf_tensors({name: w}, dict(m, rope=dict(rope_type="default")), arch):
             halves.append(types.get(tensor, GT.F32))
+        if "kv_b_proj" in name and not m.get("fused"):
+            halves = [GT.F32]
+        turned = m["family"] == "gpt-oss" and ".experts." in name and w.ndim == 3
+        if turned:  # rows of both halves alike
+            w, halves = w.transpose(0, 2, 1), halves[:1]
+        if w.ndim < 2:
+            halves = [GT.F32]
         parts = np.split(w, len(halves), axis=1) if len(halves) == 2 else [w]
         parts = [p if k == GT.F32 else gguf.quants.dequantize(gguf.quants.quantize(
             np.ascontiguousarray(p), k), k).astype(np.float32) for p, k in zip(parts, halves)]
         out[name] = np.concatenate(parts, axis=1) if len(parts) == 2 else parts[0]
+        if turned:
+            out[name] = out[name].transpose(0, 2, 1)
     if m["tied"]:
         out["lm_head.weight"] = out["model.embed_tokens.weight"]
     return out
@@ -410,6 +612,9 @@ class RoundingCache(DynamicCache):
         self.rounding = rounding
 
     def update(self, key_states, value_states, *_args, **_kwargs):
+        if key_states.shape[1] == 1 and key_states.shape[-1] != value_states.shape[-1]:
+            row = self.rounding(torch.cat([key_states, value_states], -1))  # latent attention
+            return row.split([key_states.shape[-1], value_states.shape[-1]], -1)
         return self.rounding(key_states), self.rounding(value_states)
 
 
@@ -419,7 +624,7 @@ CACHES = {"F16": round_f16, "Q8_0": lambda x: round_groups(x, round_f16), "F32":
 @contextlib.contextmanager
 def rounded_activations(but_for):
     """Inputs of matrix multiplications are rounded to 8 bits, except for the matrices `but_for`."""
-    linear = torch.nn.functional.linear
+    linear, matmul = torch.nn.functional.linear, torch.Tensor.__matmul__
 
     def rounding_linear(x, weight, bias=None):
         if not any(weight is w for w in but_for):
@@ -427,16 +632,30 @@ def rounded_activations(but_for):
         return linear(x, weight, bias)
 
     torch.nn.functional.linear = rounding_linear
+    torch.Tensor.__matmul__ = lambda x, w: matmul(round_groups(x, lambda scale: scale), w)  # gpt-oss
     try:
         yield
     finally:
-        torch.nn.functional.linear = linear
+        torch.nn.functional.linear, torch.Tensor.__matmul__ = linear, matmul
+
+
+def choose(m, logits, bias):
+    """The experts that DeepSeek's routers choose."""
+    score = logits if m["family"] == "deepseek2" else 1 / (1 + np.exp(-logits)) + bias
+    groups = score.reshape(m["group"], -1)
+    best = groups.max(1) if m["family"] == "deepseek2" else np.sort(groups, 1)[:, -2:].sum(1)
+    out = np.full(groups.shape, -np.inf)
+    for g in np.argsort(-best, kind="stable")[:m["group_used"]]:
+        out[g] = groups[g]
+    return set(np.argsort(-out.reshape(-1), kind="stable")[:m["used"]])
 
 
 class Oracle:
     """A model of transformers with given weights, in single or double precision."""
 
-    def __init__(self, config, cls, weights, double):
+    def __init__(self, m, weights, double):
+        config, cls, _ = build(m)
+        self.m = m
         self.context = double_precision if double else contextlib.nullcontext
         with self.context():
             config._attn_implementation = "eager"
@@ -447,10 +666,11 @@ class Oracle:
                      for k, v in weights.items()}
             self.model.load_state_dict(state, strict=True)
         self.router_logits = []
-        self.routers = []
+        self.routers, self.biases = [], []
         for module in self.model.modules():
-            if type(module).__name__.endswith("TopKRouter"):
+            if type(module).__name__.lower().endswith("topkrouter"):
                 self.routers.append(module.weight)
+                self.biases.append(getattr(module, "e_score_correction_bias", None))
                 module.register_forward_hook(
                     lambda _m, _i, o: self.router_logits.append(o[0].detach()))
 
@@ -465,9 +685,23 @@ class Oracle:
             return self.model(torch.tensor([tokens]), use_cache=True,
                               past_key_values=RoundingCache(CACHES[cache])).logits[0].numpy()
 
-    def router_margin(self, used):
+    def clear_groups(self, need):
+        """Whether shifts of the last token's logits by up to half of `need` leave the choice alone."""
+        rng = np.random.default_rng(1)
+        for logits, bias in zip(self.router_logits, self.biases):
+            l = logits[-1].numpy()
+            b = 0 if bias is None else bias.numpy()
+            first = choose(self.m, l, b)
+            for _ in range(40):
+                if choose(self.m, l + rng.choice([-need / 2, need / 2], l.shape), b) != first:
+                    return False
+        return True
+
+    def router_margin(self, used, need):
         """How far the last token's choice of experts is from another one, in logits."""
         margin = np.inf
+        if "group" in self.m:
+            return need * 1.01 if self.clear_groups(need) else 0
         for l in self.router_logits:
             best = np.sort(l[-1].numpy())[::-1]
             if used < len(best):
@@ -485,7 +719,7 @@ def pick_tokens(oracle, m, rng, need):
         for _ in range(400):
             candidate = int(rng.integers(0, m["vocab"]))
             oracle.logits(tokens[1:] + [candidate])
-            margin = oracle.router_margin(m["used"])
+            margin = oracle.router_margin(m["used"], need)
             if margin > need:
                 break
         else:
@@ -503,22 +737,22 @@ def make(name, m, seed, out, no_vocab):
     rng = np.random.default_rng([seed, sum(name.encode())])
     if seed:
         m = randomize(m, rng)
-    if m["family"] in ("qwen2", "olmoe"):
+    if m["family"] in NO_HEAD_DIM:
         m["embd"] = m["head"] * m["dim"]  # these have no head_dim of their own
     config, cls, arch = build(m)
-    quantized = "types" in m and "all" not in m["types"]
+    quantized = bool(set(m.get("types", {}).values()) - {GT.F16, GT.BF16})
     with torch.device("meta"):
         skeleton = cls(config)
     for _ in range(20):
         weights = round_weights(random_weights(skeleton, m, rng), m, arch)
-        oracle = Oracle(build(m)[0], cls, weights, True)
+        oracle = Oracle(m, weights, True)
         tokens, margin = pick_tokens(oracle, m, rng, 0.2)
         if tokens:
             break
     else:
         sys.exit(f"{name}: no tokens without a near tie of experts found")
     exact = oracle.logits(tokens)
-    single = Oracle(build(m)[0], cls, weights, False).logits(tokens)
+    single = Oracle(m, weights, False).logits(tokens)
     assert exact.dtype == np.float64 and single.dtype == np.float32
     gap = distance(single.astype(np.float64), exact)
     rounding = [distance(oracle.rounded_logits(tokens, cache, quantized), exact)
