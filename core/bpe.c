@@ -37,6 +37,8 @@ static bool bpe_join(const moe_tokenizer *tok, const uint8_t *piece, const bpe_s
         float score = (float)tok->tokens[found].score;
         memcpy(&bits, &score, sizeof bits);
         *rank = bits >> 31 ? bits : ~bits & 0x7FFFFFFF; // falls as the score rises
+        if (tok->tokens[found].kind == TOK_USER) // their scores mean nothing: before all others
+            *rank = 0;
         *id = found;
         return true;
     }
@@ -181,8 +183,10 @@ static int32_t bpe_char_id(tok_run *run, const uint8_t *c, size_t bytes, bool fi
 {
     const moe_tokenizer *tok = run->tok;
     const char *prefix = first ? "" : tok->prefix, *suffix = last ? tok->suffix : "";
-    if (!*prefix && !*suffix)
-        return map_find(tok, c, bytes);
+    if (!*prefix && !*suffix) {
+        int32_t id = map_find(tok, c, bytes);
+        return id >= 0 && tok->tokens[id].model ? id : -1;
+    }
     run->word.n = 0;
     if (!buf_append(&run->word, prefix, strlen(prefix)) || !buf_append(&run->word, c, bytes) ||
         !buf_append(&run->word, suffix, strlen(suffix)))

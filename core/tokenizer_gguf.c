@@ -84,6 +84,31 @@ static moe_status vocab_numbers(const vocab_loader *g, const char *key, uint64_t
     return MOE_OK;
 }
 
+/* Some writers spell the spaces of a user-defined token as spaces, the model sees U+2581: both are
+ * literals (vocab_load_added), the marks are the token's key. */
+static moe_status vocab_mark_spaces(vocab_loader *g, tok_entry *t)
+{
+    t->out = (const uint8_t *)t->text;
+    t->out_bytes = t->bytes;
+    moe_status status = tok_replace_out(g->tok, t, " ", 1, "\xE2\x96\x81", 3, g->error);
+    t->text = (const char *)t->out;
+    t->bytes = t->out_bytes;
+    return status;
+}
+
+/* The other spelling of a user-defined token, if it has one. */
+static moe_status vocab_add_spaced(vocab_loader *g, uint32_t id)
+{
+    tok_entry copy = g->tok->tokens[id];
+    copy.out = (const uint8_t *)copy.text;
+    copy.out_bytes = copy.bytes;
+    moe_status status = tok_replace_out(g->tok, &copy, "\xE2\x96\x81", 3, " ", 1, g->error);
+    tok_added_set *set = &g->tok->added;
+    if (status == MOE_OK && copy.out_bytes != copy.bytes)
+        set->items[set->n++] = (tok_added){.text = copy.out, .bytes = copy.out_bytes, .id = id};
+    return status;
+}
+
 static moe_status vocab_load_tokens(vocab_loader *g)
 {
     static const char key[] = "tokenizer.ggml.tokens";
@@ -113,6 +138,8 @@ static moe_status vocab_load_tokens(vocab_loader *g)
             return fail(g->error, MOE_ERR_MODEL, key, "expected a byte token such as <0x41> at %u, "
                         "got \"%.*s\"", id, (int)MOE_MIN(text.bytes, 20), text.data);
         status = tok_set(g->tok, id, text.data, text.bytes, (tok_kind)kind, score, key, g->error);
+        if (status == MOE_OK && g->marks && kind == TOK_USER)
+            status = vocab_mark_spaces(g, &g->tok->tokens[id]);
         if (status != MOE_OK)
             return status;
         g->tok->tokens[id].model = kind == TOK_NORMAL || kind == TOK_USER || kind == TOK_UNUSED ||
@@ -157,13 +184,17 @@ static moe_status vocab_load_added(vocab_loader *g)
         if (t->kind == TOK_USER && tok_looks_control(t->text, t->bytes))
             t->kind = TOK_CONTROL;
         t->special = t->kind == TOK_CONTROL || t->kind == TOK_UNKNOWN;
-        n += t->special || t->kind == TOK_USER;
+        n += t->special ? 1 : t->kind == TOK_USER ? 2 : 0;
     }
     if (!added_reserve(&tok->added, tok, n))
         return fail_memory(g->error, tok->mem, "tokenizer.ggml.tokens", n);
     for (uint32_t id = 0; id < tok->n_tokens; id++)
-        if (tok->tokens[id].special || tok->tokens[id].kind == TOK_USER)
+        if (tok->tokens[id].special || tok->tokens[id].kind == TOK_USER) {
             added_add(&tok->added, tok, id);
+            moe_status status = g->marks && !tok->tokens[id].special ? vocab_add_spaced(g, id) : MOE_OK;
+            if (status != MOE_OK)
+                return status;
+        }
     added_sort(&tok->added);
     return MOE_OK;
 }

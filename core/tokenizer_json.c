@@ -253,9 +253,9 @@ static moe_status hf_load_model(hf_loader *h, json_ref model, const char *type)
 static void hf_find_roles(moe_tokenizer *tok)
 {
     static const char *const bos[] = {"<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>",
-        "<\xEF\xBD\x9C" "begin\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>", "[CLS]"};
+        "<\uFF5Cbegin\u2581of\u2581sentence\uFF5C>", "[CLS]"};
     static const char *const eos[] = {"</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "<|return|>",
-        "<|end_of_text|>", "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>",
+        "<|end_of_text|>", "<\uFF5Cend\u2581of\u2581sentence\uFF5C>",
         "<|endoftext|>", "[SEP]"};
     if (tok->n_before)
         tok->bos = tok->template_ids[0];

@@ -346,7 +346,7 @@ static void tok_mark_ends(moe_tokenizer *tok)
         "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>",
         "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "<EOT>", "_<EOT>",
         "[EOT]", "[EOS]", "<eos>", "</s>", "<|eos|>", "<|hy_eos|>", "<|role_end|>", "[e~[",
-        "<\xEF\xBD\x9C" "end\xE2\x96\x81of\xE2\x96\x81sentence\xEF\xBD\x9C>",
+        "<\uFF5Cend\u2581of\u2581sentence\uFF5C>",
     };
     bool has_return = false, has_call = false;
     uint32_t end_of_message = UINT32_MAX;

@@ -8,7 +8,8 @@ zstd program) as the oracle:
 
     python3 tests/make_tokenizer_fixtures.py [SHARED]
 
-SHARED is a folder with tokenizers/*.tokenizer.json.zst. The long texts are not stored: corpus() below
+SHARED is a folder with data/tokenizers/*.tokenizer.json.zst. Training is not reproducible: a small
+tokenizer that is there already is used as it is. The long texts are not stored: corpus() below
 and corpus_make() in the test derive the same text from the sample.
 """
 import json
@@ -184,8 +185,134 @@ def expected(name, source, text, out):
     """Rows for flags 0 (plain), 2 (parse special), 3 (and add special)."""
     for flags, tok in ((0, plain_oracle(source)), (2, Tokenizer.from_str(source)),
                        (3, Tokenizer.from_str(source))):
+        if flags == 0 and name == "unigram":
+            continue  # the oracle's model spells "</s>" out of plain text; ours must not
         ids = tok.encode(text, add_special_tokens=flags == 3).ids
         out.append(f"{name} {flags} {len(text.encode())} {len(ids)} {fnv(ids):016x}")
+
+
+def train(tok, trainer, text):
+    tok.train_from_iterator(text.replace("\x1e", "").split("\n"), trainer)
+    return tok
+
+
+ADDED = [AddedToken("<|im_start|>", special=True, normalized=False),
+         AddedToken("<|im_end|>", special=True, normalized=False, rstrip=True),
+         AddedToken("<mask>", special=True, lstrip=True, normalized=False),
+         AddedToken("<tool_call>", special=False, normalized=False),
+         AddedToken("word", special=False, single_word=True, normalized=True),
+         AddedToken("Caf\u00e9", special=False, normalized=True),
+         AddedToken("    ", special=False, normalized=False)]
+
+
+def bpe_bytes(text):
+    tok = Tokenizer(models.BPE(ignore_merges=True))
+    tok.normalizer = normalizers.NFC()
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}|"
+                                   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.ByteLevel()
+    train(tok, trainers.BpeTrainer(vocab_size=700, show_progress=False,
+                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet()), text)
+    tok.add_tokens(ADDED)
+    tok.post_processor = processors.Sequence([
+        processors.ByteLevel(trim_offsets=False),
+        processors.TemplateProcessing(single="<|im_start|> $A <|im_end|>",
+                                      special_tokens=[(t, tok.token_to_id(t))
+                                                      for t in ("<|im_start|>", "<|im_end|>")])])
+    return tok
+
+
+def bpe_gpt2(text):
+    tok = Tokenizer(models.BPE())
+    tok.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)])
+    tok.decoder = decoders.ByteLevel()
+    train(tok, trainers.BpeTrainer(vocab_size=500, show_progress=False,
+                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet()), text)
+    tok.add_tokens(ADDED)
+    return tok
+
+
+def bpe_marks(text):
+    """Llama 2's form: marks for spaces, byte fallback."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    train(trained, trainers.BpeTrainer(vocab_size=600, show_progress=False, limit_alphabet=150,
+                                       special_tokens=["<unk>", "<s>", "</s>"]), text)
+    data = json.loads(trained.to_str())
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocab.update({f"<0x{b:02X}>": 3 + b for b in range(256)})
+    for t in sorted(data["model"]["vocab"], key=data["model"]["vocab"].get):
+        vocab.setdefault(t, len(vocab))
+    merges = [tuple(m) for m in data["model"]["merges"]]
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True,
+                               byte_fallback=True))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"),
+                                           normalizers.Replace(" ", "\u2581")])
+    tok.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
+                                     decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tok.add_special_tokens([AddedToken(t, special=True, normalized=False)
+                            for t in ("<unk>", "<s>", "</s>")])
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tok
+
+
+def bpe_words(text):
+    """Prefixes, suffixes, unknown characters, and the less usual splitters."""
+    tok = Tokenizer(models.BPE(unk_token="[UNK]", continuing_subword_prefix="##",
+                               end_of_word_suffix="</w>"))
+    tok.normalizer = normalizers.Sequence([
+        normalizers.NFD(), normalizers.StripAccents(), normalizers.Strip(left=True, right=True),
+        normalizers.Replace(Regex(r"[\u2018\u2019]"), "'"), normalizers.Replace("--", "\u2014")])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.Digits(), pre_tokenizers.Split("e", "merged_with_previous"),
+        pre_tokenizers.Split(Regex("[aou]"), "merged_with_next"),
+        pre_tokenizers.Split(Regex(r"\w+"), "isolated", invert=True),
+        pre_tokenizers.Split(Regex(r"(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[A-Z])"), "removed")])
+    tok.decoder = decoders.BPEDecoder("</w>")
+    train(tok, trainers.BpeTrainer(vocab_size=700, show_progress=False, limit_alphabet=120,
+                                   special_tokens=["[UNK]"], continuing_subword_prefix="##",
+                                   end_of_word_suffix="</w>"), text)
+    return tok
+
+
+def unigram(text):
+    tok = Tokenizer(models.Unigram())
+    tok.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(),
+                                           normalizers.Replace(Regex(" {2,}"), " ")])
+    tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tok.decoder = decoders.Metaspace(prepend_scheme="first")
+    train(tok, trainers.UnigramTrainer(vocab_size=500, show_progress=False, unk_token="<unk>",
+                                       special_tokens=["<unk>", "</s>"]),
+          "".join(c for c in text if ord(c) < 0x250))
+    tok.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tok.token_to_id("</s>"))])
+    return tok
+
+
+def wordpiece(text):
+    tok = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=20))
+    tok.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tok.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tok.decoder = decoders.WordPiece()
+    train(tok, trainers.WordPieceTrainer(vocab_size=600, show_progress=False, limit_alphabet=200,
+                                         special_tokens=["[UNK]", "[CLS]", "[SEP]"]), text)
+    tok.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return tok
+
+
+def small_tokenizers(text):
+    for make in (bpe_bytes, bpe_gpt2, bpe_marks, bpe_words, unigram, wordpiece):
+        path = os.path.join(DATA, f"tok_{make.__name__}.json")
+        if not os.path.exists(path):
+            make(text).save(path, pretty=False)
+        with open(path, encoding="utf-8") as f:
+            yield make.__name__, f.read()
 
 
 def main():
@@ -196,12 +323,10 @@ def main():
     out = [f"# tokenizers {tokenizers.__version__}"]
     small = corpus(text, 40000, 1)
     for name, source in small_tokenizers(text):
-        with open(os.path.join(DATA, f"tok_{name}.json"), "w", encoding="utf-8") as f:
-            f.write(source)
         expected(name, source, small, out)
     if len(sys.argv) > 1:
         large = corpus(text, CORPUS_BYTES, 2)
-        folder = os.path.join(sys.argv[1], "tokenizers")
+        folder = os.path.join(sys.argv[1], "data", "tokenizers")
         for file in sorted(os.listdir(folder)):
             if file.endswith(".tokenizer.json.zst"):
                 source = subprocess.run(["zstd", "-dc", os.path.join(folder, file)], check=True,
@@ -209,3 +334,7 @@ def main():
                 expected(file[:-len(".tokenizer.json.zst")], source, large, out)
     with open(os.path.join(DATA, "tokenizer_expected.txt"), "w", encoding="utf-8") as f:
         f.write("\n".join(out) + "\n")
+
+
+if __name__ == "__main__":
+    main()
