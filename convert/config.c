@@ -1,0 +1,311 @@
+/* convert/config.c - config.json and generation_config.json -> GGUF keys, by the tables of the family
+ * (core/models.c, core/model_<family>.c).
+ *
+ * In: JSON that nobody has checked. Out: keys that the runtime's own reader will check: what it
+ * refuses in a GGUF file is refused here in the same words, with the config's key in front. */
+#ifndef MOE_CONVERT_CONFIG_C
+#define MOE_CONVERT_CONFIG_C
+
+#include "files.c"
+#include "meta.c"
+
+typedef struct config_reader {
+    conv_source *source;
+    const moe_family *family;
+    json_ref root;
+    meta_writer kv;
+    moe_error *error;
+} config_reader;
+
+/* ---------------------------------------------------------------------------- expressions -- */
+
+/* Splits text at the first of `marks`: *head is what stands before, the result what comes behind, or
+ * NULL; *mark is which one it was. */
+static const char *config_split(const char *text, const char *marks, char head[128], char *mark)
+{
+    const size_t n = strcspn(text, marks);
+    snprintf(head, 128, "%.*s", (int)MOE_MIN(n, (size_t)127), text);
+    *mark = text[n];
+    return text[n] ? text + n + 1 : NULL;
+}
+
+/* The value at a path such as "a.b"; node is NULL for one that is missing or null. */
+static json_ref config_path(json_ref v, const char *path)
+{
+    char head[128], mark;
+    while (path && v.node) {
+        path = config_split(path, ".", head, &mark);
+        v = json_get(v, head);
+    }
+    if (json_typeof(v) == JSON_NULL)
+        v.node = NULL;
+    return v;
+}
+
+/* Sums and products, from left to right. *v is the value if there is only one. */
+static bool config_terms(json_ref root, const char *text, json_ref *v, double *number)
+{
+    char head[128], mark, before = '=';
+    while (text) {
+        text = config_split(text, "+*", head, &mark);
+        *v = config_path(root, head);
+        if (!v->node)
+            return false;
+        const double x = json_double(*v, NAN);
+        *number = before == '+' ? *number + x : before == '*' ? *number * x : x;
+        before = mark;
+    }
+    return true;
+}
+
+/* The first alternative of an expression that is there; false if there is none. */
+static bool config_value(json_ref root, const char *text, json_ref *v, double *number)
+{
+    char head[128], mark;
+    while (text) {
+        text = config_split(text, "|", head, &mark);
+        if (config_terms(root, head, v, number))
+            return true;
+    }
+    return false;
+}
+
+/* A value as text, for comparisons and errors. */
+static const char *config_text(json_ref v, char buf[64])
+{
+    switch (json_typeof(v)) {
+    case JSON_NULL: return "null";
+    case JSON_TRUE: return "true";
+    case JSON_FALSE: return "false";
+    case JSON_ARRAY: return json_count(v) ? "[...]" : "[]";
+    case JSON_OBJECT: return "{...}";
+    case JSON_NUMBER: snprintf(buf, 64, "%.15g", v.node->as.number); return buf;
+    case JSON_STRING: snprintf(buf, 64, "%.*s", (int)MOE_MIN(v.node->n, 63u), v.node->as.text); return buf;
+    }
+    return "";
+}
+
+/* The rest of `words` from where `word` stands in it, blanks between; NULL if it does not. */
+static const char *config_find_word(const char *words, const char *word)
+{
+    const size_t n = strlen(word);
+    for (const char *p = words; p && n; p = strchr(p, ' '), p = p ? p + 1 : NULL)
+        if (!strncmp(p, word, n) && (!p[n] || p[n] == ' ' || p[n] == '='))
+            return p;
+    return NULL;
+}
+
+/* --------------------------------------------------------------------------------- tables -- */
+
+static moe_status config_fail(const config_reader *r, moe_status status, const char *key,
+                              const char *expected, json_ref got)
+{
+    char subject[160], buf[64];
+    snprintf(subject, sizeof subject, "config.json: %s", key);
+    return fail(r->error, status, subject, "expected %s, got %s", expected, config_text(got, buf));
+}
+
+static moe_status config_put_u32(config_reader *r, const moe_config_key *k, const char *key,
+                                 json_ref v, double x)
+{
+    static const char expected[] = "a whole number below 2^32, or an array of them";
+    if (json_typeof(v) != JSON_ARRAY) {
+        if (!(x >= 0 && x <= UINT32_MAX) || x != floor(x))
+            return config_fail(r, MOE_ERR_MODEL, k->hf, expected, v);
+        meta_put_u32(&r->kv, key, (uint32_t)x);
+        return MOE_OK;
+    }
+    meta_put_array(&r->kv, key, META_U32, json_count(v));
+    for (json_ref i = json_first(v); i.node; i = json_next(v, i)) {
+        const double item = json_double(i, -1);
+        if (!(item >= 0 && item <= UINT32_MAX) || item != floor(item))
+            return config_fail(r, MOE_ERR_MODEL, k->hf, expected, i);
+        meta_number(&r->kv, (uint32_t)item, 4);
+    }
+    return MOE_OK;
+}
+
+static moe_status config_put_word(config_reader *r, const moe_config_key *k, const char *key,
+                                  json_ref v)
+{
+    char buf[64], expected[200];
+    const char *word = config_text(v, buf);
+    const char *found = config_find_word(k->words, word);
+    if (!found) {
+        snprintf(expected, sizeof expected, "one of \"%s\"", k->words);
+        return config_fail(r, MOE_ERR_UNSUPPORTED, k->hf, expected, v);
+    }
+    if (k->kind == CONFIG_WORD)
+        meta_put_u32(&r->kv, key, (uint32_t)atoi(found + strlen(word) + 1));
+    return MOE_OK;
+}
+
+static moe_status config_put(config_reader *r, const moe_config_key *k)
+{
+    char key[160];
+    double x = NAN;
+    json_ref v;
+    if (!config_value(r->root, k->hf, &v, &x))
+        return MOE_OK;
+    snprintf(key, sizeof key, "%s.%s", r->family->arch, k->gguf ? k->gguf : "");
+    if (k->kind == CONFIG_U32)
+        return config_put_u32(r, k, key, v, x);
+    if (k->kind == CONFIG_WORD || k->kind == CONFIG_EXPECT)
+        return config_put_word(r, k, key, v);
+    if (k->kind == CONFIG_BOOL) {
+        if (json_typeof(v) != JSON_TRUE && json_typeof(v) != JSON_FALSE)
+            return config_fail(r, MOE_ERR_MODEL, k->hf, "true or false", v);
+        meta_put_bool(&r->kv, key, json_typeof(v) == JSON_TRUE);
+        return MOE_OK;
+    }
+    if (!isfinite(x) || (k->kind == CONFIG_RSQRT && !(x > 0)))
+        return config_fail(r, MOE_ERR_MODEL, k->hf, "a number", v);
+    x = k->kind == CONFIG_RSQRT ? 1.0 / sqrt(x) : k->scale != 0 ? x * k->scale : x;
+    meta_put_f32(&r->kv, key, (float)x);
+    return MOE_OK;
+}
+
+static moe_status config_put_table(config_reader *r, const moe_config_key *keys)
+{
+    moe_status status = MOE_OK;
+    for (const moe_config_key *k = keys; k && k->hf && !status; k++)
+        status = config_put(r, k);
+    return status;
+}
+
+/* The config's name of a GGUF key: "num_attention_heads" of "llama.attention.head_count". */
+static const char *config_name_of(const moe_family *family, const char *key)
+{
+    const moe_config_key *tables[2] = {family->config, config_common};
+    const size_t n = strlen(family->arch);
+    if (strncmp(key, family->arch, n) || key[n] != '.')
+        return NULL;
+    for (int i = 0; i < 2; i++)
+        for (const moe_config_key *k = tables[i]; k && k->hf; k++)
+            if (k->gguf && !strcmp(k->gguf, key + n + 1))
+                return k->hf;
+    return NULL;
+}
+
+/* --------------------------------------------------------------------------------- rotary -- */
+
+/* The object that says how rotary positions are stretched; transformers 5 has it in another place
+ * than its predecessors, and in Gemma one for each kind of layer. */
+static json_ref config_rope(json_ref root)
+{
+    static const char *const places[] = {"rope_scaling", "rope_parameters.full_attention",
+                                         "rope_parameters"};
+    json_ref v = {root.doc, NULL};
+    for (size_t i = 0; i < MOE_COUNT(places) && json_typeof(v) != JSON_OBJECT; i++)
+        v = config_path(root, places[i]);
+    return v;
+}
+
+static bool config_rope_is(json_ref rope, const char *type)
+{
+    json_ref v = config_path(rope, "rope_type");
+    return json_is(v.node ? v : config_path(rope, "type"), type);
+}
+
+/* A number of the rope object; `otherwise` NAN makes it required. */
+static moe_status config_rope_number(const config_reader *r, json_ref rope, const char *name,
+                                     double otherwise, double *value)
+{
+    char subject[128];
+    json_ref v = config_path(rope, name);
+    *value = v.node ? json_double(v, NAN) : otherwise;
+    if (isfinite(*value))
+        return MOE_OK;
+    snprintf(subject, sizeof subject, "rope_scaling.%s", name);
+    return config_fail(r, MOE_ERR_MODEL, subject, "a number", v);
+}
+
+static moe_status config_put_yarn(config_reader *r, json_ref rope, double factor, double n_ctx)
+{
+    char key[160];
+    double x = 0;
+    moe_status status = MOE_OK;
+    static const struct { const char *hf, *gguf; } betas[] = {
+        {"beta_fast", "yarn_beta_fast"}, {"beta_slow", "yarn_beta_slow"}};
+    snprintf(key, sizeof key, "%s.rope.scaling.original_context_length", r->family->arch);
+    if (!(n_ctx >= 1 && n_ctx <= UINT32_MAX))
+        return config_fail(r, MOE_ERR_MODEL, "rope_scaling.original_max_position_embeddings",
+                           "a positive number", rope);
+    meta_put_u32(&r->kv, key, (uint32_t)n_ctx);
+    for (size_t i = 0; i < MOE_COUNT(betas) && !status; i++) {
+        snprintf(key, sizeof key, "%s.rope.scaling.%s", r->family->arch, betas[i].gguf);
+        if (!config_path(rope, betas[i].hf).node)
+            continue;
+        status = config_rope_number(r, rope, betas[i].hf, NAN, &x);
+        meta_put_f32(&r->kv, key, (float)x);
+    }
+    if (!status && config_path(rope, "mscale_all_dim").node) { // DeepSeek
+        status = config_rope_number(r, rope, "mscale_all_dim", NAN, &x);
+        snprintf(key, sizeof key, "%s.rope.scaling.yarn_log_multiplier", r->family->arch);
+        meta_put_f32(&r->kv, key, (float)(0.1 * x));
+    }
+    if (!status && config_path(rope, "attention_factor").node) {
+        // transformers takes it instead of the usual factor, GGUF's readers on top of it
+        status = config_rope_number(r, rope, "attention_factor", NAN, &x);
+        snprintf(key, sizeof key, "%s.rope.scaling.attn_factor", r->family->arch);
+        meta_put_f32(&r->kv, key, (float)(x / (factor > 1 ? 0.1 * log(factor) + 1 : 1)));
+    }
+    return status;
+}
+
+static moe_status config_put_rope(config_reader *r)
+{
+    char key[160];
+    double factor = 1, n_ctx = 0;
+    json_ref rope = config_rope(r->root);
+    if (json_typeof(rope) != JSON_OBJECT || config_rope_is(rope, "default"))
+        return MOE_OK;
+    json_ref type = config_path(rope, "rope_type");
+    type = type.node ? type : config_path(rope, "type");
+    const bool linear = json_is(type, "linear"), yarn = json_is(type, "yarn");
+    if (json_is(type, "llama3") || !type.node) // llama3: a tensor of divisors, made in hf.c
+        return MOE_OK;
+    if (!linear && !yarn)
+        return config_fail(r, MOE_ERR_UNSUPPORTED, "rope_scaling.rope_type",
+                           "default, linear, yarn or llama3", type);
+    snprintf(key, sizeof key, "%s.rope.scaling.type", r->family->arch);
+    meta_put_string(&r->kv, key, linear ? "linear" : "yarn");
+    moe_status status = config_rope_number(r, rope, "factor", NAN, &factor);
+    snprintf(key, sizeof key, "%s.rope.scaling.factor", r->family->arch);
+    meta_put_f32(&r->kv, key, (float)factor);
+    if (status || linear)
+        return status;
+    double train = json_double(config_path(r->root, "max_position_embeddings"), 0);
+    train = json_double(config_path(r->root, "original_max_position_embeddings"), train);
+    status = config_rope_number(r, rope, "original_max_position_embeddings", train, &n_ctx);
+    return status ? status : config_put_yarn(r, rope, factor, n_ctx);
+}
+
+/* ------------------------------------------------------------------------------- defaults -- */
+
+/* generation_config.json: how the makers of the model want it to be sampled. */
+static moe_status config_put_sampling(config_reader *r, json_ref generation)
+{
+    static const struct { const char *hf, *gguf; bool integer; } keys[] = {
+        {"temperature", "general.sampling.temp", false}, {"top_k", "general.sampling.top_k", true},
+        {"top_p", "general.sampling.top_p", false}, {"min_p", "general.sampling.min_p", false},
+        {"repetition_penalty", "general.sampling.penalty_repeat", false}};
+    for (size_t i = 0; i < MOE_COUNT(keys); i++) {
+        json_ref v = config_path(generation, keys[i].hf);
+        const double x = json_double(v, NAN);
+        if (!v.node)
+            continue;
+        if (!isfinite(x) || x < 0 || x > 1e6)
+            return fail(r->error, MOE_ERR_MODEL, keys[i].hf,
+                        "expected a number from 0 to 1000000 in generation_config.json, got %g", x);
+        if (keys[i].integer) {
+            meta_key(&r->kv, keys[i].gguf, META_I32);
+            meta_number(&r->kv, (uint32_t)x, 4);
+        } else {
+            meta_put_f32(&r->kv, keys[i].gguf, (float)x);
+        }
+    }
+    return MOE_OK;
+}
+
+#endif

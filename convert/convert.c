@@ -1,0 +1,111 @@
+/* convert/convert.c - the converter as a library: source -> plan -> encoder -> writer. The program is
+ * convert/main.c; tests include this file. */
+#ifndef MOE_CONVERT_CONVERT_C
+#define MOE_CONVERT_CONVERT_C
+
+#include <float.h>
+
+#include "convert.h"
+
+#include "files.c"        /* files of the source, watched for changes */
+#include "meta.c"         /* keys and values in the making */
+#include "safetensors.c"  /* shards -> a table of tensors */
+#include "config.c"       /* config.json -> keys, by the family's tables */
+#include "vocab.c"        /* tokenizer.json -> keys */
+#include "hf.c"           /* a checkpoint -> a source */
+#include "gguf_source.c"  /* a GGUF file -> a source */
+#include "plan.c"         /* the type of each tensor */
+#include "gguf_write.c"   /* the result */
+#include "encode.c"       /* the work */
+
+static bool conv_ends(const char *text, const char *end)
+{
+    const size_t n = strlen(text), m = strlen(end);
+    return n >= m && quant_name_equal(text + n - m, end);
+}
+
+static moe_status conv_check_out(const conv_options *o, moe_error *error)
+{
+    if (!o->source || !o->out)
+        return fail(error, MOE_ERR_ARGUMENT, NULL, "expected a source and an output file");
+    if (conv_ends(o->out, ".moe"))
+        return fail(error, MOE_ERR_UNSUPPORTED, o->out,
+                    "this version writes .gguf files; .moe files are not written yet");
+    if (!conv_ends(o->out, ".gguf"))
+        return fail(error, MOE_ERR_ARGUMENT, o->out,
+                    "expected a name that ends in .gguf, which says what to write");
+    return MOE_OK;
+}
+
+static moe_status conv_open_source(conv_job *job, moe_error *error)
+{
+    conv_source *s = &job->source;
+    const conv_options *o = &job->options;
+    struct stat info;
+    s->mem = s->arena.mem = s->kv.mem = &job->mem;
+    s->files = mem_alloc(&job->mem, CONVERT_MAX_FILES, sizeof *s->files);
+    if (!s->files)
+        return fail_memory(error, &job->mem, "files", CONVERT_MAX_FILES * sizeof *s->files);
+    if (stat(o->source, &info) != 0)
+        return fail(error, MOE_ERR_IO, o->source, "cannot open: %s", writer_why(errno));
+    if (S_ISDIR(info.st_mode))
+        return conv_open_hf(s, o->source, o->pre, error);
+    if (conv_ends(o->source, ".moe"))
+        return fail(error, MOE_ERR_UNSUPPORTED, o->source, "this version does not read .moe files yet");
+    if (conv_ends(o->source, ".safetensors") || conv_ends(o->source, ".json"))
+        return fail(error, MOE_ERR_ARGUMENT, o->source,
+                    "expected the folder of the checkpoint: its other files are needed, too");
+    return conv_open_gguf(s, o->source, o->quant != NULL || o->n_keeps, error);
+}
+
+static moe_status conv_write(conv_job *job, const text_buf *header, moe_error *error)
+{
+    conv_writer writer = {0};
+    moe_status status = writer_open(&writer, job->options.out, job->file_bytes, error);
+    if (!status)
+        status = writer_put(&writer, header->data, header->n, 0, error);
+    if (!status)
+        status = encode_all(job, &writer, error);
+    if (!status)
+        status = conv_files_check(&job->source, error);
+    return writer_close(&writer, status, error);
+}
+
+/* Converts, or only plans. Either way the job is to be closed; after success it says what was done. */
+static moe_status conv_run(conv_job *job, const conv_options *options, moe_error *error)
+{
+    const uint64_t start = plat_time_ns();
+    memset(job, 0, sizeof *job);
+    job->options = *options;
+    mem_init(&job->mem, NULL, 0);
+    text_buf header = {.mem = &job->mem};
+    moe_status status = conv_check_out(options, error);
+    if (!status)
+        status = conv_open_source(job, error);
+    if (!status)
+        status = plan_make(&job->source, options, error);
+    for (size_t i = 0; i < job->source.n_tensors && !status; i++)
+        job->n_weights += job->source.tensors[i].row_len * job->source.tensors[i].n_rows;
+    if (!status)
+        status = gguf_make_header(&job->source, &header, &job->file_bytes, error);
+    job->header_bytes = header.n;
+    if (!status && !options->dry_run)
+        status = conv_write(job, &header, error);
+    buf_free(&header);
+    job->seconds = (double)(plat_time_ns() - start) * 1e-9;
+    return status;
+}
+
+static void conv_close(conv_job *job)
+{
+    conv_source *s = &job->source;
+    for (uint32_t i = 0; i < s->n_files; i++)
+        plat_close(&s->files[i].os);
+    mem_free(&job->mem, s->files);
+    directory_close(s->dir);
+    buf_free(&s->kv);
+    arena_free(&s->arena);
+    memset(job, 0, sizeof *job);
+}
+
+#endif

@@ -1,0 +1,119 @@
+/* convert/convert.h - the seams of the converter: source -> plan -> encoder -> writer.
+ *
+ *     source   convert/hf.c, convert/gguf_source.c: metadata, as GGUF's keys and values, and tensors in
+ *              GGUF's names and shapes, each a list of places in files (nothing is read yet)
+ *     plan     convert/plan.c: the type of each tensor
+ *     encoder  convert/encode.c: rows from their places to blocks of that type, on all cores
+ *     writer   convert/gguf_write.c: a header, places for tensors, an atomic end
+ *
+ * A converter is one translation unit: moe.c with its internals, then convert/convert.c. Names and
+ * shapes come from the runtime's tables of families and nowhere else.
+ * Must never: hold more than a few rows of a tensor, or leave a half-written file under its name. */
+#ifndef MOE_CONVERT_CONVERT_H
+#define MOE_CONVERT_CONVERT_H
+
+#ifndef MOE_CORE_BASE_H
+#include "../moe.c"
+#endif
+
+enum {
+    CONVERT_MAX_FILES = 1000,      // shards; each is kept open
+    CONVERT_MAX_NAME_BYTES = 512,
+    CONVERT_CHUNK_FLOATS = 1 << 20, // of work for one thread at a time
+    CONVERT_MAX_ROW = 1 << 24
+};
+
+/* ------------------------------------------------------------------------------- sources -- */
+
+/* An open file, and what it was when it was opened. */
+typedef struct conv_file {
+    char *path;
+    plat_file os;
+    uint64_t bytes, inode;
+    int64_t mtime_s, mtime_ns;
+} conv_file;
+
+/* A matrix in a file: rows one after another. */
+typedef struct conv_input {
+    const conv_file *file;
+    const char *name;          // as the source calls it
+    uint64_t offset;
+    const moe_quant *type;     // NULL: FP8 E4M3 with a scale for each block
+    const conv_file *scale_file;
+    uint64_t scale_offset;     // float [ceil(n_row / block)][ceil(row_len / block)]
+    uint32_t scale_block;
+} conv_input;
+
+/* A tensor of the result. Its rows come from `inputs`, an equal part from each; or from `made`. */
+typedef struct conv_tensor {
+    const char *name;
+    uint32_t n_dims;
+    uint64_t dims[4];          // dims[0] is contiguous; unused ones are 1
+    uint64_t row_len, n_rows;  // as they are worked on
+    conv_input *inputs;
+    uint32_t n_inputs;
+    const float *made;         // [n_elements]
+    uint32_t interleave;       // rows of a head, whose halves become neighbours; 0: order is kept
+    bool plus_1;
+    bool is_vector;            // the runtime wants floats: norms, biases
+    bool is_router;
+    const moe_quant *target;   // by the plan
+    uint64_t bytes;            // of the result
+    uint64_t offset;           // in the output file
+} conv_tensor;
+
+typedef struct conv_source {
+    moe_mem *mem;
+    text_arena arena;          // everything below but buffers
+    conv_file *files;          // [CONVERT_MAX_FILES]
+    uint32_t n_files;
+    moe_directory *dir;        // of a GGUF source
+    text_buf kv;               // keys and values as they stand in a GGUF file
+    uint64_t n_kv;
+    conv_tensor *tensors;
+    size_t n_tensors;
+    char arch[64];
+    uint32_t n_layer, n_expert;
+    bool tied;                 // the embedding is the output matrix
+    bool has_file_type;        // kv holds general.file_type
+    uint64_t alignment;
+    char *notes[16];           // what the user should know
+    uint32_t n_notes;
+} conv_source;
+
+/* ------------------------------------------------------------------------------- options -- */
+
+typedef struct conv_keep {
+    const char *pattern;       // POSIX extended, on GGUF names
+    const moe_quant *type;
+} conv_keep;
+
+typedef struct conv_progress {
+    const char *tensor;
+    uint64_t done, total;      // weights
+} conv_progress;
+
+typedef struct conv_options {
+    const char *source, *out;
+    const char *quant;         // a type or a mix; NULL: as in the source
+    const char *pre;           // tokenizer.ggml.pre; NULL: found
+    const conv_keep *keeps;    // a later one wins
+    uint32_t n_keeps;
+    uint32_t n_threads;        // 0: one for each core
+    bool allow_nonfinite;
+    bool dry_run;
+    const moe_cancel *cancel;
+    void (*progress)(void *user, const conv_progress *progress);
+    void *user;
+} conv_options;
+
+/* What was done, or would be. Lives until conv_close. */
+typedef struct conv_job {
+    moe_mem mem;
+    conv_options options;
+    conv_source source;
+    uint64_t header_bytes, file_bytes, n_weights;
+    double seconds;
+} conv_job;
+
+#endif

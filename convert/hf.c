@@ -1,0 +1,552 @@
+/* convert/hf.c - a Hugging Face checkpoint -> a source: config.json through the family's tables, and
+ * each tensor of the family's bindings found in the safetensors files, with the shape it must have.
+ *
+ * In: files that nobody has checked. Out: tensors whose places are known to lie in their files. What
+ * the model does not use is an error: leaving it out would give wrong results. */
+#ifndef MOE_CONVERT_HF_C
+#define MOE_CONVERT_HF_C
+
+#include "safetensors.c"
+#include "vocab.c"
+
+typedef struct hf_source {
+    conv_source *source;
+    const char *dir;
+    const moe_family *family;
+    json_ref root, whole;   // of config.json: the text model's part, and all of it
+    moe_hparams hp;
+    st_table table;
+    const char *prefix;     // stands for "model." at the start of names
+    uint32_t fp8_block;
+    size_t capacity;        // of source->tensors
+    moe_error *error;
+} hf_source;
+
+/* --------------------------------------------------------------------------------- config -- */
+
+static const moe_family *hf_family(json_ref root)
+{
+    char buf[64];
+    const char *type = config_text(config_path(root, "model_type"), buf);
+    for (size_t i = 0; i < MOE_COUNT(family_table); i++)
+        if (config_find_word(family_table[i]->hf, type))
+            return family_table[i];
+    return NULL;
+}
+
+static moe_status hf_fail_family(const hf_source *h)
+{
+    char known[400], buf[64];
+    size_t used = 0;
+    json_ref type = config_path(h->root, "model_type");
+    for (size_t i = 0; i < MOE_COUNT(family_table) && used < sizeof known; i++)
+        used += (size_t)snprintf(known + used, sizeof known - used, "%s%s", i ? " " : "",
+                                 family_table[i]->hf);
+    return fail(h->error, type.node ? MOE_ERR_UNSUPPORTED : MOE_ERR_MODEL, "config.json: model_type",
+                "expected one of %s; got %s", known, config_text(type, buf));
+}
+
+/* The name of the model: that of its folder. */
+static void hf_put_general(hf_source *h, meta_writer *kv)
+{
+    char *real = realpath(h->dir, NULL);
+    const char *slash = real ? strrchr(real, '/') : NULL;
+    meta_put_string(kv, "general.architecture", h->family->arch);
+    meta_put_string(kv, "general.type", "model");
+    if (slash && slash[1] && utf8_valid((const uint8_t *)slash + 1, strlen(slash + 1)) ==
+        strlen(slash + 1))
+        meta_put_string(kv, "general.name", slash + 1);
+    free(real);
+}
+
+/* Puts the config's key in front of an error about the GGUF key that was made from it. */
+static moe_status hf_explain(const hf_source *h, moe_status status)
+{
+    const char *name = h->error ? config_name_of(h->family, h->error->subject) : NULL;
+    if (!name)
+        return status;
+    moe_error inner = *h->error;
+    return fail(h->error, status, inner.subject, "from config.json's %s: %.300s", name,
+                inner.message + strlen(inner.subject) + 2);
+}
+
+/* Writes the keys and reads them as the runtime will. */
+static moe_status hf_read_config(hf_source *h, json_ref generation)
+{
+    conv_source *s = h->source;
+    config_reader r = {s, h->family, h->root, {&s->kv, &s->n_kv, false}, h->error};
+    text_buf file = {.mem = s->mem};
+    moe_model model = {.family = h->family};
+    hf_put_general(h, &r.kv);
+    moe_status status = config_put_sampling(&r, generation);
+    if (!status)
+        status = config_put_table(&r, config_common);
+    if (!status)
+        status = config_put_table(&r, h->family->config);
+    if (!status)
+        status = config_put_rope(&r);
+    if (!status && r.kv.failed)
+        status = fail_memory(h->error, s->mem, "metadata", s->kv.n);
+    if (!status)
+        status = meta_read_back(&model.dir, s, &file, h->error);
+    if (!status) {
+        status = model_read_hparams(&model, h->error);
+        if (status)
+            status = hf_explain(h, status);
+        h->hp = model.hp;
+        directory_close(model.dir);
+    }
+    buf_free(&file);
+    snprintf(s->arch, sizeof s->arch, "%s", h->family->arch);
+    s->n_layer = h->hp.n_layer;
+    s->n_expert = h->hp.router.n_expert;
+    return status;
+}
+
+/* ---------------------------------------------------------------------------------- names -- */
+
+/* "model.layers.%u.x.%u.y" with its numbers, and the checkpoint's prefix for "model.". */
+static const char *hf_name(const hf_source *h, const char *format, uint32_t layer, uint32_t expert,
+                           char buf[CONVERT_MAX_NAME_BYTES])
+{
+    const uint32_t numbers[2] = {layer, expert};
+    uint32_t n = 0;
+    size_t used = 0;
+    if (!strncmp(format, "model.", 6)) {
+        used = (size_t)snprintf(buf, CONVERT_MAX_NAME_BYTES, "%s", h->prefix);
+        format += 6;
+    }
+    while (*format && used + 24 < CONVERT_MAX_NAME_BYTES) {
+        if (format[0] == '%' && format[1] == 'u') {
+            used += (size_t)snprintf(buf + used, 16, "%u", numbers[MOE_MIN(n, 1u)]);
+            n++;
+            format += 2;
+        } else {
+            buf[used++] = *format++;
+        }
+    }
+    buf[used] = 0;
+    return buf;
+}
+
+/* How the checkpoint's names begin: models with eyes keep their text part under another name. */
+static moe_status hf_find_prefix(hf_source *h)
+{
+    static const char *const prefixes[] = {"model.", "language_model.model.",
+                                           "model.language_model.", ""};
+    char name[64];
+    for (size_t i = 0; i < MOE_COUNT(prefixes); i++) {
+        h->prefix = prefixes[i];
+        snprintf(name, sizeof name, "%sembed_tokens.weight", h->prefix);
+        if (st_find(&h->table, name))
+            return MOE_OK;
+    }
+    return fail(h->error, MOE_ERR_MODEL, "model.embed_tokens.weight",
+                "expected the token embedding among the %zu tensors of %s, got none", h->table.n,
+                h->dir);
+}
+
+/* --------------------------------------------------------------------------------- inputs -- */
+
+/* Whether a checkpoint's shape is the binding's; dimensions of 1 do not count. `extra`: an outer
+ * dimension in front. */
+static bool hf_shape_is(const st_tensor *t, const uint64_t *dims, uint32_t n_dims)
+{
+    uint32_t i = 0;
+    for (uint32_t d = n_dims; d-- > 0;) { // GGUF's order is the reverse
+        if (dims[d] == 1)
+            continue;
+        while (i < t->n_dims && t->dims[i] == 1)
+            i++;
+        if (i == t->n_dims || t->dims[i++] != dims[d])
+            return false;
+    }
+    while (i < t->n_dims && t->dims[i] == 1)
+        i++;
+    return i == t->n_dims;
+}
+
+static moe_status hf_fail_shape(const hf_source *h, const st_tensor *t, const uint64_t *dims,
+                                uint32_t n_dims)
+{
+    char want[96] = "", got[200] = "";
+    size_t used = 0;
+    for (uint32_t d = n_dims; d-- > 0;)
+        used += (size_t)snprintf(want + used, sizeof want - used, "%s%llu",
+                                 d + 1 == n_dims ? "" : ", ", (unsigned long long)dims[d]);
+    used = 0;
+    for (uint32_t d = 0; d < t->n_dims; d++)
+        used += (size_t)snprintf(got + used, sizeof got - used, "%s%llu", d ? ", " : "",
+                                 (unsigned long long)t->dims[d]);
+    return fail(h->error, MOE_ERR_MODEL, t->name,
+                "expected shape [%s] by config.json, got [%s] in %s", want, got, t->file->path);
+}
+
+/* The scales of an FP8 matrix: one for each block of fp8_block x fp8_block weights. */
+static moe_status hf_find_scale(hf_source *h, const st_tensor *t, conv_input *in)
+{
+    char name[CONVERT_MAX_NAME_BYTES + 16];
+    snprintf(name, sizeof name, "%s_scale_inv", t->name);
+    st_tensor *scale = st_find(&h->table, name);
+    if (!scale)
+        return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
+                    "expected FP8 weights with block scales in \"%s\", got none: other ways to scale "
+                    "FP8 are not read", name);
+    const uint64_t block = h->fp8_block;
+    const uint64_t rows = t->n_dims > 1 ? t->dims[0] : 1, len = t->dims[t->n_dims - 1];
+    const uint64_t dims[2] = {(len + block - 1) / block, (rows + block - 1) / block};
+    scale->used = true;
+    if (t->n_dims != 2 || strcmp(scale->dtype->name, "F32"))
+        return fail(h->error, MOE_ERR_UNSUPPORTED, name,
+                    "expected F32 scales of a matrix, got %s", scale->dtype->name);
+    if (!hf_shape_is(scale, dims, 2))
+        return hf_fail_shape(h, scale, dims, 2);
+    in->scale_file = scale->file;
+    in->scale_offset = scale->offset;
+    in->scale_block = h->fp8_block;
+    return MOE_OK;
+}
+
+static moe_status hf_input(hf_source *h, st_tensor *t, conv_input *in)
+{
+    t->used = true;
+    *in = (conv_input){.file = t->file, .name = t->name, .offset = t->offset};
+    if (!strcmp(t->dtype->name, "F8_E4M3"))
+        return hf_find_scale(h, t, in);
+    in->type = quant_by_id(t->dtype->quant);
+    if (!in->type)
+        return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
+                    "expected weights in F32, F16, BF16 or F8_E4M3, got %s", t->dtype->name);
+    return MOE_OK;
+}
+
+/* Experts that the checkpoint stacks itself: "experts.down_proj" [n][out][in], and gate and up as two
+ * halves of "experts.gate_up_proj" [n][2 out][in]. */
+static moe_status hf_fused_experts(hf_source *h, const moe_binding *b, uint32_t layer,
+                                   conv_tensor *t, bool *found)
+{
+    char format[CONVERT_MAX_NAME_BYTES], name[CONVERT_MAX_NAME_BYTES];
+    const char *mark = strstr(b->hf, "experts.%u.");
+    const bool down = b->field == offsetof(moe_layer, experts_down);
+    const bool up = b->field == offsetof(moe_layer, experts_up);
+    const uint64_t dims[3] = {t->dims[0], down ? t->dims[1] : 2 * t->dims[1], t->dims[2]};
+    conv_input whole;
+    *found = false;
+    if (!mark || (!down && !up && b->field != offsetof(moe_layer, experts_gate)))
+        return MOE_OK;
+    snprintf(format, sizeof format, "%.*sexperts.%s", (int)(mark - b->hf), b->hf,
+             down ? "down_proj" : "gate_up_proj");
+    st_tensor *st = st_find(&h->table, hf_name(h, format, layer, 0, name));
+    if (!st)
+        return MOE_OK;
+    *found = true;
+    if (!hf_shape_is(st, dims, 3))
+        return hf_fail_shape(h, st, dims, 3);
+    moe_status status = hf_input(h, st, &whole);
+    for (uint64_t e = 0; e < t->n_inputs && !status; e++) {
+        const uint64_t matrix = dims[0] * dims[1] * st->dtype->bytes;
+        t->inputs[e] = whole;
+        t->inputs[e].offset += e * matrix + (up ? matrix / 2 : 0);
+    }
+    return status;
+}
+
+static moe_status hf_find_inputs(hf_source *h, const moe_binding *b, uint32_t layer, conv_tensor *t)
+{
+    char name[CONVERT_MAX_NAME_BYTES];
+    const uint32_t n_dims = t->n_inputs > 1 || strstr(b->hf, "experts.%u.") ? 2 : t->n_dims;
+    for (uint32_t e = 0; e < t->n_inputs; e++) {
+        st_tensor *st = st_find(&h->table, hf_name(h, b->hf, layer, e, name));
+        moe_status status;
+        if (!st && e == 0) {
+            bool found;
+            status = hf_fused_experts(h, b, layer, t, &found);
+            if (status || found)
+                return status;
+        }
+        if (!st)
+            return fail(h->error, MOE_ERR_MODEL, name,
+                        "expected this tensor in a checkpoint of model_type %s, got none",
+                        h->family->hf);
+        if (!hf_shape_is(st, t->dims, n_dims))
+            return hf_fail_shape(h, st, t->dims, n_dims);
+        if ((status = hf_input(h, st, &t->inputs[e])))
+            return status;
+    }
+    return MOE_OK;
+}
+
+/* --------------------------------------------------------------------------------- tensors -- */
+
+/* Whether a tensor is there at all, under its own name or stacked. */
+static bool hf_present(const hf_source *h, const moe_binding *b, uint32_t layer)
+{
+    char name[CONVERT_MAX_NAME_BYTES];
+    return b->hf && st_find(&h->table, hf_name(h, b->hf, layer, 0, name)) != NULL;
+}
+
+static moe_status hf_new_tensor(hf_source *h, const moe_binding *b, uint32_t layer, conv_tensor **out)
+{
+    conv_source *s = h->source;
+    char name[96];
+    conv_tensor *t = *out = &s->tensors[s->n_tensors++];
+    *t = (conv_tensor){.dims = {1, 1, 1, 1}, .n_inputs = 1};
+    t->name = conv_text(s, "%s", binding_name(b, layer, name, sizeof name));
+    uint64_t n = 1;
+    for (uint32_t d = 0; d < 3 && b->dims[d] != DIM_NONE; d++) {
+        t->dims[t->n_dims++] = dim_value(&h->hp, (moe_dim)b->dims[d]);
+        if (!checked_mul(n, t->dims[d], &n) || n > INT64_MAX / 8)
+            return fail(h->error, MOE_ERR_LIMIT, t->name, "expected fewer elements");
+    }
+    t->is_vector = (b->flags & BIND_VECTOR) != 0;
+    t->is_router = !(b->flags & BIND_GLOBAL) && b->field == offsetof(moe_layer, router);
+    const moe_dim last = (moe_dim)b->dims[t->n_dims - 1];
+    if (h->family->convert & CONVERT_INTERLEAVE_QK && (last == DIM_Q || last == DIM_K))
+        t->interleave = h->hp.head_dim;
+    const char *end = t->name + strlen(t->name) - MOE_MIN(strlen(t->name), strlen("norm.weight"));
+    t->plus_1 = h->family->convert & CONVERT_NORM_PLUS_1 && !strcmp(end, "norm.weight");
+    // a vector whose halves change places is worked on as a column
+    t->row_len = t->interleave && t->n_dims == 1 ? 1 : t->dims[0];
+    t->n_rows = n / t->row_len;
+    if (b->hf && strstr(b->hf, "%u") && strstr(strstr(b->hf, "%u") + 2, "%u"))
+        t->n_inputs = (uint32_t)t->dims[t->n_dims - 1];
+    t->inputs = arena_alloc(&s->arena, t->n_inputs, sizeof *t->inputs);
+    return t->inputs && t->name ? MOE_OK : fail_memory(h->error, s->mem, "tensors", t->n_inputs);
+}
+
+/* Divisors of the rotary frequencies, as Llama 3.1 stretches them; see rope_type llama3 in
+ * transformers' modeling_rope_utils. Slow pairs are divided by the factor, fast ones by nothing. */
+static moe_status hf_make_rope_freqs(hf_source *h, const moe_binding *b)
+{
+    json_ref rope = config_rope(h->root);
+    config_reader r = {h->source, h->family, h->root, {0}, h->error};
+    double factor, low, high, n_ctx;
+    conv_tensor *t;
+    moe_status status;
+    if (json_typeof(rope) != JSON_OBJECT || !config_rope_is(rope, "llama3"))
+        return MOE_OK;
+    if ((status = config_rope_number(&r, rope, "factor", NAN, &factor)) ||
+        (status = config_rope_number(&r, rope, "low_freq_factor", NAN, &low)) ||
+        (status = config_rope_number(&r, rope, "high_freq_factor", NAN, &high)) ||
+        (status = config_rope_number(&r, rope, "original_max_position_embeddings", NAN, &n_ctx)) ||
+        (status = hf_new_tensor(h, b, 0, &t)))
+        return status;
+    if (!(factor > 0 && high > low && low > 0 && n_ctx > 0))
+        return config_fail(&r, MOE_ERR_MODEL, "rope_scaling", "positive numbers, and "
+                           "high_freq_factor above low_freq_factor", rope);
+    float *made = arena_alloc(&h->source->arena, t->dims[0], sizeof *made);
+    if (!made)
+        return fail_memory(h->error, h->source->mem, t->name, t->dims[0] * sizeof *made);
+    for (uint64_t i = 0; i < t->dims[0]; i++) {
+        const double freq = pow((double)h->hp.rope.base, -2.0 * (double)i / h->hp.n_rot);
+        const double turns = n_ctx * freq / (2 * M_PI);
+        double smooth = (turns - low) / (high - low);
+        smooth = smooth < 0 ? 0 : smooth > 1 ? 1 : smooth;
+        made[i] = (float)(1 / ((1 - smooth) / factor + smooth));
+    }
+    t->made = made;
+    return MOE_OK;
+}
+
+/* The output matrix: none of its own if the embedding is used for it. */
+static moe_status hf_check_tied(hf_source *h, const moe_binding *b, bool *skip)
+{
+    json_ref tied = config_path(h->root, "tie_word_embeddings");
+    if (!tied.node)
+        tied = config_path(h->whole, "tie_word_embeddings");
+    char name[CONVERT_MAX_NAME_BYTES];
+    st_tensor *t = st_find(&h->table, hf_name(h, b->hf, 0, 0, name));
+    *skip = json_bool(tied, false) || !t;
+    if (t && *skip)
+        t->used = true;
+    if (!t && json_typeof(tied) == JSON_FALSE)
+        return fail(h->error, MOE_ERR_MODEL, name,
+                    "expected an output matrix, since config.json says tie_word_embeddings false, got "
+                    "none");
+    h->source->tied = *skip;
+    return MOE_OK;
+}
+
+static moe_status hf_add(hf_source *h, const moe_binding *b, uint32_t layer)
+{
+    conv_tensor *t;
+    bool skip = false;
+    const bool global = b->flags & BIND_GLOBAL;
+    if (global && b->field == offsetof(moe_globals, rope_freqs))
+        return hf_make_rope_freqs(h, b);
+    if (!b->hf || (b->flags & BIND_OPTIONAL && !hf_present(h, b, layer) &&
+                   !(global && b->field == offsetof(moe_globals, output))))
+        return MOE_OK;
+    if (global && b->field == offsetof(moe_globals, output)) {
+        moe_status status = hf_check_tied(h, b, &skip);
+        if (status || skip)
+            return status;
+    }
+    moe_status status = hf_new_tensor(h, b, layer, &t);
+    return status ? status : hf_find_inputs(h, b, layer, t);
+}
+
+/* All bindings of the layers (layer < n_layer), or those outside: the embedding comes first in the
+ * file, the rest last. */
+static moe_status hf_add_all(hf_source *h, uint32_t layer, bool global, bool embedding)
+{
+    moe_status status = MOE_OK;
+    for (uint32_t i = 0; h->family->bindings[i] && !status; i++) {
+        for (const moe_binding *b = h->family->bindings[i]; b->gguf && !status; b++) {
+            const bool is_global = (b->flags & BIND_GLOBAL) != 0;
+            const bool experts = layer_has_experts(&h->hp, layer);
+            if (is_global != global ||
+                (global && (b->field == offsetof(moe_globals, embedding)) != embedding))
+                continue;
+            if (!global && ((b->flags & BIND_DENSE && experts) ||
+                            (b->flags & BIND_EXPERTS && !experts)))
+                continue;
+            status = hf_add(h, b, layer);
+        }
+    }
+    return status;
+}
+
+static moe_status hf_reserve(hf_source *h)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0; h->family->bindings[i]; i++)
+        for (const moe_binding *b = h->family->bindings[i]; b->gguf; b++)
+            n += b->flags & BIND_GLOBAL ? 1 : h->hp.n_layer;
+    h->source->tensors = arena_alloc(&h->source->arena, n, sizeof *h->source->tensors);
+    return h->source->tensors ? MOE_OK : fail_memory(h->error, h->source->mem, "tensors", n);
+}
+
+/* Tensors without weights of the text model, which may be left out. */
+static bool hf_ignored(const hf_source *h, const char *name)
+{
+    static const char *const endings[] = {".rotary_emb.inv_freq", ".attention.bias",
+                                          ".masked_bias"};
+    const size_t n = strlen(name);
+    for (size_t i = 0; i < MOE_COUNT(endings); i++)
+        if (n > strlen(endings[i]) && !strcmp(name + n - strlen(endings[i]), endings[i]))
+            return true;
+    // the parts of a model with eyes that are not its text model
+    if (h->root.node != h->whole.node && strncmp(name, h->prefix, strlen(h->prefix)) &&
+        !strstr(name, "lm_head"))
+        return true;
+    // layers behind the last: multi-token prediction
+    char start[128];
+    const int bytes = snprintf(start, sizeof start, "%slayers.", h->prefix);
+    return json_double(config_path(h->root, "num_nextn_predict_layers"), 0) > 0 &&
+           !strncmp(name, start, (size_t)bytes) &&
+           strtoul(name + bytes, NULL, 10) >= h->hp.n_layer;
+}
+
+static moe_status hf_check_unused(hf_source *h)
+{
+    size_t n_ignored = 0;
+    for (size_t i = 0; i < h->table.n; i++) {
+        const st_tensor *t = &h->table.items[i];
+        if (t->used)
+            continue;
+        if (!hf_ignored(h, t->name))
+            return fail(h->error, MOE_ERR_MODEL, t->name,
+                        "model_type %s with %u layers has no place for this tensor; leaving it out "
+                        "would give wrong results", h->family->hf, h->hp.n_layer);
+        n_ignored++;
+    }
+    if (n_ignored)
+        conv_note(h->source, "%zu tensors are not part of the text model and are left out",
+                  n_ignored);
+    return MOE_OK;
+}
+
+static moe_status hf_find_tensors(hf_source *h)
+{
+    moe_status status = hf_find_prefix(h);
+    if (status)
+        return status;
+    char name[CONVERT_MAX_NAME_BYTES];
+    const st_tensor *embedding = st_find(&h->table, hf_name(h, "model.embed_tokens.weight", 0, 0,
+                                                            name));
+    const double vocab = json_double(config_path(h->root, "vocab_size"), -1);
+    if (embedding->n_dims != 2 || embedding->dims[0] > TOK_MAX_TOKENS ||
+        (vocab >= 0 && (double)embedding->dims[0] != vocab))
+        return fail(h->error, MOE_ERR_MODEL, embedding->name,
+                    "expected %.0f rows, the vocab_size of config.json, got %llu", vocab,
+                    (unsigned long long)(embedding->n_dims ? embedding->dims[0] : 0));
+    h->hp.n_vocab = (uint32_t)embedding->dims[0];
+    status = hf_reserve(h);
+    if (!status)
+        status = hf_add_all(h, 0, true, true);
+    for (uint32_t i = 0; i < h->hp.n_layer && !status; i++)
+        status = hf_add_all(h, i, false, false);
+    if (!status)
+        status = hf_add_all(h, 0, true, false);
+    return status ? status : hf_check_unused(h);
+}
+
+/* ----------------------------------------------------------------------------------- entry -- */
+
+static moe_status hf_read_quantization(hf_source *h)
+{
+    char buf[64];
+    json_ref q = config_path(h->whole, "quantization_config");
+    json_ref method = config_path(q, "quant_method"), block = config_path(q, "weight_block_size");
+    h->fp8_block = 128;
+    if (!q.node)
+        return MOE_OK;
+    if (!json_is(method, "fp8"))
+        return fail(h->error, MOE_ERR_UNSUPPORTED, "config.json: quantization_config.quant_method",
+                    "expected fp8, got %s; convert the checkpoint that it was made from",
+                    config_text(method, buf));
+    json_ref first = json_first(block);
+    if (block.node && (json_count(block) != 2 || json_double(first, 0) != 128 ||
+                       json_double(json_next(block, first), 0) != 128))
+        return fail(h->error, MOE_ERR_UNSUPPORTED,
+                    "config.json: quantization_config.weight_block_size", "expected [128, 128]");
+    return MOE_OK;
+}
+
+static moe_status hf_convert(hf_source *h, json_ref generation, const char *pre)
+{
+    conv_source *s = h->source;
+    h->root = h->whole;
+    h->family = hf_family(h->root);
+    json_ref text = config_path(h->whole, "text_config");
+    if (!h->family && json_typeof(text) == JSON_OBJECT) {
+        h->root = text;
+        h->family = hf_family(text);
+    }
+    if (!h->family)
+        return hf_fail_family(h);
+    moe_status status = hf_read_quantization(h);
+    if (!status)
+        status = st_load(&h->table, h->dir, h->error);
+    if (!status)
+        status = hf_read_config(h, generation);
+    if (!status)
+        status = hf_find_tensors(h);
+    if (status)
+        return status;
+    vocab_writer w = {.source = s, .dir = h->dir, .pre = pre, .n_vocab = h->hp.n_vocab,
+                      .config = h->root, .generation = generation, .error = h->error};
+    return vocab_convert(&w);
+}
+
+/* Fills an empty source from a folder. */
+static moe_status conv_open_hf(conv_source *s, const char *dir, const char *pre, moe_error *error)
+{
+    json_doc config = {0}, generation = {0};
+    hf_source h = {.source = s, .dir = dir, .table = {.source = s}, .error = error};
+    json_ref sampling = {&generation, NULL};
+    moe_status status = conv_read_json(s, dir, "config.json", true, &config, &h.whole, error);
+    if (status)
+        return status;
+    status = conv_read_json(s, dir, "generation_config.json", false, &generation, &sampling, error);
+    if (!status)
+        status = hf_convert(&h, sampling, pre);
+    json_free(&config);
+    if (sampling.node)
+        json_free(&generation);
+    mem_free(s->mem, h.table.items);
+    return status;
+}
+
+#endif

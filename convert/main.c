@@ -1,0 +1,358 @@
+/* convert/main.c - the program moe-convert: arguments, progress, what is said at the end.
+ *
+ * Results go to stdout, everything else to stderr. Exit status: 0, 1 for a failed conversion, 2 for
+ * wrong arguments, 130 after Ctrl-C. */
+#include "../moe.c"
+#include "convert.c"
+
+#include <signal.h>
+
+static const char help_text[] =
+"usage: moe-convert SOURCE OUT.gguf [options]\n"
+"\n"
+"Turns a model into one GGUF file.\n"
+"\n"
+"SOURCE is\n"
+"  a folder with a Hugging Face checkpoint: config.json, safetensors (one file or shards;\n"
+"      F32, F16, BF16, or FP8 with block scales), tokenizer.json and its config\n"
+"  a GGUF file, or the first part of a split one\n"
+"\n"
+"  -q, --quant TYPE       the type of the matrices, or a mix; without it the types of the\n"
+"                         source are kept (FP8 becomes BF16)\n"
+"      --keep REGEX=TYPE  tensors whose GGUF name matches get this type; may be repeated,\n"
+"                         the last one that matches wins\n"
+"  -n, --dry-run          show each tensor's type and size and the size of the file, write\n"
+"                         nothing\n"
+"  -t, --threads N        default: one for each core\n"
+"      --pre NAME         tokenizer.ggml.pre, if it is not found\n"
+"      --allow-nonfinite  accept NaN and infinite weights; in integer types they become 0\n"
+"      --json             a summary as JSON on stdout\n"
+"      --quiet            no progress, no summary\n"
+"  -h, --help, --version\n"
+"\n"
+"Types: ";
+
+static const char help_end[] =
+"\n"
+"Mixes: q4_k_m is the usual choice: about 4.8 bits per weight, with 6 bits where errors cost\n"
+"most. q5_k_m and q6_k are closer to the source, q3_k_m is smaller, q8_0 is hardly different\n"
+"from it. Norms, biases and routers always stay floats. Types with blocks of 256 give way to\n"
+"one with blocks of 32 where a matrix's rows are not a multiple of 256.\n"
+"\n"
+"Examples:\n"
+"  moe-convert ~/models/Qwen3-0.6B qwen3.gguf -q q4_k_m\n"
+"  moe-convert ~/models/OLMoE-1B-7B olmoe.gguf -q q4_k_m --keep 'ffn_down_exps=Q6_K' --dry-run\n"
+"  moe-convert big.gguf small.gguf -q q3_k_m\n"
+"\n"
+"The file appears under its name only when it is whole. Memory: some 30 MB for each thread.\n";
+
+enum { EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130, MAX_KEEPS = 64 };
+
+/* The one thing that a signal handler has to reach. */
+static moe_cancel main_cancel;
+
+static void main_on_signal(int number)
+{
+    (void)number;
+    moe_cancel_set(&main_cancel);
+}
+
+typedef struct main_args {
+    conv_options options;
+    conv_keep keeps[MAX_KEEPS];
+    bool json, quiet;
+} main_args;
+
+/* ------------------------------------------------------------------------------- progress -- */
+
+typedef struct main_bar {
+    uint64_t started_ns, shown_ns;
+    bool drawn;
+} main_bar;
+
+static void main_show(void *user, const conv_progress *p)
+{
+    main_bar *bar = user;
+    const uint64_t now = plat_time_ns();
+    if (!bar->started_ns)
+        bar->started_ns = now;
+    const double seconds = (double)(now - bar->started_ns) * 1e-9;
+    if (seconds < 0.5 || now - bar->shown_ns < 100000000)
+        return;
+    bar->shown_ns = now;
+    bar->drawn = true;
+    enum { WIDTH = 24 };
+    const double part = p->total ? (double)p->done / (double)p->total : 1;
+    char line[WIDTH + 1];
+    for (int i = 0; i < WIDTH; i++)
+        line[i] = i < (int)(part * WIDTH) ? '#' : ' ';
+    line[WIDTH] = 0;
+    fprintf(stderr, "\r[%s] %3d %%, %.0f M weights/s, %.0f s left, %.40s\033[K", line,
+            (int)(part * 100), (double)p->done / seconds * 1e-6,
+            part > 0 ? seconds * (1 - part) / part : 0, p->tensor);
+}
+
+/* -------------------------------------------------------------------------------- results -- */
+
+static void main_json_text(const char *text)
+{
+    putchar('"');
+    for (const unsigned char *p = (const unsigned char *)text; *p; p++)
+        if (*p == '"' || *p == '\\')
+            printf("\\%c", *p);
+        else if (*p < 0x20)
+            printf("\\u%04x", *p);
+        else
+            putchar(*p);
+    putchar('"');
+}
+
+/* Bytes and weights of each type, as they come. */
+typedef struct main_sums {
+    uint64_t n_tensors, n_weights, bytes;
+} main_sums;
+
+static void main_sum(const conv_job *job, main_sums sums[64])
+{
+    memset(sums, 0, 64 * sizeof *sums);
+    for (size_t i = 0; i < job->source.n_tensors; i++) {
+        const conv_tensor *t = &job->source.tensors[i];
+        main_sums *sum = &sums[t->target->id & 63];
+        sum->n_tensors++;
+        sum->n_weights += t->row_len * t->n_rows;
+        sum->bytes += t->bytes;
+    }
+}
+
+static double main_bits(const conv_job *job)
+{
+    return job->n_weights ? 8.0 * (double)(job->file_bytes - job->header_bytes) /
+                                (double)job->n_weights : 0;
+}
+
+static void main_print_json(const conv_job *job)
+{
+    main_sums sums[64];
+    bool comma = false;
+    main_sum(job, sums);
+    printf("{\"out\": ");
+    main_json_text(job->options.out);
+    printf(", \"written\": %s, \"architecture\": ", job->options.dry_run ? "false" : "true");
+    main_json_text(job->source.arch);
+    printf(", \"bytes\": %llu, \"header_bytes\": %llu, \"n_tensors\": %zu, \"n_weights\": %llu, "
+           "\"bits_per_weight\": %.4f, \"seconds\": %.3f, \"types\": {",
+           (unsigned long long)job->file_bytes, (unsigned long long)job->header_bytes,
+           job->source.n_tensors, (unsigned long long)job->n_weights, main_bits(job), job->seconds);
+    for (uint32_t i = 0; i < 64; i++) {
+        if (!sums[i].n_tensors)
+            continue;
+        printf("%s\"%s\": {\"n_tensors\": %llu, \"n_weights\": %llu, \"bytes\": %llu}",
+               comma ? ", " : "", quant_by_id(i)->name, (unsigned long long)sums[i].n_tensors,
+               (unsigned long long)sums[i].n_weights, (unsigned long long)sums[i].bytes);
+        comma = true;
+    }
+    printf("}, \"notes\": [");
+    for (uint32_t i = 0; i < job->source.n_notes; i++) {
+        printf("%s", i ? ", " : "");
+        main_json_text(job->source.notes[i]);
+    }
+    printf("]}\n");
+}
+
+static void main_print_plan(const conv_job *job)
+{
+    for (size_t i = 0; i < job->source.n_tensors; i++) {
+        const conv_tensor *t = &job->source.tensors[i];
+        char shape[96];
+        size_t used = 0;
+        for (uint32_t d = 0; d < t->n_dims; d++)
+            used += (size_t)snprintf(shape + used, sizeof shape - used, "%s%llu", d ? " x " : "",
+                                     (unsigned long long)t->dims[d]);
+        printf("%-36s %-22s %-7s %14llu\n", t->name, shape, t->target->name,
+               (unsigned long long)t->bytes);
+    }
+}
+
+static void main_print(const conv_job *job)
+{
+    main_sums sums[64];
+    main_sum(job, sums);
+    if (job->options.dry_run)
+        main_print_plan(job);
+    for (uint32_t i = 0; i < 64; i++)
+        if (sums[i].n_tensors)
+            printf("%-7s %5llu tensors %16llu weights %16llu bytes\n", quant_by_id(i)->name,
+                   (unsigned long long)sums[i].n_tensors, (unsigned long long)sums[i].n_weights,
+                   (unsigned long long)sums[i].bytes);
+    printf("%s: %s%llu bytes, %.2f bits per weight", job->options.out,
+           job->options.dry_run ? "would have " : "", (unsigned long long)job->file_bytes,
+           main_bits(job));
+    if (!job->options.dry_run)
+        printf(", %.1f s, %.0f M weights/s", job->seconds,
+               (double)job->n_weights / job->seconds * 1e-6);
+    printf("\n");
+}
+
+/* ------------------------------------------------------------------------------ arguments -- */
+
+static int main_help(void)
+{
+    fputs(help_text, stdout);
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
+        printf("%s ", quant_table[i]->name);
+    fputs("\nMixes: ", stdout);
+    for (size_t i = 0; i < MOE_COUNT(plan_mixes); i++)
+        printf("%s ", plan_mixes[i].name);
+    fputs(help_end, stdout);
+    return EXIT_SUCCESS;
+}
+
+MOE_PRINTF(1, 2) static int main_usage(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    fputs("moe-convert: ", stderr);
+    vfprintf(stderr, format, args);
+    fputs("\nmoe-convert: see moe-convert --help\n", stderr);
+    va_end(args);
+    return EXIT_USAGE;
+}
+
+/* REGEX=TYPE: the type stands behind the last "=". The regex stays in `text`, which is cut. */
+static int main_keep(main_args *a, char *text)
+{
+    char *equal = strrchr(text, '=');
+    if (!equal || equal == text)
+        return main_usage("--keep: expected REGEX=TYPE, got %s", text);
+    *equal = 0;
+    const moe_quant *type = quant_by_name(equal + 1);
+    if (!type)
+        return main_usage("--keep: expected a type such as Q6_K behind the =, got %s", equal + 1);
+    if (a->options.n_keeps == MAX_KEEPS)
+        return main_usage("--keep: expected at most %d of them", MAX_KEEPS);
+    a->keeps[a->options.n_keeps++] = (conv_keep){text, type};
+    return -1;
+}
+
+static int main_threads(main_args *a, const char *text)
+{
+    char *end;
+    const unsigned long n = strtoul(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || n < 1 || n > 1024)
+        return main_usage("--threads: expected 1 to 1024, got %s", text);
+    a->options.n_threads = (uint32_t)n;
+    return -1;
+}
+
+/* An option without an argument: true if it was one. */
+static bool main_flag(main_args *a, const char *arg)
+{
+    const struct { const char *name, *letter; bool *flag; } flags[] = {
+        {"--dry-run", "-n", &a->options.dry_run},
+        {"--allow-nonfinite", "", &a->options.allow_nonfinite},
+        {"--json", "", &a->json},
+        {"--quiet", "", &a->quiet},
+    };
+    for (size_t i = 0; i < MOE_COUNT(flags); i++)
+        if (!strcmp(arg, flags[i].name) || (*flags[i].letter && !strcmp(arg, flags[i].letter)))
+            return *flags[i].flag = true;
+    return false;
+}
+
+/* An option with an argument; -1: go on. */
+static int main_option(main_args *a, const char *arg, char *value)
+{
+    if (!strcmp(arg, "--keep"))
+        return main_keep(a, value);
+    if (!strcmp(arg, "--threads") || !strcmp(arg, "-t"))
+        return main_threads(a, value);
+    if (!strcmp(arg, "--pre"))
+        a->options.pre = value;
+    else
+        a->options.quant = value;
+    return -1;
+}
+
+/* -1: go on; else the exit status. */
+static int main_parse(main_args *a, int argc, char **argv)
+{
+    static const char *const with_value[] = {"--keep", "--threads", "-t", "--pre", "--quant", "-q"};
+    bool options = true;
+    for (int i = 1; i < argc; i++) {
+        char *arg = argv[i], *value = NULL, name[32];
+        if (options && !strcmp(arg, "--")) {
+            options = false;
+            continue;
+        }
+        if (!options || arg[0] != '-' || !arg[1]) {
+            const char **place = !a->options.source ? &a->options.source : &a->options.out;
+            if (*place)
+                return main_usage("expected SOURCE and OUT, got one more: %s", arg);
+            *place = arg;
+            continue;
+        }
+        if (!strcmp(arg, "--help") || !strcmp(arg, "-h"))
+            return main_help();
+        if (!strcmp(arg, "--version")) {
+            printf("moe-convert %s\n", moe_version());
+            return EXIT_SUCCESS;
+        }
+        if (main_flag(a, arg))
+            continue;
+        snprintf(name, sizeof name, "%s", arg);
+        if (arg[1] == '-' && strchr(arg, '=')) { // --quant=q8_0
+            value = strchr(arg, '=') + 1;
+            snprintf(name, sizeof name, "%.*s", (int)(value - 1 - arg), arg);
+        }
+        bool known = false;
+        for (size_t k = 0; k < MOE_COUNT(with_value); k++)
+            known |= !strcmp(name, with_value[k]);
+        if (!known)
+            return main_usage("unknown option %s", arg);
+        if (!value && ++i == argc)
+            return main_usage("%s: expected a value behind it", name);
+        const int status = main_option(a, name, value ? value : argv[i]);
+        if (status >= 0)
+            return status;
+    }
+    if (!a->options.out)
+        return main_usage("expected SOURCE and OUT.gguf");
+    return -1;
+}
+
+int main(int argc, char **argv)
+{
+    main_args args = {0};
+    main_bar bar = {0};
+    conv_job job;
+    moe_error error = {0};
+    const int parsed = main_parse(&args, argc, argv);
+    if (parsed >= 0)
+        return parsed;
+    struct sigaction action = {.sa_handler = main_on_signal};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN); // a file that gets too large is an error like others
+    args.options.keeps = args.keeps;
+    args.options.cancel = &main_cancel;
+    args.options.user = &bar;
+    if (!args.quiet && isatty(STDERR_FILENO))
+        args.options.progress = main_show;
+    const moe_status status = conv_run(&job, &args.options, &error);
+    if (bar.drawn)
+        fputs("\r\033[K", stderr);
+    for (uint32_t i = 0; i < job.source.n_notes && !args.json; i++)
+        fprintf(stderr, "moe-convert: %s\n", job.source.notes[i]);
+    if (status)
+        fprintf(stderr, "moe-convert: %s\n", error.message);
+    else if (args.json)
+        main_print_json(&job);
+    else if (!args.quiet)
+        main_print(&job);
+    conv_close(&job);
+    if (!status)
+        return fflush(stdout) ? EXIT_FAILED : EXIT_SUCCESS;
+    return status == MOE_ERR_CANCELLED ? EXIT_INTERRUPTED
+           : status == MOE_ERR_ARGUMENT ? EXIT_USAGE
+                                        : EXIT_FAILED;
+}
