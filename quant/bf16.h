@@ -5,6 +5,7 @@
 #ifndef MOE_QUANT_BF16_H
 #define MOE_QUANT_BF16_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -64,12 +65,35 @@ MOE_AVX2 static void bf16_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+MOE_INLINE float32x4x2_t bf16_load8_arm(const uint8_t *w)
+{
+    const uint16x8_t v = vreinterpretq_u16_u8(vld1q_u8(w)), zero = vdupq_n_u16(0);
+    return (float32x4x2_t){{vreinterpretq_f32_u16(vzip1q_u16(zero, v)),
+                            vreinterpretq_f32_u16(vzip2q_u16(zero, v))}};
+}
+
+static void bf16_gemv_neon(const moe_mm *mm)
+{
+    arm_float_gemv(mm, 2, bf16_load8_arm);
+}
+
+static void bf16_gemm_neon(const moe_mm *mm)
+{
+    arm_float_gemm(mm, 2, bf16_load8_arm);
+}
+#endif
+
 static moe_kernels bf16_select(uint32_t cpu)
 {
     moe_kernels best = {bf16_mm_c, bf16_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){bf16_gemv_avx2, bf16_gemm_avx2};
+#endif
+#if MOE_ARM64
+    if (cpu & MOE_CPU_NEON)
+        best = (moe_kernels){bf16_gemv_neon, bf16_gemm_neon};
 #endif
     (void)cpu;
     return best;

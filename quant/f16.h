@@ -5,6 +5,7 @@
 #ifndef MOE_QUANT_F16_H
 #define MOE_QUANT_F16_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -64,12 +65,34 @@ MOE_AVX2 static void f16_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+MOE_INLINE float32x4x2_t f16_load8_arm(const uint8_t *w)
+{
+    const uint16x8_t v = vreinterpretq_u16_u8(vld1q_u8(w));
+    return (float32x4x2_t){{arm_f32_of_f16(vget_low_u16(v)), arm_f32_of_f16(vget_high_u16(v))}};
+}
+
+static void f16_gemv_neon(const moe_mm *mm)
+{
+    arm_float_gemv(mm, 2, f16_load8_arm);
+}
+
+static void f16_gemm_neon(const moe_mm *mm)
+{
+    arm_float_gemm(mm, 2, f16_load8_arm);
+}
+#endif
+
 static moe_kernels f16_select(uint32_t cpu)
 {
     moe_kernels best = {f16_mm_c, f16_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){f16_gemv_avx2, f16_gemm_avx2};
+#endif
+#if MOE_ARM64
+    if (cpu & MOE_CPU_NEON)
+        best = (moe_kernels){f16_gemv_neon, f16_gemm_neon};
 #endif
     (void)cpu;
     return best;

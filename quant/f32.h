@@ -5,6 +5,7 @@
 #ifndef MOE_QUANT_F32_H
 #define MOE_QUANT_F32_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -58,12 +59,35 @@ MOE_AVX2 static void f32_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+MOE_INLINE float32x4x2_t f32_load8_arm(const uint8_t *w)
+{
+    float32x4x2_t v;
+    memcpy(&v, w, sizeof v);
+    return v;
+}
+
+static void f32_gemv_neon(const moe_mm *mm)
+{
+    arm_float_gemv(mm, 4, f32_load8_arm);
+}
+
+static void f32_gemm_neon(const moe_mm *mm)
+{
+    arm_float_gemm(mm, 4, f32_load8_arm);
+}
+#endif
+
 static moe_kernels f32_select(uint32_t cpu)
 {
     moe_kernels best = {f32_mm_c, f32_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){f32_gemv_avx2, f32_gemm_avx2};
+#endif
+#if MOE_ARM64
+    if (cpu & MOE_CPU_NEON)
+        best = (moe_kernels){f32_gemv_neon, f32_gemm_neon};
 #endif
     (void)cpu;
     return best;

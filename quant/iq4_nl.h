@@ -11,6 +11,7 @@
 #ifndef MOE_QUANT_IQ4_NL_H
 #define MOE_QUANT_IQ4_NL_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -94,12 +95,26 @@ MOE_AVX2 static void iq4_nl_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+MOE_INLINE void iq4_nl_codes_arm(const uint8_t *block, int8x16_t code[2])
+{
+    arm_nibbles(block + offsetof(iq4_nl_block, q), code);
+    arm_look_up(code, 2, iq4_value);
+}
+
+static const arm32_format iq4_nl_arm = {sizeof(iq4_nl_block), false, iq4_nl_codes_arm, arm_f16x4};
+ARM_KERNELS(iq4_nl, arm32)
+#endif
+
 static moe_kernels iq4_nl_select(uint32_t cpu)
 {
     moe_kernels best = {iq4_nl_mm_c, iq4_nl_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){iq4_nl_gemv_avx2, iq4_nl_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = iq4_nl_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

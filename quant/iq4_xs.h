@@ -18,6 +18,7 @@
 #ifndef MOE_QUANT_IQ4_XS_H
 #define MOE_QUANT_IQ4_XS_H
 
+#include "arm_k.h"
 #include "k.h"
 #include "x86_k.h"
 
@@ -241,12 +242,46 @@ MOE_AVX2 static void iq4_xs_gemm_avx2(const moe_mm *mm)
 
 #endif
 
+/* -- NEON -- */
+#if MOE_ARM64
+
+MOE_INLINE void iq4_xs_scales_arm(const uint8_t *block, int8x16_t *scale, int8x16_t *min)
+{
+    const iq4_xs_block *w = (const iq4_xs_block *)block;
+    const int16x8_t shift = {0, -2, -4, -6, -8, -10, -12, -14};
+    uint32_t nibbles;
+    memcpy(&nibbles, w->scales_l, 4);
+    const uint8x8_t l = vcreate_u8(nibbles & 0x0f0f0f0f), u = vcreate_u8(nibbles >> 4 & 0x0f0f0f0f);
+    uint8x8_t h = vmovn_u16(vshlq_u16(vdupq_n_u16(load_u16(w->scales_h)), shift));
+    h = vshl_n_u8(vand_u8(h, vdup_n_u8(3)), 4);
+    const int8x8_t s = vreinterpret_s8_u8(vorr_u8(vzip1_u8(l, u), h));
+    *scale = *min = vcombine_s8(vsub_s8(s, vdup_n_s8(32)), vdup_n_s8(0));
+}
+
+MOE_INLINE void iq4_xs_codes_arm(const uint8_t *block, size_t half, int8x16_t code[8])
+{
+    const uint8_t *qs = ((const iq4_xs_block *)block)->qs + 64 * half;
+    ARM_UNROLL
+    for (size_t i = 0; i < 4; i++)
+        arm_nibbles(qs + 16 * i, code + 2 * i);
+    arm_look_up(code, 8, iq4_value);
+}
+
+static const arm_k_format iq4_xs_arm = {sizeof(iq4_xs_block), offsetof(iq4_xs_block, d), 32, false,
+                                    iq4_xs_scales_arm, iq4_xs_codes_arm};
+ARM_KERNELS(iq4_xs, arm_k)
+
+#endif
+
 static moe_kernels iq4_xs_select(uint32_t cpu)
 {
     moe_kernels best = {iq4_xs_mm_c, iq4_xs_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){iq4_xs_gemv_avx2, iq4_xs_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = iq4_xs_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

@@ -15,6 +15,7 @@
 #ifndef MOE_QUANT_MXFP4_H
 #define MOE_QUANT_MXFP4_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -125,12 +126,39 @@ MOE_AVX2 static void mxfp4_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+/* mxfp4_scale() of the bytes at `offset` of 4 rows. */
+MOE_INLINE float32x4_t mxfp4_scales_arm(const uint8_t *const row[4], size_t offset)
+{
+    uint32x4_t e = vdupq_n_u32(row[0][offset]);
+    e = vsetq_lane_u32(row[1][offset], e, 1);
+    e = vsetq_lane_u32(row[2][offset], e, 2);
+    e = vsetq_lane_u32(row[3][offset], e, 3);
+    const uint32x4_t normal = vshlq_n_u32(vsubq_u32(e, vdupq_n_u32(1)), 23);
+    const uint32x4_t subnormal = vshlq_u32(vdupq_n_u32(0x00200000), vreinterpretq_s32_u32(e));
+    return vreinterpretq_f32_u32(vbslq_u32(vcltq_u32(e, vdupq_n_u32(2)), subnormal, normal));
+}
+
+MOE_INLINE void mxfp4_codes_arm(const uint8_t *block, int8x16_t code[2])
+{
+    arm_nibbles(block + offsetof(mxfp4_block, q), code);
+    arm_look_up(code, 2, mxfp4_value);
+}
+
+static const arm32_format mxfp4_arm = {sizeof(mxfp4_block), false, mxfp4_codes_arm,
+                                        mxfp4_scales_arm};
+ARM_KERNELS(mxfp4, arm32)
+#endif
+
 static moe_kernels mxfp4_select(uint32_t cpu)
 {
     moe_kernels best = {mxfp4_mm_c, mxfp4_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){mxfp4_gemv_avx2, mxfp4_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = mxfp4_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

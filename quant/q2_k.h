@@ -20,6 +20,7 @@
 #ifndef MOE_QUANT_Q2_K_H
 #define MOE_QUANT_Q2_K_H
 
+#include "arm_k.h"
 #include "k.h"
 #include "x86_k.h"
 
@@ -178,12 +179,45 @@ MOE_AVX2 static void q2_k_gemm_avx2(const moe_mm *mm)
 
 #endif
 
+/* -- NEON -- */
+#if MOE_ARM64
+
+MOE_INLINE void q2_k_scales_arm(const uint8_t *block, int8x16_t *scale, int8x16_t *min)
+{
+    const uint8x16_t v = vld1q_u8(((const q2_k_block *)block)->scales);
+    *scale = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
+    *min = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+}
+
+MOE_INLINE void q2_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code[8])
+{
+    const uint8_t *qs = ((const q2_k_block *)block)->qs + 32 * half;
+    const uint8x16_t mask = vdupq_n_u8(3);
+    ARM_UNROLL
+    for (size_t i = 0; i < 2; i++) {
+        const uint8x16_t v = vld1q_u8(qs + 16 * i);
+        code[i] = vreinterpretq_s8_u8(vandq_u8(v, mask));
+        code[i + 2] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(v, 2), mask));
+        code[i + 4] = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(v, 4), mask));
+        code[i + 6] = vreinterpretq_s8_u8(vshrq_n_u8(v, 6));
+    }
+}
+
+static const arm_k_format q2_k_arm = {sizeof(q2_k_block), offsetof(q2_k_block, d), 16, true,
+                                    q2_k_scales_arm, q2_k_codes_arm};
+ARM_KERNELS(q2_k, arm_k)
+
+#endif
+
 static moe_kernels q2_k_select(uint32_t cpu)
 {
     moe_kernels best = {q2_k_mm_c, q2_k_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q2_k_gemv_avx2, q2_k_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = q2_k_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

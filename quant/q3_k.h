@@ -19,6 +19,7 @@
 #ifndef MOE_QUANT_Q3_K_H
 #define MOE_QUANT_Q3_K_H
 
+#include "arm_k.h"
 #include "k.h"
 #include "x86_k.h"
 
@@ -205,12 +206,61 @@ MOE_AVX2 static void q3_k_gemm_avx2(const moe_mm *mm)
 
 #endif
 
+/* -- NEON -- */
+#if MOE_ARM64
+
+MOE_INLINE void q3_k_scales_arm(const uint8_t *block, int8x16_t *scale, int8x16_t *min)
+{
+    const uint64_t nibbles = 0x0f0f0f0f0f0f0f0f;
+    const int32x4_t shift = {0, -2, -4, -6};
+    uint64_t low;
+    uint32_t high;
+    memcpy(&low, ((const q3_k_block *)block)->scales, 8);
+    memcpy(&high, ((const q3_k_block *)block)->scales + 8, 4);
+    const uint8x16_t l = vcombine_u8(vcreate_u8(low & nibbles), vcreate_u8(low >> 4 & nibbles));
+    uint8x16_t h = vreinterpretq_u8_u32(vshlq_u32(vdupq_n_u32(high), shift));
+    h = vshlq_n_u8(vandq_u8(h, vdupq_n_u8(3)), 4);
+    *scale = *min = vsubq_s8(vreinterpretq_s8_u8(vorrq_u8(l, h)), vdupq_n_s8(32));
+}
+
+MOE_INLINE void q3_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code[8])
+{
+    const q3_k_block *w = (const q3_k_block *)block;
+    const uint8x16_t low = vdupq_n_u8(3), top = vdupq_n_u8(4);
+    ARM_UNROLL
+    for (size_t i = 0; i < 2; i++) {
+        const uint8x16_t v = vld1q_u8(w->qs + 32 * half + 16 * i);
+        /* bits 0..3: the third bits of the half's j = 0..3 */
+        const uint8x16_t h =
+            vshlq_u8(vld1q_u8(w->hmask + 16 * i), vdupq_n_s8((int8_t)(-4 * (int)half)));
+        const uint8x16_t c0 = vorrq_u8(vandq_u8(v, low), vandq_u8(vshlq_n_u8(h, 2), top));
+        const uint8x16_t c1 =
+            vorrq_u8(vandq_u8(vshrq_n_u8(v, 2), low), vandq_u8(vshlq_n_u8(h, 1), top));
+        const uint8x16_t c2 = vorrq_u8(vandq_u8(vshrq_n_u8(v, 4), low), vandq_u8(h, top));
+        const uint8x16_t c3 = vorrq_u8(vshrq_n_u8(v, 6), vandq_u8(vshrq_n_u8(h, 1), top));
+        code[i] = vreinterpretq_s8_u8(c0);
+        code[i + 2] = vreinterpretq_s8_u8(c1);
+        code[i + 4] = vreinterpretq_s8_u8(c2);
+        code[i + 6] = vreinterpretq_s8_u8(c3);
+    }
+    arm_subtract(code, 8, 4);
+}
+
+static const arm_k_format q3_k_arm = {sizeof(q3_k_block), offsetof(q3_k_block, d), 16, false,
+                                    q3_k_scales_arm, q3_k_codes_arm};
+ARM_KERNELS(q3_k, arm_k)
+
+#endif
+
 static moe_kernels q3_k_select(uint32_t cpu)
 {
     moe_kernels best = {q3_k_mm_c, q3_k_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q3_k_gemv_avx2, q3_k_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = q3_k_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

@@ -10,6 +10,7 @@
 #ifndef MOE_QUANT_Q4_0_H
 #define MOE_QUANT_Q4_0_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -93,12 +94,26 @@ MOE_AVX2 static void q4_0_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+MOE_INLINE void q4_0_codes_arm(const uint8_t *block, int8x16_t code[2])
+{
+    arm_nibbles(block + offsetof(q4_0_block, q), code);
+    arm_subtract(code, 2, 8);
+}
+
+static const arm32_format q4_0_arm = {sizeof(q4_0_block), false, q4_0_codes_arm, arm_f16x4};
+ARM_KERNELS(q4_0, arm32)
+#endif
+
 static moe_kernels q4_0_select(uint32_t cpu)
 {
     moe_kernels best = {q4_0_mm_c, q4_0_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q4_0_gemv_avx2, q4_0_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = q4_0_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

@@ -11,6 +11,7 @@
 #ifndef MOE_QUANT_Q4_1_H
 #define MOE_QUANT_Q4_1_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -95,12 +96,25 @@ MOE_AVX2 static void q4_1_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+MOE_INLINE void q4_1_codes_arm(const uint8_t *block, int8x16_t code[2])
+{
+    arm_nibbles(block + offsetof(q4_1_block, q), code);
+}
+
+static const arm32_format q4_1_arm = {sizeof(q4_1_block), true, q4_1_codes_arm, arm_f16x4};
+ARM_KERNELS(q4_1, arm32)
+#endif
+
 static moe_kernels q4_1_select(uint32_t cpu)
 {
     moe_kernels best = {q4_1_mm_c, q4_1_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q4_1_gemv_avx2, q4_1_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = q4_1_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

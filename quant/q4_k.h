@@ -20,6 +20,7 @@
 #ifndef MOE_QUANT_Q4_K_H
 #define MOE_QUANT_Q4_K_H
 
+#include "arm_k.h"
 #include "k.h"
 #include "x86_k.h"
 
@@ -170,12 +171,41 @@ MOE_AVX2 static void q4_k_gemm_avx2(const moe_mm *mm)
 
 #endif
 
+/* -- NEON -- */
+#if MOE_ARM64
+
+MOE_INLINE void q4_k_scales_arm(const uint8_t *block, int8x16_t *scale, int8x16_t *min)
+{
+    arm_k_scales6(((const q4_k_block *)block)->scales, scale, min);
+}
+
+MOE_INLINE void q4_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code[8])
+{
+    const uint8_t *qs = ((const q4_k_block *)block)->qs + 64 * half;
+    ARM_UNROLL
+    for (size_t i = 0; i < 4; i++) {
+        const uint8x16_t v = vld1q_u8(qs + 16 * i);
+        const size_t at = i / 2 * 4 + i % 2;
+        code[at] = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(15)));
+        code[at + 2] = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
+    }
+}
+
+static const arm_k_format q4_k_arm = {sizeof(q4_k_block), offsetof(q4_k_block, d), 32, true,
+                                    q4_k_scales_arm, q4_k_codes_arm};
+ARM_KERNELS(q4_k, arm_k)
+
+#endif
+
 static moe_kernels q4_k_select(uint32_t cpu)
 {
     moe_kernels best = {q4_k_mm_c, q4_k_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q4_k_gemv_avx2, q4_k_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = q4_k_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

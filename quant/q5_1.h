@@ -11,6 +11,7 @@
 #ifndef MOE_QUANT_Q5_1_H
 #define MOE_QUANT_Q5_1_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -100,12 +101,26 @@ MOE_AVX2 static void q5_1_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+MOE_INLINE void q5_1_codes_arm(const uint8_t *block, int8x16_t code[2])
+{
+    arm_nibbles(block + offsetof(q5_1_block, q), code);
+    arm_fifth_bits(block + offsetof(q5_1_block, qh), code);
+}
+
+static const arm32_format q5_1_arm = {sizeof(q5_1_block), true, q5_1_codes_arm, arm_f16x4};
+ARM_KERNELS(q5_1, arm32)
+#endif
+
 static moe_kernels q5_1_select(uint32_t cpu)
 {
     moe_kernels best = {q5_1_mm_c, q5_1_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q5_1_gemv_avx2, q5_1_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = q5_1_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

@@ -20,6 +20,7 @@
 #ifndef MOE_QUANT_Q5_K_H
 #define MOE_QUANT_Q5_K_H
 
+#include "arm_k.h"
 #include "k.h"
 #include "x86_k.h"
 
@@ -194,12 +195,51 @@ MOE_AVX2 static void q5_k_gemm_avx2(const moe_mm *mm)
 
 #endif
 
+/* -- NEON -- */
+#if MOE_ARM64
+
+MOE_INLINE void q5_k_scales_arm(const uint8_t *block, int8x16_t *scale, int8x16_t *min)
+{
+    arm_k_scales6(((const q5_k_block *)block)->scales, scale, min);
+}
+
+MOE_INLINE void q5_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code[8])
+{
+    const q5_k_block *w = (const q5_k_block *)block;
+    const uint8x16_t nibble = vdupq_n_u8(15), top = vdupq_n_u8(16);
+    ARM_UNROLL
+    for (size_t i = 0; i < 2; i++) {
+        const uint8x16_t v = vld1q_u8(w->qs + 64 * half + 16 * i);
+        const uint8x16_t u = vld1q_u8(w->qs + 64 * half + 16 * i + 32);
+        /* bits 0..3: the fifth bits of the half's four groups */
+        const uint8x16_t h =
+            vshlq_u8(vld1q_u8(w->qh + 16 * i), vdupq_n_s8((int8_t)(-4 * (int)half)));
+        const uint8x16_t c0 = vorrq_u8(vandq_u8(v, nibble), vandq_u8(vshlq_n_u8(h, 4), top));
+        const uint8x16_t c1 = vorrq_u8(vshrq_n_u8(v, 4), vandq_u8(vshlq_n_u8(h, 3), top));
+        const uint8x16_t c2 = vorrq_u8(vandq_u8(u, nibble), vandq_u8(vshlq_n_u8(h, 2), top));
+        const uint8x16_t c3 = vorrq_u8(vshrq_n_u8(u, 4), vandq_u8(vshlq_n_u8(h, 1), top));
+        code[i] = vreinterpretq_s8_u8(c0);
+        code[i + 2] = vreinterpretq_s8_u8(c1);
+        code[i + 4] = vreinterpretq_s8_u8(c2);
+        code[i + 6] = vreinterpretq_s8_u8(c3);
+    }
+}
+
+static const arm_k_format q5_k_arm = {sizeof(q5_k_block), offsetof(q5_k_block, d), 32, true,
+                                    q5_k_scales_arm, q5_k_codes_arm};
+ARM_KERNELS(q5_k, arm_k)
+
+#endif
+
 static moe_kernels q5_k_select(uint32_t cpu)
 {
     moe_kernels best = {q5_k_mm_c, q5_k_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q5_k_gemv_avx2, q5_k_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = q5_k_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;

@@ -9,6 +9,7 @@
 #ifndef MOE_QUANT_Q8_0_H
 #define MOE_QUANT_Q8_0_H
 
+#include "arm.h"
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
@@ -90,12 +91,27 @@ MOE_AVX2 static void q8_0_gemm_avx2(const moe_mm *mm)
 }
 #endif
 
+#if MOE_ARM64
+MOE_INLINE void q8_0_codes_arm(const uint8_t *block, int8x16_t code[2])
+{
+    const int8_t *q = ((const q8_0_block *)block)->q;
+    code[0] = vld1q_s8(q);
+    code[1] = vld1q_s8(q + 16);
+}
+
+static const arm32_format q8_0_arm = {sizeof(q8_0_block), false, q8_0_codes_arm, arm_f16x4};
+ARM_KERNELS(q8_0, arm32)
+#endif
+
 static moe_kernels q8_0_select(uint32_t cpu)
 {
     moe_kernels best = {q8_0_mm_c, q8_0_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q8_0_gemv_avx2, q8_0_gemm_avx2};
+#endif
+#if MOE_ARM64
+    best = q8_0_select_arm(cpu, best);
 #endif
     (void)cpu;
     return best;
