@@ -9,6 +9,10 @@
 #include "cpu_ops.c"
 #if MOE_X86
 #include <cpuid.h>
+#elif MOE_ARM64 && defined(__linux__)
+#include <sys/auxv.h>
+#elif MOE_ARM64 && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 /* ----------------------------------------------------------------------------- detection -- */
@@ -20,6 +24,16 @@ static uint64_t cpu_xcr0(void)
     uint32_t low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (uint64_t)high << 32 | low;
+}
+#endif
+
+#if MOE_ARM64 && defined(__APPLE__)
+/* Whether the system says 1 to a name; an older system does not know all names. */
+static bool cpu_sysctl(const char *name)
+{
+    int value = 0;
+    size_t bytes = sizeof value;
+    return sysctlbyname(name, &value, &bytes, NULL, 0) == 0 && bytes == sizeof value && value == 1;
 }
 #endif
 
@@ -49,6 +63,14 @@ static uint32_t cpu_detect(void)
     }
 #elif MOE_ARM64
     cpu = MOE_CPU_NEON;
+#if defined(__linux__)
+    enum { ASIMDDP = 1 << 20, I8MM = 1 << 13 }; /* in AT_HWCAP, in AT_HWCAP2 */
+    cpu |= getauxval(AT_HWCAP) & ASIMDDP ? MOE_CPU_DOTPROD : 0u;
+    cpu |= getauxval(AT_HWCAP2) & I8MM ? MOE_CPU_I8MM : 0u;
+#elif defined(__APPLE__)
+    cpu |= cpu_sysctl("hw.optional.arm.FEAT_DotProd") ? MOE_CPU_DOTPROD : 0u;
+    cpu |= cpu_sysctl("hw.optional.arm.FEAT_I8MM") ? MOE_CPU_I8MM : 0u;
+#endif
 #endif
     return cpu;
 }
