@@ -23,7 +23,8 @@ static bool bench_open(bench *b, const moe_backend *backend)
     moe_error error = {0};
     moe_device_options device = {.mem = &b->mem};
     moe_queue_options queue = {.n_threads = 2, .n_tok_max = 4, .n_in_max = 64, .n_expert_max = 2,
-                               .n_used_max = 2, .n_in_expert_max = 64, .n_head_max = 4, .n_slot_max = 8, .dim_max = 32};
+                               .n_used_max = 2, .n_in_expert_max = 64, .n_head_max = 4,
+                               .n_in_head_max = 64, .n_slot_max = 8, .dim_max = 32};
     bool ok = backend->device_open(&b->device, &device, &error) == MOE_OK &&
               backend->queue_open(&b->queue, b->device, &queue, &error) == MOE_OK;
     CHECK(ok, "%s", error.message);
@@ -174,12 +175,18 @@ static void breaches_are_reported(void)
     moe_view data = bench_wrap(&b, table, sizeof table), none = {0};
     moe_weight w = {"w", quant_by_name("F32"), {64, 4, 1}, 256, 1024, data};
     moe_weight wide = w, long_one = w;
-    wide.matrix_bytes = sizeof table + 4;
+    wide.dims[1] = 65, wide.matrix_bytes = 65 * 256;
     long_one.dims[0] = 65, long_one.row_bytes = 260, long_one.matrix_bytes = 2048;
     moe_cache cache = {x, MOE_CACHE_F16, 2, 4, 32};
     const moe_backend *f = b.backend;
-    for (int i = 0; i < 17; i++) {
-        const char *op = i < 7 ? "add" : i < 12 ? "matmul" : i < 14 ? "attend" : "norm";
+    for (int i = 0; i < 23; i++) {
+        const char *op = i < 7    ? "add"
+                         : i < 12 ? "matmul"
+                         : i < 14 ? "attend"
+                         : i < 17 ? "norm"
+                         : i < 20 ? "heads"
+                         : i < 22 ? "copy"
+                                  : "attend";
         switch (i) {
         case 0: f->add(b.queue, &(moe_add_op){x, x, y, 257, 1}); break;
         case 1: f->add(b.queue, &(moe_add_op){x, x, view_at(y, 4), 256, 1}); break;
@@ -195,15 +202,24 @@ static void breaches_are_reported(void)
         case 11: f->matmul(b.queue, &(moe_matmul_op){x, 0, 1, {{&w, none, y, false}}}); break;
         case 12: // position 4 has overwritten position 0 in a cache of 4
             f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 4, 2,
-                                                0, 1, 0});
+                                                0, 1, 0, 0});
             break;
         case 13: // three heads on two
             f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 0, 3,
-                                                0, 1, 0});
+                                                0, 1, 0, 0});
             break;
         case 14: f->norm(b.queue, &(moe_norm_op){x, y, none, 5, 64, 64, 64, 1e-5f}); break;
         case 15: f->norm(b.queue, &(moe_norm_op){x, y, none, 2, 64, 32, 64, 1e-5f}); break;
-        default: f->norm(b.queue, &(moe_norm_op){x, y, far, 1, 64, 64, 64, 1e-5f}); break;
+        case 16: f->norm(b.queue, &(moe_norm_op){x, y, far, 1, 64, 64, 64, 1e-5f}); break;
+        case 17: f->heads(b.queue, &(moe_heads_op){x, y, &w, 5, 64, 64}); break;
+        case 18: f->heads(b.queue, &(moe_heads_op){x, y, &w, 2, 64, 63}); break;
+        case 19: f->heads(b.queue, &(moe_heads_op){x, y, &w, 2, 3, 64}); break;
+        case 20: f->copy(b.queue, &(moe_copy_op){x, y, 3, 65, 96, 96}); break;
+        case 21: f->copy(b.queue, &(moe_copy_op){x, view_at(x, 64), 1, 17, 17, 17}); break;
+        default: // values longer than the cache's
+            f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 0, 2,
+                                                0, 1, 0, 33});
+            break;
         }
         moe_error error = {0};
         moe_status status = f->submit(b.queue, &error);
