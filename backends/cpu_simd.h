@@ -1,13 +1,15 @@
 /* backends/cpu_simd.h - float kernels that are no matrix products: dot products and sums of attention,
  * normalisation, exponentials, conversions.
  *
- * Each kernel stands first in C, which specifies its result to the bit, then in AVX2, which gives the
- * same bits. The rules of quant/quant.h hold: sums run in 8 lanes (lane l takes the elements l mod 8,
- * ascending) and are added by reduce8(); a multiplication feeds an addition only through fmaf.
- * cpu_simd_select() picks the set for a machine. Nothing here knows about threads or operations. */
+ * Each kernel stands first in C, which specifies its result to the bit, then in AVX2 and in NEON,
+ * which give the same bits. The rules of quant/quant.h hold: sums run in 8 lanes (lane l takes the
+ * elements l mod 8, ascending) and are added by reduce8(); a multiplication feeds an addition only
+ * through fmaf. cpu_simd_select() picks the set for a machine. Nothing here knows about threads or
+ * operations. */
 #ifndef MOE_BACKENDS_CPU_SIMD_H
 #define MOE_BACKENDS_CPU_SIMD_H
 
+#include "../quant/arm.h"
 #include "../quant/quant.h"
 #if MOE_X86
 #include <immintrin.h>
@@ -388,6 +390,229 @@ static const cpu_simd cpu_simd_avx2 = {
 #undef AVX2
 #endif
 
+/* ---------------------------------------------------------------------------------- NEON -- */
+
+#if MOE_ARM64
+/* Two registers are the 8 lanes. What is left over after the last 8 elements is added to their
+ * lanes one by one. */
+typedef float32x4x2_t f32x8;
+
+MOE_INLINE f32x8 load8_neon(const float *p)
+{
+    return (f32x8){{vld1q_f32(p), vld1q_f32(p + 4)}};
+}
+
+MOE_INLINE void store8_neon(float *p, f32x8 v)
+{
+    vst1q_f32(p, v.val[0]);
+    vst1q_f32(p + 4, v.val[1]);
+}
+
+MOE_INLINE f32x8 same8_neon(float x)
+{
+    return (f32x8){{vdupq_n_f32(x), vdupq_n_f32(x)}};
+}
+
+/* a + b * c */
+MOE_INLINE f32x8 fma8_neon(f32x8 a, f32x8 b, f32x8 c)
+{
+    return (f32x8){{vfmaq_f32(a.val[0], b.val[0], c.val[0]),
+                    vfmaq_f32(a.val[1], b.val[1], c.val[1])}};
+}
+
+MOE_INLINE float32x4_t exp_neon(float32x4_t x)
+{
+    x = vmaxq_f32(x, vdupq_n_f32(EXP_MIN)); /* keeps NaN */
+    x = vminq_f32(x, vdupq_n_f32(EXP_MAX));
+    const float32x4_t magic = vdupq_n_f32(EXP_MAGIC);
+    float32x4_t shifted = vfmaq_f32(magic, x, vdupq_n_f32(EXP_LOG2E));
+    float32x4_t n = vsubq_f32(shifted, magic);
+    float32x4_t r = vfmaq_f32(x, n, vdupq_n_f32(-EXP_LN2_HIGH));
+    r = vfmaq_f32(r, n, vdupq_n_f32(-EXP_LN2_LOW));
+    float32x4_t p = vdupq_n_f32(exp_taylor[7]);
+    for (int i = 6; i >= 0; i--)
+        p = vfmaq_f32(vdupq_n_f32(exp_taylor[i]), p, r);
+    uint32x4_t power = vaddq_u32(vreinterpretq_u32_f32(shifted), vdupq_n_u32(127));
+    return vmulq_f32(p, vreinterpretq_f32_u32(vshlq_n_u32(power, 23)));
+}
+
+MOE_INLINE float32x4_t sigmoid_neon(float32x4_t x)
+{
+    const float32x4_t one = vdupq_n_f32(1.0f);
+    return vdivq_f32(one, vaddq_f32(one, exp_neon(vnegq_f32(x))));
+}
+
+static float sum_squares_neon(const float *x, size_t n)
+{
+    f32x8 sum = same8_neon(0);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        f32x8 v = load8_neon(x + i);
+        sum = fma8_neon(sum, v, v);
+    }
+    float lane[8];
+    store8_neon(lane, sum);
+    for (; i < n; i++)
+        lane[i % 8] = fmaf(x[i], x[i], lane[i % 8]);
+    return reduce8(lane);
+}
+
+static void scale_rows_neon(float *dst, const float *src, float factor, const float *weight,
+                            size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t v = vmulq_n_f32(vld1q_f32(src + i), factor);
+        if (weight)
+            v = vmulq_f32(v, vld1q_f32(weight + i));
+        vst1q_f32(dst + i, v);
+    }
+    scale_rows_c(dst + i, src + i, factor, weight ? weight + i : NULL, n - i);
+}
+
+/* n_key (constant) keys at a time, so that as many chains of additions run side by side. */
+MOE_INLINE void dots_of_neon(float *dst, const float *q, const float *k, size_t stride,
+                             size_t n_key, size_t dim)
+{
+    const size_t whole = dim & ~(size_t)7;
+    f32x8 sum[4];
+    ARM_UNROLL
+    for (size_t i = 0; i < n_key; i++)
+        sum[i] = same8_neon(0);
+    for (size_t d = 0; d < whole; d += 8) {
+        const f32x8 x = load8_neon(q + d);
+        ARM_UNROLL
+        for (size_t i = 0; i < n_key; i++)
+            sum[i] = fma8_neon(sum[i], x, load8_neon(k + i * stride + d));
+    }
+    ARM_UNROLL
+    for (size_t i = 0; i < n_key; i++) {
+        if (whole == dim) {
+            dst[i] = arm_reduce8(sum[i].val[0], sum[i].val[1]);
+            continue;
+        }
+        float lane[8];
+        store8_neon(lane, sum[i]);
+        for (size_t d = whole; d < dim; d++)
+            lane[d % 8] = fmaf(q[d], k[i * stride + d], lane[d % 8]);
+        dst[i] = reduce8(lane);
+    }
+}
+
+static void dots_neon(float *dst, const float *q, const float *k, size_t stride, size_t n_key,
+                      size_t dim)
+{
+    size_t i = 0;
+    for (; i + 4 <= n_key; i += 4)
+        dots_of_neon(dst + i, q, k + i * stride, stride, 4, dim);
+    for (; i < n_key; i++)
+        dots_of_neon(dst + i, q, k + i * stride, stride, 1, dim);
+}
+
+/* Strips of 32 elements stay in registers over all keys. */
+static void accumulate_neon(float *dst, const float *p, const float *v, size_t stride,
+                            size_t n_key, size_t dim)
+{
+    size_t d = 0;
+    for (; d + 32 <= dim; d += 32) {
+        float32x4_t sum[8];
+        const float *row = v + d;
+        ARM_UNROLL
+        for (size_t j = 0; j < 8; j++)
+            sum[j] = vld1q_f32(dst + d + 4 * j);
+        for (size_t i = 0; i < n_key; i++, row += stride)
+            ARM_UNROLL
+            for (size_t j = 0; j < 8; j++)
+                sum[j] = vfmaq_n_f32(sum[j], vld1q_f32(row + 4 * j), p[i]);
+        ARM_UNROLL
+        for (size_t j = 0; j < 8; j++)
+            vst1q_f32(dst + d + 4 * j, sum[j]);
+    }
+    for (; d + 4 <= dim; d += 4) {
+        float32x4_t sum = vld1q_f32(dst + d);
+        for (size_t i = 0; i < n_key; i++)
+            sum = vfmaq_n_f32(sum, vld1q_f32(v + i * stride + d), p[i]);
+        vst1q_f32(dst + d, sum);
+    }
+    accumulate_c(dst + d, p, v + d, stride, n_key, dim - d);
+}
+
+static float exp_sum_neon(float *x, size_t n, float max)
+{
+    const float32x4_t m = vdupq_n_f32(max);
+    float32x4_t low = vdupq_n_f32(0), high = low;
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        float32x4_t a = exp_neon(vsubq_f32(vld1q_f32(x + i), m));
+        float32x4_t b = exp_neon(vsubq_f32(vld1q_f32(x + i + 4), m));
+        vst1q_f32(x + i, a);
+        vst1q_f32(x + i + 4, b);
+        low = vaddq_f32(low, a);
+        high = vaddq_f32(high, b);
+    }
+    float lane[8];
+    store8_neon(lane, (f32x8){{low, high}});
+    for (; i < n; i++) {
+        x[i] = cpu_exp(x[i] - max);
+        lane[i % 8] += x[i];
+    }
+    return reduce8(lane);
+}
+
+static void silu_neon(float *dst, const float *gate, const float *up, size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t g = vld1q_f32(gate + i);
+        float32x4_t s = vmulq_f32(g, sigmoid_neon(g));
+        vst1q_f32(dst + i, vmulq_f32(s, vld1q_f32(up + i)));
+    }
+    silu_c(dst + i, gate + i, up + i, n - i);
+}
+
+static void gelu_neon(float *dst, const float *gate, const float *up, size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t x = vld1q_f32(gate + i);
+        float32x4_t cubic = vfmaq_f32(vdupq_n_f32(1.0f), vmulq_n_f32(x, GELU_CUBIC), x);
+        float32x4_t u = vmulq_f32(vmulq_n_f32(x, GELU_SLOPE), cubic);
+        float32x4_t y = vmulq_f32(x, sigmoid_neon(u));
+        vst1q_f32(dst + i, vmulq_f32(y, vld1q_f32(up + i)));
+    }
+    gelu_c(dst + i, gate + i, up + i, n - i);
+}
+
+static void add_neon(float *dst, const float *a, const float *b, float scale, size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(dst + i, vfmaq_n_f32(vld1q_f32(a + i), vld1q_f32(b + i), scale));
+    add_c(dst + i, a + i, b + i, scale, n - i);
+}
+
+static void f32_of_f16_neon(float *dst, const uint8_t *src, size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(dst + i, arm_f32_of_f16(vreinterpret_u16_u8(vld1_u8(src + 2 * i))));
+    f32_of_f16_c(dst + i, src + 2 * i, n - i);
+}
+
+static void f16_of_f32_neon(uint8_t *dst, const float *src, size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1_u8(dst + 2 * i, vreinterpret_u8_f16(vcvt_f16_f32(vld1q_f32(src + i))));
+    f16_of_f32_c(dst + 2 * i, src + i, n - i);
+}
+
+static const cpu_simd cpu_simd_neon = {
+    sum_squares_neon, scale_rows_neon, dots_neon, accumulate_neon, exp_sum_neon,
+    silu_neon,        gelu_neon,       add_neon,  f32_of_f16_neon, f16_of_f32_neon,
+};
+#endif
+
 static const cpu_simd *cpu_simd_select(uint32_t cpu)
 {
     const cpu_simd *best = &cpu_simd_c;
@@ -395,6 +620,10 @@ static const cpu_simd *cpu_simd_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = &cpu_simd_avx2;
+#endif
+#if MOE_ARM64
+    if (cpu & MOE_CPU_NEON)
+        best = &cpu_simd_neon;
 #endif
     return best;
 }

@@ -12,6 +12,7 @@
 #ifndef MOE_QUANT_ACT_H
 #define MOE_QUANT_ACT_H
 
+#include "arm.h"
 #include "quant.h"
 #include "x86.h"
 
@@ -89,12 +90,43 @@ MOE_AVX2 static void act_pack_avx2(const float *x, size_t n, float *scale, int16
 }
 #endif
 
+#if MOE_ARM64
+static void act_pack_neon(const float *x, size_t n, float *scale, int16_t *sum, int8_t *q)
+{
+    const uint32x4_t magnitude = vdupq_n_u32(0x7fffffff);
+    uint32x4_t max = vdupq_n_u32(0);
+    for (size_t i = 0; i < n; i += 4)
+        max = vmaxq_u32(max, vandq_u32(vreinterpretq_u32_f32(vld1q_f32(x + i)), magnitude));
+    float inverse;
+    if (!act_scale(vmaxvq_u32(max), scale, &inverse)) {
+        memset(q, 0, n);
+        memset(sum, 0, n / 16 * sizeof *sum);
+        return;
+    }
+    for (size_t i = 0; i < n; i += 16) {
+        int32x4_t v[4];
+        ARM_UNROLL
+        for (size_t j = 0; j < 4; j++)
+            v[j] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4 * j), inverse));
+        const int16x8_t a = vuzp1q_s16(vreinterpretq_s16_s32(v[0]), vreinterpretq_s16_s32(v[1]));
+        const int16x8_t b = vuzp1q_s16(vreinterpretq_s16_s32(v[2]), vreinterpretq_s16_s32(v[3]));
+        const int8x16_t bytes = vuzp1q_s8(vreinterpretq_s8_s16(a), vreinterpretq_s8_s16(b));
+        vst1q_s8(q + i, bytes);
+        sum[i / 16] = vaddlvq_s8(bytes);
+    }
+}
+#endif
+
 static act_pack_fn *act_pack_select(uint32_t cpu)
 {
     act_pack_fn *best = act_pack_c;
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = act_pack_avx2;
+#endif
+#if MOE_ARM64
+    if (cpu & MOE_CPU_NEON)
+        best = act_pack_neon;
 #endif
     (void)cpu;
     return best;

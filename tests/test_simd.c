@@ -1,0 +1,169 @@
+/* tests/test_simd.c - the float kernels of backends/cpu_simd.h: every set that this machine can run
+ * against the C functions, bit for bit, for all lengths around the width of a vector, at unaligned
+ * addresses, between canaries. */
+#include "test.h"
+
+enum { N_MAX = 75, SLACK = 8 };
+
+/* The distinct sets that subsets of the machine's bits select, without C. */
+typedef struct sets {
+    const cpu_simd *simd[8];
+    uint32_t cpu[8];
+    size_t n;
+} sets;
+
+static sets sets_of_machine(void)
+{
+    const uint32_t machine = cpu_detect();
+    sets s = {.n = 0};
+    for (uint32_t cpu = 0; cpu < 128; cpu++) {
+        const cpu_simd *simd = cpu_simd_select(cpu & machine);
+        size_t i = 0;
+        while (i < s.n && s.simd[i] != simd)
+            i++;
+        if (i == s.n && simd != &cpu_simd_c && s.n < 8) {
+            s.cpu[s.n] = cpu & machine;
+            s.simd[s.n++] = simd;
+        }
+    }
+    return s;
+}
+
+/* NaN need not carry the same payload. */
+static bool same_floats(const float *a, const float *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (bits_of_f32(a[i]) != bits_of_f32(b[i]) && !(a[i] != a[i] && b[i] != b[i]))
+            return false;
+    return true;
+}
+
+/* Ordinary numbers, numbers of all sizes, or some that are at the ends of ranges. */
+static void fill(float *x, size_t n, unsigned kind)
+{
+    static const float odd[] = {0.0f,    -0.0f,   1e-45f, -1e-40f, 87.0f,    -87.0f,  88.5f,
+                                -200.0f, 1e30f,   -1e30f, 0.5f,    INFINITY, -3e38f,  NAN,
+                                65504,   65520.0f, 6e-8f, -3e-8f,  1.0f,     -126.5f, -INFINITY};
+    for (size_t i = 0; i < n; i++) {
+        x[i] = test_random_float() * 8;
+        if (kind == 1)
+            x[i] = ldexpf(x[i], (int)(test_random() % 60) - 30);
+        if (kind == 2 && test_random() % 3 == 0)
+            x[i] = odd[test_random() % MOE_COUNT(odd)];
+    }
+}
+
+typedef struct buffers {
+    float a[N_MAX + SLACK], b[N_MAX + SLACK], c[N_MAX + SLACK];
+    float want[N_MAX + SLACK], got[N_MAX + SLACK];
+} buffers;
+
+static buffers buffers_new(unsigned kind)
+{
+    buffers v;
+    fill(v.a, N_MAX + SLACK, kind);
+    fill(v.b, N_MAX + SLACK, kind);
+    fill(v.c, N_MAX + SLACK, kind);
+    memcpy(v.want, v.c, sizeof v.c);
+    memcpy(v.got, v.c, sizeof v.c);
+    return v;
+}
+
+/* Calls `want` and `got` and compares the whole buffers. */
+#define CHECK_SAME(name, call_c, call)                                                            \
+    do {                                                                                          \
+        buffers v = buffers_new(kind);                                                            \
+        float *out = v.want + 1, result_c = 0, result = 0;                                        \
+        (void)out, (void)result_c, (void)result;                                                  \
+        call_c;                                                                                   \
+        out = v.got + 1;                                                                          \
+        call;                                                                                     \
+        CHECK(same_floats(v.want, v.got, N_MAX + SLACK) && same_floats(&result_c, &result, 1),    \
+              "%s, cpu %x, n %zu, data %u: %a, %a", name, s.cpu[i], n, kind, result_c, result);   \
+    } while (0)
+
+static void elementwise_equals_c(void)
+{
+    const cpu_simd *c = &cpu_simd_c;
+    const sets s = sets_of_machine();
+    if (!s.n)
+        SKIP("only C runs here");
+    for (size_t i = 0; i < s.n; i++)
+        for (size_t n = 0; n <= N_MAX; n++)
+            for (unsigned kind = 0; kind < 3; kind++) {
+                const cpu_simd *m = s.simd[i];
+                CHECK_SAME("scale_rows", c->scale_rows(out, v.a, 0.3f, v.b, n),
+                           m->scale_rows(out, v.a, 0.3f, v.b, n));
+                CHECK_SAME("scale_rows without weights", c->scale_rows(out, v.a, 0.3f, NULL, n),
+                           m->scale_rows(out, v.a, 0.3f, NULL, n));
+                CHECK_SAME("silu", c->silu(out, v.a, v.b, n), m->silu(out, v.a, v.b, n));
+                CHECK_SAME("gelu", c->gelu(out, v.a, v.b, n), m->gelu(out, v.a, v.b, n));
+                CHECK_SAME("add", c->add(out, v.a, v.b, -1.7f, n), m->add(out, v.a, v.b, -1.7f, n));
+                CHECK_SAME("f32_of_f16", c->f32_of_f16(out, (uint8_t *)v.a + 1, n),
+                           m->f32_of_f16(out, (uint8_t *)v.a + 1, n));
+                CHECK_SAME("f16_of_f32", c->f16_of_f32((uint8_t *)out + 1, v.a, n),
+                           m->f16_of_f32((uint8_t *)out + 1, v.a, n));
+            }
+}
+
+static void sums_equal_c(void)
+{
+    const cpu_simd *c = &cpu_simd_c;
+    const sets s = sets_of_machine();
+    if (!s.n)
+        SKIP("only C runs here");
+    for (size_t i = 0; i < s.n; i++)
+        for (size_t n = 0; n <= N_MAX; n++)
+            for (unsigned kind = 0; kind < 3; kind++) {
+                const cpu_simd *m = s.simd[i];
+                CHECK_SAME("sum_squares", result_c = c->sum_squares(v.a + 1, n),
+                           result = m->sum_squares(v.a + 1, n));
+                CHECK_SAME("exp_sum", result_c = c->exp_sum(out, n, 1.5f),
+                           result = m->exp_sum(out, n, 1.5f));
+            }
+}
+
+/* Attention's two: every number of keys up to 6, every width, keys further apart than they are
+ * wide. */
+static void attention_equals_c(void)
+{
+    enum { KEYS = 6, STRIDE = N_MAX + 3 };
+    const cpu_simd *c = &cpu_simd_c;
+    const sets s = sets_of_machine();
+    if (!s.n)
+        SKIP("only C runs here");
+    float keys[KEYS * STRIDE];
+    for (size_t i = 0; i < s.n; i++)
+        for (size_t n = 1; n <= N_MAX; n++)
+            for (unsigned kind = 0; kind < 3; kind++)
+                for (size_t n_key = 0; n_key <= KEYS; n_key++) {
+                    const cpu_simd *m = s.simd[i];
+                    fill(keys, KEYS * STRIDE, kind);
+                    CHECK_SAME("dots", c->dots(out, v.a + 1, keys, STRIDE, n_key, n),
+                               m->dots(out, v.a + 1, keys, STRIDE, n_key, n));
+                    CHECK_SAME("accumulate", c->accumulate(out, v.a, keys, STRIDE, n_key, n),
+                               m->accumulate(out, v.a, keys, STRIDE, n_key, n));
+                }
+}
+
+/* The tolerance that the comment above cpu_exp() promises, over its whole range. */
+static void exp_is_accurate(void)
+{
+    for (int i = -870000; i <= 880000; i++) {
+        const float x = (float)i * 1e-4f;
+        const double want = exp((double)x), error = fabs(cpu_exp(x) / want - 1);
+        CHECK(error < 1.5e-7, "exp(%a): relative error %.2g", x, error);
+    }
+    CHECK(cpu_exp(-INFINITY) == cpu_exp(-87.0f) && cpu_exp(INFINITY) == cpu_exp(88.0f), "ends");
+    CHECK(isnan(cpu_exp(NAN)), "NaN");
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(elementwise_equals_c);
+    RUN(sums_equal_c);
+    RUN(attention_equals_c);
+    RUN(exp_is_accurate);
+    return test_end();
+}
