@@ -85,13 +85,20 @@ static const char *config_text(json_ref v, char buf[64])
     return "";
 }
 
-/* The rest of `words` from where `word` stands in it, blanks between; NULL if it does not. */
+/* The rest of `words`, blanks between them, behind the one that is `word`; NULL if none is. Numbers
+ * may be spelled in any way. */
 static const char *config_find_word(const char *words, const char *word)
 {
     const size_t n = strlen(word);
-    for (const char *p = words; p && n; p = strchr(p, ' '), p = p ? p + 1 : NULL)
+    char *end;
+    const double number = strtod(word, &end);
+    const bool is_number = n && !*end;
+    for (const char *p = words; p && n; p = strchr(p, ' '), p = p ? p + 1 : NULL) {
         if (!strncmp(p, word, n) && (!p[n] || p[n] == ' ' || p[n] == '='))
-            return p;
+            return p + n;
+        if (is_number && strtod(p, &end) == number && end > p)
+            return end;
+    }
     return NULL;
 }
 
@@ -136,7 +143,7 @@ static moe_status config_put_word(config_reader *r, const moe_config_key *k, con
         return config_fail(r, MOE_ERR_UNSUPPORTED, k->hf, expected, v);
     }
     if (k->kind == CONFIG_WORD)
-        meta_put_u32(&r->kv, key, (uint32_t)atoi(found + strlen(word) + 1));
+        meta_put_u32(&r->kv, key, (uint32_t)atoi(found + (*found == '=')));
     return MOE_OK;
 }
 
@@ -165,11 +172,23 @@ static moe_status config_put(config_reader *r, const moe_config_key *k)
     return MOE_OK;
 }
 
-static moe_status config_put_table(config_reader *r, const moe_config_key *keys)
+/* Whether a table writes a key of this name. */
+static bool config_writes(const moe_config_key *keys, const char *gguf)
+{
+    for (const moe_config_key *k = keys; k && k->hf; k++)
+        if (gguf && k->gguf && !strcmp(k->gguf, gguf))
+            return true;
+    return false;
+}
+
+/* Writes what a table says, but for the keys that `better` has. */
+static moe_status config_put_table(config_reader *r, const moe_config_key *keys,
+                                   const moe_config_key *better)
 {
     moe_status status = MOE_OK;
     for (const moe_config_key *k = keys; k && k->hf && !status; k++)
-        status = config_put(r, k);
+        if (!config_writes(better, k->gguf))
+            status = config_put(r, k);
     return status;
 }
 
@@ -238,11 +257,6 @@ static moe_status config_put_yarn(config_reader *r, json_ref rope, double factor
             continue;
         status = config_rope_number(r, rope, betas[i].hf, NAN, &x);
         meta_put_f32(&r->kv, key, (float)x);
-    }
-    if (!status && config_path(rope, "mscale_all_dim").node) { // DeepSeek
-        status = config_rope_number(r, rope, "mscale_all_dim", NAN, &x);
-        snprintf(key, sizeof key, "%s.rope.scaling.yarn_log_multiplier", r->family->arch);
-        meta_put_f32(&r->kv, key, (float)(0.1 * x));
     }
     if (!status && config_path(rope, "attention_factor").node) {
         // transformers takes it instead of the usual factor, GGUF's readers on top of it

@@ -80,9 +80,9 @@ static moe_status hf_read_config(hf_source *h, json_ref generation)
     hf_put_general(h, &r.kv);
     moe_status status = config_put_sampling(&r, generation);
     if (!status)
-        status = config_put_table(&r, config_common);
+        status = config_put_table(&r, config_common, h->family->config);
     if (!status)
-        status = config_put_table(&r, h->family->config);
+        status = config_put_table(&r, h->family->config, NULL);
     if (!status)
         status = config_put_rope(&r);
     if (!status && r.kv.failed)
@@ -394,14 +394,11 @@ static moe_status hf_add_all(hf_source *h, uint32_t layer, bool global, bool emb
     for (uint32_t i = 0; h->family->bindings[i] && !status; i++) {
         for (const moe_binding *b = h->family->bindings[i]; b->gguf && !status; b++) {
             const bool is_global = (b->flags & BIND_GLOBAL) != 0;
-            const bool experts = layer_has_experts(&h->hp, layer);
             if (is_global != global ||
                 (global && (b->field == offsetof(moe_globals, embedding)) != embedding))
                 continue;
-            if (!global && ((b->flags & BIND_DENSE && experts) ||
-                            (b->flags & BIND_EXPERTS && !experts)))
-                continue;
-            status = hf_add(h, b, layer);
+            if (global || binding_applies(&h->hp, b, layer))
+                status = hf_add(h, b, layer);
         }
     }
     return status;

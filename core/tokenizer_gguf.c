@@ -280,6 +280,12 @@ static moe_status vocab_load_bpe(vocab_loader *g)
     for (unsigned i = 0; i < g->pre->n; i++)
         if ((status = vocab_pattern(g, g->pre->patterns[i], PRE_ISOLATED, false)) != MOE_OK)
             return status;
+    bool nfc = false; // written by moe-convert; other readers go without
+    status = meta_bool(g->dir, "tokenizer.ggml.normalizer.nfc", false, &nfc, g->error);
+    if (status == MOE_OK && nfc)
+        vocab_add_norm(g, NORM_NFC);
+    if (status != MOE_OK)
+        return status;
     return meta_bool(g->dir, "tokenizer.ggml.add_space_prefix", false, &g->add_prefix, g->error);
 }
 
