@@ -280,6 +280,7 @@ static bool binding_applies(const moe_hparams *hp, const moe_binding *b, uint32_
     const bool experts = layer_has_experts(hp, layer);
     return !(b->flags & BIND_DENSE && experts) && !(b->flags & BIND_EXPERTS && !experts) &&
            !(b->flags & BIND_SHARED && !(experts && hp->n_expert_shared)) &&
+           !(b->flags & BIND_SIGMOID && hp->router.score != MOE_SCORE_SIGMOID) &&
            !(b->flags & BIND_LATENT_Q && !hp->n_latent_q) &&
            !(b->flags & BIND_NO_LATENT_Q && hp->n_latent_q) &&
            !(b->flags & BIND_LATENT_SPLIT && !hp->latent_split) &&

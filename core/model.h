@@ -112,7 +112,8 @@ enum {
     BIND_LATENT_Q = 64,     /* a latent for the queries */
     BIND_NO_LATENT_Q = 128, /* none */
     BIND_LATENT_SPLIT = 256, /* latent attention's up-projection in two parts */
-    BIND_LATENT_FUSED = 512 /* in one */
+    BIND_LATENT_FUSED = 512, /* in one */
+    BIND_SIGMOID = 1024      /* a router whose scores are sigmoids */
 };
 
 /* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it, the
@@ -214,6 +215,12 @@ struct moe_model {
 MOE_INLINE bool hparams_latent(const moe_hparams *hp)
 {
     return hp->n_latent > 0;
+}
+
+/* Width of the feed-forward of layers without experts; 0 if there are none, whatever the file says. */
+MOE_INLINE uint32_t hparams_dense_width(const moe_hparams *hp)
+{
+    return hp->router.n_expert && !hp->n_layer_dense ? 0 : hp->n_ff;
 }
 
 /* Length of a head's row in the cache of keys, and in that of values. With latent attention the latent

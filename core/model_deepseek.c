@@ -38,7 +38,7 @@ static const moe_binding bindings_latent_attention[] = {
 
 static const moe_binding bindings_shared_experts[] = {
     BIND_IN_LAYER("exp_probs_b.bias", "mlp.gate.e_score_correction_bias", router_choice,
-                  BIND_EXPERTS | BIND_VECTOR | BIND_OPTIONAL, DIM_EXPERT),
+                  BIND_EXPERTS | BIND_SIGMOID | BIND_VECTOR, DIM_EXPERT),
     BIND_IN_LAYER("ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight", shared_gate,
                   BIND_SHARED, DIM_EMBD, DIM_FF_SHARED),
     BIND_IN_LAYER("ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight", shared_up,

@@ -44,7 +44,7 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
                       uint64_t *used)
 {
     const uint64_t n = o->n_batch, f = sizeof(float), used_experts = hp->router.n_used;
-    const uint64_t n_dense = MOE_MAX(hp->n_ff, hp->n_ff_shared);
+    const uint64_t n_dense = MOE_MAX(hparams_dense_width(hp), hp->n_ff_shared);
     const uint64_t n_ff = MOE_MAX(n_dense, used_experts * hp->n_ff_expert);
     const uint64_t n_row = hparams_cache_dim(hp, false), n_head = hp->n_head;
     *used = 0;
@@ -79,7 +79,7 @@ static bool plan_cache(const moe_hparams *hp, const moe_session_options *o, uint
 
 static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
 {
-    uint32_t n_in = MOE_MAX(hp->n_embd, MOE_MAX(hp->n_ff, hp->n_ff_shared));
+    uint32_t n_in = MOE_MAX(hp->n_embd, MOE_MAX(hparams_dense_width(hp), hp->n_ff_shared));
     n_in = MOE_MAX(n_in, MOE_MAX(hp->n_latent_q, hp->n_head * hp->head_dim_v));
     const bool experts = hp->router.n_expert > 0;
     return (moe_queue_options){

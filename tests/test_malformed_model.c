@@ -11,7 +11,9 @@
 /* --------------------------------------------------------------------------------- families -- */
 
 static const char *const family_files[] = {"llama-tied", "llama-llama3", "mixtral", "qwen2",
-                                           "qwen3",      "qwen3moe",     "olmoe",   "gemma3"};
+                                           "qwen3",      "qwen3moe",     "olmoe",   "gemma3",
+                                           "qwen2moe",   "deepseek2-lite", "deepseek2-groups",
+                                           "deepseek3",  "gpt-oss"};
 
 enum { N_FAMILIES = MOE_COUNT(family_files) };
 
@@ -427,6 +429,126 @@ static void m13_m15_experts(void)
     }
 }
 
+/* Groups of experts, shared experts, and how logits become scores. */
+static void m13_m15_groups_and_shared(void)
+{
+    uint32_t n_grouped = 0, n_with_shared = 0;
+    FOR_EACH_FAMILY(f)
+    {
+        const uint32_t n = number_of(f, "expert_count");
+        if (!n)
+            continue;
+        refuse_u32(f, "expert_gating_func", 4);
+        refuse_u32(f, "expert_gating_func", UINT32_MAX);
+        refuse_u32(f, "expert_group_count", 257);
+        refuse_u32(f, "expert_group_count", UINT32_MAX);
+        refuse_u32(f, "expert_group_count", n + 1);
+        refuse_f32(f, "expert_weights_scale", NAN);
+        refuse_f32(f, "expert_weights_scale", INFINITY);
+        refuse_u32(f, "expert_shared_count", UINT32_MAX);
+        refuse_u32(f, "leading_dense_block_count", UINT32_MAX);
+        if (has_key(f, "expert_shared_feed_forward_length") || has_key(f, "expert_shared_count")) {
+            refuse_u32(f, "expert_shared_feed_forward_length", 0);
+            refuse_u32(f, "expert_shared_feed_forward_length", UINT32_MAX);
+            n_with_shared++;
+        }
+        const uint32_t n_group = number_of(f, "expert_group_count");
+        if (n_group < 2)
+            continue;
+        const uint32_t size = n / n_group, groups = number_of(f, "expert_group_used_count");
+        n_grouped++;
+        refuse_u32(f, "expert_group_count", n - 1);
+        refuse_missing(f, "expert_group_used_count");
+        refuse_u32(f, "expert_group_used_count", 0);
+        refuse_u32(f, "expert_group_used_count", n_group + 1);
+        refuse_u32(f, "expert_used_count", groups * size + 1);
+    }
+    CHECK(n_grouped >= 2 && n_with_shared >= 4, "%u, %u", n_grouped, n_with_shared);
+}
+
+/* Latent attention: its lengths, and what else the file says about them. */
+static void m6_m10_latent_attention(void)
+{
+    uint32_t n_split = 0, n_fused = 0;
+    FOR_EACH_FAMILY(f)
+    {
+        const uint32_t n_latent = number_of(f, "attention.kv_lora_rank");
+        const uint32_t n_rot = number_of(f, "rope.dimension_count");
+        if (!n_latent)
+            continue;
+        refuse_missing(f, "attention.kv_lora_rank");
+        refuse_u32(f, "attention.kv_lora_rank", 0);
+        refuse_u32(f, "attention.kv_lora_rank", 2049 - n_rot);
+        refuse_u32(f, "attention.kv_lora_rank", UINT32_MAX);
+        refuse_u32(f, "attention.q_lora_rank", 0);
+        refuse_u32(f, "attention.q_lora_rank", UINT32_MAX);
+        refuse_missing(f, "rope.dimension_count");
+        refuse_f32(f, "rope.scaling.yarn_log_multiplier", -0.1f);
+        refuse_f32(f, "rope.scaling.yarn_log_multiplier", NAN);
+        refuse_f32(f, "rope.scaling.yarn_log_multiplier", INFINITY);
+        refuse_u32(f, "attention.head_count_kv", 2);
+        refuse_u32(f, "nextn_predict_layers", number_of(f, "block_count"));
+        refuse_u32(f, "nextn_predict_layers", UINT32_MAX);
+        if (has_key(f, "attention.key_length_mla")) {
+            refuse_missing(f, "attention.value_length_mla");
+            refuse_u32(f, "attention.key_length", n_latent + n_rot + 1);
+            refuse_u32(f, "attention.value_length", n_latent - 1);
+            refuse_u32(f, "attention.value_length_mla", 0);
+            refuse_u32(f, "attention.value_length_mla", 4096);
+            refuse_u32(f, "attention.key_length_mla", 0);
+            refuse_u32(f, "attention.key_length_mla", 4096);
+            gguf_edit *e = edit_copy(f->valid); // nothing left that is not rotated
+            edit_set_u32(e, key_of(f, "attention.key_length_mla"), n_rot);
+            refused(e, f, key_of(f, "rope.dimension_count"), "all of a head");
+            edit_free(e);
+            n_split++;
+        } else {
+            refuse_u32(f, "rope.dimension_count", number_of(f, "attention.key_length"));
+            n_fused++;
+        }
+    }
+    CHECK(n_split >= 2 && n_fused >= 1, "%u, %u", n_split, n_fused);
+}
+
+/* The last layers may be there to draft tokens only: the model is the one without them. */
+static void draft_layers_are_left_out(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        moe_error error;
+        if (!number_of(f, "attention.kv_lora_rank"))
+            continue;
+        gguf_edit *e = edit_copy(f->valid);
+        char extra[64];
+        const uint32_t n = number_of(f, "block_count");
+        edit_set_u32(e, key_of(f, "nextn_predict_layers"), 1);
+        snprintf(extra, sizeof extra, "blk.%u.nextn.eh_proj.weight", n - 1);
+        edit_add_tensor(e, extra, "F32", 1, (uint64_t[]){8});
+        CHECK(outcome(e, "a draft layer", &error) == MOE_OK, "%s: %s", f->file, error.message);
+        snprintf(extra, sizeof extra, "blk.%u.nextn.eh_proj.weight", n);
+        edit_add_tensor(e, extra, "F32", 1, (uint64_t[]){8});
+        refused(e, f, extra, "behind the draft layers");
+        edit_free(e);
+    }
+}
+
+static void m5_sliding_window(void)
+{
+    FOR_EACH_FAMILY(f)
+    {
+        if (!has_key(f, "attention.sliding_window"))
+            continue;
+        refuse_u32(f, "attention.sliding_window", UINT32_MAX);
+        refuse_u32(f, "attention.sliding_window_pattern", UINT32_MAX);
+        if (strcmp(f->arch, "gpt-oss"))
+            continue;
+        refuse_missing(f, "attention.sliding_window");
+        refuse_u32(f, "attention.sliding_window", 0);
+        refuse_missing(f, "expert_count");
+        refuse_u32(f, "expert_count", 0);
+    }
+}
+
 static void m16_context_length(void)
 {
     FOR_EACH_FAMILY(f)
@@ -699,6 +821,10 @@ int main(int argc, char **argv)
     RUN(m10_rope_dimensions);
     RUN(m11_m12_floats);
     RUN(m13_m15_experts);
+    RUN(m13_m15_groups_and_shared);
+    RUN(m6_m10_latent_attention);
+    RUN(draft_layers_are_left_out);
+    RUN(m5_sliding_window);
     RUN(m16_context_length);
     RUN(m17_vocabulary);
     RUN(m18_missing_tensors);
