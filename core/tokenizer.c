@@ -383,6 +383,13 @@ static void decode_token(const moe_tokenizer *tok, moe_decoder *d, const tok_ent
     const uint8_t *p = t->out;
     size_t n = t->out_bytes;
     bool byte = t->kind == TOK_BYTE && n == 1;
+    if (tok->decoder == DECODE_SUFFIX) {
+        decode_put(out, d->pending, d->n_pending);
+        d->n_pending = n && p[n - 1] == ' ';
+        d->pending[0] = ' ';
+        decode_put(out, p, n - d->n_pending);
+        return;
+    }
     if (!byte && !tok->byte_level) // byte tokens form characters among themselves only
         decode_flush(tok, d, out);
     uint32_t strip = d->started ? 0 : tok->decoder == DECODE_METASPACE ? UINT32_MAX
@@ -404,7 +411,9 @@ size_t moe_tokenizer_decode(const moe_tokenizer *tokenizer, moe_decoder *decoder
         return 0;
     moe_decoder d = *decoder;
     decode_out out = {.buf = buf, .bytes = buf ? buf_bytes : 0};
-    if (token < 0)
+    if (token < 0 && tokenizer->decoder == DECODE_SUFFIX)
+        d.n_pending = 0;
+    else if (token < 0)
         decode_flush(tokenizer, &d, &out);
     else if ((uint32_t)token < tokenizer->n_tokens &&
              (d.show_special || !tokenizer->tokens[token].special))

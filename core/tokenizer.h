@@ -114,6 +114,7 @@ typedef enum tok_decoder {
     DECODE_PLAIN,      // what each token decodes to, joined
     DECODE_SPACED,     // a space between tokens: no decoder
     DECODE_METASPACE,  // the marks in front of the first token vanish
+    DECODE_SUFFIX,     // the space at the end of a word waits for the next token
     DECODE_WORDPIECE   // a space before each but the first token, unless it continues a word
 } tok_decoder;
 

@@ -8,7 +8,7 @@
 #include "directory.h"
 #include "tokenizer_load.c"
 
-enum { PRE_WHOLE_TOKENS = 1, PRE_ADD_BOS = 2, PRE_MARKS = 4 };
+enum { PRE_WHOLE_TOKENS = 1, PRE_ADD_BOS = 2, PRE_MARKS = 4, PRE_NFC = 8 };
 
 #define PATTERN(name, text) name,
 #define PRE(...)
@@ -277,6 +277,8 @@ static moe_status vocab_load_bpe(vocab_loader *g)
         return status;
     if (g->marks) // HF splits no lines: a token of both kinds of characters does not exist
         return vocab_add_marks(g);
+    if (g->pre->flags & PRE_NFC)
+        vocab_add_norm(g, NORM_NFC);
     for (unsigned i = 0; i < g->pre->n; i++)
         if ((status = vocab_pattern(g, g->pre->patterns[i], PRE_ISOLATED, false)) != MOE_OK)
             return status;

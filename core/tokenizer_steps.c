@@ -544,6 +544,7 @@ static moe_status hf_dec_bpe(hf_loader *h, json_ref s) // the end of a word beco
     json_ref suffix = json_get(s, "suffix");
     if (json_typeof(suffix) != JSON_STRING || !suffix.node->n)
         return fail(h->error, MOE_ERR_FORMAT, h->stage, "expected a suffix");
+    h->tok->decoder = DECODE_SUFFIX;
     return hf_replace_all(h, suffix.node->as.text, suffix.node->n, " ", 1);
 }
 

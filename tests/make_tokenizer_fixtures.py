@@ -4,7 +4,8 @@ zstd program) as the oracle:
 
     tests/data/tokenizer_sample.txt    lines in many scripts, code, emoji, odd blanks
     tests/data/tok_*.json              small tokenizers, trained or written here
-    tests/data/tokenizer_expected.txt  name, flags, bytes of text, number of ids, hash of the ids
+    tests/data/tokenizer_expected.txt  name, flags, bytes of text, number of ids, hash of the ids;
+                                       bytes and hash of decode(), with and without special tokens
 
     python3 tests/make_tokenizer_fixtures.py [SHARED]
 
@@ -156,6 +157,13 @@ def corpus(text, n_bytes, seed):
     return "".join(out)
 
 
+def fnv_bytes(data):
+    h = 14695981039346656037
+    for b in data:
+        h = (h ^ b) * 1099511628211 & MASK
+    return h
+
+
 def fnv(ids):
     h = 14695981039346656037
     for i in ids:
@@ -188,7 +196,9 @@ def expected(name, source, text, out):
         if flags == 0 and name == "unigram":
             continue  # the oracle's model spells "</s>" out of plain text; ours must not
         ids = tok.encode(text, add_special_tokens=flags == 3).ids
-        out.append(f"{name} {flags} {len(text.encode())} {len(ids)} {fnv(ids):016x}")
+        texts = [tok.decode(ids, skip_special_tokens=skip).encode() for skip in (False, True)]
+        out.append(f"{name} {flags} {len(text.encode())} {len(ids)} {fnv(ids):016x} " +
+                   " ".join(f"{len(t)} {fnv_bytes(t):016x}" for t in texts))
 
 
 def train(tok, trainer, text):
