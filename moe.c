@@ -33,6 +33,7 @@
 #include "backends/backend.h" /* what a backend can be asked for */
 #include "backends/cpu.c"     /* the CPU: threads, operations */
 
+#include "core/describe.c"    /* router and attention in words */
 #include "core/model.c"       /* hyperparameters, binding of weights */
 #include "core/layers.c"      /* attention, feed-forward, experts, built from operations */
 #include "core/model_llama.c" /* families: llama, qwen2, qwen3, mixtral, olmoe, ... */

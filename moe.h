@@ -202,6 +202,9 @@ typedef struct moe_model_info {
     uint64_t weight_bytes;        /* all tensors */
     uint64_t weight_bytes_active; /* bytes that decoding one token reads */
     uint64_t kv_bytes_per_token;  /* with an F16 cache, over all layers */
+    uint64_t kv_bytes_per_token_plain; /* the same if each head kept its own keys and values */
+    const char *router;    /* in words: how experts are chosen; "" in a dense model */
+    const char *attention; /* in words */
 } moe_model_info;
 
 MOE_API void moe_model_get_info(const moe_model *model, moe_model_info *info);

@@ -133,6 +133,12 @@ static void text_weights(const char *what, uint64_t n)
         printf("  %-24s %.4g M\n", what, (double)n * 1e-6);
 }
 
+static void text_words(const char *what, const char *words)
+{
+    if (*words)
+        printf("  %-24s %s\n", what, words);
+}
+
 static void text_model(const info_file *file, const char *path)
 {
     const moe_model_info *m = &file->info;
@@ -149,6 +155,7 @@ static void text_model(const info_file *file, const char *path)
     text_weights("  active per token", m->n_param_active);
     text_count("layers", m->n_layer);
     text_count("embedding width", m->n_embd);
+    text_words("attention", m->attention);
     text_count("heads", m->n_head);
     text_count("heads, key/value", m->n_head_kv);
     text_count("head width", m->head_dim);
@@ -157,7 +164,12 @@ static void text_model(const info_file *file, const char *path)
     text_count("  used per token", m->n_expert_used);
     text_count("  shared", m->n_expert_shared);
     text_count("  feed-forward width", m->n_ff_expert);
+    text_words("  router", m->router);
     text_count("sliding window", m->sliding_window);
+    if (m->kv_bytes_per_token)
+        text_size("cache per token, f16", m->kv_bytes_per_token);
+    if (m->kv_bytes_per_token != m->kv_bytes_per_token_plain)
+        text_size("  if all heads had theirs", m->kv_bytes_per_token_plain);
     text_count("vocabulary", m->n_vocab);
     text_count("context in training", m->n_ctx_train);
 }
@@ -245,6 +257,8 @@ static void json_model(cli_json *json, const info_file *file)
     json_string(json, "name", m->name);
     json_string(json, "quantization", m->quantization);
     json_string(json, "device", m->device);
+    json_string(json, "router", m->router);
+    json_string(json, "attention", m->attention);
     const struct { const char *key; uint64_t value; } number[] = {
         {"n_vocab", m->n_vocab}, {"n_ctx_train", m->n_ctx_train}, {"n_embd", m->n_embd},
         {"n_layer", m->n_layer}, {"n_head", m->n_head}, {"n_head_kv", m->n_head_kv},
@@ -254,6 +268,7 @@ static void json_model(cli_json *json, const info_file *file)
         {"n_param", m->n_param}, {"n_param_active", m->n_param_active},
         {"weight_bytes", m->weight_bytes}, {"weight_bytes_active", m->weight_bytes_active},
         {"kv_bytes_per_token", m->kv_bytes_per_token},
+        {"kv_bytes_per_token_plain", m->kv_bytes_per_token_plain},
     };
     for (size_t i = 0; i < CLI_COUNT(number); i++)
         json_uint(json, number[i].key, number[i].value);

@@ -6,6 +6,7 @@
 #ifndef MOE_CORE_MODEL_C
 #define MOE_CORE_MODEL_C
 
+#include "describe.c"
 #include "model.h"
 #include "platform.h"
 
@@ -567,6 +568,8 @@ static void model_fill_info(moe_model *m)
     const moe_hparams *hp = &m->hp;
     moe_model_info *info = &m->info;
     info->size = sizeof *info;
+    info->router = m->router_text;
+    info->attention = m->attention_text;
     info->architecture = m->architecture;
     info->name = m->name;
     info->device = m->device ? m->backend->device_name(m->device) : "";
@@ -586,6 +589,9 @@ static void model_fill_info(moe_model *m)
     info->kv_bytes_per_token = (uint64_t)hp->n_layer * hp->n_head_kv *
                                (cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, false)) +
                                 cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, true)));
+    info->kv_bytes_per_token_plain = (uint64_t)hp->n_layer * hp->n_head *
+                                     (cache_row_bytes(MOE_CACHE_F16, hp->head_dim) +
+                                      cache_row_bytes(MOE_CACHE_F16, hp->head_dim_v));
     model_count(m);
 }
 
@@ -648,6 +654,8 @@ static moe_status model_load_weights(moe_model *m, const moe_model_options *opti
         status = m->family->derive(m, error);
     if (!status)
         status = model_prepare_rope(m, error);
+    if (!status)
+        model_describe(m);
     return status;
 }
 

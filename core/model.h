@@ -207,7 +207,7 @@ struct moe_model {
     moe_buffer **buffers;          // [n_buffer] every buffer that holds weights
     uint32_t n_buffer;
     char *architecture, *name;
-    char router_text[160], attention_text[160];
+    char router_text[256], attention_text[256];
     moe_model_info info;
 };
 

@@ -1,0 +1,86 @@
+/* core/describe.c - a model's router and attention in words, for people who want to know what they
+ * run. */
+#ifndef MOE_CORE_DESCRIBE_C
+#define MOE_CORE_DESCRIBE_C
+
+#include "model.h"
+
+MOE_PRINTF(3, 4) static void describe_add(char *text, size_t text_bytes, const char *format, ...)
+{
+    const size_t used = strlen(text);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text + used, text_bytes - used, format, args);
+    va_end(args);
+}
+
+static void describe_router(const moe_model *m, char *text, size_t bytes)
+{
+    const moe_hparams *hp = &m->hp;
+    const moe_router *r = &hp->router;
+    const moe_layer *last = &m->layers[hp->n_layer - 1];
+    text[0] = 0;
+    if (!r->n_expert)
+        return;
+    describe_add(text, bytes, "best %u of %u by %s", r->n_used, r->n_expert,
+                 r->score == MOE_SCORE_SIGMOID ? "sigmoid" : "softmax");
+    if (r->score == MOE_SCORE_SOFTMAX_TOPK)
+        describe_add(text, bytes, " over those");
+    if (weight_present(&last->router_choice))
+        describe_add(text, bytes, " and a bias for the selection");
+    if (r->n_group > 1)
+        describe_add(text, bytes, ", from %u of %u groups by their %s", r->n_group_used, r->n_group,
+                     r->group_max ? "best" : "best two");
+    if (r->renormalize)
+        describe_add(text, bytes, ", weights renormalized");
+    if (r->scale != 1)
+        describe_add(text, bytes, ", times %g", (double)r->scale);
+    if (hp->n_expert_shared)
+        describe_add(text, bytes, "; %u shared%s, width %u", hp->n_expert_shared,
+                     weight_present(&last->shared_router) ? " behind a sigmoid gate" : "",
+                     hp->n_ff_shared);
+    if (hp->n_layer_dense)
+        describe_add(text, bytes, "; %u leading dense layer%s", hp->n_layer_dense,
+                     hp->n_layer_dense > 1 ? "s" : "");
+}
+
+static void describe_attention(const moe_model *m, char *text, size_t bytes)
+{
+    const moe_hparams *hp = &m->hp;
+    const moe_layer *first = &m->layers[0];
+    text[0] = 0;
+    if (hparams_latent(hp)) {
+        describe_add(text, bytes, "multi-head latent: %u heads, %u + %u values kept per token",
+                     hp->n_head, hp->n_latent, hp->n_rot);
+        if (hp->n_latent_q)
+            describe_add(text, bytes, ", queries from %u", hp->n_latent_q);
+    } else {
+        describe_add(text, bytes, "%s: %u heads", hp->n_head == hp->n_head_kv ? "multi-head"
+                                                  : hp->n_head_kv == 1        ? "multi-query"
+                                                                              : "grouped-query",
+                     hp->n_head);
+        if (hp->n_head != hp->n_head_kv)
+            describe_add(text, bytes, " on %u", hp->n_head_kv);
+    }
+    if (weight_present(&first->q_norm))
+        describe_add(text, bytes, ", norms of q and k");
+    if (weight_present(&first->sinks))
+        describe_add(text, bytes, ", sinks");
+    if (hp->window && hp->window_period)
+        describe_add(text, bytes, ", window of %u in %u of %u layers", hp->window,
+                     hp->window_period - 1, hp->window_period);
+    else if (hp->window)
+        describe_add(text, bytes, ", window of %u", hp->window);
+    if (hp->rope.scaling != ROPE_PLAIN)
+        describe_add(text, bytes, ", %s x%g", hp->rope.scaling == ROPE_YARN ? "YaRN" : "linear RoPE",
+                     (double)hp->rope.factor);
+}
+
+/* Fills the texts of a model whose weights are bound. */
+static void model_describe(moe_model *m)
+{
+    describe_router(m, m->router_text, sizeof m->router_text);
+    describe_attention(m, m->attention_text, sizeof m->attention_text);
+}
+
+#endif
