@@ -298,8 +298,8 @@ static void sample_collect(moe_sampler *s)
     s->n_candidates = n;
 }
 
-/* Leaves the candidates that may be drawn, with their weights, and returns the sum of those. 0 if no
- * logit is finite. */
+/* Leaves the candidates that may be drawn, with their weights, and returns the sum of those; 0 if
+ * no logit is finite. */
 static uint64_t sample_narrow(moe_sampler *s, const float *logits)
 {
     const moe_sampler_options *o = &s->options;

@@ -1,13 +1,13 @@
 /* tests/fenced_backend.h - a backend whose memory the host cannot touch.
  *
  * It stands in for a device with memory of its own. Every buffer is a copy in pages that are
- * PROT_NONE except while this backend itself runs and uses it, with a guard page behind it; layers that
- * reach around the seam crash. Fresh buffers hold NaN, weights can never be written, and operations are
- * only run at submit(), so nothing works by accident. What is recorded is checked against the
- * promises of backends/backend.h: views inside their buffers, aligned, not overlapping where they
- * must not, sizes within the queue's options; submit() reports the first breach.
+ * PROT_NONE except while this backend itself runs and uses it, with a guard page behind it; layers
+ * that reach around the seam crash. Fresh buffers hold NaN, weights can never be written, and
+ * operations are only run at submit(), so nothing works by accident. What is recorded is checked
+ * against the promises of backends/backend.h: views inside their buffers, aligned, not overlapping
+ * where they must not, sizes within the queue's options; submit() reports the first breach.
  *
- * The arithmetic is not its subject: the operations are run by the CPU backend, over the same pages.
+ * The arithmetic is not its subject: operations are run by the CPU backend, over the same pages.
  *
  * moe_device, moe_queue and moe_buffer are the CPU backend's structs in this translation unit; ours
  * have other names and are cast, as each backend alone knows what is behind these pointers. */
@@ -40,8 +40,9 @@ struct fenced_device {
 };
 
 typedef enum fenced_kind {
-    FENCED_EMBED, FENCED_NORM, FENCED_MATMUL, FENCED_ROPE, FENCED_STORE, FENCED_ATTEND, FENCED_HEADS,
-    FENCED_COPY, FENCED_GLU, FENCED_ADD, FENCED_SOFTCAP, FENCED_ROUTE, FENCED_EXPERTS, FENCED_COMBINE
+    FENCED_EMBED, FENCED_NORM, FENCED_MATMUL, FENCED_ROPE, FENCED_STORE, FENCED_ATTEND,
+    FENCED_HEADS, FENCED_COPY, FENCED_GLU, FENCED_ADD, FENCED_SOFTCAP, FENCED_ROUTE,
+    FENCED_EXPERTS, FENCED_COMBINE
 } fenced_kind;
 
 /* An operation in the CPU backend's terms, with copies of what it points to. */
@@ -229,8 +230,8 @@ static bool fenced_fault(fenced_queue *q, const char *op, const char *what, uint
                          uint64_t got)
 {
     if (!q->status)
-        q->status = fail(&q->error, MOE_ERR_BACKEND, op, "%s: expected at most %llu, got %llu", what,
-                         (unsigned long long)expected, (unsigned long long)got);
+        q->status = fail(&q->error, MOE_ERR_BACKEND, op, "%s: expected at most %llu, got %llu",
+                         what, (unsigned long long)expected, (unsigned long long)got);
     return false;
 }
 

@@ -1,7 +1,7 @@
 /* tests/gguf_edit.h - GGUF files taken apart, changed and put together again, in memory.
  *
- * For tests that need a file with one thing wrong, or a model with sizes of their own. It trusts what
- * it reads and stops the test program if memory runs out. */
+ * For tests that need a file with one thing wrong, or a model with sizes of their own. It trusts
+ * what it reads and stops the test program if memory runs out. */
 #ifndef MOE_TESTS_GGUF_EDIT_H
 #define MOE_TESTS_GGUF_EDIT_H
 

@@ -1,5 +1,5 @@
-/* tests/test_api.c - the promises of moe.h that are not about numbers: versions of structs, arguments,
- * memory ceiling and estimate, failing allocators, callbacks, cancelling, order of closing.
+/* tests/test_api.c - the promises of moe.h that are not about numbers: versions of structs,
+ * arguments, memory ceiling and estimate, failing allocators, callbacks, cancelling, closing.
  *
  * Environment: MOE_TEST_SLOW, a factor on time limits for emulators. */
 #include "test.h"
@@ -11,8 +11,8 @@
 
 /* ------------------------------------------------------------------------------------- host -- */
 
-/* A host that counts, can fail one allocation, and has a parallel_for. Several objects may use it from
- * several threads. */
+/* A host that counts, can fail one allocation, and has a parallel_for. Several objects may use it
+ * from several threads. */
 typedef struct test_host {
     moe_host host;
     atomic_ullong calls, used, peak;
@@ -60,7 +60,8 @@ static void host_progress(void *user, const char *stage, uint64_t done, uint64_t
 }
 
 /* From the last to the first, to be different. */
-static void host_parallel_for(void *user, uint32_t n, void (*task)(void *arg, uint32_t i), void *arg)
+static void host_parallel_for(void *user, uint32_t n, void (*task)(void *arg, uint32_t i),
+                              void *arg)
 {
     test_host *h = user;
     atomic_fetch_add(&h->n_parallel, 1);
@@ -259,8 +260,8 @@ static void every_status_has_a_name(void)
               patch == MOE_VERSION_PATCH, "%s", moe_version());
 }
 
-/* An older program's struct ends early, and what lies behind it is not ours; a newer one's is longer.
- * `cut` is the size of the older struct. */
+/* An older program's struct ends early, and what lies behind it is not ours; a newer one's is
+ * longer. */
 static void model_options_are_versioned(void)
 {
     struct {
@@ -537,7 +538,8 @@ static void estimate_is_what_is_allocated(void)
             calls = h.calls;
             for (uint32_t k = 0; k < 4 && k < o.n_ctx; k++)
                 CHECK(moe_session_eval(s, tokens + k, 1, 0, NULL) == MOE_OK, "eval");
-            CHECK(h.calls == calls, "%llu allocations in eval", (unsigned long long)h.calls - calls);
+            CHECK(h.calls == calls, "%llu allocations in eval",
+                  (unsigned long long)h.calls - calls);
             moe_session_close(s);
             CHECK(h.used == used, "a session leaks %lld bytes", (long long)(h.used - used));
         }

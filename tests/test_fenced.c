@@ -1,4 +1,6 @@
-/* tests/test_fenced.c - the fence of tests/fenced_backend.h is real, and the models run behind it. */
+/* tests/test_fenced.c - the fence of tests/fenced_backend.h is real, and its checks do check.
+ *
+ * That the models run behind it is shown by tests/test_forward.c. */
 #include "test.h"
 
 #include "fenced_backend.h"
@@ -164,8 +166,8 @@ static void recording_keeps_the_order(void)
     bench_close(&b);
 }
 
-/* What the backend refuses: each breach is reported once by submit, with the operation's name, and the
- * queue can be used again. */
+/* What the backend refuses: each breach is reported once by submit, with the operation's name, and
+ * the queue can be used again. */
 static void breaches_are_reported(void)
 {
     bench b, other;
@@ -174,9 +176,9 @@ static void breaches_are_reported(void)
     moe_view x = bench_new(&b, 1024), y = bench_new(&b, 1024), far = bench_new(&other, 1024);
     moe_view data = bench_wrap(&b, table, sizeof table), none = {0};
     moe_weight w = {"w", quant_by_name("F32"), {64, 4, 1}, 256, 1024, data};
-    moe_weight wide = w, long_one = w;
+    moe_weight wide = w, longer = w;
     wide.dims[1] = 65, wide.matrix_bytes = 65 * 256;
-    long_one.dims[0] = 65, long_one.row_bytes = 260, long_one.matrix_bytes = 2048;
+    longer.dims[0] = 65, longer.row_bytes = 260, longer.matrix_bytes = 2048;
     moe_cache cache = {x, MOE_CACHE_F16, 2, 4, 32};
     const moe_backend *f = b.backend;
     for (int i = 0; i < 23; i++) {
@@ -198,7 +200,7 @@ static void breaches_are_reported(void)
         case 7: f->matmul(b.queue, &(moe_matmul_op){x, 5, 1, {{&w, none, y, false}}}); break;
         case 8: f->matmul(b.queue, &(moe_matmul_op){x, 1, 1, {{&w, none, x, false}}}); break;
         case 9: f->matmul(b.queue, &(moe_matmul_op){x, 1, 1, {{&wide, none, y, false}}}); break;
-        case 10: f->matmul(b.queue, &(moe_matmul_op){x, 1, 1, {{&long_one, none, y, false}}}); break;
+        case 10: f->matmul(b.queue, &(moe_matmul_op){x, 1, 1, {{&longer, none, y, false}}}); break;
         case 11: f->matmul(b.queue, &(moe_matmul_op){x, 0, 1, {{&w, none, y, false}}}); break;
         case 12: // position 4 has overwritten position 0 in a cache of 4
             f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 4, 2,

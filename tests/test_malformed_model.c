@@ -85,8 +85,8 @@ static void count_free(void *user, void *ptr, size_t bytes, size_t align)
     free(ptr);
 }
 
-/* Opens the file, and if that works runs a few tokens: the status of the first step that fails. With
- * room for `error`. */
+/* Opens the file, and if that works runs a few tokens: the status of the first step that fails, and
+ * its error. */
 static moe_status outcome(const gguf_edit *e, const char *what, moe_error *error)
 {
     memory_count count = {0};
@@ -136,7 +136,7 @@ static moe_status outcome(const gguf_edit *e, const char *what, moe_error *error
     return status;
 }
 
-/* The file must be refused, with `name` as the subject and a message that says what was expected. */
+/* The file must be refused, with `name` as the subject and a message that says what is expected. */
 static void refused(const gguf_edit *e, const family *f, const char *name, const char *what)
 {
     moe_error error;
@@ -555,8 +555,7 @@ static void m16_context_length(void)
     {
         refuse_u32(f, "context_length", 0);
         refuse_u32(f, "context_length", UINT32_MAX);
-        /* The longest that a file may claim: a session of the default length opens, one of that length
-         * is refused before anything is allocated. */
+        /* The longest that a file may claim: a session of a modest length opens. */
         gguf_edit *e = edit_copy(f->valid);
         edit_set_u32(e, key_of(f, "context_length"), 1u << 30);
         moe_error error;
@@ -667,7 +666,7 @@ static void m20_wrong_types(void)
             const edit_tensor *t = &f->valid->tensor[i];
             gguf_edit *e = edit_copy(f->valid);
             edit_tensor *changed = &e->tensor[i];
-            const uint32_t unknown[] = {4, 5, 24, 27, 31, 77, UINT32_MAX}; // removed, integers, none
+            const uint32_t unknown[] = {4, 5, 24, 27, 31, 77, UINT32_MAX}; // removed, integer, none
             for (size_t k = 0; k < MOE_COUNT(unknown); k++) {
                 changed->type = unknown[k];
                 refused(e, f, t->name, "a type that cannot be computed with");
@@ -698,8 +697,8 @@ static void m20_wrong_types(void)
     edit_free(e);
 }
 
-/* Not-a-numbers and infinities in the weights. Those in norms are found when the file is opened, others
- * when a result shows it: then the weight is named. Nothing may be read or written out of place. */
+/* NaN and infinities in the weights. Those in norms are found when the file is opened, others when
+ * a result shows it: then the weight is named. Nothing may be read or written out of place. */
 static void m21_weights_are_not_numbers(void)
 {
     const uint32_t patterns[] = {0x7fc00000, 0x7f800000, 0xff800000, 0xffffffff};
@@ -786,7 +785,7 @@ static void m23_large_products(void)
                 char what[96];
                 snprintf(what, sizeof what, "%s: %s = %u", f->file, keys[k], sizes[i]);
                 edit_set_u32(e, key_of(f, keys[k]), sizes[i]);
-                /* A tensor has another shape than these say, unless the key alone is out of range. */
+                /* A tensor has another shape than this says, or the key alone is out of range. */
                 moe_status status = outcome(e, what, &error);
                 bool window = strstr(keys[k], "window") && sizes[i] <= 1u << 30;
                 bool unused = !strcmp(keys[k], "feed_forward_length") &&

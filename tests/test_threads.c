@@ -1,6 +1,6 @@
 /* tests/test_threads.c - what several threads may do at the same time: use one model, each with a
- * session, a sampler and a decoder of its own; open and close sessions beside running ones; open models;
- * cancel one another. The results are the bits of a single thread.
+ * session, a sampler and a decoder of its own; open and close sessions beside running ones; open
+ * models; cancel one another. The results are the bits of a single thread.
  *
  * Made for ThreadSanitizer (make test SAN=tsan T=threads), and of use without it. */
 #include "test.h"
@@ -9,7 +9,7 @@
 
 enum { N_THREADS = 4, N_PROMPT = 20, N_STEPS = 12, MAX_VOCAB = 512 };
 
-/* --------------------------------------------------------------------------------- generation -- */
+/* -------------------------------------------------------------------------------- generation -- */
 
 /* What one thread does: a prompt, then a few sampled tokens; and what came out. */
 typedef struct job {
@@ -171,8 +171,8 @@ static void threads_share_a_tokenizer(void)
 #endif
 }
 
-/* Under a ceiling that not all sessions fit into: some are refused, the others are right, and the sum
- * is never over it. */
+/* Under a ceiling that not all sessions fit into: some are refused, the others are right, and the
+ * sum is never over it. */
 static void *open_and_close(void *arg)
 {
     job *j = arg;
@@ -243,7 +243,8 @@ static void *open_models(void *arg)
     job *j = arg;
     for (int i = 0; i < 6; i++) {
         char path[512];
-        snprintf(path, sizeof path, "%s/fixtures/%s.gguf", test_root(), i % 2 ? "qwen3" : "mixtral");
+        snprintf(path, sizeof path, "%s/fixtures/%s.gguf", test_root(),
+                 i % 2 ? "qwen3" : "mixtral");
         moe_model_options o;
         moe_model_options_init(&o);
         o.path = path;
@@ -275,8 +276,8 @@ static void models_are_opened_side_by_side(void)
     }
 }
 
-/* A flag that another thread sets and clears, at first all the time, then less and less often: each call
- * either works or says that it was cancelled, and the sequence is then as it was. */
+/* A flag that another thread sets and clears, at first all the time, then less and less often: each
+ * call either works or says that it was cancelled, and the sequence is then as it was. */
 typedef struct flicker {
     moe_cancel cancel;
     atomic_bool stop;
