@@ -1,13 +1,15 @@
 /* backends/cpu_threads.c - the threads of one queue, and how they share a list of phases.
  *
  * A job is a list of phases; a phase is a number of independent tasks. All threads go through the
- * phases together: each takes tasks until none is left, then waits for the others. Which thread runs a
- * task never changes what the task computes.
+ * phases together: each takes tasks until none is left, then waits for the others. The last to arrive
+ * runs the phases of a single task that come next by itself, before it lets the others go: in decode
+ * that is every second phase. Which thread runs a task never changes what the task computes.
  *
  * With the host's parallel_for there are no threads here: each phase becomes one call of it.
  *
- * Workers that have nothing to do spin for a short while, since in decode the next job comes within
- * microseconds, then sleep. */
+ * A thread that waits spins for a short while, since in decode the next phase or job comes within
+ * microseconds, then offers its core to others, then sleeps: on a busy machine the thread that it waits
+ * for may need the core. */
 #ifndef MOE_BACKENDS_CPU_THREADS_C
 #define MOE_BACKENDS_CPU_THREADS_C
 
@@ -15,7 +17,8 @@
 #include "../core/platform.h"
 
 enum {
-    CPU_SPIN_BARRIER = 4000, /* pauses before a waiting thread offers its core to others */
+    CPU_SPIN_BARRIER = 2000, /* pauses before a waiting thread offers its core to others */
+    CPU_YIELD_BARRIER = 20,  /* offers before it sleeps */
     CPU_SPIN_IDLE = 20000    /* pauses before an idle worker sleeps: about half a millisecond */
 };
 
@@ -56,56 +59,93 @@ struct cpu_pool {
     char pad1[64];
     _Atomic uint32_t n_arrived;
     char pad2[64];
-    _Atomic uint32_t barrier_phase;
-    uint32_t n_task; // of the running phase; written between barriers only
+    _Atomic uint32_t gate;      // changes at each barrier: a count, and the phase that comes next
+    uint32_t first_phase;       // of the job
+    uint32_t n_task;            // of the running phase; written between barriers only
 };
 
-/* Waits until all threads are here; the last one to arrive prepares phase `next`. */
-static void cpu_barrier(cpu_pool *pool, uint32_t next)
+/* The gate's low half is a phase, so that a thread learns from one load that the barrier is passed and
+ * whether the job is over: once it is, the next job may be written at any moment. */
+enum { CPU_GATE_PHASE = 0xffff, CPU_GATE_COUNT = 0x10000 };
+
+/* Sleeps until *counter is no longer `seen`, or the end. Who sets the counter looks at n_sleeping
+ * after it; a sleeper does it the other way round; so one of the two sees the other. */
+static void cpu_sleep(cpu_pool *pool, const _Atomic uint32_t *counter, uint32_t seen)
 {
-    uint32_t phase = atomic_load_explicit(&pool->barrier_phase, memory_order_relaxed);
-    uint32_t arrived = atomic_fetch_add_explicit(&pool->n_arrived, 1, memory_order_acq_rel) + 1;
-    if (arrived == pool->n_threads) {
-        atomic_store_explicit(&pool->n_arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&pool->next_task, 0, memory_order_relaxed);
-        if (next < pool->job.n_phase)
-            pool->n_task = pool->job.n_task(pool->job.arg, next);
-        atomic_store_explicit(&pool->barrier_phase, phase + 1, memory_order_release);
-        return;
-    }
-    for (uint32_t spin = 0;
-         atomic_load_explicit(&pool->barrier_phase, memory_order_acquire) == phase; spin++) {
-        if (spin < CPU_SPIN_BARRIER)
-            plat_relax();
-        else
-            plat_yield();
+    plat_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->n_sleeping, 1);
+    while (atomic_load(counter) == seen && !atomic_load(&pool->quit))
+        plat_cond_wait(&pool->wake, &pool->mutex);
+    atomic_fetch_sub(&pool->n_sleeping, 1);
+    plat_mutex_unlock(&pool->mutex);
+}
+
+/* Sets a counter that others wait for. */
+static void cpu_wake(cpu_pool *pool, _Atomic uint32_t *counter, uint32_t value)
+{
+    atomic_store(counter, value);
+    if (atomic_load(&pool->n_sleeping)) {
+        plat_mutex_lock(&pool->mutex);
+        plat_cond_broadcast(&pool->wake);
+        plat_mutex_unlock(&pool->mutex);
     }
 }
 
+/* The first phase from `phase` on that has several tasks; those before it are run here. Only one thread
+ * is at work when this is called. */
+static uint32_t cpu_advance(cpu_pool *pool, uint32_t phase, uint32_t thread)
+{
+    const cpu_job *job = &pool->job;
+    for (; phase < job->n_phase; phase++) {
+        pool->n_task = job->n_task(job->arg, phase);
+        if (pool->n_task > 1)
+            break;
+        if (pool->n_task == 1)
+            job->run(job->arg, phase, 0, thread);
+    }
+    atomic_store_explicit(&pool->next_task, 0, memory_order_relaxed);
+    return phase;
+}
+
+/* Waits until all threads are here; the last one to arrive prepares what comes next. Returns the phase
+ * that follows `phase`. */
+static uint32_t cpu_barrier(cpu_pool *pool, uint32_t phase, uint32_t thread)
+{
+    const uint32_t seen = atomic_load_explicit(&pool->gate, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&pool->n_arrived, 1, memory_order_acq_rel) + 1 ==
+        pool->n_threads) {
+        atomic_store_explicit(&pool->n_arrived, 0, memory_order_relaxed);
+        const uint32_t next = cpu_advance(pool, phase + 1, thread);
+        cpu_wake(pool, &pool->gate, (seen & ~(uint32_t)CPU_GATE_PHASE) + CPU_GATE_COUNT + next);
+        return next;
+    }
+    uint32_t now = seen;
+    for (uint32_t i = 0; i < CPU_SPIN_BARRIER + CPU_YIELD_BARRIER && now == seen; i++) {
+        if (i < CPU_SPIN_BARRIER)
+            plat_relax();
+        else
+            plat_yield();
+        now = atomic_load_explicit(&pool->gate, memory_order_acquire);
+    }
+    if (now == seen) {
+        cpu_sleep(pool, &pool->gate, seen);
+        now = atomic_load_explicit(&pool->gate, memory_order_acquire);
+    }
+    return now & CPU_GATE_PHASE;
+}
+
+/* Runs the job from its first phase on. */
 static void cpu_work(cpu_pool *pool, uint32_t thread)
 {
     const cpu_job job = pool->job; /* a copy: after the last barrier the next job may be written */
-    for (uint32_t phase = 0; phase < job.n_phase; phase++) {
+    for (uint32_t phase = pool->first_phase; phase < job.n_phase;) {
         const uint32_t n_task = pool->n_task;
         uint32_t task;
         while ((task = atomic_fetch_add_explicit(&pool->next_task, 1, memory_order_relaxed)) <
                n_task)
             job.run(job.arg, phase, task, thread);
-        cpu_barrier(pool, phase + 1);
+        phase = cpu_barrier(pool, phase, thread);
     }
-}
-
-/* Sleeps until there is a job after number `seen`, or the end. The caller of cpu_pool_run raises
- * `generation` and then looks at `n_sleeping`; a worker does it the other way round; so one of the two
- * sees the other. */
-static void cpu_sleep(cpu_pool *pool, uint32_t seen)
-{
-    plat_mutex_lock(&pool->mutex);
-    atomic_fetch_add(&pool->n_sleeping, 1);
-    while (atomic_load(&pool->generation) == seen && !atomic_load(&pool->quit))
-        plat_cond_wait(&pool->wake, &pool->mutex);
-    atomic_fetch_sub(&pool->n_sleeping, 1);
-    plat_mutex_unlock(&pool->mutex);
 }
 
 static void cpu_worker_main(void *arg)
@@ -119,7 +159,7 @@ static void cpu_worker_main(void *arg)
                spin++ < CPU_SPIN_IDLE)
             plat_relax();
         if (spin > CPU_SPIN_IDLE)
-            cpu_sleep(pool, seen);
+            cpu_sleep(pool, &pool->generation, seen);
         if (atomic_load(&pool->quit))
             return;
         seen = atomic_load_explicit(&pool->generation, memory_order_acquire);
@@ -174,14 +214,10 @@ static void cpu_pool_run(cpu_pool *pool, const cpu_job *job)
         cpu_run_on_host(pool);
         return;
     }
-    pool->n_task = job->n_task(job->arg, 0);
-    atomic_store_explicit(&pool->next_task, 0, memory_order_relaxed);
-    atomic_fetch_add(&pool->generation, 1); /* publishes the job to spinning workers */
-    if (atomic_load(&pool->n_sleeping)) {
-        plat_mutex_lock(&pool->mutex);
-        plat_cond_broadcast(&pool->wake);
-        plat_mutex_unlock(&pool->mutex);
-    }
+    pool->first_phase = cpu_advance(pool, 0, 0);
+    if (pool->first_phase == job->n_phase)
+        return;
+    cpu_wake(pool, &pool->generation, atomic_load(&pool->generation) + 1);
     cpu_work(pool, 0);
 }
 

@@ -410,11 +410,24 @@ static moe_status bind_weight(bind_walk *walk, const moe_binding *b, const moe_t
     return status;
 }
 
+/* The layer in a tensor's name "blk.N....", or false. */
+static bool tensor_layer(const char *name, uint32_t *layer)
+{
+    if (strncmp(name, "blk.", 4))
+        return false;
+    uint32_t n = 0;
+    const char *c = name + 4;
+    for (; *c >= '0' && *c <= '9' && n < MODEL_MAX_LAYERS; c++)
+        n = 10 * n + (uint32_t)(*c - '0');
+    *layer = n;
+    return *c == '.' && c > name + 4;
+}
+
 /* A tensor of a layer that only drafts tokens: the model computes the same without. */
 static bool tensor_is_draft(const moe_model *m, const moe_tensor *t)
 {
-    unsigned layer;
-    return m->hp.n_layer_draft && sscanf(t->name, "blk.%u.", &layer) == 1 &&
+    uint32_t layer;
+    return m->hp.n_layer_draft && tensor_layer(t->name, &layer) &&
            layer >= m->hp.n_layer && layer - m->hp.n_layer < m->hp.n_layer_draft;
 }
 
@@ -427,8 +440,8 @@ static moe_status bind_find_unused(const moe_model *m, moe_error *error)
         bool used = tensor_is_draft(m, t);
         for (uint32_t table = 0; m->family->bindings[table] && !used; table++) {
             for (const moe_binding *b = m->family->bindings[table]; b->gguf && !used; b++) {
-                unsigned layer = 0;
-                if (!(b->flags & BIND_GLOBAL) && sscanf(t->name, "blk.%u.", &layer) != 1)
+                uint32_t layer = 0;
+                if (!(b->flags & BIND_GLOBAL) && !tensor_layer(t->name, &layer))
                     continue;
                 used = layer < m->hp.n_layer && binding_applies(&m->hp, b, layer) &&
                        !strcmp(t->name, binding_name(b, layer, name, sizeof name));
@@ -678,9 +691,13 @@ static moe_status model_load(moe_model *m, const moe_model_options *options, moe
 moe_status moe_model_open(moe_model **out, const moe_model_options *options, moe_error *error)
 {
     moe_model_options o;
+    if (out)
+        *out = NULL;
     if (!out || !options)
         return fail(error, MOE_ERR_ARGUMENT, NULL, "out and options must not be NULL");
-    *out = NULL;
+    if (!options->size)
+        return fail(error, MOE_ERR_ARGUMENT, "size",
+                    "expected options filled by moe_model_options_init, got size 0");
     moe_model_options_init(&o);
     memcpy(&o, options, MOE_MIN(options->size, sizeof o));
     o.size = sizeof o;

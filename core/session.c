@@ -19,6 +19,10 @@ struct moe_session {
     moe_pass pass;
     float *rope_table;     // [n_batch][n_rot]: on the host, before it is written
     uint32_t n_past;
+    /* Layers with a sliding window keep only n_slot_local positions. If that is less than n_ctx: */
+    uint32_t n_slot_local;
+    uint32_t held_from;    // the first position that they still hold; UINT32_MAX: none
+    moe_token *history;    // [n_ctx]: what to compute anew after going back further than that
     moe_error error;
 };
 
@@ -68,13 +72,44 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->logits, (uint64_t)o->n_logits * hp->n_vocab, f);
 }
 
+/* Positions that a layer's cache has room for. With a sliding window: what a batch adds, and the window
+ * that its first token looks back on. */
+static uint32_t plan_slots(const moe_hparams *hp, const moe_session_options *o, bool local)
+{
+    return local ? (uint32_t)MOE_MIN(o->n_ctx, (uint64_t)hp->window + o->n_batch) : o->n_ctx;
+}
+
 /* Bytes of one of a layer's caches, rounded up. */
-static bool plan_cache(const moe_hparams *hp, const moe_session_options *o, uint32_t dim,
+static bool plan_cache(const moe_hparams *hp, const moe_session_options *o, bool local, uint32_t dim,
                        uint64_t *bytes)
 {
-    return checked_mul((uint64_t)hp->n_head_kv * o->n_ctx, cache_row_bytes(o->cache_type, dim),
-                       bytes) &&
+    return checked_mul((uint64_t)hp->n_head_kv * plan_slots(hp, o, local),
+                       cache_row_bytes(o->cache_type, dim), bytes) &&
            checked_align(*bytes, MEM_ALIGN, bytes);
+}
+
+/* Bytes of all caches. */
+static bool plan_caches(const moe_hparams *hp, const moe_session_options *o, uint64_t *bytes)
+{
+    uint64_t n_local = 0, k, v;
+    *bytes = 0;
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        n_local += layer_is_local(hp, i);
+    for (int local = 0; local < 2; local++) {
+        const uint64_t n_layer = local ? n_local : hp->n_layer - n_local;
+        if (!plan_cache(hp, o, local, hparams_cache_dim(hp, false), &k) ||
+            !plan_cache(hp, o, local, hparams_cache_dim(hp, true), &v) ||
+            !checked_add(k, v, &k) || !checked_mul(n_layer, k, &k) ||
+            !checked_add(*bytes, k, bytes))
+            return false;
+    }
+    return true;
+}
+
+/* Whether layers with a sliding window keep less than all, so that going back may need more. */
+static bool plan_history(const moe_hparams *hp, const moe_session_options *o)
+{
+    return hp->window && plan_slots(hp, o, true) < o->n_ctx;
 }
 
 static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
@@ -102,16 +137,15 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
 {
     const moe_hparams *hp = &m->hp;
     moe_pass scratch = {0};
-    uint64_t k, v;
     plan->queue = plan_queue(hp, o);
-    if (!plan_work(hp, o, &scratch, &plan->work_bytes) || 
-        !plan_cache(hp, o, hparams_cache_dim(hp, false), &k) ||
-        !plan_cache(hp, o, hparams_cache_dim(hp, true), &v) ||
-        !checked_add(k, v, &k) || !checked_mul(hp->n_layer, k, &plan->cache_bytes))
+    if (!plan_work(hp, o, &scratch, &plan->work_bytes) ||
+        !plan_caches(hp, o, &plan->cache_bytes))
         return false;
     plan->queue_bytes = m->backend->queue_bytes(m->device, &plan->queue);
     plan->host_bytes = sizeof(moe_session) + 2ull * hp->n_layer * sizeof(moe_cache) +
-                       (uint64_t)o->n_batch * hp->n_rot * sizeof(float) + 16 * MEM_ALIGN;
+                       (uint64_t)o->n_batch * hp->n_rot * sizeof(float) +
+                       (plan_history(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
+                       18 * MEM_ALIGN;
     return checked_add(plan->cache_bytes, plan->work_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->queue_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->host_bytes, &plan->total_bytes);
@@ -148,6 +182,9 @@ static moe_status session_fill_options(const moe_model *m, const moe_session_opt
                                        moe_session_options *o, moe_error *error)
 {
     moe_session_options_init(o);
+    if (options && !options->size)
+        return fail(error, MOE_ERR_ARGUMENT, "size",
+                    "expected options filled by moe_session_options_init, got size 0");
     if (options)
         memcpy(o, options, MOE_MIN(options->size, sizeof *o));
     o->size = sizeof *o;
@@ -164,9 +201,6 @@ static moe_status session_fill_options(const moe_model *m, const moe_session_opt
     if (o->n_batch < 1 || o->n_batch > SESSION_MAX_BATCH)
         return fail(error, MOE_ERR_ARGUMENT, "n_batch", "expected 1 to %d, got %u",
                     SESSION_MAX_BATCH, o->n_batch);
-    if (o->n_ctx > MODEL_MAX_CTX)
-        return fail(error, MOE_ERR_LIMIT, "n_ctx", "expected at most %d, got %u", MODEL_MAX_CTX,
-                    o->n_ctx);
     if (o->n_logits < 1 || o->n_logits > SESSION_MAX_BATCH)
         return fail(error, MOE_ERR_ARGUMENT, "n_logits", "expected 1 to %d, got %u",
                     SESSION_MAX_BATCH, o->n_logits);
@@ -188,7 +222,7 @@ moe_status moe_session_estimate(const moe_model *model, const moe_session_option
     moe_status status = session_fill_options(model, options, &o, error);
     if (status)
         return status;
-    const bool fits_64 = session_plan_for(model, &o, &plan);
+    const bool fits_64 = o.n_ctx <= MODEL_MAX_CTX && session_plan_for(model, &o, &plan);
     const uint64_t budget = session_budget(model);
     const moe_memory_estimate full = {
         .size = sizeof full,
@@ -224,12 +258,14 @@ static void session_lay_out(moe_session *s)
         views[i]->buffer = s->work;
     for (uint32_t i = 0; i < 2 * hp->n_layer; i++) {
         const uint32_t dim = hparams_cache_dim(hp, i >= hp->n_layer);
+        const bool local = layer_is_local(hp, i % hp->n_layer);
         uint64_t bytes = 0;
         s->caches[i] = (moe_cache){{s->cache, offset}, s->options.cache_type, hp->n_head_kv,
-                                   s->options.n_ctx, dim};
-        plan_cache(hp, &s->options, dim, &bytes);
+                                   plan_slots(hp, &s->options, local), dim};
+        plan_cache(hp, &s->options, local, dim, &bytes);
         offset += bytes;
     }
+    s->n_slot_local = plan_slots(hp, &s->options, true);
     p->model = m;
     p->be = m->backend;
     p->queue = s->queue;
@@ -242,7 +278,10 @@ static moe_status session_allocate(moe_session *s, const session_plan *plan, moe
     moe_model *m = s->model;
     s->caches = mem_alloc(&m->mem, 2 * (uint64_t)m->hp.n_layer, sizeof *s->caches);
     s->rope_table = mem_alloc(&m->mem, (uint64_t)s->options.n_batch * m->hp.n_rot, sizeof(float));
-    if (!s->caches || !s->rope_table)
+    const bool history = plan_history(&m->hp, &s->options);
+    if (history)
+        s->history = mem_alloc_uncleared(&m->mem, s->options.n_ctx, sizeof *s->history);
+    if (!s->caches || !s->rope_table || (history && !s->history))
         return fail_memory(error, &m->mem, "session", plan->host_bytes);
     moe_status status = m->backend->buffer_new(m->device, plan->cache_bytes, &s->cache, error);
     if (!status)
@@ -257,14 +296,16 @@ moe_status moe_session_open(moe_session **out, moe_model *model,
 {
     moe_session_options o;
     session_plan plan;
+    if (out)
+        *out = NULL;
     if (!out || !model)
         return fail(error, MOE_ERR_ARGUMENT, NULL, "out and model must not be NULL");
-    *out = NULL;
     moe_status status = session_fill_options(model, options, &o, error);
     if (status)
         return status;
     const uint64_t budget = session_budget(model);
-    if (!session_plan_for(model, &o, &plan) || plan.total_bytes > budget)
+    if (o.n_ctx > MODEL_MAX_CTX || !session_plan_for(model, &o, &plan) ||
+        plan.total_bytes > budget)
         return fail(error, MOE_ERR_LIMIT, "n_ctx",
                     "a context of %u tokens needs more than the %llu MB that are available; at most "
                     "%u tokens fit", o.n_ctx, (unsigned long long)(budget >> 20),
@@ -296,6 +337,7 @@ void moe_session_close(moe_session *s)
         m->backend->queue_close(s->queue);
     m->backend->buffer_free(m->device, s->work);
     m->backend->buffer_free(m->device, s->cache);
+    mem_free(&m->mem, s->history);
     mem_free(&m->mem, s->rope_table);
     mem_free(&m->mem, s->caches);
     mem_free(&m->mem, s);
@@ -351,6 +393,8 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
     const moe_model *m = s->model;
     p->pos = pos;
     p->n_tok = n_tok;
+    if (s->history && pos + n_tok > s->n_slot_local)
+        s->held_from = MOE_MAX(s->held_from, pos + n_tok - s->n_slot_local);
     p->be->write(p->queue, p->ids, tokens, n_tok * sizeof *tokens);
     session_write_rope(s, 0, pos, n_tok);
     if (m->hp.window)
@@ -407,9 +451,14 @@ static moe_status session_check_eval(moe_session *s, const moe_token *tokens, si
                                      size_t n_logits, const float *logits)
 {
     const uint32_t free_slots = s->options.n_ctx - s->n_past;
-    if (n_logits > n_tok || (n_logits && !logits) || (n_tok && !tokens))
-        return fail(&s->error, MOE_ERR_ARGUMENT, "n_logits",
-                    "expected at most n_tok (%zu) and memory for them, got %zu", n_tok, n_logits);
+    if (n_tok && !tokens)
+        return fail(&s->error, MOE_ERR_ARGUMENT, "tokens", "expected %zu ids, got NULL", n_tok);
+    if (n_logits > n_tok)
+        return fail(&s->error, MOE_ERR_ARGUMENT, "n_logits", "expected at most n_tok, %zu, got %zu",
+                    n_tok, n_logits);
+    if (n_logits && !logits)
+        return fail(&s->error, MOE_ERR_ARGUMENT, "logits", "expected memory for %zu rows, got NULL",
+                    n_logits);
     if (n_tok > free_slots)
         return fail(&s->error, MOE_ERR_CONTEXT, NULL,
                     "%zu tokens do not fit: %u of %u positions are taken; rewind, or open a session "
@@ -422,6 +471,26 @@ static moe_status session_check_eval(moe_session *s, const moe_token *tokens, si
     return directory_check(s->model->dir, &s->error);
 }
 
+/* After going back, or after a call that failed, layers with a sliding window may have lost what the
+ * next token looks back on: then everything so far is computed anew. */
+static moe_status session_restore(moe_session *s)
+{
+    const uint32_t window = s->model->hp.window;
+    const uint32_t first = s->n_past + 1 > window ? s->n_past + 1 - window : 0;
+    moe_status status = MOE_OK;
+    if (!s->history || first >= s->held_from)
+        return MOE_OK;
+    s->held_from = UINT32_MAX; /* while this is not done */
+    for (uint32_t done = 0; done < s->n_past && !status;) {
+        const uint32_t n = MOE_MIN(s->options.n_batch, s->n_past - done);
+        status = session_forward(s, s->history + done, done, n, 0, NULL);
+        done += n;
+    }
+    if (!status)
+        s->held_from = s->n_past > s->n_slot_local ? s->n_past - s->n_slot_local : 0;
+    return status;
+}
+
 moe_status moe_session_eval(moe_session *s, const moe_token *tokens, size_t n_tok, size_t n_logits,
                             float *logits)
 {
@@ -429,6 +498,8 @@ moe_status moe_session_eval(moe_session *s, const moe_token *tokens, size_t n_to
         return MOE_ERR_ARGUMENT;
     memset(&s->error, 0, sizeof s->error);
     moe_status status = session_check_eval(s, tokens, n_tok, n_logits, logits);
+    if (!status && n_tok)
+        status = session_restore(s);
     const size_t n_silent = n_tok - n_logits;
     const size_t n_vocab = s->model->hp.n_vocab;
     for (size_t done = 0; done < n_tok && !status;) {
@@ -442,6 +513,8 @@ moe_status moe_session_eval(moe_session *s, const moe_token *tokens, size_t n_to
             status = session_explain(s);
         done += n;
     }
+    if (!status && s->history && n_tok)
+        memcpy(s->history + s->n_past, tokens, n_tok * sizeof *tokens);
     if (!status)
         s->n_past += (uint32_t)n_tok;
     return status;
