@@ -488,8 +488,9 @@ static void rewound_session_equals_a_fresh_one(void)
         for (size_t t = 0; t < n; t++)
             other[t] = (f->tok[t] + 5) % (moe_token)v;
         for (int c = 0; c < 3; c++) {
-            how h = {.cache = (moe_cache_type)c};
-            float *want = run(model, &h, f->tok, n, v);
+            /* Small batches: the caches of sliding windows hold less than the sequence. */
+            how h = {.cache = (moe_cache_type)c, .n_batch = c == 1 ? 0 : 3};
+            float *want = run(model, &(how){.cache = h.cache}, f->tok, n, v);
             float *got = malloc(n * v * sizeof(float));
             moe_session *session = want ? session_open_how(model, &h, (uint32_t)n) : NULL;
             const size_t backs[] = {n - 1, n - 3, n / 2, 9, 1, 0};
@@ -518,6 +519,77 @@ static void rewound_session_equals_a_fresh_one(void)
         free(other);
         moe_model_close(model);
     }
+}
+
+/* A call that ends early may have overwritten what a sliding window still needs. */
+static void a_cancelled_call_loses_nothing(void)
+{
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        size_t n = f->n_tok, v = f->n_vocab;
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        float *want = run(model, &(how){0}, f->tok, n, v);
+        float *got = malloc(n * v * sizeof(float));
+        moe_cancel cancel = {0};
+        moe_session_options options;
+        moe_session_options_init(&options);
+        options.n_ctx = (uint32_t)n;
+        options.n_batch = 2;
+        options.n_threads = 1;
+        options.cancel = &cancel;
+        moe_session *s = NULL;
+        bool ok = want && moe_session_open(&s, model, &options, NULL) == MOE_OK;
+        for (size_t at = 0; ok && at < n;) {
+            const size_t step = MOE_MIN((size_t)13, n - at);
+            ok = eval_chunks(s, f->tok + at, step, 0, v, got + at * v);
+            at += step;
+            if (!ok || at == n)
+                break;
+            moe_cancel_set(&cancel);
+            CHECK(moe_session_eval(s, f->tok, n - at, 0, NULL) == MOE_ERR_CANCELLED, "%s", f->name);
+            moe_cancel_clear(&cancel);
+            /* Other tokens, all of them: then the sequence is cut back. */
+            ok = moe_session_eval(s, f->tok, n - at, 0, NULL) == MOE_OK &&
+                 moe_session_rewind(s, (uint32_t)at) == MOE_OK;
+            CHECK(ok, "%s: %s", f->name, moe_session_error(s)->message);
+            moe_cancel_set(&cancel); /* while what was lost is computed anew */
+            CHECK(moe_session_eval(s, f->tok, 1, 0, NULL) == MOE_ERR_CANCELLED, "%s", f->name);
+            moe_cancel_clear(&cancel);
+        }
+        CHECK(!ok || moe_session_length(s) == n, "%s: %u tokens", f->name, moe_session_length(s));
+        moe_session_close(s);
+        if (ok)
+            check_same(f, "after cancelled calls", got, want, n);
+        else
+            free(got);
+        free(want);
+        moe_model_close(model);
+    }
+}
+
+/* The cache of a layer with a sliding window does not grow with the context. */
+static void windows_bound_the_cache(void)
+{
+    uint32_t n_windowed = 0;
+    for (size_t i = 0; i < n_fixtures; i++) {
+        moe_model *model = model_open_isa(&fixtures[i], MOE_ISA_AUTO);
+        moe_model_info info = {.size = sizeof info};
+        moe_memory_estimate e = {.size = sizeof e};
+        moe_session_options options;
+        moe_session_options_init(&options);
+        options.n_ctx = 4000;
+        options.n_batch = 16;
+        if (!model)
+            continue;
+        moe_model_get_info(model, &info);
+        CHECK(moe_session_estimate(model, &options, &e, NULL) == MOE_OK, "estimate");
+        const double share = (double)e.cache_bytes / (4000.0 * (double)info.kv_bytes_per_token);
+        CHECK(info.sliding_window ? share < 0.6 : share >= 1, "%s: %g of a whole cache",
+              fixtures[i].name, share);
+        n_windowed += info.sliding_window > 0;
+        moe_model_close(model);
+    }
+    CHECK(n_windowed > 0 || getenv("MOE_TEST_FIXTURES"), "no fixture has a sliding window");
 }
 
 static void interleaved_sessions_do_not_disturb_each_other(void)
@@ -770,6 +842,8 @@ int main(int argc, char **argv)
     RUN(same_bits_for_any_way_of_opening);
     RUN(same_bits_with_the_hosts_threads);
     RUN(rewound_session_equals_a_fresh_one);
+    RUN(a_cancelled_call_loses_nothing);
+    RUN(windows_bound_the_cache);
     RUN(interleaved_sessions_do_not_disturb_each_other);
     RUN(sessions_in_two_threads_share_a_model);
     RUN(any_number_of_logits_gives_the_same_rows);
