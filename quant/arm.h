@@ -562,22 +562,20 @@ MOE_INLINE void arm32_gemm(const moe_mm *mm, const arm32_format *f, const arm_en
 /* 8 weights as floats. */
 typedef float32x4x2_t arm_load8_fn(const uint8_t *w);
 
-/* The last n < 8 weights of a row enter lanes 0 .. n - 1; the other lanes stay as they are. */
-MOE_INLINE float arm_float_end(float32x4_t low, float32x4_t high, const uint8_t *w, const float *x,
-                               size_t n, size_t item_bytes, arm_load8_fn *load8)
+/* reduce8(lane), after the last n < 8 weights of a row have entered lanes 0 .. n - 1. */
+MOE_INLINE float arm_float_end(float lane[8], const uint8_t *w, const float *x, size_t n,
+                               size_t item_bytes, arm_load8_fn *load8)
 {
-    if (!n)
-        return arm_reduce8(low, high);
-    uint8_t copy[8 * sizeof(float)] = {0};
-    float lane[8], last[8];
-    memcpy(copy, w, n * item_bytes);
-    const float32x4x2_t v = load8(copy);
-    vst1q_f32(last, v.val[0]);
-    vst1q_f32(last + 4, v.val[1]);
-    vst1q_f32(lane, low);
-    vst1q_f32(lane + 4, high);
-    for (size_t i = 0; i < n; i++)
-        lane[i] = fmaf(last[i], x[i], lane[i]);
+    if (n) {
+        uint8_t copy[8 * sizeof(float)] = {0};
+        float last[8];
+        memcpy(copy, w, n * item_bytes);
+        const float32x4x2_t v = load8(copy);
+        vst1q_f32(last, v.val[0]);
+        vst1q_f32(last + 4, v.val[1]);
+        for (size_t i = 0; i < n; i++)
+            lane[i] = fmaf(last[i], x[i], lane[i]);
+    }
     return reduce8(lane);
 }
 
@@ -602,12 +600,18 @@ MOE_INLINE void arm_float_gemv(const moe_mm *mm, size_t item_bytes, arm_load8_fn
                 const float32x4x2_t w = load8(row[i] + k * item_bytes);
                 low[i] = vfmaq_f32(low[i], w.val[0], x0);
                 high[i] = vfmaq_f32(high[i], w.val[1], x1);
+                if (i == 3) /* 8 loads in advance, not 16: for these gcc spills sums */
+                    __asm__ volatile("" : : : "memory");
             }
         }
-        float y[8];
+        float y[8], lane[8][8];
         ARM_UNROLL
+        for (size_t i = 0; i < 8; i++) {
+            vst1q_f32(lane[i], low[i]);
+            vst1q_f32(lane[i] + 4, high[i]);
+        }
         for (size_t i = 0; i < 8; i++)
-            y[i] = arm_float_end(low[i], high[i], row[i] + n8 * item_bytes, x + n8, mm->n_in - n8,
+            y[i] = arm_float_end(lane[i], row[i] + n8 * item_bytes, x + n8, mm->n_in - n8,
                                  item_bytes, load8);
         memcpy(mm->y + r, y, MOE_MIN(mm->n_row - r, 8) * sizeof *y);
     }
@@ -674,10 +678,13 @@ MOE_INLINE void arm_float_gemm(const moe_mm *mm, size_t item_bytes, arm_load8_fn
             arm_float_strip(mm, row, t0, n_tok, sum, item_bytes, load8);
             for (size_t t = 0; t < n_tok; t++) {
                 const float *x = (const float *)(mm->x + (t0 + t) * mm->x_stride);
-                float y[4];
-                for (size_t i = 0; i < 4; i++)
-                    y[i] = arm_float_end(sum[t].low[i], sum[t].high[i], row[i] + n8 * item_bytes,
-                                         x + n8, mm->n_in - n8, item_bytes, load8);
+                float y[4], lane[8];
+                for (size_t i = 0; i < 4; i++) {
+                    vst1q_f32(lane, sum[t].low[i]);
+                    vst1q_f32(lane + 4, sum[t].high[i]);
+                    y[i] = arm_float_end(lane, row[i] + n8 * item_bytes, x + n8, mm->n_in - n8,
+                                         item_bytes, load8);
+                }
                 memcpy(mm->y + (t0 + t) * mm->y_stride + r, y,
                        MOE_MIN(mm->n_row - r, 4) * sizeof *y);
             }

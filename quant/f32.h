@@ -62,9 +62,8 @@ MOE_AVX2 static void f32_gemm_avx2(const moe_mm *mm)
 #if MOE_ARM64
 MOE_INLINE float32x4x2_t f32_load8_arm(const uint8_t *w)
 {
-    float32x4x2_t v;
-    memcpy(&v, w, sizeof v);
-    return v;
+    const uint8x16_t low = vld1q_u8(w), high = vld1q_u8(w + 16);
+    return (float32x4x2_t){{vreinterpretq_f32_u8(low), vreinterpretq_f32_u8(high)}};
 }
 
 static void f32_gemv_neon(const moe_mm *mm)
