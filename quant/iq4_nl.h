@@ -15,6 +15,7 @@
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
+#include "x86_512.h"
 
 typedef struct iq4_nl_block {
     uint8_t d[2];
@@ -93,6 +94,34 @@ MOE_AVX2 static void iq4_nl_gemm_avx2(const moe_mm *mm)
 {
     x86_gemm32(mm, sizeof(iq4_nl_block), iq4_nl_unpack_avx2, iq4_nl_step_avx2);
 }
+
+/* iq4_value + 128 */
+MOE_VNNI512 static void iq4_nl_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i *)iq4_value),
+                                        _mm_set1_epi8(-128));
+    __m512i word[8 * sizeof(iq4_nl_block) / 4];
+    x86_512_load_words(rows, offset, 8 * sizeof(iq4_nl_block), word);
+    for (size_t b = 0; b < 8; b += 2) {
+        const __m512i *w = word + b * sizeof(iq4_nl_block) / 4;
+        X86_512_UNROLL
+        for (size_t i = 0; i < 2; i++) {
+            const size_t at = i * sizeof(iq4_nl_block);
+            __m512i *code = tile->code + 8 * (b + i);
+            x86_512_block_nibbles(w, at + offsetof(iq4_nl_block, q), code);
+            x86_512_look_up(table, code, 8);
+            tile->d[b + i] = x86_512_f16_at(w, at);
+        }
+    }
+}
+
+static const x86_512_format iq4_nl_vnni512 = {32, sizeof(iq4_nl_block), 128, 32,
+                                             iq4_nl_load_vnni512, &x86_512_block};
+
+MOE_VNNI512 static void iq4_nl_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &iq4_nl_vnni512);
+}
 #endif
 
 #if MOE_ARM64
@@ -112,6 +141,8 @@ static moe_kernels iq4_nl_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){iq4_nl_gemv_avx2, iq4_nl_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = iq4_nl_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = iq4_nl_select_arm(cpu, best);

@@ -20,6 +20,7 @@
 
 #include "arm_k.h"
 #include "k.h"
+#include "x86_512.h"
 #include "x86_k.h"
 
 typedef struct iq4_xs_block {
@@ -187,8 +188,7 @@ MOE_AVX2_INLINE __m256i iq4_xs_dot64_avx2(__m256i acc, const uint8_t *qs, const 
     return iq4_xs_madd_avx2(acc, high, x86_load_pair(x + 16, x + 48), scale);
 }
 
-MOE_AVX2_INLINE __m256i iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                        __m256i *min)
+MOE_AVX2_INLINE __m256i iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q)
 {
     const iq4_xs_block *block = (const iq4_xs_block *)w;
     const __m256i s = iq4_xs_scales_avx2(block);
@@ -196,16 +196,17 @@ MOE_AVX2_INLINE __m256i iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q, const
     acc = iq4_xs_dot64_avx2(acc, block->qs, q, _mm256_shuffle_epi32(s, 0x00));
     acc = iq4_xs_dot64_avx2(acc, block->qs + 32, q + 64, _mm256_shuffle_epi32(s, 0x55));
     acc = iq4_xs_dot64_avx2(acc, block->qs + 64, q + 128, _mm256_shuffle_epi32(s, 0xaa));
-    (void)sum;
-    (void)min;
     return iq4_xs_dot64_avx2(acc, block->qs + 96, q + 192, _mm256_shuffle_epi32(s, 0xff));
 }
 
 MOE_AVX2_INLINE void iq4_xs_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
                                       const int16_t *sum, x86_k_sums *out)
 {
-    x86_k_dot_rows(row, offset, q, sum, offsetof(iq4_xs_block, d), X86_K_NO_MIN, iq4_xs_dot_avx2,
-                   out);
+    (void)sum;
+    __m256i dot[8];
+    for (size_t r = 0; r < 8; r++)
+        dot[r] = iq4_xs_dot_avx2(row[r] + offset, q);
+    x86_k_sum_rows(dot, dot, row, offset + offsetof(iq4_xs_block, d), X86_K_NO_MIN, out);
 }
 
 MOE_AVX2_INLINE void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
@@ -227,17 +228,54 @@ MOE_AVX2_INLINE void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset
     tile->d = x86_f16x8(row, offset);
 }
 
-static const x86_k_format iq4_xs_avx2 = {sizeof(iq4_xs_block), X86_K_NO_MIN, 32, 1,
-                                         iq4_xs_dot8_avx2, iq4_xs_load_avx2};
+static const x86_k_format iq4_xs_avx2 = {sizeof(iq4_xs_block), X86_K_NO_MIN, 32, 1};
 
 MOE_AVX2 static void iq4_xs_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &iq4_xs_avx2);
+    x86_k_gemv(mm, &iq4_xs_avx2, iq4_xs_dot8_avx2);
 }
 
 MOE_AVX2 static void iq4_xs_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &iq4_xs_avx2, iq4_xs_gemv_avx2);
+    x86_k_gemm(mm, &iq4_xs_avx2, iq4_xs_load_avx2, iq4_xs_gemv_avx2);
+}
+
+/* -- AVX-512 VNNI -- */
+
+/* iq4_value + 128 */
+MOE_VNNI512 static void iq4_xs_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i *)iq4_value),
+                                        _mm_set1_epi8(-128));
+    for (size_t p = 0; p < 4; p++) { /* groups 2p and 2p + 1 */
+        __m512i v[8], *code = tile->code + 16 * p;
+        x86_512_load32(rows, offset + offsetof(iq4_xs_block, qs) + 32 * p, v);
+        X86_512_UNROLL
+        for (int j = 0; j < 4; j++) {
+            x86_512_nibbles(v[j], &code[j], &code[j + 4]);
+            x86_512_nibbles(v[j + 4], &code[j + 8], &code[j + 12]);
+        }
+        x86_512_look_up(table, code, 16);
+    }
+    __m512i v[4]; /* d and scales_h, scales_l, 8 bytes of qs */
+    x86_512_load16(rows, offset, v);
+    tile->d[0] = x86_512_f16(v[0]);
+    __m512i low = v[1], high = _mm512_srli_epi32(v[0], 16 - 4);
+    for (int g = 0; g < 8; g++) {
+        const __m512i scale = _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(15)),
+                                              _mm512_and_si512(high, _mm512_set1_epi32(48)));
+        tile->scale[g] = _mm512_sub_epi32(scale, _mm512_set1_epi32(32));
+        low = _mm512_srli_epi32(low, 4);
+        high = _mm512_srli_epi32(high, 2);
+    }
+}
+
+static const x86_512_format iq4_xs_vnni512 = {K_LEN, sizeof(iq4_xs_block), 128, 32,
+                                             iq4_xs_load_vnni512, &x86_512_k32};
+
+MOE_VNNI512 static void iq4_xs_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &iq4_xs_vnni512);
 }
 
 #endif
@@ -279,6 +317,8 @@ static moe_kernels iq4_xs_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){iq4_xs_gemv_avx2, iq4_xs_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = iq4_xs_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = iq4_xs_select_arm(cpu, best);

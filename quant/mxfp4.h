@@ -19,6 +19,7 @@
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
+#include "x86_512.h"
 
 typedef struct mxfp4_block {
     uint8_t e;
@@ -124,6 +125,44 @@ MOE_AVX2 static void mxfp4_gemm_avx2(const moe_mm *mm)
 {
     x86_gemm32(mm, sizeof(mxfp4_block), mxfp4_unpack_avx2, mxfp4_step_avx2);
 }
+
+/* mxfp4_scale() of the lowest byte of each lane. */
+MOE_VNNI512_INLINE __m512 mxfp4_scales_vnni512(__m512i v)
+{
+    const __m512i e = _mm512_and_si512(v, _mm512_set1_epi32(255));
+    const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    return _mm512_castsi512_ps(
+        _mm512_mask_sllv_epi32(normal, _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)),
+                               _mm512_set1_epi32(0x00200000), e));
+}
+
+/* mxfp4_value + 12 */
+MOE_VNNI512 static void mxfp4_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)mxfp4_value),
+                                       _mm_set1_epi8(12));
+    __m512i word[8 * sizeof(mxfp4_block) / 4];
+    x86_512_load_words(rows, offset, 8 * sizeof(mxfp4_block), word);
+    for (size_t b = 0; b < 8; b += 4) {
+        const __m512i *w = word + b * sizeof(mxfp4_block) / 4;
+        X86_512_UNROLL
+        for (size_t i = 0; i < 4; i++) {
+            const size_t at = i * sizeof(mxfp4_block);
+            __m512i *code = tile->code + 8 * (b + i);
+            x86_512_block_nibbles(w, at + offsetof(mxfp4_block, q), code);
+            x86_512_look_up(table, code, 8);
+            tile->d[b + i] = mxfp4_scales_vnni512(x86_512_byte(w[at / 4], (int)(at % 4)));
+        }
+    }
+}
+
+static const x86_512_format mxfp4_vnni512 = {32, sizeof(mxfp4_block), 12, 32,
+                                             mxfp4_load_vnni512, &x86_512_block};
+
+MOE_VNNI512 static void mxfp4_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &mxfp4_vnni512);
+}
 #endif
 
 #if MOE_ARM64
@@ -156,6 +195,8 @@ static moe_kernels mxfp4_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){mxfp4_gemv_avx2, mxfp4_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = mxfp4_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = mxfp4_select_arm(cpu, best);

@@ -22,6 +22,7 @@
 
 #include "arm_k.h"
 #include "k.h"
+#include "x86_512.h"
 #include "x86_k.h"
 
 typedef struct q2_k_block {
@@ -132,8 +133,10 @@ MOE_AVX2_INLINE __m256i q2_k_dot_avx2(const uint8_t *w, const int8_t *q, const i
 MOE_AVX2_INLINE void q2_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
                                     const int16_t *sum, x86_k_sums *out)
 {
-    x86_k_dot_rows(row, offset, q, sum, offsetof(q2_k_block, d), X86_K_FLOAT_MIN, q2_k_dot_avx2,
-                   out);
+    __m256i dot[8], min[8];
+    for (size_t r = 0; r < 8; r++)
+        dot[r] = q2_k_dot_avx2(row[r] + offset, q, sum, &min[r]);
+    x86_k_sum_rows(dot, min, row, offset + offsetof(q2_k_block, d), X86_K_FLOAT_MIN, out);
 }
 
 MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
@@ -164,17 +167,61 @@ MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* Codes up to 3: a whole group, 4 * 2 * 127 * 3 = 3048 */
-static const x86_k_format q2_k_avx2 = {sizeof(q2_k_block), X86_K_FLOAT_MIN, 16, 4, q2_k_dot8_avx2,
-                                       q2_k_load_avx2};
+static const x86_k_format q2_k_avx2 = {sizeof(q2_k_block), X86_K_FLOAT_MIN, 16, 4};
 
 MOE_AVX2 static void q2_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q2_k_avx2);
+    x86_k_gemv(mm, &q2_k_avx2, q2_k_dot8_avx2);
 }
 
 MOE_AVX2 static void q2_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q2_k_avx2, q2_k_gemv_avx2);
+    x86_k_gemm(mm, &q2_k_avx2, q2_k_load_avx2, q2_k_gemv_avx2);
+}
+
+/* -- AVX-512 VNNI -- */
+
+/* The codes times their scales: up to 3 * 15, so that two bytes are multiplied at once. */
+MOE_VNNI512 static void q2_k_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    const __m512i low2 = _mm512_set1_epi8(3), low4 = _mm512_set1_epi8(15);
+    __m512i last[4], scale[4]; /* of 4 groups each */
+    x86_512_load16(rows, offset, scale);
+    X86_512_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m512i min = _mm512_and_si512(_mm512_srli_epi16(scale[i], 4), low4);
+        tile->min[2 * i] = x86_512_byte_pair(min, 0);
+        tile->min[2 * i + 1] = x86_512_byte_pair(min, 1);
+        scale[i] = _mm512_and_si512(scale[i], low4);
+    }
+    X86_512_UNROLL
+    for (size_t half = 0; half < 2; half++) {
+        __m512i v[8], *code = tile->code + 32 * half;
+        x86_512_load32(rows, offset + offsetof(q2_k_block, qs) + 32 * half, v);
+        X86_512_UNROLL
+        for (size_t j = 0; j < 4; j++) {
+            const size_t g = 8 * half + 2 * j;
+            const __m512i even = x86_512_byte_twice(scale[g / 4], g % 4);
+            const __m512i odd = x86_512_byte_twice(scale[g / 4], g % 4 + 1);
+            X86_512_UNROLL
+            for (size_t k = 0; k < 8; k++) {
+                const __m512i q = _mm512_and_si512(v[k], low2);
+                code[8 * j + k] = _mm512_mullo_epi16(q, k < 4 ? even : odd);
+                v[k] = _mm512_srli_epi16(v[k], 2);
+            }
+        }
+    }
+    x86_512_load16(rows, offset + sizeof(q2_k_block) - 16, last);
+    tile->d[0] = x86_512_f16_at(last, 12);
+    tile->m[0] = x86_512_f16_at(last, 14);
+}
+
+static const x86_512_format q2_k_vnni512 = {K_LEN, sizeof(q2_k_block), 0, 16,
+                                             q2_k_load_vnni512, &x86_512_k256_min};
+
+MOE_VNNI512 static void q2_k_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &q2_k_vnni512);
 }
 
 #endif
@@ -215,6 +262,8 @@ static moe_kernels q2_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q2_k_gemv_avx2, q2_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = q2_k_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = q2_k_select_arm(cpu, best);

@@ -21,6 +21,7 @@
 
 #include "arm_k.h"
 #include "k.h"
+#include "x86_512.h"
 #include "x86_k.h"
 
 typedef struct q3_k_block {
@@ -133,8 +134,7 @@ MOE_AVX2_INLINE __m128i q3_k_scales_avx2(const q3_k_block *block)
     return _mm_sub_epi8(_mm_or_si128(l, h), _mm_set1_epi8(32));
 }
 
-MOE_AVX2_INLINE __m256i q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                      __m256i *min)
+MOE_AVX2_INLINE __m256i q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum)
 {
     const q3_k_block *block = (const q3_k_block *)w;
     const __m128i scales = q3_k_scales_avx2(block);
@@ -145,15 +145,16 @@ MOE_AVX2_INLINE __m256i q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const i
     q3_k_codes_avx2(x86_k_load(block->qs), _mm256_slli_epi16(high, 2), code);
     acc = x86_k_madd128(acc, code, q, s.low);
     q3_k_codes_avx2(x86_k_load(block->qs + 32), _mm256_srli_epi16(high, 2), code);
-    (void)min;
     return x86_k_madd128(acc, code, q + 128, s.high);
 }
 
 MOE_AVX2_INLINE void q3_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
                                     const int16_t *sum, x86_k_sums *out)
 {
-    x86_k_dot_rows(row, offset, q, sum, offsetof(q3_k_block, d), X86_K_INT_MIN, q3_k_dot_avx2,
-                   out);
+    __m256i dot[8];
+    for (size_t r = 0; r < 8; r++)
+        dot[r] = q3_k_dot_avx2(row[r] + offset, q, sum);
+    x86_k_sum_rows(dot, dot, row, offset + offsetof(q3_k_block, d), X86_K_INT_MIN, out);
 }
 
 MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
@@ -191,17 +192,68 @@ MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* Codes up to 7: a whole group, 4 * 2 * 127 * 7 = 7112 */
-static const x86_k_format q3_k_avx2 = {sizeof(q3_k_block), X86_K_INT_MIN, 16, 4, q3_k_dot8_avx2,
-                                       q3_k_load_avx2};
+static const x86_k_format q3_k_avx2 = {sizeof(q3_k_block), X86_K_INT_MIN, 16, 4};
 
 MOE_AVX2 static void q3_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q3_k_avx2);
+    x86_k_gemv(mm, &q3_k_avx2, q3_k_dot8_avx2);
 }
 
 MOE_AVX2 static void q3_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q3_k_avx2, q3_k_gemv_avx2);
+    x86_k_gemm(mm, &q3_k_avx2, q3_k_load_avx2, q3_k_gemv_avx2);
+}
+
+/* -- AVX-512 VNNI -- */
+
+/* 4 of the scales, as bytes: 4 bits are in `low`, 2 in `high`, each in its lowest bits. */
+MOE_VNNI512_INLINE void q3_k_scales_vnni512(__m512i low, __m512i high, __m512i scale[4])
+{
+    __m512i v = _mm512_and_si512(low, _mm512_set1_epi8(15));
+    v = _mm512_or_si512(v, _mm512_and_si512(_mm512_slli_epi16(high, 4), _mm512_set1_epi8(48)));
+    v = _mm512_sub_epi8(v, _mm512_set1_epi8(32));
+    X86_512_UNROLL
+    for (size_t g = 0; g < 4; g++)
+        scale[g] = x86_512_signed_byte(v, g);
+}
+
+MOE_VNNI512 static void q3_k_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    const __m512i two = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
+    __m512i high[8];
+    x86_512_load32(rows, offset, high);
+    for (size_t half = 0; half < 2; half++) {
+        __m512i v[8], *code = tile->code + 32 * half;
+        x86_512_load32(rows, offset + offsetof(q3_k_block, qs) + 32 * half, v);
+        X86_512_UNROLL
+        for (int k = 0; k < 8; k++) {
+            __m512i h = half ? _mm512_srli_epi16(high[k], 2) : _mm512_slli_epi16(high[k], 2);
+            X86_512_UNROLL
+            for (int j = 0; j < 4; j++) {
+                code[8 * j + k] = _mm512_or_si512(_mm512_and_si512(v[k], two),
+                                                  _mm512_and_si512(h, four));
+                v[k] = _mm512_srli_epi16(v[k], 2);
+                h = _mm512_srli_epi16(h, 1);
+            }
+        }
+    }
+    __m512i last[4]; /* the last 16 bytes: 2 of qs, scales, d */
+    x86_512_load16(rows, offset + sizeof(q3_k_block) - 16, last);
+    const __m512i low0 = x86_512_word(last, 2), low1 = x86_512_word(last, 6);
+    const __m512i top = x86_512_word(last, 10);
+    q3_k_scales_vnni512(low0, top, tile->scale);
+    q3_k_scales_vnni512(low1, _mm512_srli_epi16(top, 2), tile->scale + 4);
+    q3_k_scales_vnni512(_mm512_srli_epi16(low0, 4), _mm512_srli_epi16(top, 4), tile->scale + 8);
+    q3_k_scales_vnni512(_mm512_srli_epi16(low1, 4), _mm512_srli_epi16(top, 6), tile->scale + 12);
+    tile->d[0] = x86_512_f16_at(last, 14);
+}
+
+static const x86_512_format q3_k_vnni512 = {K_LEN, sizeof(q3_k_block), 4, 16,
+                                             q3_k_load_vnni512, &x86_512_k16};
+
+MOE_VNNI512 static void q3_k_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &q3_k_vnni512);
 }
 
 #endif
@@ -258,6 +310,8 @@ static moe_kernels q3_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q3_k_gemv_avx2, q3_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = q3_k_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = q3_k_select_arm(cpu, best);

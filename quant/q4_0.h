@@ -14,6 +14,7 @@
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
+#include "x86_512.h"
 
 typedef struct q4_0_block {
     uint8_t d[2];
@@ -92,6 +93,28 @@ MOE_AVX2 static void q4_0_gemm_avx2(const moe_mm *mm)
 {
     x86_gemm32(mm, sizeof(q4_0_block), q4_0_unpack_avx2, q4_0_step_avx2);
 }
+MOE_VNNI512 static void q4_0_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    __m512i word[8 * sizeof(q4_0_block) / 4];
+    x86_512_load_words(rows, offset, 8 * sizeof(q4_0_block), word);
+    for (size_t b = 0; b < 8; b += 2) {
+        const __m512i *w = word + b * sizeof(q4_0_block) / 4;
+        X86_512_UNROLL
+        for (size_t i = 0; i < 2; i++) {
+            const size_t at = i * sizeof(q4_0_block);
+            x86_512_block_nibbles(w, at + offsetof(q4_0_block, q), tile->code + 8 * (b + i));
+            tile->d[b + i] = x86_512_f16_at(w, at);
+        }
+    }
+}
+
+static const x86_512_format q4_0_vnni512 = {32, sizeof(q4_0_block), 8, 32,
+                                             q4_0_load_vnni512, &x86_512_block};
+
+MOE_VNNI512 static void q4_0_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &q4_0_vnni512);
+}
 #endif
 
 #if MOE_ARM64
@@ -111,6 +134,8 @@ static moe_kernels q4_0_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q4_0_gemv_avx2, q4_0_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = q4_0_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = q4_0_select_arm(cpu, best);

@@ -15,6 +15,7 @@
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
+#include "x86_512.h"
 
 typedef struct q4_1_block {
     uint8_t d[2], m[2];
@@ -94,6 +95,26 @@ MOE_AVX2 static void q4_1_gemm_avx2(const moe_mm *mm)
 {
     x86_gemm32(mm, sizeof(q4_1_block), q4_1_unpack_avx2, q4_1_step_avx2);
 }
+
+MOE_VNNI512 static void q4_1_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    __m512i word[8 * sizeof(q4_1_block) / 4];
+    x86_512_load_words(rows, offset, 8 * sizeof(q4_1_block), word);
+    for (size_t b = 0; b < 8; b++) {
+        const __m512i *w = word + b * sizeof(q4_1_block) / 4;
+        x86_512_block_nibbles(w, offsetof(q4_1_block, q), tile->code + 8 * b);
+        tile->d[b] = x86_512_f16_at(w, 0);
+        tile->m[b] = x86_512_f16_at(w, offsetof(q4_1_block, m));
+    }
+}
+
+static const x86_512_format q4_1_vnni512 = {32, sizeof(q4_1_block), 0, 32,
+                                             q4_1_load_vnni512, &x86_512_affine};
+
+MOE_VNNI512 static void q4_1_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &q4_1_vnni512);
+}
 #endif
 
 #if MOE_ARM64
@@ -112,6 +133,8 @@ static moe_kernels q4_1_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q4_1_gemv_avx2, q4_1_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = q4_1_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = q4_1_select_arm(cpu, best);

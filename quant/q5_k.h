@@ -22,6 +22,7 @@
 
 #include "arm_k.h"
 #include "k.h"
+#include "x86_512.h"
 #include "x86_k.h"
 
 typedef struct q5_k_block {
@@ -180,17 +181,46 @@ MOE_AVX2_INLINE void q5_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* 4 * 2 * 127 * 31 = 31496 */
-static const x86_k_format q5_k_avx2 = {sizeof(q5_k_block), X86_K_FLOAT_MIN, 32, 4, q5_k_dot8_avx2,
-                                       q5_k_load_avx2};
+static const x86_k_format q5_k_avx2 = {sizeof(q5_k_block), X86_K_FLOAT_MIN, 32, 4};
 
 MOE_AVX2 static void q5_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q5_k_avx2);
+    x86_k_gemv(mm, &q5_k_avx2, q5_k_dot8_avx2);
 }
 
 MOE_AVX2 static void q5_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q5_k_avx2, q5_k_gemv_avx2);
+    x86_k_gemm(mm, &q5_k_avx2, q5_k_load_avx2, q5_k_gemv_avx2);
+}
+
+/* -- AVX-512 VNNI -- */
+
+MOE_VNNI512 static void q5_k_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    const __m512i sixteen = _mm512_set1_epi8(16);
+    __m512i high[8];
+    x86_512_load_header(rows, offset, tile);
+    x86_512_load32(rows, offset + offsetof(q5_k_block, qh), high);
+    for (size_t p = 0; p < 4; p++) {
+        __m512i v[8], *code = tile->code + 16 * p;
+        x86_512_load32(rows, offset + offsetof(q5_k_block, qs) + 32 * p, v);
+        X86_512_UNROLL
+        for (int j = 0; j < 8; j++) {
+            x86_512_nibbles(v[j], &code[j], &code[j + 8]);
+            const __m512i even = _mm512_slli_epi16(high[j], 4), odd = _mm512_slli_epi16(high[j], 3);
+            code[j] = _mm512_or_si512(code[j], _mm512_and_si512(even, sixteen));
+            code[j + 8] = _mm512_or_si512(code[j + 8], _mm512_and_si512(odd, sixteen));
+            high[j] = _mm512_srli_epi16(high[j], 2);
+        }
+    }
+}
+
+static const x86_512_format q5_k_vnni512 = {K_LEN, sizeof(q5_k_block), 0, 32,
+                                             q5_k_load_vnni512, &x86_512_k32_min};
+
+MOE_VNNI512 static void q5_k_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &q5_k_vnni512);
 }
 
 #endif
@@ -237,6 +267,8 @@ static moe_kernels q5_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q5_k_gemv_avx2, q5_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = q5_k_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = q5_k_select_arm(cpu, best);

@@ -21,6 +21,7 @@
 
 #include "arm_k.h"
 #include "k.h"
+#include "x86_512.h"
 #include "x86_k.h"
 
 typedef struct q6_k_block {
@@ -112,8 +113,7 @@ MOE_AVX2_INLINE void q6_k_codes_avx2(__m256i v0, __m256i v1, __m256i h, __m256i 
     code[3] = q6_k_join_avx2(_mm256_srli_epi16(v1, 4), _mm256_srli_epi16(h, 2));
 }
 
-MOE_AVX2_INLINE __m256i q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                      __m256i *min)
+MOE_AVX2_INLINE __m256i q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum)
 {
     const q6_k_block *block = (const q6_k_block *)w;
     const __m128i scales = _mm_loadu_si128((const __m128i *)block->scales);
@@ -124,15 +124,16 @@ MOE_AVX2_INLINE __m256i q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const i
     acc = x86_k_madd128(acc, code, q, s.low);
     q6_k_codes_avx2(x86_k_load(block->ql + 64), x86_k_load(block->ql + 96),
                     x86_k_load(block->qh + 32), code);
-    (void)min;
     return x86_k_madd128(acc, code, q + 128, s.high);
 }
 
 MOE_AVX2_INLINE void q6_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
                                     const int16_t *sum, x86_k_sums *out)
 {
-    x86_k_dot_rows(row, offset, q, sum, offsetof(q6_k_block, d), X86_K_INT_MIN, q6_k_dot_avx2,
-                   out);
+    __m256i dot[8];
+    for (size_t r = 0; r < 8; r++)
+        dot[r] = q6_k_dot_avx2(row[r] + offset, q, sum);
+    x86_k_sum_rows(dot, dot, row, offset + offsetof(q6_k_block, d), X86_K_INT_MIN, out);
 }
 
 MOE_AVX2_INLINE void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
@@ -162,17 +163,56 @@ MOE_AVX2_INLINE void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 }
 
 /* 2 * 2 * 127 * 63 = 32004 */
-static const x86_k_format q6_k_avx2 = {sizeof(q6_k_block), X86_K_INT_MIN, 16, 2, q6_k_dot8_avx2,
-                                       q6_k_load_avx2};
+static const x86_k_format q6_k_avx2 = {sizeof(q6_k_block), X86_K_INT_MIN, 16, 2};
 
 MOE_AVX2 static void q6_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q6_k_avx2);
+    x86_k_gemv(mm, &q6_k_avx2, q6_k_dot8_avx2);
 }
 
 MOE_AVX2 static void q6_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q6_k_avx2, q6_k_gemv_avx2);
+    x86_k_gemm(mm, &q6_k_avx2, q6_k_load_avx2, q6_k_gemv_avx2);
+}
+
+/* -- AVX-512 VNNI -- */
+
+MOE_VNNI512_INLINE __m512i q6_k_join_vnni512(__m512i nibble, __m512i high)
+{
+    return _mm512_or_si512(_mm512_and_si512(nibble, _mm512_set1_epi8(15)),
+                           _mm512_and_si512(high, _mm512_set1_epi8(48)));
+}
+
+MOE_VNNI512 static void q6_k_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    for (size_t half = 0; half < 2; half++) {
+        __m512i v0[8], v1[8], h[8], *code = tile->code + 32 * half;
+        x86_512_load32(rows, offset + 64 * half, v0);
+        x86_512_load32(rows, offset + 64 * half + 32, v1);
+        x86_512_load32(rows, offset + offsetof(q6_k_block, qh) + 32 * half, h);
+        X86_512_UNROLL
+        for (int k = 0; k < 8; k++) {
+            code[k] = q6_k_join_vnni512(v0[k], _mm512_slli_epi16(h[k], 4));
+            code[k + 8] = q6_k_join_vnni512(v1[k], _mm512_slli_epi16(h[k], 2));
+            code[k + 16] = q6_k_join_vnni512(_mm512_srli_epi16(v0[k], 4), h[k]);
+            code[k + 24] = q6_k_join_vnni512(_mm512_srli_epi16(v1[k], 4),
+                                             _mm512_srli_epi16(h[k], 2));
+        }
+    }
+    __m512i v[8]; /* the last 32 bytes: 14 of qh, scales, d */
+    x86_512_load32(rows, offset + sizeof(q6_k_block) - 32, v);
+    X86_512_UNROLL
+    for (size_t g = 0; g < 16; g++)
+        tile->scale[g] = x86_512_signed_byte(v[(14 + g) / 4], (14 + g) % 4);
+    tile->d[0] = x86_512_f16_at(v, 30);
+}
+
+static const x86_512_format q6_k_vnni512 = {K_LEN, sizeof(q6_k_block), 32, 16,
+                                             q6_k_load_vnni512, &x86_512_k16};
+
+MOE_VNNI512 static void q6_k_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &q6_k_vnni512);
 }
 
 #endif
@@ -218,6 +258,8 @@ static moe_kernels q6_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q6_k_gemv_avx2, q6_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = q6_k_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = q6_k_select_arm(cpu, best);

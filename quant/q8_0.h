@@ -13,6 +13,7 @@
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
+#include "x86_512.h"
 
 typedef struct q8_0_block {
     uint8_t d[2];
@@ -89,6 +90,32 @@ MOE_AVX2 static void q8_0_gemm_avx2(const moe_mm *mm)
 {
     x86_gemm32(mm, sizeof(q8_0_block), q8_0_unpack_avx2, q8_0_step_avx2);
 }
+/* q + 128 */
+MOE_VNNI512 static void q8_0_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
+{
+    __m512i word[8 * sizeof(q8_0_block) / 4];
+    x86_512_load_words(rows, offset, 8 * sizeof(q8_0_block), word);
+    for (size_t b = 0; b < 8; b += 2) {
+        const __m512i *w = word + b * sizeof(q8_0_block) / 4;
+        X86_512_UNROLL
+        for (size_t i = 0; i < 2; i++) {
+            const size_t at = i * sizeof(q8_0_block);
+            X86_512_UNROLL
+            for (size_t j = 0; j < 8; j++)
+                tile->code[8 * (b + i) + j] = _mm512_xor_si512(
+                    x86_512_word(w, at + offsetof(q8_0_block, q) + 4 * j), _mm512_set1_epi8(-128));
+            tile->d[b + i] = x86_512_f16_at(w, at);
+        }
+    }
+}
+
+static const x86_512_format q8_0_vnni512 = {32, sizeof(q8_0_block), 128, 32,
+                                             q8_0_load_vnni512, &x86_512_block};
+
+MOE_VNNI512 static void q8_0_gemm_vnni512(const moe_mm *mm)
+{
+    x86_512_gemm(mm, &q8_0_vnni512);
+}
 #endif
 
 #if MOE_ARM64
@@ -109,6 +136,8 @@ static moe_kernels q8_0_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q8_0_gemv_avx2, q8_0_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512_VNNI)
+        best.gemm = q8_0_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = q8_0_select_arm(cpu, best);

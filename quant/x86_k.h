@@ -1,5 +1,6 @@
 /* quant/x86_k.h - what the AVX2 kernels of the formats with superblocks of 256 weights share: the
- * loops over rows, superblocks and tokens. A format brings two functions, struct x86_k_format.
+ * loops over rows, superblocks and tokens. A format brings two functions and a
+ * struct x86_k_format; the loops are bodies, as in x86.h.
  *
  * One token (gemv). 8 rows side by side: their integer sums become one vector, in row order, which
  * goes through the format's float expression. While 8 rows are multiplied the next 8 are fetched,
@@ -56,12 +57,13 @@ typedef struct x86_k_format {
     int group;        // weights that share a scale: 16 or 32
     int n_fold;       // how many times two products of a code and an activation fit into 16 bits:
                       // n_fold * 2 * 127 * code <= 32767. 1: the codes are signed, -127..127
-    /* The superblocks at `offset` of 8 rows times 256 activations. */
-    void (*dot8)(const uint8_t *const row[8], size_t offset, const int8_t *q, const int16_t *sum,
-                 x86_k_sums *out);
-    /* Unpacks them. */
-    void (*load)(const uint8_t *const row[8], size_t offset, x86_k_tile *tile);
 } x86_k_format;
+
+/* The superblocks at `offset` of 8 rows times 256 activations. */
+typedef void x86_k_dot8_fn(const uint8_t *const row[8], size_t offset, const int8_t *q,
+                           const int16_t *sum, x86_k_sums *out);
+/* Unpacks them. */
+typedef void x86_k_load_fn(const uint8_t *const row[8], size_t offset, x86_k_tile *tile);
 
 MOE_AVX2_INLINE __m256i x86_k_load(const void *p)
 {
@@ -183,22 +185,18 @@ MOE_AVX2_INLINE __m256i x86_k_scale(const x86_k_header *h, int r, int g)
 
 /* -------------------------------------------------------------------------------- one token -- */
 
-/* dot8 for formats that multiply row by row. dot_row() returns 8 numbers whose sum is the integer
- * that d belongs to, the minimum's part included with X86_K_INT_MIN, and *min likewise for dmin. */
-typedef __m256i x86_k_dot_fn(const uint8_t *w, const int8_t *q, const int16_t *sum, __m256i *min);
-
-MOE_AVX2_INLINE void x86_k_dot_rows(const uint8_t *const row[8], size_t offset, const int8_t *q,
-                                    const int16_t *sum, size_t d_offset, x86_k_min kind,
-                                    x86_k_dot_fn *dot_row, x86_k_sums *out)
+/* For formats that multiply row by row: dot[r] are 8 numbers whose sum is the integer that d belongs
+ * to, the minimum's part included with X86_K_INT_MIN, and min[r] likewise for dmin. d stands at
+ * `d_offset` in the rows, dmin behind it. */
+MOE_AVX2_INLINE void x86_k_sum_rows(const __m256i dot[8], const __m256i min[8],
+                                    const uint8_t *const row[8], size_t d_offset, x86_k_min kind,
+                                    x86_k_sums *out)
 {
-    __m256i dot[8], min[8];
-    for (size_t r = 0; r < 8; r++)
-        dot[r] = dot_row(row[r] + offset, q, sum, &min[r]);
     out->dot = x86_sum8_i32(dot);
-    out->d = x86_f16x8(row, offset + d_offset);
+    out->d = x86_f16x8(row, d_offset);
     if (kind == X86_K_FLOAT_MIN) {
         out->min = x86_sum8_i32(min);
-        out->dmin = x86_f16x8(row, offset + d_offset + 2);
+        out->dmin = x86_f16x8(row, d_offset + 2);
     }
 }
 
@@ -213,7 +211,7 @@ MOE_AVX2_INLINE __m256 x86_k_add(const x86_k_sums *s, x86_k_min kind, __m256 x_s
     return _mm256_fmadd_ps(x_scale, term, acc);
 }
 
-MOE_AVX2_INLINE void x86_k_gemv(const moe_mm *mm, const x86_k_format *f)
+MOE_AVX2_INLINE void x86_k_gemv(const moe_mm *mm, const x86_k_format *f, x86_k_dot8_fn *dot8)
 {
     const moe_q8 x = act_q8(MOE_ACT_Q8_256, mm->x, mm->n_in);
     const size_t n_block = mm->n_in / K_LEN;
@@ -227,7 +225,7 @@ MOE_AVX2_INLINE void x86_k_gemv(const moe_mm *mm, const x86_k_format *f)
                 _mm_prefetch((const char *)(ahead + i), _MM_HINT_T0);
             ahead += 8 * f->block_bytes;
             x86_k_sums s;
-            f->dot8(row, b * f->block_bytes, x.q + K_LEN * b, x.sum + 16 * b, &s);
+            dot8(row, b * f->block_bytes, x.q + K_LEN * b, x.sum + 16 * b, &s);
             acc = x86_k_add(&s, f->min, _mm256_broadcast_ss(x.scale + b), acc);
         }
         x86_store_rows(mm->y + r, acc, mm->n_row - r);
@@ -354,7 +352,7 @@ enum { X86_K_TOKENS = 64, X86_K_TOKENS_MIN = 4 };
 
 /* Up to X86_K_TOKENS tokens from t0 on. */
 MOE_AVX2_INLINE void x86_k_gemm_tokens(const moe_mm *mm, size_t t0, size_t n_tok,
-                                       const x86_k_format *f)
+                                       const x86_k_format *f, x86_k_load_fn *load)
 {
     const size_t n_block = mm->n_in / K_LEN;
     moe_q8 x[X86_K_TOKENS];
@@ -368,7 +366,7 @@ MOE_AVX2_INLINE void x86_k_gemm_tokens(const moe_mm *mm, size_t t0, size_t n_tok
             acc[t] = _mm256_setzero_ps();
         for (size_t b = 0; b < n_block; b++) {
             x86_k_tile tile;
-            f->load(row, b * f->block_bytes, &tile);
+            load(row, b * f->block_bytes, &tile);
             size_t t = 0;
             for (; t + 4 <= n_tok; t += 4)
                 x86_k_step(&tile, x + t, b, acc + t, 4, f);
@@ -395,14 +393,15 @@ MOE_AVX2_INLINE void x86_k_gemm_few(const moe_mm *mm, moe_mm_fn *gemv)
         }
 }
 
-MOE_AVX2_INLINE void x86_k_gemm(const moe_mm *mm, const x86_k_format *f, moe_mm_fn *gemv)
+MOE_AVX2_INLINE void x86_k_gemm(const moe_mm *mm, const x86_k_format *f, x86_k_load_fn *load,
+                                moe_mm_fn *gemv)
 {
     if (mm->n_tok < X86_K_TOKENS_MIN) {
         x86_k_gemm_few(mm, gemv);
         return;
     }
     for (size_t t = 0; t < mm->n_tok; t += X86_K_TOKENS)
-        x86_k_gemm_tokens(mm, t, MOE_MIN(mm->n_tok - t, X86_K_TOKENS), f);
+        x86_k_gemm_tokens(mm, t, MOE_MIN(mm->n_tok - t, X86_K_TOKENS), f, load);
 }
 
 #endif

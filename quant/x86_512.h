@@ -1,0 +1,525 @@
+/* quant/x86_512.h - what the AVX-512 kernels share. Integer formats use VNNI (vpdpbusd): products of
+ * four unsigned and four signed bytes are added to a 32-bit lane, exactly and in one step.
+ *
+ * 256 weights of 16 rows are unpacked into a tile, transposed so that a vector holds 4 consecutive k
+ * of 16 rows:
+ *
+ *     code[i]   bytes    row 0 k 4i..4i+3 | row 1 k 4i..4i+3 | ... | row 15 k 4i..4i+3
+ *
+ * A vector of weights meets 4 activations of a token, broadcast, and the sums of 16 rows grow in the
+ * lanes of one vector; nothing is added across lanes. Two tiles, 32 rows, and 4 tokens are multiplied
+ * at once: 8 sums, 8 results, and everything else still fits into the 32 registers. One token is
+ * computed in the same way: unpacking costs about as much as reading from the cache, and it leaves
+ * the sums where they belong.
+ *
+ * Codes are unsigned: what a format subtracts from them (`offset`) is a multiple of the sum of the
+ * activations, with which the sum of a group starts instead of 0.
+ *
+ * A format brings a function that unpacks (load) and picks the steps that suit its blocks. They are
+ * called once per tile, through pointers. Must never: read a byte outside a row, or compute a float
+ * in another order than the C kernel of the format. */
+#ifndef MOE_QUANT_X86_512_H
+#define MOE_QUANT_X86_512_H
+
+#include "x86.h"
+
+#if MOE_X86
+
+#define MOE_VNNI512 MOE_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define MOE_VNNI512_INLINE MOE_UNUSED MOE_INLINE MOE_VNNI512
+
+/* In front of a loop whose length is a constant: it is to disappear. */
+#ifdef __clang__
+#define X86_512_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define X86_512_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+enum {
+    X86_512_K = 256,     /* weights of a row in a tile */
+    X86_512_ROWS = 32,   /* rows computed at once: two tiles */
+    X86_512_TOKENS = 64  /* tokens computed on a tile before the next is unpacked */
+};
+
+/* 256 weights of 16 rows: one superblock, or up to 8 blocks of 32. */
+typedef struct x86_512_tile {
+    __m512i code[X86_512_K / 4];
+    __m512i scale[16];  // superblocks: int32 [row] of each group of 16 or 32 weights
+    __m512i min[8];     // superblocks with minima: int16 [row][2] of groups 2p and 2p + 1
+    __m512 d[8], m[8];  // [block][row]
+} x86_512_tile;
+
+/* What is derived from the sums of one token's 256 activations. */
+typedef struct x86_512_token {
+    int32_t init[16];   // -offset * the sum of each group of 16 or 32
+    int16_t sum[16];    // these sums
+    float fsum[8];      // the sums of 32
+} x86_512_token;
+
+/* 256 activations of up to X86_512_TOKENS tokens, `stride` bytes apart. */
+typedef struct x86_512_x {
+    const int8_t *q;
+    const float *scale;
+    const int16_t *sum;
+    size_t stride;
+    size_t n_tok;
+    size_t n_block;     // blocks of 32, where that is the format's block
+    x86_512_token token[X86_512_TOKENS];
+} x86_512_x;
+
+/* Where 16 rows begin, and what is fetched while they are loaded: as many bytes of the rows that come
+ * next, in the order in which they lie in memory. Zen 5, one thread, Q4_K from memory: 30 GB/s instead
+ * of 20 with the same prefetches in one piece per tile, 7 without. */
+typedef struct x86_512_rows {
+    const uint8_t *row[16];
+    uintptr_t next;
+} x86_512_rows;
+
+/* Unpacks 256 weights at `offset` of 16 rows. */
+typedef void x86_512_load_fn(x86_512_rows *rows, size_t offset, x86_512_tile *tile);
+
+/* acc[token][X86_512_ROWS] += one or two tiles times 1, 2, 4 or 8 tokens, from token t on. */
+typedef void x86_512_step_fn(const x86_512_tile *tile, const x86_512_x *x, size_t t, float *acc);
+typedef x86_512_step_fn *const x86_512_steps[2][4]; // [tiles - 1][log2 of the tokens]
+
+typedef struct x86_512_format {
+    size_t block_len, block_bytes;
+    int offset;
+    int group;          // weights that share a sum: 16 or 32
+    x86_512_load_fn *load;
+    const x86_512_steps *steps;
+} x86_512_format;
+
+/* ---------------------------------------------------------------------------------- loading -- */
+
+/* 4 x 4 words of 32 bits, within quarters of vectors. */
+MOE_VNNI512_INLINE void x86_512_transpose(const __m512i in[4], __m512i out[4])
+{
+    const __m512i a = _mm512_unpacklo_epi32(in[0], in[1]), b = _mm512_unpacklo_epi32(in[2], in[3]);
+    const __m512i c = _mm512_unpackhi_epi32(in[0], in[1]), d = _mm512_unpackhi_epi32(in[2], in[3]);
+    out[0] = _mm512_unpacklo_epi64(a, b);
+    out[1] = _mm512_unpackhi_epi64(a, b);
+    out[2] = _mm512_unpacklo_epi64(c, d);
+    out[3] = _mm512_unpackhi_epi64(c, d);
+}
+
+/* 16 bytes of 16 rows, to 4 vectors that hold 4 bytes of each row, in row order. */
+MOE_VNNI512_INLINE void x86_512_load16(x86_512_rows *rows, size_t offset, __m512i out[4])
+{
+    const uint8_t *const *row = rows->row;
+    x86_prefetch(rows->next, 256);
+    rows->next += 256;
+    __m512i in[4]; /* rows i, i + 4, i + 8, i + 12 */
+    X86_512_UNROLL
+    for (int i = 0; i < 4; i++) {
+        const __m256i low = x86_load_pair(row[i] + offset, row[i + 4] + offset);
+        const __m256i high = x86_load_pair(row[i + 8] + offset, row[i + 12] + offset);
+        in[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    x86_512_transpose(in, out);
+}
+
+/* 32 bytes of 16 rows, to 8 vectors. */
+MOE_VNNI512_INLINE void x86_512_load32(x86_512_rows *rows, size_t offset, __m512i out[8])
+{
+    const uint8_t *const *row = rows->row;
+    x86_prefetch(rows->next, 512);
+    rows->next += 512;
+    __m512i half[2][4]; /* rows 0..3 | 4..7 and 8..11 | 12..15, both 16 bytes of each */
+    X86_512_UNROLL
+    for (int h = 0; h < 2; h++) {
+        __m512i in[4];
+        X86_512_UNROLL
+        for (int i = 0; i < 4; i++) {
+            const __m256i *low = (const __m256i *)(row[8 * h + i] + offset);
+            const __m256i *high = (const __m256i *)(row[8 * h + i + 4] + offset);
+            in[i] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(low)),
+                                       _mm256_loadu_si256(high), 1);
+        }
+        x86_512_transpose(in, half[h]);
+    }
+    X86_512_UNROLL
+    for (int i = 0; i < 4; i++) {
+        out[i] = _mm512_shuffle_i32x4(half[0][i], half[1][i], 0x88);
+        out[i + 4] = _mm512_shuffle_i32x4(half[0][i], half[1][i], 0xdd);
+    }
+}
+
+/* `bytes` bytes of 16 rows, a multiple of 4, at least 16; the last 16 are loaded twice. */
+MOE_VNNI512_INLINE void x86_512_load_words(x86_512_rows *rows, size_t offset,
+                                           size_t bytes, __m512i *out)
+{
+    for (size_t i = 0; i + 32 <= bytes; i += 32)
+        x86_512_load32(rows, offset + i, out + i / 4);
+    if (bytes % 32)
+        x86_512_load16(rows, offset + bytes - 16, out + bytes / 4 - 4);
+}
+
+/* Bytes `at` .. at + 3 of each row, constant, of what load_words() returned. */
+MOE_VNNI512_INLINE __m512i x86_512_word(const __m512i *words, size_t at)
+{
+    const unsigned shift = 8 * (unsigned)(at % 4);
+    if (shift == 0)
+        return words[at / 4];
+    return _mm512_or_si512(_mm512_srli_epi32(words[at / 4], shift),
+                           _mm512_slli_epi32(words[at / 4 + 1], 32 - shift));
+}
+
+/* The half-precision numbers in the lower halves of the lanes. */
+MOE_VNNI512_INLINE __m512 x86_512_f16(__m512i v)
+{
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+}
+
+/* The one at byte `at` of each row, constant and even. */
+MOE_VNNI512_INLINE __m512 x86_512_f16_at(const __m512i *words, size_t at)
+{
+    const __m512i v = words[at / 4];
+    return x86_512_f16(at % 4 ? _mm512_srli_epi32(v, 16) : v);
+}
+
+/* Byte i of each 32-bit lane, constant; the bytes are unsigned. */
+MOE_VNNI512_INLINE __m512i x86_512_byte(__m512i v, int i)
+{
+    return _mm512_and_si512(_mm512_srli_epi32(v, (unsigned)(8 * i)), _mm512_set1_epi32(255));
+}
+
+/* The same of signed bytes. */
+MOE_VNNI512_INLINE __m512i x86_512_signed_byte(__m512i v, size_t i)
+{
+    return _mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * (unsigned)i), 24);
+}
+
+/* Byte i of each 32-bit lane, constant and unsigned, as two int16. */
+MOE_VNNI512_INLINE __m512i x86_512_byte_twice(__m512i v, size_t i)
+{
+    const __m512i first = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
+    return _mm512_shuffle_epi8(v, _mm512_add_epi8(first, _mm512_set1_epi16((short)i)));
+}
+
+/* Bytes 2i and 2i + 1 of each 32-bit lane, constant, as two int16; the bytes are unsigned. */
+MOE_VNNI512_INLINE __m512i x86_512_byte_pair(__m512i v, int i)
+{
+    const __m128i at = i == 0 ? _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1)
+                              : _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
+    return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(at));
+}
+
+/* Low and high nibbles of the bytes of v. */
+MOE_VNNI512_INLINE void x86_512_nibbles(__m512i v, __m512i *low, __m512i *high)
+{
+    const __m512i mask = _mm512_set1_epi8(15);
+    *low = _mm512_and_si512(v, mask);
+    *high = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+}
+
+/* The codes of a block of 32 whose 16 bytes begin at byte `at`, constant, of each row: low nibbles
+ * are k 0..15, high ones k 16..31. */
+MOE_VNNI512_INLINE void x86_512_block_nibbles(const __m512i *words, size_t at, __m512i code[8])
+{
+    X86_512_UNROLL
+    for (size_t j = 0; j < 4; j++)
+        x86_512_nibbles(x86_512_word(words, at + 4 * j), &code[j], &code[j + 4]);
+}
+
+/* Adds 16 to the code k of a row whose 32-bit word has the bit k set. */
+MOE_VNNI512_INLINE void x86_512_fifth_bits(__m512i word, __m512i code[8])
+{
+    const __m512i sixteen = _mm512_set1_epi8(16);
+    const __m512i first = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    X86_512_UNROLL
+    for (int j = 0; j < 8; j++) {
+        const __m512i at = _mm512_add_epi8(first, _mm512_set1_epi8((char)(j / 2)));
+        const __m512i bit = _mm512_set1_epi32(j % 2 ? (int)0x80402010 : 0x08040201);
+        const __mmask64 set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(word, at), bit);
+        code[j] = _mm512_mask_add_epi8(code[j], set, code[j], sixteen);
+    }
+}
+
+/* Replaces codes 0..15 by the table's values. */
+MOE_VNNI512_INLINE void x86_512_look_up(__m128i table, __m512i *code, size_t n)
+{
+    X86_512_UNROLL
+    for (size_t j = 0; j < n; j++)
+        code[j] = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), code[j]);
+}
+
+/* d, dmin, scales and minima of Q4_K or Q5_K, which are the first 16 bytes of a superblock. */
+MOE_VNNI512_INLINE void x86_512_load_header(x86_512_rows *rows, size_t offset,
+                                            x86_512_tile *tile)
+{
+    const __m512i low4 = _mm512_set1_epi8(15), low6 = _mm512_set1_epi8(63);
+    const __m512i top2 = _mm512_set1_epi8(48);
+    __m512i v[4]; /* d and dmin, bytes 0..3, 4..7, 8..11 of the packed scales */
+    x86_512_load16(rows, offset, v);
+    tile->d[0] = x86_512_f16(v[0]);
+    tile->m[0] = x86_512_f16(_mm512_srli_epi32(v[0], 16));
+    const __m512i scale[2] = {
+        _mm512_and_si512(v[1], low6),
+        _mm512_or_si512(_mm512_and_si512(v[3], low4),
+                        _mm512_and_si512(_mm512_srli_epi16(v[1], 2), top2))};
+    const __m512i min[2] = {
+        _mm512_and_si512(v[2], low6),
+        _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(v[3], 4), low4),
+                        _mm512_and_si512(_mm512_srli_epi16(v[2], 2), top2))};
+    X86_512_UNROLL
+    for (int g = 0; g < 8; g++)
+        tile->scale[g] = x86_512_byte(scale[g / 4], g % 4);
+    X86_512_UNROLL
+    for (int p = 0; p < 4; p++)
+        tile->min[p] = x86_512_byte_pair(min[p / 2], p % 2);
+}
+
+/* ------------------------------------------------------------------------------- multiplying -- */
+
+/* sum[8 r + t] += the products of vectors first .. first + n - 1 of tile r with token t. n, n_tile
+ * and n_tok are constants; q are the activations that belong to the first. */
+MOE_VNNI512_INLINE void x86_512_dot(const x86_512_tile *tile, size_t first, size_t n,
+                                    const int8_t *q, size_t stride, __m512i sum[16], size_t n_tile,
+                                    size_t n_tok)
+{
+    X86_512_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        const __m512i w0 = tile[0].code[first + i];
+        const __m512i w1 = n_tile == 2 ? tile[1].code[first + i] : w0;
+        X86_512_UNROLL
+        for (size_t t = 0; t < n_tok; t++) {
+            int32_t four;
+            memcpy(&four, q + t * stride + 4 * i, 4);
+            const __m512i x = _mm512_set1_epi32(four);
+            sum[t] = _mm512_dpbusd_epi32(sum[t], w0, x);
+            if (n_tile == 2)
+                sum[8 + t] = _mm512_dpbusd_epi32(sum[8 + t], w1, x);
+        }
+    }
+}
+
+/* Blocks of 32 weights: acc = fma(d x_scale, sum, acc), then, if affine, fma(m x_scale, x_sum, acc),
+ * block after block. */
+MOE_VNNI512_INLINE void x86_512_step_32(const x86_512_tile *tile, const x86_512_x *x, size_t t0,
+                                        float *acc, size_t n_tile, size_t n_tok, bool affine)
+{
+    const int8_t *q = x->q + t0 * x->stride;
+    const char *scale = (const char *)x->scale + t0 * x->stride;
+    const x86_512_token *token = x->token + t0;
+    __m512 total[16];
+    X86_512_UNROLL
+    for (size_t i = 0; i < 8 * n_tile; i++)
+        if (i % 8 < n_tok)
+            total[i] = _mm512_loadu_ps(acc + (t0 + i % 8) * X86_512_ROWS + i / 8 * 16);
+    for (size_t b = 0; b < x->n_block; b++, q += 32, scale += 4) {
+        __m512i sum[16];
+        X86_512_UNROLL
+        for (size_t i = 0; i < 8 * n_tile; i++)
+            if (i % 8 < n_tok)
+                sum[i] = affine ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i % 8].init[b]);
+        x86_512_dot(tile, 8 * b, 8, q, x->stride, sum, n_tile, n_tok);
+        X86_512_UNROLL
+        for (size_t i = 0; i < 8 * n_tile; i++) {
+            if (i % 8 >= n_tok)
+                continue;
+            float one;
+            memcpy(&one, scale + i % 8 * x->stride, sizeof one);
+            const __m512 x_scale = _mm512_set1_ps(one), dot = _mm512_cvtepi32_ps(sum[i]);
+            total[i] = _mm512_fmadd_ps(_mm512_mul_ps(tile[i / 8].d[b], x_scale), dot, total[i]);
+            if (affine)
+                total[i] = _mm512_fmadd_ps(_mm512_mul_ps(tile[i / 8].m[b], x_scale),
+                                           _mm512_set1_ps(token[i % 8].fsum[b]), total[i]);
+        }
+    }
+    X86_512_UNROLL
+    for (size_t i = 0; i < 8 * n_tile; i++)
+        if (i % 8 < n_tok)
+            _mm512_storeu_ps(acc + (t0 + i % 8) * X86_512_ROWS + i / 8 * 16, total[i]);
+}
+
+/* A superblock's part of a sum of 16 rows; `min` is NULL for formats without minima. */
+MOE_VNNI512_INLINE void x86_512_add(const x86_512_tile *tile, __m512i dot, const __m512i *min,
+                                    float scale, float *acc)
+{
+    const __m512 x_scale = _mm512_set1_ps(scale), old = _mm512_loadu_ps(acc);
+    if (!min) {
+        const __m512 factor = _mm512_mul_ps(x_scale, tile->d[0]);
+        _mm512_storeu_ps(acc, _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(dot), old));
+        return;
+    }
+    __m512 term = _mm512_mul_ps(tile->d[0], _mm512_cvtepi32_ps(dot));
+    term = _mm512_fnmadd_ps(tile->m[0], _mm512_cvtepi32_ps(*min), term);
+    _mm512_storeu_ps(acc, _mm512_fmadd_ps(x_scale, term, old));
+}
+
+/* Superblocks. `group` weights share a scale; 256: none, the codes hold the scales already. n_min
+ * pairs of minima; with 0 of them the sums start from the token's `init`. */
+MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x *x, size_t t0,
+                                       float *acc, size_t n_tile, size_t n_tok, size_t group,
+                                       size_t n_min)
+{
+    const int8_t *q = x->q + t0 * x->stride;
+    const char *scale = (const char *)x->scale + t0 * x->stride;
+    const x86_512_token *token = x->token + t0;
+    __m512i total[16], min[16];
+    X86_512_UNROLL
+    for (size_t i = 0; i < 8 * n_tile; i++)
+        total[i] = min[i] = _mm512_setzero_si512();
+    const size_t n = group == 16 ? 4 : 8; /* vectors of codes at a time */
+    for (size_t g = 0; g < X86_512_K / 4 / n; g++, q += 4 * n) {
+        __m512i sum[16];
+        if (group == X86_512_K) {
+            x86_512_dot(tile, n * g, n, q, x->stride, total, n_tile, n_tok);
+            continue;
+        }
+        X86_512_UNROLL
+        for (size_t i = 0; i < 8 * n_tile; i++)
+            if (i % 8 < n_tok)
+                sum[i] = n_min ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i % 8].init[g]);
+        x86_512_dot(tile, n * g, n, q, x->stride, sum, n_tile, n_tok);
+        X86_512_UNROLL
+        for (size_t i = 0; i < 8 * n_tile; i++)
+            if (i % 8 < n_tok)
+                total[i] = _mm512_add_epi32(total[i],
+                                            _mm512_mullo_epi32(sum[i], tile[i / 8].scale[g]));
+    }
+    X86_512_UNROLL
+    for (size_t i = 0; i < 8 * n_tile; i++) {
+        if (i % 8 >= n_tok)
+            continue;
+        X86_512_UNROLL
+        for (size_t p = 0; p < n_min; p++) {
+            int32_t two;
+            memcpy(&two, token[i % 8].sum + 2 * p, 4);
+            min[i] = _mm512_dpwssd_epi32(min[i], tile[i / 8].min[p], _mm512_set1_epi32(two));
+        }
+        float x_scale;
+        memcpy(&x_scale, scale + i % 8 * x->stride, sizeof x_scale);
+        x86_512_add(tile + i / 8, total[i], n_min ? &min[i] : NULL, x_scale,
+                    acc + (t0 + i % 8) * X86_512_ROWS + i / 8 * 16);
+    }
+}
+
+/* The eight functions of a step, and their table. */
+#define X86_512_STEP(name, body, n_tile, n_tok, ...)                                               \
+    MOE_VNNI512 static void name##_##n_tile##x##n_tok(const x86_512_tile *tile,                    \
+                                                      const x86_512_x *x, size_t t, float *acc)    \
+    {                                                                                              \
+        body(tile, x, t, acc, n_tile, n_tok, __VA_ARGS__);                                         \
+    }
+#define X86_512_STEPS(name, body, ...)                                                             \
+    X86_512_STEP(name, body, 1, 1, __VA_ARGS__)                                                    \
+    X86_512_STEP(name, body, 1, 2, __VA_ARGS__)                                                    \
+    X86_512_STEP(name, body, 1, 4, __VA_ARGS__)                                                    \
+    X86_512_STEP(name, body, 1, 8, __VA_ARGS__)                                                    \
+    X86_512_STEP(name, body, 2, 1, __VA_ARGS__)                                                    \
+    X86_512_STEP(name, body, 2, 2, __VA_ARGS__)                                                    \
+    X86_512_STEP(name, body, 2, 4, __VA_ARGS__)                                                    \
+    X86_512_STEP(name, body, 2, 8, __VA_ARGS__)                                                    \
+    MOE_UNUSED static x86_512_steps name = {                                                       \
+        {name##_1x1, name##_1x2, name##_1x4, name##_1x8},                                          \
+        {name##_2x1, name##_2x2, name##_2x4, name##_2x8}};
+
+X86_512_STEPS(x86_512_block, x86_512_step_32, false)
+X86_512_STEPS(x86_512_affine, x86_512_step_32, true)
+X86_512_STEPS(x86_512_k16, x86_512_step_k, 16, 0)
+X86_512_STEPS(x86_512_k32, x86_512_step_k, 32, 0)
+X86_512_STEPS(x86_512_k32_min, x86_512_step_k, 32, 4)
+X86_512_STEPS(x86_512_k256_min, x86_512_step_k, X86_512_K, 8)
+
+/* ------------------------------------------------------------------------------------- loops -- */
+
+MOE_VNNI512 static void x86_512_prepare(x86_512_x *x, const x86_512_format *f)
+{
+    for (size_t t = 0; t < x->n_tok; t++) {
+        const __m256i sum =
+            _mm256_load_si256((const __m256i *)((const char *)x->sum + t * x->stride));
+        const __m256i sum32 = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+        x86_512_token *token = &x->token[t];
+        if (f->group == 16) {
+            _mm512_storeu_si512(token->init, _mm512_mullo_epi32(_mm512_cvtepi16_epi32(sum),
+                                                                _mm512_set1_epi32(-f->offset)));
+            _mm256_storeu_si256((__m256i *)token->sum, sum);
+        } else {
+            _mm256_storeu_si256((__m256i *)token->init,
+                                _mm256_mullo_epi32(sum32, _mm256_set1_epi32(-f->offset)));
+            _mm_storeu_si128((__m128i *)token->sum, _mm256_cvtepi32_epi16(sum32));
+            _mm256_storeu_ps(token->fsum, _mm256_cvtepi32_ps(sum32));
+        }
+    }
+}
+
+/* Calls load(); where a row ends within a tile, on a copy that is long enough. */
+MOE_VNNI512 static void x86_512_load(x86_512_rows *rows, size_t offset, size_t n_block,
+                                     const x86_512_format *f, x86_512_tile *tile)
+{
+    if (n_block * f->block_len == X86_512_K) {
+        f->load(rows, offset, tile);
+        return;
+    }
+    uint8_t copy[16][8 * 34]; /* 34: the longest block of 32 */
+    x86_512_rows from;
+    from.next = rows->next;
+    for (size_t i = 0; i < 16; i++) {
+        memset(copy[i], 0, sizeof copy[i]);
+        memcpy(copy[i], rows->row[i] + offset, n_block * f->block_bytes);
+        from.row[i] = copy[i];
+    }
+    f->load(&from, 0, tile);
+}
+
+/* acc = 32 rows (n_tile 2) or 16 times the tokens of x, which stands at their beginning. */
+MOE_VNNI512 static void x86_512_gemm_rows(const moe_mm *mm, x86_512_rows *rows, size_t n_tile,
+                                          x86_512_x *x, const x86_512_format *f, float *acc)
+{
+    const size_t n_block = mm->n_in / f->block_len, tile_blocks = X86_512_K / f->block_len;
+    x86_512_step_fn *const *step = (*f->steps)[n_tile - 1];
+    for (size_t b = 0; b < n_block; b += tile_blocks) {
+        x86_512_tile tile[2];
+        x->n_block = MOE_MIN(tile_blocks, n_block - b);
+        for (size_t i = 0; i < n_tile; i++)
+            x86_512_load(&rows[i], b * f->block_bytes, x->n_block, f, &tile[i]);
+        x86_512_prepare(x, f);
+        size_t t = 0;
+        for (; t + 8 <= x->n_tok; t += 8)
+            step[3](tile, x, t, acc);
+        for (int log = 2; log >= 0; log--)
+            if (x->n_tok >> log & 1) {
+                step[log](tile, x, t, acc);
+                t += (size_t)1 << log;
+            }
+        x->q += X86_512_K;
+        x->sum += X86_512_K / 16;
+        x->scale += f->block_len == X86_512_K ? 1 : X86_512_K / 32;
+    }
+}
+
+MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
+{
+    const moe_act act = f->block_len == X86_512_K ? MOE_ACT_Q8_256 : MOE_ACT_Q8_32;
+    for (size_t t0 = 0; t0 < mm->n_tok; t0 += X86_512_TOKENS) {
+        const moe_q8 first = act_q8(act, mm->x + t0 * mm->x_stride, mm->n_in);
+        x86_512_x x;
+        x.stride = mm->x_stride;
+        x.n_tok = MOE_MIN(mm->n_tok - t0, X86_512_TOKENS);
+        for (size_t r = 0; r < mm->n_row; r += X86_512_ROWS) {
+            const size_t n_tile = mm->n_row - r > 16 ? 2 : 1;
+            x86_512_rows rows[2];
+            for (size_t i = 0; i < X86_512_ROWS; i++) {
+                const size_t at = MOE_MIN(r + i, mm->n_row - 1);
+                rows[i / 16].row[i % 16] = mm->w + at * mm->w_stride;
+                rows[i / 16].next = (uintptr_t)mm->w + (r + i / 16 * 16 + n_tile * 16) * mm->w_stride;
+            }
+            float acc[X86_512_TOKENS][X86_512_ROWS];
+            memset(acc, 0, x.n_tok * sizeof acc[0]);
+            x.q = first.q;
+            x.scale = first.scale;
+            x.sum = first.sum;
+            x86_512_gemm_rows(mm, rows, n_tile, &x, f, acc[0]);
+            for (size_t t = 0; t < x.n_tok; t++)
+                memcpy(mm->y + (t0 + t) * mm->y_stride + r, acc[t],
+                       MOE_MIN(mm->n_row - r, X86_512_ROWS) * sizeof(float));
+        }
+    }
+}
+
+#endif
+#endif
