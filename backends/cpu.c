@@ -100,7 +100,11 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         d->kernels[quant_table[i]->id] = quant_table[i]->select(d->cpu);
     snprintf(d->name, sizeof d->name, "CPU (%s)",
-             d->cpu & MOE_CPU_AVX2 ? "AVX2" : d->cpu & MOE_CPU_NEON ? "NEON" : "plain C");
+             d->cpu & MOE_CPU_AVX512_VNNI ? "AVX-512 VNNI"
+             : d->cpu & MOE_CPU_AVX512    ? "AVX-512"
+             : d->cpu & MOE_CPU_AVX2      ? "AVX2"
+             : d->cpu & MOE_CPU_NEON      ? "NEON"
+                                          : "plain C");
     *out = d;
     return MOE_OK;
 }
@@ -370,8 +374,12 @@ static void cpu_record_attend(moe_queue *q, const moe_attend_op *o)
     op->k = *o->k;
     op->v = *o->v;
     if (o->n_tok == 1) {
-        cpu_new_phase(q, op, cpu_attend_segment,
-                      (uint64_t)cpu_ceil_div(o->pos + 1, CPU_SEGMENT) * op->k.n_head);
+        enum { FEWEST_HEADS = 4 }; /* per task: they share the conversion of the keys */
+        const uint32_t group = o->n_head / op->k.n_head;
+        const uint64_t n_task = (uint64_t)cpu_ceil_div(o->pos + 1, CPU_SEGMENT) * op->k.n_head;
+        const uint32_t heads = cpu_ceil_div(group * n_task, q->options.n_threads);
+        op->chunk = MOE_MIN(group, MOE_MAX(heads, FEWEST_HEADS));
+        cpu_new_phase(q, op, cpu_attend_segment, n_task * cpu_ceil_div(group, op->chunk));
         cpu_new_phase(q, op, cpu_attend_join, o->n_head);
         return;
     }

@@ -310,11 +310,13 @@ MOE_INLINE size_t cpu_value_dim(const moe_attend_op *o, const moe_cache *v)
     return o->dim_v ? o->dim_v : v->dim;
 }
 
-/* The queries of one task: tokens [tok, tok + n_tok) of the heads that share a key/value head. */
+/* The queries of one task: tokens [tok, tok + n_tok) of heads that share a key/value head: all of
+ * them, or in decode, where few tasks would be left, some. */
 typedef struct cpu_queries {
     const moe_attend_op *o;
     const moe_cache *k, *v;
-    uint32_t kv_head, tok, n_tok, group; // group: heads per key/value head
+    uint32_t kv_head, tok, n_tok;
+    uint32_t head, group; // heads [head, head + group)
 } cpu_queries;
 
 /* The positions of segment [start, start + CPU_SEGMENT) that token t may see: [*lo, *hi). */
@@ -330,7 +332,7 @@ static bool cpu_visible(const moe_attend_op *o, uint32_t t, uint32_t start, uint
 
 MOE_INLINE uint32_t cpu_query_head(const cpu_queries *a, uint32_t i)
 {
-    return a->kv_head * a->group + i % a->group;
+    return a->head + i % a->group;
 }
 
 /* Scores of all queries with positions [first, first + n) of a segment. */
@@ -446,8 +448,9 @@ static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t t
     const moe_attend_op *o = &op->u.attend;
     const size_t dim = cpu_value_dim(o, &op->v);
     cpu_scratch *s = &q->scratch[thread];
-    cpu_queries a = {o, &op->k, &op->v, task % op->k.n_head, task / op->k.n_head * op->chunk, 0,
-                     o->n_head / op->k.n_head};
+    const uint32_t group = o->n_head / op->k.n_head, kv_head = task % op->k.n_head;
+    cpu_queries a = {o, &op->k, &op->v, kv_head, task / op->k.n_head * op->chunk, 0,
+                     kv_head * group, group};
     a.n_tok = MOE_MIN(op->chunk, o->n_tok - a.tok);
     const uint32_t n_query = a.n_tok * a.group, end = o->pos + a.tok + a.n_tok;
     const uint32_t oldest = o->pos + a.tok;
@@ -463,14 +466,18 @@ static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t t
                           s->total + i * (dim + 2));
 }
 
-/* Decode: a task is one segment and one key/value head; the next phase joins the segments. */
+/* Decode: a task is one segment and op->chunk heads of one key/value head; the next phase joins the
+ * segments. */
 static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     const moe_attend_op *o = &op->u.attend;
     const size_t dim = cpu_value_dim(o, &op->v);
     const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
-    cpu_queries a = {o, &op->k, &op->v, task % op->k.n_head, 0, 1, o->n_head / op->k.n_head};
-    const uint32_t segment = task / op->k.n_head;
+    const uint32_t group = o->n_head / op->k.n_head, n_part = cpu_ceil_div(group, op->chunk);
+    const uint32_t part = task % n_part, kv_head = task / n_part % op->k.n_head;
+    const uint32_t segment = task / n_part / op->k.n_head;
+    cpu_queries a = {o, &op->k, &op->v, kv_head, 0, 1, kv_head * group + part * op->chunk,
+                     MOE_MIN(op->chunk, group - part * op->chunk)};
     cpu_scratch *s = &q->scratch[thread];
     uint32_t lo, hi;
     if (cpu_visible(o, 0, segment * CPU_SEGMENT, &lo, &hi))

@@ -150,7 +150,11 @@ static void layer_latent_project(moe_pass *p, const moe_layer *l)
 
 /* Multi-head latent attention: p->h in. Keys are k_b c and values v_b c of a latent c per token, and
  * only c is kept: q . (k_b c) is (k_b^T q) . c, and the sum of the weighted v_b c is v_b times the
- * weighted sum of c. DeepSeek-AI 2024, arXiv:2405.04434, section 2.1. */
+ * weighted sum of c. DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
+ *
+ * Prefill is computed in the same form as decode. To expand keys and values for a long prompt would
+ * need fewer multiplications, but round differently, and then the logits would depend on how a prompt
+ * is cut into calls. */
 static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
 {
     const moe_hparams *hp = &p->model->hp;
