@@ -213,6 +213,16 @@ MOE_TARGET("f16c") static float f32_by_instruction(uint16_t h)
 {
     return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
 }
+#elif MOE_ARM64
+static uint16_t f16_by_instruction(float x)
+{
+    return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
+}
+
+static float f32_by_instruction(uint16_t h)
+{
+    return vgetq_lane_f32(arm_f32_of_f16(vdup_n_u16(h)), 0);
+}
 #endif
 
 static void f16_conversion_is_exact(void)
@@ -243,8 +253,8 @@ static void f16_conversion_is_exact(void)
 
 static void f16_conversion_equals_the_instruction(void)
 {
-#if MOE_X86
-    if (!(cpu_detect() & MOE_CPU_AVX2))
+#if MOE_X86 || MOE_ARM64
+    if (!(cpu_detect() & (MOE_CPU_AVX2 | MOE_CPU_NEON)))
         SKIP("no F16C");
     for (uint32_t h = 0; h < 65536; h++)
         CHECK(bits_of_f32(f32_of_f16((uint16_t)h)) == bits_of_f32(f32_by_instruction((uint16_t)h)),
@@ -259,7 +269,7 @@ static void f16_conversion_equals_the_instruction(void)
               f16_by_instruction(x));
     }
 #else
-    SKIP("no F16C");
+    SKIP("no such instruction");
 #endif
 }
 
