@@ -41,7 +41,8 @@ import transformers
 from gguf import GGMLQuantizationType as GT
 from transformers import (DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config,
                           DeepseekV3ForCausalLM, DynamicCache, Gemma3ForCausalLM,
-                          Gemma3TextConfig, GptOssConfig, GptOssForCausalLM, LlamaConfig,
+                          Gemma3TextConfig, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM,
+                          GptOssConfig, GptOssForCausalLM, LlamaConfig,
                           LlamaForCausalLM,
                           MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM,
@@ -151,6 +152,12 @@ MODELS = {
         ff=29, ff_exp=15, layer=2, dense=1, tied=True, tok=44, expert=8, used=3, shared=2, group=1,
         group_used=1, scale=2.446, renorm=True, fused=True,
         rope=dict(rope_type="default", rope_theta=50000.0), ctx=256, types=dict(all=GT.F16)),
+    # GLM-4.7-Flash: the same, in a file that does not say how scores are made
+    "deepseek3-glm": dict(
+        family="glm4lite", vocab=95, embd=36, head=4, kv=4, nope=9, rot=6, dim_v=13, latent=16,
+        latent_q=14, ff=28, ff_exp=10, layer=2, dense=1, tied=False, tok=42, expert=7, used=2,
+        shared=1, group=1, group_used=1, scale=1.8, renorm=True,
+        rope=dict(rope_type="default", rope_theta=10000.0), ctx=256),
     "deepseek3-q": dict(
         family="deepseek3", vocab=160, embd=64, head=4, kv=4, nope=32, rot=16, dim_v=32, latent=64,
         latent_q=96, ff=96, ff_exp=32, layer=2, dense=1, tied=False, tok=38, expert=8, used=2,
@@ -271,7 +278,7 @@ def build(m):
                                num_experts_per_tok=m["used"], moe_intermediate_size=m["ff_exp"],
                                shared_expert_intermediate_size=m["ff_shared"], **c),
                 Qwen2MoeForCausalLM, "qwen2moe")
-    if f in ("deepseek2", "deepseek3"):
+    if f in ("deepseek2", "deepseek3", "glm4lite"):
         c.update(kv_lora_rank=m["latent"], q_lora_rank=m.get("latent_q"), v_head_dim=m["dim_v"],
                  qk_nope_head_dim=m["nope"], qk_rope_head_dim=m["rot"],
                  n_routed_experts=m["expert"], num_experts_per_tok=m["used"],
@@ -285,6 +292,11 @@ def build(m):
     if f == "deepseek3":
         return (DeepseekV3Config(norm_topk_prob=m["renorm"], num_mtp_layers=0, **c),
                 DeepseekV3ForCausalLM, "deepseek2")
+    if f == "glm4lite":
+        kinds = ["dense"] * c.pop("first_k_dense_replace")
+        kinds += ["sparse"] * (m["layer"] - len(kinds))
+        return (Glm4MoeLiteConfig(norm_topk_prob=m["renorm"], mlp_layer_types=kinds, **c),
+                Glm4MoeLiteForCausalLM, "deepseek2")
     if f == "gpt-oss":
         return (GptOssConfig(head_dim=m["dim"], num_local_experts=m["expert"],
                              num_experts_per_tok=m["used"], sliding_window=m["window"], **c),
