@@ -53,6 +53,8 @@ endif
 # -------------------------------------------------------------------------------- targets --
 
 PROGRAM := $(B)/moe
+# The converter needs the tokenizers; it includes the library's sources.
+CONVERTER := $(if $(MOE_NO_TEXT),,$(B)/moe-convert)
 STATIC_LIB := $(B)/libmoe.a
 SHARED_LIB := $(B)/libmoe.so
 # Tests and benches whose names contain a word of T (all, if T is empty).
@@ -65,7 +67,7 @@ CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))
 
 .PHONY: all lib demo models test tests bench fuzz dist install uninstall clean help
 .DELETE_ON_ERROR:
-all: $(PROGRAM) lib
+all: $(PROGRAM) $(CONVERTER) lib
 lib: $(STATIC_LIB) $(SHARED_LIB)
 
 # The flags, so that a change of them rebuilds. The shell line touches the file only if it differs.
@@ -93,6 +95,9 @@ $(B)/cli/%.o: cli/%.c $(B)/flags
 $(PROGRAM): $(CLI_OBJECTS) $(STATIC_LIB)
 	$(CC) $(BUILD_CFLAGS) $(LDFLAGS) $(CLI_OBJECTS) $(STATIC_LIB) $(LIBS) -o $@
 
+$(B)/moe-convert: convert/main.c $(B)/flags
+	$(CC) $(BUILD_CFLAGS) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) -o $@
+
 # A test or bench is one file that includes the whole library, internals and all.
 $(B)/tests/%: tests/%.c $(B)/flags | $(if $(CORE),$(CORE_SOURCE))
 	$(CC) $(BUILD_CFLAGS) $(TEST_CORE) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
@@ -100,7 +105,7 @@ $(B)/tests/%: tests/%.c $(B)/flags | $(if $(CORE),$(CORE_SOURCE))
 $(B)/bench/%: bench/%.c $(B)/flags
 	$(CC) $(BUILD_CFLAGS) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
 
--include $(B)/moe.d $(CLI_OBJECTS:.o=.d) $(addsuffix .d,$(TESTS) $(BENCHES))
+-include $(B)/moe.d $(B)/moe-convert.d $(CLI_OBJECTS:.o=.d) $(addsuffix .d,$(TESTS) $(BENCHES))
 
 # ----------------------------------------------------------------------------------- runs --
 
@@ -150,7 +155,7 @@ dist/moe.h: moe.h
 install: all
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib \
 		$(DESTDIR)$(PKG_CONFIG_DIR)
-	install -m 755 $(PROGRAM) $(DESTDIR)$(PREFIX)/bin/moe
+	install -m 755 $(PROGRAM) $(CONVERTER) $(DESTDIR)$(PREFIX)/bin
 	install -m 644 moe.h $(DESTDIR)$(PREFIX)/include/moe.h
 	install -m 644 $(STATIC_LIB) $(DESTDIR)$(PREFIX)/lib/libmoe.a
 	install -m 755 $(SHARED_LIB).$(VERSION) $(DESTDIR)$(PREFIX)/lib/
@@ -162,7 +167,8 @@ install: all
 		'Libs.private: $(LIBS)' >$(DESTDIR)$(PKG_CONFIG_DIR)/moe.pc
 
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/moe $(DESTDIR)$(PREFIX)/include/moe.h \
+	rm -f $(DESTDIR)$(PREFIX)/bin/moe $(DESTDIR)$(PREFIX)/bin/moe-convert \
+		$(DESTDIR)$(PREFIX)/include/moe.h \
 		$(DESTDIR)$(PREFIX)/lib/libmoe.a $(DESTDIR)$(PREFIX)/lib/libmoe.so* \
 		$(DESTDIR)$(PKG_CONFIG_DIR)/moe.pc
 
@@ -170,7 +176,7 @@ clean:
 	rm -rf build dist
 
 help:
-	@echo 'make             build/moe, build/libmoe.a, build/libmoe.so'
+	@echo 'make             build/moe, build/moe-convert, build/libmoe.a, build/libmoe.so'
 	@echo 'make demo        install what is missing, build, fetch a 98 MB model, run it'
 	@echo 'make test        all tests; T="kernels gguf" for those whose names contain a word'
 	@echo 'make test SAN=asan | ubsan | tsan    the same under a sanitizer'

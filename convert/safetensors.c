@@ -163,7 +163,8 @@ static int st_by_offset(const void *a, const void *b)
 static moe_status st_check_cover(st_tensor *items, size_t n, uint64_t at, const conv_file *file,
                                  moe_error *error)
 {
-    qsort(items, n, sizeof *items, st_by_offset);
+    if (n)
+        qsort(items, n, sizeof *items, st_by_offset);
     for (size_t i = 0; i < n; i++) {
         if (items[i].offset < at)
             return fail(error, MOE_ERR_FORMAT, items[i].name,
@@ -202,10 +203,9 @@ static moe_status st_parse_header(st_table *table, const conv_file *file, const 
     json_doc doc;
     text_arena strings = {.mem = table->source->mem};
     size_t n_marks = 0;
-    for (const char *p = text; (p = memmem(p, (size_t)(text + bytes - p), "\"data_offsets\"", 14));
-         p += 14)
-        n_marks++;
-    if (n_marks > ST_MAX_TENSORS)
+    for (const char *p = text; (p = memchr(p, '{', (size_t)(text + bytes - p))); p++)
+        n_marks++; // one for each tensor and two more: a bound before any memory is taken
+    if (n_marks > ST_MAX_TENSORS + 2)
         return fail(error, MOE_ERR_LIMIT, file->path, "expected at most %d tensors in a file, got %zu",
                     ST_MAX_TENSORS, n_marks);
     moe_status status = json_parse(&doc, text, bytes, &strings, file->path, error);
@@ -224,8 +224,8 @@ static moe_status st_parse_header(st_table *table, const conv_file *file, const 
             status = st_read_tensor(table, file, key, 8 + bytes, error);
     json_free(&doc);
     arena_free(&strings);
-    return status ? status
-                  : st_check_cover(table->items + first, table->n - first, 8 + bytes, file, error);
+    st_tensor *added = table->n > first ? table->items + first : NULL;
+    return status ? status : st_check_cover(added, table->n - first, 8 + bytes, file, error);
 }
 
 /* Adds the tensors of a file to the table. */

@@ -344,7 +344,8 @@ static moe_status vocab_put_template(vocab_writer *w)
 
 /* Letters of many scripts, digits, case changes, contractions, blanks, line ends, code, symbols. */
 static const char vocab_probe[] =
-    "Hello world, it's DON'T we'll'VE I'm 3 12 123 1234 1234567890 x86_64 CamelCaseHTTPServer\n"
+    "The quick brown fox jumps over the lazy dog, and then there is something interesting in the "
+    "other's house. Hello world, it's DON'T we'll'VE I'm 3 12 123 1234 1234567890 x86_64 CamelCaseHTTPServer\n"
     "  two  three   spaces\t\ttabs \n\n\n newlines\r\n end   \n"
     "naïve café Straße ÀÉÎ Ελληνικά Русский язык עברית العربية हिन्दी ไทย 한국어 日本語のテスト "
     "中文测试123 東京タワー２０２４年 ½ ² Ⅷ\n"
@@ -438,6 +439,8 @@ static moe_status vocab_put_pre(vocab_writer *w)
         if (!status && vocab_same(&want, &got) == SIZE_MAX) {
             same = true;
             found = p;
+            conv_note(w->source, "tokenizer.json: its pre-tokenizer is not known by its patterns; %s "
+                      "gives the same ids for a test text", p->name);
         }
     }
     if (!status && !same)

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Makes tests/checkpoints: small random Hugging Face checkpoints of each family, as transformers
+saves them, and the logits that transformers computes for them. tests/test_convert.c converts and
+runs them.
+
+    python3 tests/make_checkpoints.py                       the committed set, into tests/checkpoints
+    python3 tests/make_checkpoints.py --seed 7 --out DIR    other weights, tokens and dimensions
+    python3 tests/make_checkpoints.py --check MOE_CONVERT   convert each, read the result with the
+                                                            gguf package and compare its tensors
+                                                            with those of tests/make_fixtures.py
+
+Models, weights, oracle and versions are those of tests/make_fixtures.py. Each folder NAME has the
+checkpoint and, in NAME/expected, what make_fixtures.py writes into NAME.expected. Beside F32: one is
+saved in BF16, one in several shards, and one holds FP8 (E4M3) weights with a scale for each block of
+128 x 128, made here as DeepSeek's are.
+"""
+import argparse
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+import make_fixtures as mf
+
+DEFAULT = dict(rope_type="default", rope_theta=10000.0)
+CHECKPOINTS = {
+    "llama": dict(mf.MODELS["llama-llama3"], tok=24),
+    "llama-bf16": dict(mf.MODELS["llama-tied"], tok=20, dtype="bf16"),
+    "llama-fp8": dict(family="llama", vocab=67, embd=136, head=2, kv=1, dim=24, ff=140, layer=1,
+                      tied=False, tok=16, rope=DEFAULT, ctx=128, dtype="fp8"),
+    "llama-bias": dict(mf.MODELS["llama-linear"], tok=20),
+    "mixtral-shards": dict(mf.MODELS["mixtral"], tok=20, shards="40KB"),
+    "qwen2": dict(mf.MODELS["qwen2"], tok=20),
+    "qwen3": dict(mf.MODELS["qwen3-yarn"], tok=24),
+    "qwen3moe": dict(mf.MODELS["qwen3moe"], tok=20),
+    "qwen3moe-fused": dict(mf.MODELS["qwen3moe-raw"], tok=20, fused=True),
+    "olmoe": dict(mf.MODELS["olmoe"], tok=20),
+    "gemma3": dict(mf.MODELS["gemma3"], tok=20),
+}
+
+
+def block_scale(w, block=128):
+    """E4M3 codes and one scale for each block, such that the largest of a block becomes 448."""
+    rows, cols = -(-w.shape[0] // block), -(-w.shape[1] // block)
+    codes, scales = torch.zeros(w.shape, dtype=torch.float8_e4m3fn), torch.zeros(rows, cols)
+    exact = torch.zeros_like(w)
+    for i in range(rows):
+        for j in range(cols):
+            part = (slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block))
+            scales[i, j] = w[part].abs().max() / 448
+            codes[part] = (w[part] / scales[i, j]).to(torch.float8_e4m3fn)
+            exact[part] = codes[part].to(torch.float32) * scales[i, j]
+    return codes, scales, exact
+
+
+def round_weights(weights, m):
+    """The weights as the checkpoint will hold them, and for FP8 the tensors to store instead."""
+    stored = {}
+    for name, w in list(weights.items()):
+        t = torch.tensor(w)
+        if m.get("dtype") == "bf16":
+            weights[name] = t.to(torch.bfloat16).to(torch.float32).numpy()
+        elif m.get("dtype") == "fp8" and "proj" in name:
+            codes, scales, exact = block_scale(t)
+            stored[name], stored[name + "_scale_inv"] = codes, scales
+            weights[name] = exact.numpy()
+    return stored
+
+
+def save(config, cls, weights, stored, m, folder):
+    model = cls(config)
+    dtype = torch.bfloat16 if m.get("dtype") == "bf16" else torch.float32
+    state = {k: torch.tensor(v).to(dtype) for k, v in weights.items()}
+    model.to(dtype).load_state_dict(state, strict=True)
+    model.save_pretrained(folder, max_shard_size=m.get("shards", "5GB"))
+    path = os.path.join(folder, "model.safetensors")
+    if stored:
+        tensors = dict(load_file(path), **stored)
+        save_file(tensors, path, metadata={"format": "pt"})
+        edit_config(folder, quantization_config=dict(
+            quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128]))
+    if m.get("fused"):  # as the modules of transformers 5 hold experts: stacked, gate and up in one
+        tied = {"lm_head.weight"} if m["tied"] else set()
+        save_file({k: v.contiguous() for k, v in state.items() if k not in tied}, path,
+                  metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    path = os.path.join(folder, "config.json")
+    with open(path) as f:
+        config = json.load(f)
+    config.update(changes)
+    with open(path, "w") as f:
+        json.dump(config, f, indent=2)
+
+
+def make(name, m, seed, out):
+    rng = np.random.default_rng([seed, sum(name.encode()), 77])
+    if seed:
+        extra = {k: m[k] for k in ("dtype", "shards", "fused") if k in m}
+        m = dict(mf.randomize(m, rng), **extra)
+    if m["family"] in ("qwen2", "olmoe"):
+        m["embd"] = m["head"] * m["dim"]
+    m.pop("types", None)
+    config, cls, arch = mf.build(m)
+    with torch.device("meta"):
+        skeleton = cls(config)
+    for _ in range(20):
+        weights = mf.random_weights(skeleton, m, rng)
+        stored = round_weights(weights, m)
+        oracle = mf.Oracle(m, weights, True)
+        tokens, _ = mf.pick_tokens(oracle, m, rng, 0.05)
+        if tokens:
+            break
+    else:
+        sys.exit(f"{name}: no tokens without a near tie of experts found")
+    exact = oracle.logits(tokens)
+    rounding = [mf.distance(oracle.rounded_logits(tokens, c, False), exact) for c in mf.CACHES]
+    folder = os.path.join(out, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    save(mf.build(m)[0], cls, weights, stored, m, folder)
+    with open(os.path.join(folder, "expected"), "wb") as f:
+        f.write(b"MOEX" + struct.pack("<2I3f", len(tokens), m["vocab"], *rounding))
+        f.write(np.asarray(tokens, "<i4").tobytes())
+        f.write(exact.astype("<f4").tobytes())
+    size = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder))
+    print(f"{name:16} {size / 1000:5.0f} KB  {len(os.listdir(folder))} files", flush=True)
+    return weights, m, arch
+
+
+def check(convert, folder, weights, m, arch):
+    """The converted file as the gguf package reads it, against the conventions of make_fixtures.py:
+    the same tensors, names, shapes and values."""
+    import gguf
+    with tempfile.TemporaryDirectory() as tmp:
+        path = os.path.join(tmp, "out.gguf")
+        subprocess.run([convert, folder, path, "--quiet", "--quant", "f32"], check=True,
+                       stderr=subprocess.DEVNULL)
+        reader = gguf.GGUFReader(path)
+        got = {t.name: t for t in reader.tensors}
+        want = dict(mf.gguf_tensors(weights, m, arch))
+        assert set(got) == set(want), set(got) ^ set(want)
+        for name, w in want.items():
+            data = got[name].data
+            assert data.shape == w.shape and np.array_equal(data, w), name
+        fixture = os.path.join(tmp, "fixture.gguf")
+        mf.write_gguf(fixture, list(want.items()), {}, m, arch, "x", False)
+        ours = {f.name: f.contents() for f in reader.fields.values() if f.name.startswith(arch)}
+        for field in gguf.GGUFReader(fixture).fields.values():
+            if field.name.startswith(arch) and "yarn_attn" not in field.name:
+                value = ours.get(field.name)
+                if value is None and ("key_length" in field.name or "dimension_count" in field.name):
+                    continue
+                assert np.isclose(value, field.contents()) if not isinstance(value, str) \
+                    else value == field.contents(), (field.name, value, field.contents())
+    print(f"{os.path.basename(folder):16} {len(got)} tensors and the keys are as expected")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", default=os.path.join(os.path.dirname(__file__), "checkpoints"))
+    parser.add_argument("--seed", type=int, default=0, help="0: the committed set")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--check", metavar="MOE_CONVERT")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.makedirs(args.out, exist_ok=True)
+    for name, m in CHECKPOINTS.items():
+        if args.only in name:
+            made = make(name, dict(m), args.seed, args.out)
+            if args.check:
+                check(args.check, os.path.join(args.out, name), *made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1036 @@
+/* tests/test_convert.c - the converter: checkpoints of every family against the logits of transformers
+ * (tests/make_checkpoints.py), GGUF files copied and requantized, plans, and input that lies.
+ *
+ * Everything is written into a folder of its own below $TMPDIR, which is removed at the end. */
+#include "test.h"
+
+#ifdef MOE_NO_TEXT
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    return test_end();
+}
+#else
+
+#include "../convert/convert.c"
+
+#include <sys/resource.h>
+#include <utime.h>
+
+static char scratch[200];
+
+/* ------------------------------------------------------------------------------- helpers -- */
+
+/* A path below the scratch folder; four at a time. */
+static const char *scratch_path(const char *name)
+{
+    static char paths[4][600];
+    static int next;
+    char *path = paths[next++ % 4];
+    snprintf(path, sizeof paths[0], "%s/%s", scratch, name);
+    return path;
+}
+
+static void write_file(const char *path, const void *data, size_t bytes)
+{
+    FILE *f = fopen(path, "wb");
+    CHECK(f && fwrite(data, 1, bytes, f) == bytes, "%s", path);
+    if (f)
+        fclose(f);
+}
+
+static void write_text(const char *path, const char *text)
+{
+    write_file(path, text, strlen(text));
+}
+
+static void remove_folder(const char *path)
+{
+    DIR *dir = opendir(path);
+    char name[1100];
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, ".."))
+            continue;
+        snprintf(name, sizeof name, "%s/%s", path, e->d_name);
+        struct stat info;
+        if (!lstat(name, &info) && S_ISDIR(info.st_mode))
+            remove_folder(name);
+        else
+            unlink(name);
+    }
+    if (dir)
+        closedir(dir);
+    rmdir(path);
+}
+
+static moe_status convert_with(const conv_options *options, moe_error *error)
+{
+    conv_job job;
+    moe_status status = conv_run(&job, options, error);
+    conv_close(&job);
+    CHECK(!atomic_load(&job.mem.used_bytes), "memory is left");
+    return status;
+}
+
+static moe_status convert(const char *source, const char *out, const char *quant, moe_error *error)
+{
+    const conv_options options = {.source = source, .out = out, .quant = quant, .n_threads = 2};
+    return convert_with(&options, error);
+}
+
+static bool exists(const char *path)
+{
+    struct stat info;
+    return !lstat(path, &info);
+}
+
+/* A conversion must fail with this status, say this, and leave nothing. */
+static void refused(const conv_options *options, moe_status status, const char *says)
+{
+    char partial[700];
+    moe_error error = {0};
+    snprintf(partial, sizeof partial, "%s.partial", options->out);
+    const uint64_t start = plat_time_ns();
+    moe_status got = convert_with(options, &error);
+    CHECK(got == status, "expected %s, got %s: %s", moe_status_name(status), moe_status_name(got),
+          error.message);
+    CHECK(strstr(error.message, says), "expected \"%s\" in: %s", says, error.message);
+    CHECK(!exists(options->out) && !exists(partial), "%s is left", options->out);
+    CHECK(plat_time_ns() - start < 1000000000ull * test_slowness(), "it took too long");
+}
+
+static moe_directory *open_directory(const char *path, moe_mem *mem)
+{
+    moe_model_options options;
+    moe_directory *dir = NULL;
+    moe_error error = {0};
+    mem_init(mem, NULL, 0);
+    moe_model_options_init(&options);
+    options.path = path;
+    CHECK(!directory_open(&dir, &options, mem, &error), "%s", error.message);
+    return dir;
+}
+
+/* --------------------------------------------------------------------------- checkpoints -- */
+
+typedef struct expected {
+    char *data;
+    uint32_t n_tok, n_vocab;
+    const int32_t *tok;
+    const float *logits; // [n_tok][n_vocab]
+} expected;
+
+static bool expected_load(expected *e, const char *folder)
+{
+    char path[900];
+    size_t bytes = 0;
+    snprintf(path, sizeof path, "%s/expected", folder);
+    e->data = test_read_file(path, &bytes);
+    if (!e->data || bytes < 24 || memcmp(e->data, "MOEX", 4))
+        return false;
+    memcpy(&e->n_tok, e->data + 4, 4);
+    memcpy(&e->n_vocab, e->data + 8, 4);
+    e->tok = (const int32_t *)(void *)(e->data + 24);
+    e->logits = (const float *)(void *)(e->data + 24 + 4 * (size_t)e->n_tok);
+    return bytes == 24 + 4 * (size_t)e->n_tok * (1 + (size_t)e->n_vocab);
+}
+
+/* The largest distance of a position's logits, in units of the largest of them. */
+static double run_distance(const char *path, const expected *e)
+{
+    moe_model *model = NULL;
+    moe_session *session = NULL;
+    moe_model_options mo;
+    moe_session_options so;
+    moe_error error = {0};
+    double worst = 0;
+    moe_model_options_init(&mo);
+    mo.path = path;
+    moe_session_options_init(&so);
+    so.cache_type = MOE_CACHE_F32;
+    so.n_ctx = e->n_tok;
+    so.n_threads = 1;
+    float *logits = calloc((size_t)e->n_tok * e->n_vocab, sizeof *logits);
+    moe_status status = moe_model_open(&model, &mo, &error);
+    if (!status)
+        status = moe_session_open(&session, model, &so, &error);
+    if (!status)
+        status = moe_session_eval(session, e->tok, e->n_tok, e->n_tok, logits);
+    CHECK(!status, "%s: %s", path, error.message);
+    for (uint32_t t = 0; t < e->n_tok && !status; t++) {
+        double far = 0, most = 0;
+        for (uint32_t v = 0; v < e->n_vocab; v++) {
+            const double want = (double)e->logits[(size_t)t * e->n_vocab + v];
+            far = fmax(far, fabs((double)logits[(size_t)t * e->n_vocab + v] - want));
+            most = fmax(most, fabs(want));
+        }
+        worst = fmax(worst, far / most);
+    }
+    moe_session_close(session);
+    moe_model_close(model);
+    free(logits);
+    return status ? 1e9 : worst;
+}
+
+static const char *checkpoint(const char *name)
+{
+    static char path[500];
+    snprintf(path, sizeof path, "%s/checkpoints/%s", test_root(), name);
+    return path;
+}
+
+/* Every checkpoint as F32 gives transformers' logits; in its own types too, but for FP8, which becomes
+ * BF16 with a rounding of 2^-9 for each weight. */
+static void checkpoints_give_the_logits_of_transformers(void)
+{
+    char root[450];
+    const char *other = getenv("MOE_TEST_CHECKPOINTS");
+    int n = 0;
+    snprintf(root, sizeof root, "%s%s", other ? other : test_root(), other ? "" : "/checkpoints");
+    DIR *dir = opendir(root);
+    REQUIRE(dir, "%s", root);
+    for (struct dirent *d; (d = readdir(dir));) {
+        char folder[800];
+        expected e;
+        moe_error error = {0};
+        if (d->d_name[0] == '.')
+            continue;
+        snprintf(folder, sizeof folder, "%s/%s", root, d->d_name);
+        CHECK(expected_load(&e, folder), "%s", folder);
+        for (int i = 0; i < 2 && e.data; i++) {
+            const char *out = scratch_path("out.gguf");
+            const bool fp8 = strstr(d->d_name, "fp8") && i == 0;
+            moe_status status = convert(folder, out, i ? "f32" : NULL, &error);
+            CHECK(!status, "%s: %s", d->d_name, error.message);
+            const double far = status ? 1e9 : run_distance(out, &e);
+            CHECK(far <= (fp8 ? 3e-2 : 1e-4), "%s (%s): %g", d->d_name, i ? "f32" : "source", far);
+            unlink(out);
+        }
+        free(e.data);
+        n++;
+    }
+    closedir(dir);
+    CHECK(n >= 11, "%d checkpoints", n);
+}
+
+/* The bytes of the result do not depend on the number of threads. */
+static void threads_write_the_same_bytes(void)
+{
+    size_t bytes[3];
+    char *data[3];
+    static const uint32_t n_threads[3] = {1, 2, 7};
+    for (int i = 0; i < 3; i++) {
+        moe_error error = {0};
+        const conv_options o = {.source = checkpoint("qwen3moe"), .out = scratch_path("t.gguf"),
+                                .n_threads = n_threads[i], .quant = "q8_0"};
+        CHECK(!convert_with(&o, &error), "%s", error.message);
+        data[i] = test_read_file(o.out, &bytes[i]);
+        unlink(o.out);
+        CHECK(data[i] && bytes[i] == bytes[0] && !memcmp(data[i], data[0], bytes[0]), "%u threads",
+              n_threads[i]);
+    }
+    for (int i = 0; i < 3; i++)
+        free(data[i]);
+}
+
+/* Quantized rows are what the format's own quantizer makes of the F32 rows. */
+static void blocks_are_those_of_the_quantizer(void)
+{
+    moe_mem mem[2];
+    moe_error error = {0};
+    const char *fixture_path = "fixtures/qwen3moe-q.gguf";
+    char source[500];
+    snprintf(source, sizeof source, "%s/%s", test_root(), fixture_path);
+    const char *full = scratch_path("full.gguf"), *small = scratch_path("small.gguf");
+    REQUIRE(!convert(source, full, "f32", &error), "%s", error.message);
+    REQUIRE(!convert(full, small, "q5_1", &error), "%s", error.message);
+    moe_directory *a = open_directory(full, &mem[0]), *b = open_directory(small, &mem[1]);
+    REQUIRE(a && b, "open");
+    size_t n_quantized = 0;
+    for (size_t i = 0; i < directory_n_tensors(a); i++) {
+        const moe_tensor *x = directory_tensor_at(a, i), *y = directory_tensor_at(b, i);
+        uint8_t *blocks = malloc(y->bytes);
+        CHECK(!strcmp(x->name, y->name), "%s, %s", x->name, y->name);
+        y->quant->quantize((const float *)(const void *)x->data, blocks, (size_t)x->n_elements);
+        CHECK(!memcmp(blocks, y->data, y->bytes), "%s", x->name);
+        n_quantized += y->quant->id == Q_Q5_1;
+        free(blocks);
+    }
+    CHECK(n_quantized > 10, "%zu", n_quantized);
+    directory_close(a);
+    directory_close(b);
+    unlink(full);
+    unlink(small);
+}
+
+/* --------------------------------------------------------------------------------- GGUF -- */
+
+/* Without new types each key and each tensor is the same bytes. */
+static void gguf_is_copied_byte_for_byte(void)
+{
+    static const char *const names[] = {"qwen3moe-q", "olmoe-bf16", "mixtral-f16", "gemma3",
+                                        "gpt-oss-mxfp4", "deepseek3-q"};
+    for (size_t n = 0; n < MOE_COUNT(names); n++) {
+        char source[500];
+        moe_mem mem[2];
+        moe_error error = {0};
+        snprintf(source, sizeof source, "%s/fixtures/%s.gguf", test_root(), names[n]);
+        const char *out = scratch_path("copy.gguf");
+        REQUIRE(!convert(source, out, NULL, &error), "%s", error.message);
+        moe_directory *a = open_directory(source, &mem[0]), *b = open_directory(out, &mem[1]);
+        REQUIRE(a && b, "open");
+        CHECK(directory_n_meta(a) == directory_n_meta(b), "keys");
+        CHECK(directory_n_tensors(a) == directory_n_tensors(b), "tensors");
+        for (size_t i = 0; i < directory_n_meta(a); i++) {
+            const moe_meta *x = directory_meta_at(a, i), *y = directory_meta(b, x->key);
+            CHECK(y && x->type == y->type && x->item == y->item && x->n == y->n &&
+                      x->data_bytes == y->data_bytes && !memcmp(x->data, y->data, x->data_bytes),
+                  "%s: %s", names[n], x->key);
+        }
+        for (size_t i = 0; i < directory_n_tensors(a); i++) {
+            const moe_tensor *x = directory_tensor_at(a, i), *y = directory_tensor_at(b, i);
+            CHECK(!strcmp(x->name, y->name) && x->quant == y->quant && x->bytes == y->bytes &&
+                      !memcmp(x->dims, y->dims, sizeof x->dims) &&
+                      !memcmp(x->data, y->data, x->bytes), "%s: %s", names[n], x->name);
+        }
+        directory_close(a);
+        directory_close(b);
+        unlink(out);
+    }
+}
+
+/* A damaged GGUF file is refused in the loader's words. */
+static void gguf_damage_is_refused(void)
+{
+    char source[500];
+    size_t bytes;
+    snprintf(source, sizeof source, "%s/fixtures/qwen3.gguf", test_root());
+    char *data = test_read_file(source, &bytes);
+    const char *cut = scratch_path("cut.gguf");
+    const conv_options o = {.source = cut, .out = scratch_path("o.gguf")};
+    REQUIRE(data, "%s", source);
+    write_file(cut, data, bytes - 1000);
+    refused(&o, MOE_ERR_FORMAT, "cut off");
+    write_file(cut, "GGUF", 4);
+    refused(&o, MOE_ERR_FORMAT, "version");
+    write_file(cut, "", 0);
+    refused(&o, MOE_ERR_FORMAT, "magic");
+    unlink(cut);
+    refused(&o, MOE_ERR_IO, "no such");
+    free(data);
+}
+
+/* --------------------------------------------------------------------------------- plans -- */
+
+typedef struct planned {
+    conv_source source;
+    conv_tensor tensors[256];
+    conv_input inputs[256];
+    char names[256][64];
+    moe_mem mem;
+} planned;
+
+static conv_tensor *plan_add(planned *p, const char *name, uint64_t row_len)
+{
+    const size_t i = p->source.n_tensors++;
+    snprintf(p->names[i], sizeof p->names[i], "%s", name);
+    p->inputs[i].type = quant_by_name("BF16");
+    p->tensors[i] = (conv_tensor){.name = p->names[i], .n_dims = 2, .dims = {row_len, 256, 1, 1},
+                                  .row_len = row_len, .n_rows = 256, .inputs = &p->inputs[i],
+                                  .n_inputs = 1};
+    return &p->tensors[i];
+}
+
+static void plan_begin(planned *p, uint32_t n_layer, bool tied)
+{
+    memset(p, 0, sizeof *p);
+    mem_init(&p->mem, NULL, 0);
+    p->source.mem = p->source.kv.mem = p->source.arena.mem = &p->mem;
+    p->source.tensors = p->tensors;
+    p->source.n_layer = n_layer;
+    p->source.tied = tied;
+}
+
+static void plan_layers(planned *p)
+{
+    static const char *const parts[] = {"attn_q.weight", "attn_v.weight", "ffn_gate_exps.weight",
+                                        "ffn_down_exps.weight"};
+    char name[64];
+    plan_add(p, "token_embd.weight", 1024);
+    for (uint32_t i = 0; i < p->source.n_layer; i++) {
+        for (size_t k = 0; k < MOE_COUNT(parts); k++) {
+            snprintf(name, sizeof name, "blk.%u.%s", i, parts[k]);
+            plan_add(p, name, 1024);
+        }
+        snprintf(name, sizeof name, "blk.%u.ffn_gate_inp.weight", i);
+        plan_add(p, name, 1024)->is_router = true;
+    }
+    plan_add(p, "output_norm.weight", 1024)->is_vector = true;
+}
+
+static const char *plan_of(const planned *p, const char *name)
+{
+    for (size_t i = 0; i < p->source.n_tensors; i++)
+        if (!strcmp(p->tensors[i].name, name))
+            return p->tensors[i].target->name;
+    return "none";
+}
+
+static void plan_is(planned *p, const char *name, const char *type)
+{
+    CHECK(!strcmp(plan_of(p, name), type), "%s: expected %s, got %s", name, type, plan_of(p, name));
+}
+
+/* Q4_K_M as llama.cpp mixes it: more bits in the first and last eighth and every third between. */
+static void mixes_give_more_bits_where_it_pays(void)
+{
+    planned *p = malloc(sizeof *p);
+    moe_error error = {0};
+    conv_options o = {.quant = "q4_k_m"};
+    plan_begin(p, 32, false);
+    plan_layers(p);
+    plan_add(p, "output.weight", 1024);
+    CHECK(!plan_make(&p->source, &o, &error), "%s", error.message);
+    plan_is(p, "output.weight", "Q6_K");
+    plan_is(p, "token_embd.weight", "Q4_K");
+    plan_is(p, "output_norm.weight", "F32");
+    plan_is(p, "blk.9.ffn_gate_inp.weight", "F32");
+    uint32_t more = 0;
+    for (uint32_t i = 0; i < 32; i++) {
+        char name[64];
+        const bool want = i < 4 || i >= 28 || i % 3 == 0; // (i - 4) % 3 == 2
+        snprintf(name, sizeof name, "blk.%u.ffn_down_exps.weight", i);
+        plan_is(p, name, want ? "Q6_K" : "Q4_K");
+        snprintf(name, sizeof name, "blk.%u.attn_v.weight", i);
+        plan_is(p, name, want ? "Q6_K" : "Q4_K");
+        snprintf(name, sizeof name, "blk.%u.attn_q.weight", i);
+        plan_is(p, name, "Q4_K");
+        more += want;
+    }
+    CHECK(more == 16, "%u", more);
+    buf_free(&p->source.kv);
+    plan_begin(p, 2, true);
+    plan_layers(p);
+    CHECK(!plan_make(&p->source, &o, &error), "%s", error.message);
+    plan_is(p, "token_embd.weight", "Q6_K"); // it is the output matrix, too
+    buf_free(&p->source.kv);
+    free(p);
+}
+
+/* Rows that no superblock fits get blocks of 32; others half floats. */
+static void rows_that_fit_no_block_fall_back(void)
+{
+    static const struct { const char *asked, *at_1408, *at_100; } cases[] = {
+        {"Q4_K", "Q5_0", "F16"}, {"Q5_K", "Q5_1", "F16"}, {"Q6_K", "Q8_0", "F16"},
+        {"Q2_K", "IQ4_NL", "F16"}, {"Q3_K", "IQ4_NL", "F16"}, {"IQ4_XS", "IQ4_NL", "F16"},
+        {"Q4_0", "Q4_0", "F16"}, {"BF16", "BF16", "BF16"}, {"F32", "F32", "F32"}};
+    planned *p = malloc(sizeof *p);
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        moe_error error = {0};
+        const conv_options o = {.quant = cases[i].asked};
+        plan_begin(p, 1, false);
+        plan_add(p, "blk.0.ffn_up.weight", 1408);
+        plan_add(p, "blk.0.ffn_gate.weight", 100);
+        CHECK(!plan_make(&p->source, &o, &error), "%s", error.message);
+        plan_is(p, "blk.0.ffn_up.weight", cases[i].at_1408);
+        plan_is(p, "blk.0.ffn_gate.weight", cases[i].at_100);
+        buf_free(&p->source.kv);
+    }
+    free(p);
+}
+
+static void keep_overrides_the_mix(void)
+{
+    planned *p = malloc(sizeof *p);
+    moe_error error = {0};
+    conv_keep keeps[] = {{"attn", quant_by_name("Q8_0")}, {"blk\\.[01]\\.attn_v", quant_by_name("F16")}};
+    conv_options o = {.quant = "q4_k", .keeps = keeps, .n_keeps = 2};
+    plan_begin(p, 4, false);
+    plan_layers(p);
+    CHECK(!plan_make(&p->source, &o, &error), "%s", error.message);
+    plan_is(p, "blk.0.attn_v.weight", "F16");
+    plan_is(p, "blk.2.attn_v.weight", "Q8_0");
+    plan_is(p, "blk.2.ffn_gate_exps.weight", "Q4_K");
+    keeps[1].pattern = "nothing";
+    CHECK(plan_make(&p->source, &o, &error) == MOE_ERR_ARGUMENT && strstr(error.message, "nothing"),
+          "%s", error.message);
+    keeps[1].pattern = "a(b";
+    CHECK(plan_make(&p->source, &o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
+    keeps[1] = (conv_keep){"output_norm", quant_by_name("Q8_0")};
+    CHECK(plan_make(&p->source, &o, &error) == MOE_ERR_ARGUMENT &&
+              strstr(error.message, "output_norm.weight"), "%s", error.message);
+    buf_free(&p->source.kv);
+    free(p);
+}
+
+/* ----------------------------------------------------------------------------- tokenizer -- */
+
+/* A byte-level vocabulary: all bytes, "th", "the", "in" and one that nothing makes; `pre` is its
+ * pre-tokenizer. */
+static char *make_tokenizer(const char *pre)
+{
+    static const char merges[] = "}, \"merges\": [[\"t\", \"h\"], \"th e\", \"i n\"]}}";
+    char *text = malloc(1 << 16), *p = text;
+    uint32_t id = 0;
+    p += sprintf(p, "{\"added_tokens\": [{\"id\": 260, \"content\": \"<|end|>\", \"special\": true}],"
+                 "\"normalizer\": {\"type\": \"NFC\"}, \"pre_tokenizer\": %s, \"post_processor\": null,"
+                 "\"decoder\": {\"type\": \"ByteLevel\"}, \"model\": {\"type\": \"BPE\", \"vocab\": {",
+                 pre);
+    for (uint32_t c = 0x21; c < 0x144; c++) {
+        uint8_t utf8[4];
+        if (bytelevel_byte(c) < 0)
+            continue;
+        const size_t n = utf8_encode(c, utf8);
+        p += sprintf(p, "\"%s%.*s\": %u, ", c == '"' || c == '\\' ? "\\" : "", (int)n,
+                     (const char *)utf8, id++);
+    }
+    p += sprintf(p, "\"th\": 256, \"the\": 257, \"in\": 258, \"x\\u0120y\": 259%s", merges);
+    return text;
+}
+
+static const char pre_gpt2[] =
+    "{\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": true}";
+
+/* A checkpoint of one layer whose tensors are all zero but for norms. */
+static void make_small(const char *folder, uint32_t n_vocab)
+{
+    static const char *const square[] = {
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+    char header[4096], config[512];
+    uint64_t at = 0, n = 0;
+    mkdir(folder, 0777);
+    n += (uint64_t)sprintf(header + n, "{\"model.embed_tokens.weight\": {\"dtype\": \"F32\", \"shape\": "
+                           "[%u, 4], \"data_offsets\": [0, %u]}", n_vocab, 16 * n_vocab);
+    at = 16 * n_vocab;
+    static const char *const norms[] = {"model.norm", "model.layers.0.input_layernorm",
+                                        "model.layers.0.post_attention_layernorm"};
+    for (size_t i = 0; i < MOE_COUNT(norms); i++, at += 16)
+        n += (uint64_t)sprintf(header + n, ", \"%s.weight\": {\"dtype\": \"F32\", \"shape\": [4], "
+                               "\"data_offsets\": [%llu, %llu]}", norms[i], (unsigned long long)at,
+                               (unsigned long long)at + 16);
+    for (size_t i = 0; i < MOE_COUNT(square); i++, at += 64)
+        n += (uint64_t)sprintf(header + n, ", \"model.layers.0.%s.weight\": {\"dtype\": \"F32\", "
+                               "\"shape\": [4, 4], \"data_offsets\": [%llu, %llu]}", square[i],
+                               (unsigned long long)at, (unsigned long long)at + 64);
+    n += (uint64_t)sprintf(header + n, "}");
+    char *file = calloc(1, 8 + n + at), path[700];
+    memcpy(file, &n, 8);
+    memcpy(file + 8, header, n);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    write_file(path, file, 8 + n + at);
+    free(file);
+    snprintf(config, sizeof config,
+             "{\"model_type\": \"llama\", \"vocab_size\": %u, \"hidden_size\": 4, "
+             "\"intermediate_size\": 4, \"num_hidden_layers\": 1, \"num_attention_heads\": 2, "
+             "\"max_position_embeddings\": 64, \"rms_norm_eps\": 1e-5, "
+             "\"auto_map\": {\"AutoModel\": \"evil.Model\"}, \"tie_word_embeddings\": true, "
+             "\"rope_scaling\": null, \"bos_token_id\": null, \"eos_token_id\": [260, 257]}",
+             n_vocab);
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    write_text(path, config);
+}
+
+static void tokenizer_json_becomes_keys(void)
+{
+    char folder[600], path[700];
+    moe_mem mem;
+    moe_error error = {0};
+    snprintf(folder, sizeof folder, "%s", scratch_path("tok"));
+    make_small(folder, 264);
+    char *text = make_tokenizer(pre_gpt2);
+    snprintf(path, sizeof path, "%s/tokenizer.json", folder);
+    write_text(path, text);
+    free(text);
+    snprintf(path, sizeof path, "%s/chat_template.jinja", folder);
+    write_text(path, "{{ messages }}");
+    const char *out = scratch_path("tok.gguf");
+    REQUIRE(!convert(folder, out, NULL, &error), "%s", error.message);
+    moe_directory *dir = open_directory(out, &mem);
+    REQUIRE(dir, "open");
+    moe_str s = {"", 0};
+    uint32_t eos = 0;
+    bool nfc = false, bos = true;
+    meta_string(dir, "tokenizer.ggml.pre", true, &s, NULL);
+    CHECK(str_equal(s, "gpt-2"), "%.*s", (int)s.bytes, s.data);
+    meta_string(dir, "tokenizer.chat_template", true, &s, NULL);
+    CHECK(str_equal(s, "{{ messages }}"), "%.*s", (int)s.bytes, s.data);
+    meta_u32(dir, "tokenizer.ggml.eos_token_id", true, 0, 999, &eos, NULL);
+    meta_bool(dir, "tokenizer.ggml.normalizer.nfc", true, &nfc, NULL);
+    meta_bool(dir, "tokenizer.ggml.add_bos_token", true, &bos, NULL);
+    CHECK(eos == 260 && nfc && !bos, "%u %d %d", eos, nfc, bos);
+    const moe_meta *tokens = directory_meta(dir, "tokenizer.ggml.tokens");
+    REQUIRE(tokens && tokens->n == 264, "tokens");
+    CHECK(str_equal(tokens->strings[263], "[PAD263]"), "padding");
+    directory_close(dir);
+    moe_model *model = NULL;
+    moe_model_options mo;
+    moe_model_options_init(&mo);
+    mo.path = out;
+    CHECK(!moe_model_open(&model, &mo, &error), "%s", error.message);
+    moe_token ids[8];
+    size_t n = 0;
+    moe_tokenizer_encode(moe_model_tokenizer(model), "the inn", 7, 0, ids, 8, &n, NULL);
+    CHECK(n == 4 && ids[0] == 257 && ids[2] == 258, "%zu ids", n);
+    moe_model_close(model);
+    unlink(out);
+}
+
+/* Patterns that no name stands for are refused, not replaced by others. */
+static void unknown_patterns_are_refused(void)
+{
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("tok2"));
+    make_small(folder, 261);
+    // it splits "the", or it would make no difference
+    char *text = make_tokenizer(
+        "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\", \"pattern\": {\"Regex\": "
+        "\"[a-e]|[f-z]+\"}, \"behavior\": \"Isolated\", \"invert\": false}, {\"type\": "
+        "\"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": false}]}");
+    snprintf(path, sizeof path, "%s/tokenizer.json", folder);
+    write_text(path, text);
+    const conv_options o = {.source = folder, .out = scratch_path("t2.gguf")};
+    refused(&o, MOE_ERR_UNSUPPORTED, "--pre NAME");
+    free(text);
+}
+
+/* T: more tokens than rows, ids out of range. */
+static void tokenizers_that_contradict_the_model_are_refused(void)
+{
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("tok3"));
+    const conv_options o = {.source = folder, .out = scratch_path("t3.gguf")};
+    make_small(folder, 200);
+    char *text = make_tokenizer(pre_gpt2);
+    snprintf(path, sizeof path, "%s/tokenizer.json", folder);
+    write_text(path, text);
+    refused(&o, MOE_ERR_MODEL, "at most 200 tokens");
+    make_small(folder, 261);
+    write_text(path, "{\"model\": 3}");
+    refused(&o, MOE_ERR_FORMAT, "vocab");
+    write_text(path, text);
+    snprintf(path, sizeof path, "%s/generation_config.json", folder);
+    write_text(path, "{\"eos_token_id\": 4000000000}");
+    refused(&o, MOE_ERR_MODEL, "eos_token_id");
+    write_text(path, "{\"temperature\": \"hot\"}");
+    refused(&o, MOE_ERR_MODEL, "temperature");
+    free(text);
+}
+
+/* --------------------------------------------------------------------- hostile safetensors -- */
+
+/* Writes a file with this header and data_bytes bytes of zeros. */
+static void write_safetensors(const char *path, const char *header, size_t data_bytes)
+{
+    const uint64_t n = strlen(header);
+    char *file = calloc(1, 8 + n + data_bytes);
+    memcpy(file, &n, 8);
+    memcpy(file + 8, header, n);
+    write_file(path, file, 8 + n + data_bytes);
+    free(file);
+}
+
+#define T(name, dtype, shape, from, to)                                                            \
+    "\"" name "\": {\"dtype\": \"" dtype "\", \"shape\": " shape ", \"data_offsets\": [" from ", " to "]}"
+
+static void lying_headers_are_refused(void)
+{
+    static const struct {
+        const char *id, *header;
+        size_t data_bytes;
+        moe_status status;
+        const char *says;
+    } cases[] = {
+        {"S4 not UTF-8", "{\"\xff\": 1}", 0, MOE_ERR_FORMAT, "UTF-8"},
+        {"S5 not JSON", "hello", 0, MOE_ERR_FORMAT, "JSON"},
+        {"S5 no object", "[1, 2]", 0, MOE_ERR_FORMAT, "object"},
+        {"S5 comment", "{} // no", 0, MOE_ERR_FORMAT, "JSON"},
+        {"S7 twice", "{" T("a", "F32", "[1]", "0", "4") ", " T("a", "F32", "[1]", "4", "8") "}", 8,
+         MOE_ERR_FORMAT, "twice"},
+        {"S8 inverted", "{" T("a", "F32", "[1]", "4", "0") "}", 4, MOE_ERR_FORMAT, "in order"},
+        {"S9 overlap", "{" T("a", "F32", "[2]", "0", "8") ", " T("b", "F32", "[1]", "4", "8") "}", 8,
+         MOE_ERR_FORMAT, "overlaps"},
+        {"S9 same place", "{" T("a", "F32", "[1]", "0", "4") ", " T("b", "F32", "[1]", "0", "4") "}", 4,
+         MOE_ERR_FORMAT, "overlaps"},
+        {"S10 hole", "{" T("a", "F32", "[1]", "0", "4") ", " T("b", "F32", "[1]", "8", "12") "}", 12,
+         MOE_ERR_FORMAT, "a hole"},
+        {"S10 hole in front", "{" T("a", "F32", "[1]", "4", "8") "}", 8, MOE_ERR_FORMAT, "a hole"},
+        {"S10 tail", "{" T("a", "F32", "[1]", "0", "4") "}", 5, MOE_ERR_FORMAT, "belong to none"},
+        {"S11 too small", "{" T("a", "F32", "[3]", "0", "8") "}", 8, MOE_ERR_FORMAT, "do not fit"},
+        {"S11 wrong dtype", "{" T("a", "F16", "[2]", "0", "8") "}", 8, MOE_ERR_FORMAT, "do not fit"},
+        {"S12 wraps", "{" T("a", "F32", "[4294967296, 4294967296]", "0", "4") "}", 4, MOE_ERR_FORMAT,
+         "64 bits"},
+        {"S12 bytes wrap", "{" T("a", "F32", "[4611686018427387904]", "0", "0") "}", 0,
+         MOE_ERR_FORMAT, "2^53"},
+        {"S12 bytes wrap", "{" T("a", "F32", "[2147483648, 2147483648]", "0", "0") "}", 0,
+         MOE_ERR_FORMAT, "do not fit"},
+        {"S13 negative", "{" T("a", "F32", "[-1]", "0", "4") "}", 4, MOE_ERR_FORMAT, "2^53"},
+        {"S13 1e300", "{" T("a", "F32", "[1e300]", "0", "4") "}", 4, MOE_ERR_FORMAT, "2^53"},
+        {"S13 2^53+1", "{" T("a", "F32", "[9007199254740993]", "0", "4") "}", 4, MOE_ERR_FORMAT,
+         "2^53"},
+        {"S13 fraction", "{" T("a", "F32", "[1.5]", "0", "4") "}", 4, MOE_ERR_FORMAT, "2^53"},
+        {"S13 text", "{" T("a", "F32", "[\"1\"]", "0", "4") "}", 4, MOE_ERR_FORMAT, "2^53"},
+        {"S13 offset", "{" T("a", "F32", "[1]", "-4", "0") "}", 4, MOE_ERR_FORMAT, "data_offsets"},
+        {"S14 dtype", "{" T("a", "Q4_0", "[1]", "0", "4") "}", 4, MOE_ERR_UNSUPPORTED, "Q4_0"},
+        {"past the end", "{" T("a", "F32", "[2]", "0", "8") "}", 4, MOE_ERR_FORMAT, "cut off"},
+        {"no shape", "{\"a\": {\"dtype\": \"F32\", \"data_offsets\": [0, 4]}}", 4, MOE_ERR_FORMAT,
+         "shape"},
+        {"9 dimensions", "{" T("a", "F32", "[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4, MOE_ERR_FORMAT,
+         "dimensions"},
+        {"not an object", "{\"a\": 3}", 0, MOE_ERR_FORMAT, "object"},
+        {"empty name", "{" T("", "F32", "[1]", "0", "4") "}", 4, MOE_ERR_FORMAT, "name"},
+        {"NUL in a name", "{" T("a\\u0000b", "F32", "[1]", "0", "4") "}", 4, MOE_ERR_FORMAT, "name"},
+        {"nothing", "{}", 0, MOE_ERR_MODEL, "embed_tokens"},
+    };
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("bad"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    const conv_options o = {.source = folder, .out = scratch_path("bad.gguf")};
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        const int failures = test_failures;
+        write_safetensors(path, cases[i].header, cases[i].data_bytes);
+        refused(&o, cases[i].status, cases[i].says);
+        if (test_failures != failures)
+            printf("  in case %s\n", cases[i].id);
+    }
+    uint64_t huge = 1000; // S1, S2, S3, S6
+    write_file(path, "1234567", 7);
+    refused(&o, MOE_ERR_FORMAT, "too few");
+    write_file(path, "", 0);
+    refused(&o, MOE_ERR_FORMAT, "too few");
+    write_file(path, &huge, 8);
+    refused(&o, MOE_ERR_FORMAT, "within");
+    huge = UINT64_MAX;
+    write_file(path, &huge, 8);
+    refused(&o, MOE_ERR_FORMAT, "within");
+    char *deep = malloc(200001);
+    memset(deep, '[', 200000);
+    deep[200000] = 0;
+    write_safetensors(path, deep, 0);
+    refused(&o, MOE_ERR_FORMAT, "nested");
+    free(deep);
+    huge = ST_MAX_HEADER_BYTES + 1ull;
+    write_file(path, &huge, 8);
+    CHECK(!truncate(path, 8 + ST_MAX_HEADER_BYTES + 1ll), "truncate");
+    refused(&o, MOE_ERR_LIMIT, "at most 100000000");
+    unlink(path);
+    refused(&o, MOE_ERR_IO, "model.safetensors");
+}
+
+/* S15: a small header cannot name more tensors than there are bytes, and names for the same bytes are
+ * an overlap. */
+static void aliases_are_refused(void)
+{
+    char folder[600], path[700];
+    enum { N = 300000 };
+    snprintf(folder, sizeof folder, "%s", scratch_path("alias"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    const conv_options o = {.source = folder, .out = scratch_path("alias.gguf")};
+    char *header = malloc((size_t)N * 80), *p = header;
+    *p++ = '{';
+    for (int i = 0; i < N; i++)
+        p += sprintf(p, "%s\"%d\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0, 4]}",
+                     i ? "," : "", i);
+    strcpy(p, "}");
+    write_safetensors(path, header, 4);
+    refused(&o, MOE_ERR_LIMIT, "at most 262144 tensors");
+    free(header);
+}
+
+static void write_index(const char *folder, const char *map)
+{
+    char path[700], text[2000];
+    snprintf(path, sizeof path, "%s/model.safetensors.index.json", folder);
+    snprintf(text, sizeof text, "{\"weight_map\": %s}", map);
+    write_text(path, text);
+}
+
+/* S16, S17: shards elsewhere, a tensor in two of them, one that is not where the index says. */
+static void lying_indexes_are_refused(void)
+{
+    char folder[600], path[700], other[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("shards"));
+    make_small(folder, 8);
+    const conv_options o = {.source = folder, .out = scratch_path("shards.gguf")};
+    static const char *const outside[] = {"../secret", "/etc/passwd", "a/../../b", "..", ".", "",
+                                          "a\\\\b"};
+    for (size_t i = 0; i < MOE_COUNT(outside); i++) {
+        char map[200];
+        snprintf(map, sizeof map, "{\"a\": \"%s\"}", outside[i]);
+        write_index(folder, map);
+        refused(&o, MOE_ERR_FORMAT, "weight_map");
+    }
+    snprintf(path, sizeof path, "%s/link.safetensors", folder);
+    snprintf(other, sizeof other, "%s", scratch_path("outside.safetensors"));
+    write_safetensors(other, "{" T("a", "F32", "[1]", "0", "4") "}", 4);
+    CHECK(!symlink(other, path), "symlink");
+    write_index(folder, "{\"a\": \"link.safetensors\"}");
+    refused(&o, MOE_ERR_FORMAT, "link that leaves");
+    unlink(path);
+    for (int i = 1; i <= 2; i++) {
+        snprintf(path, sizeof path, "%s/%d.safetensors", folder, i);
+        write_safetensors(path, "{" T("a", "F32", "[1]", "0", "4") "}", 4);
+    }
+    write_index(folder, "{\"a\": \"1.safetensors\", \"b\": \"2.safetensors\"}");
+    refused(&o, MOE_ERR_FORMAT, "in one shard");
+    write_index(folder, "{\"a\": \"1.safetensors\", \"b\": \"1.safetensors\"}");
+    refused(&o, MOE_ERR_FORMAT, "b: ");
+    write_index(folder, "{\"a\": \"3.safetensors\"}");
+    refused(&o, MOE_ERR_IO, "3.safetensors");
+    write_index(folder, "{\"a\": 7}");
+    refused(&o, MOE_ERR_FORMAT, "weight_map");
+    write_index(folder, "[]");
+    refused(&o, MOE_ERR_FORMAT, "weight_map");
+    snprintf(path, sizeof path, "%s/model.safetensors.index.json", folder);
+    write_text(path, "null");
+    refused(&o, MOE_ERR_FORMAT, "object");
+}
+
+/* ------------------------------------------------------------------------------- configs -- */
+
+/* S18, M: the config is no object, or says what cannot be, or contradicts the tensors. */
+static void lying_configs_are_refused(void)
+{
+    static const struct {
+        const char *config;
+        moe_status status;
+        const char *says;
+    } cases[] = {
+        {"null", MOE_ERR_FORMAT, "object"},
+        {"\"llama\"", MOE_ERR_FORMAT, "object"},
+        {"{\"model_type\": NaN}", MOE_ERR_FORMAT, "JSON"},
+        {"{}", MOE_ERR_MODEL, "model_type"},
+        {"{\"model_type\": \"gpt9\"}", MOE_ERR_UNSUPPORTED, "gpt9"},
+        {"{\"model_type\": 7}", MOE_ERR_UNSUPPORTED, "model_type"},
+    };
+    static const struct {
+        const char *from, *to;
+        moe_status status;
+        const char *says;
+    } edits[] = {
+        {"\"num_hidden_layers\": 1", "\"num_hidden_layers\": 1000000000", MOE_ERR_MODEL,
+         "num_hidden_layers"},
+        {"\"num_hidden_layers\": 1", "\"num_hidden_layers\": 0", MOE_ERR_MODEL, "block_count"},
+        {"\"num_hidden_layers\": 1", "\"num_hidden_layers\": 2", MOE_ERR_MODEL, "model.layers.1."},
+        {"\"num_hidden_layers\": 1", "\"num_hidden_layers\": \"1\"", MOE_ERR_MODEL,
+         "num_hidden_layers"},
+        {"\"num_attention_heads\": 2", "\"num_attention_heads\": 0", MOE_ERR_MODEL,
+         "num_attention_heads"},
+        {"\"num_attention_heads\": 2", "\"num_attention_heads\": 3", MOE_ERR_MODEL,
+         "num_attention_heads"},
+        {"\"hidden_size\": 4", "\"hidden_size\": 8", MOE_ERR_MODEL, "expected shape"},
+        {"\"hidden_size\": 4", "\"hidden_size\": -4", MOE_ERR_MODEL, "hidden_size"},
+        {"\"hidden_size\": 4", "\"hidden_size\": 4.5", MOE_ERR_MODEL, "hidden_size"},
+        {"\"intermediate_size\": 4", "\"intermediate_size\": 5", MOE_ERR_MODEL, "gate_proj"},
+        {"\"vocab_size\": 8", "\"vocab_size\": 9", MOE_ERR_MODEL, "vocab_size"},
+        {"1e-5", "\"small\"", MOE_ERR_MODEL, "rms_norm_eps"},
+        {"1e-5", "7", MOE_ERR_MODEL, "rms_norm_eps"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"magic\"}", MOE_ERR_UNSUPPORTED,
+         "magic"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\"}", MOE_ERR_MODEL, "factor"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8}",
+         MOE_ERR_MODEL, "low_freq_factor"},
+        {"\"rope_scaling\": null", "\"hidden_act\": \"relu\"", MOE_ERR_UNSUPPORTED, "relu"},
+        {"\"rope_scaling\": null", "\"sliding_window\": 4096", MOE_ERR_UNSUPPORTED,
+         "sliding_window"},
+        {"\"rope_scaling\": null", "\"num_local_experts\": 4, \"num_experts_per_tok\": 9",
+         MOE_ERR_MODEL, "num_experts_per_tok"},
+        {"\"rope_scaling\": null", "\"num_local_experts\": 4, \"num_experts_per_tok\": 2",
+         MOE_ERR_MODEL, "block_sparse_moe"},
+        {"\"rope_scaling\": null", "\"quantization_config\": {\"quant_method\": \"gptq\"}",
+         MOE_ERR_UNSUPPORTED, "gptq"},
+        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", MOE_ERR_MODEL,
+         "lm_head.weight"},
+    };
+    char folder[600], path[700], config[1500];
+    snprintf(folder, sizeof folder, "%s", scratch_path("config"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    const conv_options o = {.source = folder, .out = scratch_path("config.gguf")};
+    size_t bytes;
+    char *good = test_read_file(path, &bytes);
+    REQUIRE(good, "%s", path);
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        write_text(path, cases[i].config);
+        refused(&o, cases[i].status, cases[i].says);
+    }
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        const char *at = strstr(good, edits[i].from);
+        REQUIRE(at, "%s", edits[i].from);
+        snprintf(config, sizeof config, "%.*s%s%s", (int)(at - good), good, edits[i].to,
+                 at + strlen(edits[i].from));
+        write_text(path, config);
+        refused(&o, edits[i].status, edits[i].says);
+    }
+    unlink(path);
+    refused(&o, MOE_ERR_IO, "config.json");
+    write_text(path, good); // S19: auto_map is there and does nothing
+    moe_error error = {0};
+    CHECK(!convert(folder, o.out, NULL, &error), "%s", error.message);
+    unlink(o.out);
+    free(good);
+}
+
+/* A tensor that the model does not have may not be left out. */
+static void unused_tensors_are_refused(void)
+{
+    char folder[600], path[700];
+    size_t bytes;
+    snprintf(folder, sizeof folder, "%s", scratch_path("unused"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    char *data = test_read_file(path, &bytes);
+    REQUIRE(data, "%s", path);
+    char *name = strstr(data + 8, "model.norm.weight");
+    REQUIRE(name, "name");
+    memcpy(name, "model.nom2.weight", 17);
+    write_file(path, data, bytes);
+    const conv_options o = {.source = folder, .out = scratch_path("unused.gguf")};
+    refused(&o, MOE_ERR_MODEL, "model.norm.weight");
+    free(data);
+}
+
+/* ------------------------------------------------------------------------- during the work -- */
+
+/* Puts a float into the embedding's row 3, column 1. */
+static void poison(const char *folder, float value)
+{
+    char path[700];
+    uint64_t n;
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    FILE *f = fopen(path, "r+b");
+    REQUIRE(f && fread(&n, 8, 1, f) == 1, "%s", path);
+    fseek(f, (long)(8 + n + 4 * (3 * 4 + 1)), SEEK_SET);
+    fwrite(&value, 4, 1, f);
+    fclose(f);
+}
+
+static void weights_that_are_not_finite_are_named(void)
+{
+    char folder[600];
+    moe_error error = {0};
+    snprintf(folder, sizeof folder, "%s", scratch_path("nan"));
+    make_small(folder, 8);
+    conv_options o = {.source = folder, .out = scratch_path("nan.gguf"), .n_threads = 1};
+    static const char *const types[] = {NULL, "f16", "bf16", "q8_0", "f32"};
+    for (size_t i = 0; i < MOE_COUNT(types); i++) {
+        o.quant = types[i];
+        poison(folder, NAN);
+        refused(&o, MOE_ERR_MODEL, "token_embd.weight: expected finite weights, got nan at row 3, column 1");
+        poison(folder, -INFINITY);
+        refused(&o, MOE_ERR_MODEL, "got -inf at row 3, column 1");
+    }
+    poison(folder, 70000.0f);
+    o.quant = "f16";
+    refused(&o, MOE_ERR_MODEL, "BF16");
+    o.quant = "bf16";
+    CHECK(!convert_with(&o, &error), "%s", error.message);
+    poison(folder, NAN);
+    o.allow_nonfinite = true;
+    o.quant = "f32";
+    CHECK(!convert_with(&o, &error), "%s", error.message);
+    unlink(o.out);
+}
+
+static void touch_source(void *user, const conv_progress *progress)
+{
+    struct utimbuf times = {1, 1};
+    (void)progress;
+    utime(user, &times);
+}
+
+static void a_source_that_changes_is_noticed(void)
+{
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("change"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    const conv_options o = {.source = folder, .out = scratch_path("change.gguf"), .n_threads = 1,
+                            .progress = touch_source, .user = path};
+    refused(&o, MOE_ERR_IO, "changed during the conversion");
+}
+
+static void nothing_is_left_after_a_failure(void)
+{
+    char source[500];
+    snprintf(source, sizeof source, "%s/fixtures/qwen3.gguf", test_root());
+    moe_cancel cancel = {1};
+    conv_options o = {.source = source, .out = scratch_path("x.gguf"), .cancel = &cancel};
+    refused(&o, MOE_ERR_CANCELLED, "cancelled");
+    o.cancel = NULL;
+    struct rlimit old, small = {20000, 20000};
+    signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &old);
+    small.rlim_max = old.rlim_max;
+    setrlimit(RLIMIT_FSIZE, &small);
+    refused(&o, MOE_ERR_IO, "x.gguf.partial");
+    setrlimit(RLIMIT_FSIZE, &old);
+    o.out = scratch_path("no/such/folder.gguf");
+    refused(&o, MOE_ERR_IO, "no such folder");
+    o.out = scratch_path("x.moe");
+    refused(&o, MOE_ERR_UNSUPPORTED, ".moe");
+    o.out = scratch_path("x.bin");
+    refused(&o, MOE_ERR_ARGUMENT, ".gguf");
+    o.out = scratch_path("x.gguf");
+    o.quant = "q9_k";
+    refused(&o, MOE_ERR_ARGUMENT, "q4_k_m");
+    o.quant = NULL;
+    o.dry_run = true;
+    moe_error error = {0};
+    CHECK(!convert_with(&o, &error) && !exists(o.out), "%s", error.message);
+}
+
+/* A whole file that is there stays until the new one is whole. */
+static void an_old_file_survives_a_failure(void)
+{
+    size_t bytes;
+    char folder[600];
+    snprintf(folder, sizeof folder, "%s", scratch_path("old"));
+    make_small(folder, 8);
+    poison(folder, NAN);
+    const char *out = scratch_path("old.gguf");
+    write_text(out, "precious");
+    moe_error error = {0};
+    CHECK(convert(folder, out, NULL, &error) == MOE_ERR_MODEL, "%s", error.message);
+    char *data = test_read_file(out, &bytes);
+    CHECK(data && !strcmp(data, "precious"), "it is gone");
+    free(data);
+    unlink(out);
+}
+
+int main(int argc, char **argv)
+{
+    const char *tmp = getenv("TMPDIR");
+    test_begin(argc, argv);
+    snprintf(scratch, sizeof scratch, "%s/moe-test-convert.XXXXXX", tmp ? tmp : "/tmp");
+    if (!mkdtemp(scratch)) {
+        printf("cannot make a folder in %s\n", scratch);
+        return 1;
+    }
+    RUN(checkpoints_give_the_logits_of_transformers);
+    RUN(threads_write_the_same_bytes);
+    RUN(blocks_are_those_of_the_quantizer);
+    RUN(gguf_is_copied_byte_for_byte);
+    RUN(gguf_damage_is_refused);
+    RUN(mixes_give_more_bits_where_it_pays);
+    RUN(rows_that_fit_no_block_fall_back);
+    RUN(keep_overrides_the_mix);
+    RUN(tokenizer_json_becomes_keys);
+    RUN(unknown_patterns_are_refused);
+    RUN(tokenizers_that_contradict_the_model_are_refused);
+    RUN(lying_headers_are_refused);
+    RUN(aliases_are_refused);
+    RUN(lying_indexes_are_refused);
+    RUN(lying_configs_are_refused);
+    RUN(unused_tensors_are_refused);
+    RUN(weights_that_are_not_finite_are_named);
+    RUN(a_source_that_changes_is_noticed);
+    RUN(nothing_is_left_after_a_failure);
+    RUN(an_old_file_survives_a_failure);
+    remove_folder(scratch);
+    return test_end();
+}
+
+#endif
