@@ -103,6 +103,8 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
              d->cpu & MOE_CPU_AVX512_VNNI ? "AVX-512 VNNI"
              : d->cpu & MOE_CPU_AVX512    ? "AVX-512"
              : d->cpu & MOE_CPU_AVX2      ? "AVX2"
+             : d->cpu & MOE_CPU_I8MM      ? "NEON, dotprod, i8mm"
+             : d->cpu & MOE_CPU_DOTPROD   ? "NEON, dotprod"
              : d->cpu & MOE_CPU_NEON      ? "NEON"
                                           : "plain C");
     *out = d;
@@ -397,6 +399,15 @@ static void cpu_record_heads(moe_queue *q, const moe_heads_op *o)
     cpu_new_phase(q, op, cpu_heads, (uint64_t)cpu_ceil_div(o->w->dims[1], op->chunk) * o->w->dims[2]);
 }
 
+static void cpu_record_conv(moe_queue *q, const moe_conv_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.conv = *o;
+    op->k = *o->cache;
+    cpu_new_phase(q, op, cpu_conv_store, o->n_tok);
+    cpu_new_phase(q, op, cpu_conv, o->n_tok);
+}
+
 static void cpu_record_copy(moe_queue *q, const moe_copy_op *o)
 {
     cpu_op *op = cpu_new_op(q);
@@ -476,6 +487,7 @@ static const moe_backend cpu_backend = {
     .store = cpu_record_store,
     .attend = cpu_record_attend,
     .heads = cpu_record_heads,
+    .conv = cpu_record_conv,
     .copy = cpu_record_copy,
     .glu = cpu_record_glu,
     .add = cpu_record_add,

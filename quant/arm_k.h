@@ -278,8 +278,10 @@ MOE_INLINE void arm_k_gemm_tokens(const moe_mm *mm, size_t t0, size_t n_tok, con
         arm_rows(mm, r, 8, row);
         float32x4_t acc[ARM_TOKENS + 1][2];
         memset(acc, 0, (n_tok + 1) * sizeof acc[0]);
+        const uintptr_t next = (uintptr_t)row[0] + 8 * mm->w_stride;
         for (size_t b = 0; b < mm->n_in / K_LEN; b++) {
             arm_k_tile tile;
+            arm_prefetch(next + b * 8 * f->block_bytes, 8 * f->block_bytes);
             arm_k_load(row, b * f->block_bytes, f, e, &tile);
             size_t t = 0;
             for (; t + e->n_tok <= n_tok; t += e->n_tok)
