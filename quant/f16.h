@@ -9,6 +9,7 @@
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
+#include "x86_512.h"
 
 static void f16_dequantize(const void *blocks, float *dst, size_t n)
 {
@@ -63,6 +64,22 @@ MOE_AVX2 static void f16_gemm_avx2(const moe_mm *mm)
 {
     x86_float_gemm(mm, 2, f16_load8_avx2, f16_load_tail_avx2);
 }
+
+MOE_AVX512_INLINE __m512 f16_load_avx512(const uint8_t *a, const uint8_t *b)
+{
+    return _mm512_cvtph_ps(x86_load_pair(a, b));
+}
+
+MOE_AVX512 static void f16_unpack_avx512(const uint8_t *const row[16], size_t offset,
+                                         uintptr_t next, size_t n, x86_512_floats *out)
+{
+    x86_512_unpack(row, offset, next, n, out, 2, f16_load_avx512);
+}
+
+MOE_AVX512 static void f16_gemm_avx512(const moe_mm *mm)
+{
+    x86_512_float_gemm(mm, 2, f16_unpack_avx512);
+}
 #endif
 
 #if MOE_ARM64
@@ -89,6 +106,8 @@ static moe_kernels f16_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){f16_gemv_avx2, f16_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512)
+        best.gemm = f16_gemm_avx512;
 #endif
 #if MOE_ARM64
     if (cpu & MOE_CPU_NEON)

@@ -9,6 +9,7 @@
 #include "common.h"
 #include "quant.h"
 #include "x86.h"
+#include "x86_512.h"
 
 static void f32_dequantize(const void *blocks, float *dst, size_t n)
 {
@@ -57,6 +58,23 @@ MOE_AVX2 static void f32_gemm_avx2(const moe_mm *mm)
 {
     x86_float_gemm(mm, 4, f32_load8_avx2, f32_load_tail_avx2);
 }
+
+MOE_AVX512_INLINE __m512 f32_load_avx512(const uint8_t *a, const uint8_t *b)
+{
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps((const float *)a)),
+                              _mm256_loadu_ps((const float *)b), 1);
+}
+
+MOE_AVX512 static void f32_unpack_avx512(const uint8_t *const row[16], size_t offset,
+                                         uintptr_t next, size_t n, x86_512_floats *out)
+{
+    x86_512_unpack(row, offset, next, n, out, 4, f32_load_avx512);
+}
+
+MOE_AVX512 static void f32_gemm_avx512(const moe_mm *mm)
+{
+    x86_512_float_gemm(mm, 4, f32_unpack_avx512);
+}
 #endif
 
 #if MOE_ARM64
@@ -83,6 +101,8 @@ static moe_kernels f32_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){f32_gemv_avx2, f32_gemm_avx2};
+    if (cpu & MOE_CPU_AVX512)
+        best.gemm = f32_gemm_avx512;
 #endif
 #if MOE_ARM64
     if (cpu & MOE_CPU_NEON)

@@ -1,6 +1,6 @@
 /* quant/x86_k.h - what the AVX2 kernels of the formats with superblocks of 256 weights share: the
- * loops over rows, superblocks and tokens. A format brings two functions and a
- * struct x86_k_format; the loops are bodies, as in x86.h.
+ * loops over rows, superblocks and tokens. They are bodies, as in x86.h; a format brings two
+ * functions and a struct x86_k_format.
  *
  * One token (gemv). 8 rows side by side: their integer sums become one vector, in row order, which
  * goes through the format's float expression. While 8 rows are multiplied the next 8 are fetched,
@@ -185,9 +185,9 @@ MOE_AVX2_INLINE __m256i x86_k_scale(const x86_k_header *h, int r, int g)
 
 /* -------------------------------------------------------------------------------- one token -- */
 
-/* For formats that multiply row by row: dot[r] are 8 numbers whose sum is the integer that d belongs
- * to, the minimum's part included with X86_K_INT_MIN, and min[r] likewise for dmin. d stands at
- * `d_offset` in the rows, dmin behind it. */
+/* For formats that multiply row by row: dot[r] are 8 numbers whose sum is the integer that d
+ * belongs to, the minimum's part included with X86_K_INT_MIN, and min[r] likewise for dmin. d
+ * stands at `d_offset` in the rows, dmin behind it. */
 MOE_AVX2_INLINE void x86_k_sum_rows(const __m256i dot[8], const __m256i min[8],
                                     const uint8_t *const row[8], size_t d_offset, x86_k_min kind,
                                     x86_k_sums *out)
