@@ -40,6 +40,7 @@
 #include "core/model_gemma.c" /* gemma3 */
 #include "core/model_deepseek.c" /* deepseek2: V2, V3, R1 and kin */
 #include "core/model_gpt_oss.c" /* gpt-oss */
+#include "core/model_lfm2.c"  /* lfm2moe */
 #include "core/models.c"      /* the table of families */
 #include "core/session.c"     /* cache, batches, logits */
 #include "core/sample.c"      /* logits -> token */

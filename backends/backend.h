@@ -140,6 +140,17 @@ typedef struct moe_attend_op {
                          // be k: latent attention keeps both in one row
 } moe_attend_op;
 
+/* Gated causal convolution over the last n_tap positions, each element by itself, with u = b * x:
+ *     dst[t][i] = c[t][i] * sum over k, ascending, of weight[i][k] * u[pos + t - n_tap + 1 + k][i]
+ * u is stored in the cache (one head, F32) and read from there; before position 0 it is 0. */
+typedef struct moe_conv_op {
+    moe_view dst;        // [n_tok][dim]
+    moe_view src;        // [n_tok][3][dim]: b, c, x
+    moe_view weight;     // [dim][n_tap]
+    const moe_cache *cache;
+    uint32_t n_tok, pos, dim, n_tap;
+} moe_conv_op;
+
 /* One matrix per head: dst[t][h][:] = w[h] src[t][h][:]. Rows may stand apart from each other. */
 typedef struct moe_heads_op {
     moe_view dst, src;   // [n_tok][dims[2]][stride], of which dims[1], and dims[0], are used
@@ -300,6 +311,7 @@ typedef struct moe_backend {
     void (*store)(moe_queue *queue, const moe_store_op *op);
     void (*attend)(moe_queue *queue, const moe_attend_op *op);
     void (*heads)(moe_queue *queue, const moe_heads_op *op);
+    void (*conv)(moe_queue *queue, const moe_conv_op *op);
     void (*copy)(moe_queue *queue, const moe_copy_op *op);
     void (*glu)(moe_queue *queue, const moe_glu_op *op);
     void (*add)(moe_queue *queue, const moe_add_op *op);

@@ -63,6 +63,7 @@ struct cpu_op {
         moe_store_op store;
         moe_attend_op attend;
         moe_heads_op heads;
+        moe_conv_op conv;
         moe_copy_op copy;
         moe_glu_op glu;
         moe_add_op add;
@@ -499,6 +500,38 @@ static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint3
     for (uint32_t i = 0; i < n_segment; i++)
         cpu_merge(total, q->segments + ((size_t)head * n_segment + i) * (dim + 2), dim);
     cpu_attend_finish(q, o, dim, 0, head, total);
+}
+
+/* ------------------------------------------------------------------------- convolution -- */
+
+/* Phase 1: u = b * x of one token, into the cache. */
+static void cpu_conv_store(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+{
+    (void)q, (void)thread;
+    const moe_conv_op *o = &op->u.conv;
+    const float *b = cpu_floats(o->src) + (size_t)t * 3 * o->dim, *x = b + 2 * (size_t)o->dim;
+    float *u = (float *)(void *)cpu_cache_row(&op->k, 0, o->pos + t);
+    for (uint32_t i = 0; i < o->dim; i++)
+        u[i] = b[i] * x[i];
+}
+
+/* Phase 2: one token. */
+static void cpu_conv(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+{
+    (void)q, (void)thread;
+    const moe_conv_op *o = &op->u.conv;
+    const float *weight = cpu_floats(o->weight);
+    const float *c = cpu_floats(o->src) + ((size_t)t * 3 + 1) * o->dim;
+    float *dst = cpu_floats(o->dst) + (size_t)t * o->dim;
+    const uint32_t pos = o->pos + t, first = pos + 1 < o->n_tap ? o->n_tap - pos - 1 : 0;
+    memset(dst, 0, o->dim * sizeof *dst);
+    for (uint32_t k = first; k < o->n_tap; k++) {
+        const float *u = (const float *)(const void *)cpu_cache_row(&op->k, 0, pos - (o->n_tap - 1 - k));
+        for (uint32_t i = 0; i < o->dim; i++)
+            dst[i] = fmaf(weight[(size_t)i * o->n_tap + k], u[i], dst[i]);
+    }
+    for (uint32_t i = 0; i < o->dim; i++)
+        dst[i] *= c[i];
 }
 
 /* -------------------------------------------------------------------- products per head -- */

@@ -47,7 +47,10 @@ static void describe_router(const moe_model *m, char *text, size_t bytes)
 static void describe_attention(const moe_model *m, char *text, size_t bytes)
 {
     const moe_hparams *hp = &m->hp;
-    const moe_layer *first = &m->layers[0];
+    uint32_t n_conv = 0, attention = 0;
+    for (uint32_t i = hp->n_layer; i-- > 0;)
+        layer_is_conv(hp, i) ? n_conv++ : (attention = i);
+    const moe_layer *first = &m->layers[attention];
     text[0] = 0;
     if (hparams_latent(hp)) {
         describe_add(text, bytes, "multi-head latent: %u heads, %u + %u values kept per token",
@@ -71,6 +74,9 @@ static void describe_attention(const moe_model *m, char *text, size_t bytes)
                      hp->window_period - 1, hp->window_period);
     else if (hp->window)
         describe_add(text, bytes, ", window of %u", hp->window);
+    if (n_conv)
+        describe_add(text, bytes, "; %u of %u layers have a convolution over %u positions instead",
+                     n_conv, hp->n_layer, hp->n_conv);
     if (hp->rope.scaling != ROPE_PLAIN)
         describe_add(text, bytes, ", %s x%g", hp->rope.scaling == ROPE_YARN ? "YaRN" : "linear RoPE",
                      (double)hp->rope.factor);

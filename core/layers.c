@@ -25,6 +25,7 @@ struct moe_pass {
     moe_view q_latent;       // [n_tok][n_latent_q]
     moe_view q_absorbed;     // [n_tok][n_head][n_latent + n_rot]
     moe_view attn_latent;    // [n_tok][n_head][n_latent]
+    moe_view conv;           // [n_tok][3][n_embd]
     moe_view gate, up;       // [n_tok][n_ff or n_ff_shared], or [n_tok][n_used][n_ff_expert]
     moe_view router;         // [n_tok][n_expert]
     moe_view expert_ids;     // int32 [n_tok][n_used]
@@ -47,6 +48,18 @@ static void layer_linear(moe_pass *p, moe_view dst, const moe_weight *w, moe_vie
     const moe_matmul_op op = {
         .src = src, .n_tok = p->n_tok, .n_out = 1, .out = {{w, bias ? bias->data : (moe_view){0}, dst, add}}};
     p->be->matmul(p->queue, &op);
+}
+
+/* Short gated convolution: p->h in, added to dst. p->h is used up. */
+static void layer_short_conv(moe_pass *p, uint32_t index, moe_view dst)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_layer *l = &p->model->layers[index];
+    layer_linear(p, p->conv, &l->conv_in, p->h, NULL, false);
+    const moe_conv_op conv = {p->h, p->conv, l->conv.data, &p->k_cache[index], p->n_tok, p->pos,
+                              hp->n_embd, hp->n_conv};
+    p->be->conv(p->queue, &conv);
+    layer_linear(p, dst, &l->conv_out, p->h, NULL, true);
 }
 
 /* A layer attends locally if the family has a window and the layer is not its period's last. */

@@ -174,12 +174,44 @@ static void hparam_experts(hparam_reader *r, moe_hparams *hp)
                               &router->renormalize, r->error);
 }
 
+/* Layers with 0 have no attention, but a short convolution; the others must be alike. */
+static void hparam_heads_kv(hparam_reader *r, moe_hparams *hp)
+{
+    char buf[160];
+    uint32_t list[MODEL_MAX_LAYERS];
+    if (r->status)
+        return;
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        list[i] = hp->n_head;
+    r->status = meta_u32_list(r->dir, hparam_key(r, "attention.head_count_kv", buf), false, 0,
+                              MODEL_MAX_HEADS, list, hp->n_layer, r->error);
+    hp->n_head_kv = 0;
+    for (uint32_t i = 0; i < hp->n_layer && !r->status; i++) {
+        if (!list[i])
+            hp->conv_layers[i / 32] |= 1u << i % 32;
+        else if (!hp->n_head_kv)
+            hp->n_head_kv = list[i];
+        else if (list[i] != hp->n_head_kv)
+            r->status = fail(r->error, MOE_ERR_UNSUPPORTED, buf,
+                             "expected the same value in all layers with attention, got %u and, in "
+                             "layer %u, %u", hp->n_head_kv, i, list[i]);
+    }
+    hparam_require(r, hp->n_head_kv, "attention.head_count_kv",
+                   "expected 1 to %u in a layer, got %u in all", hp->n_head, 0);
+}
+
+/* Once the family has said whether it has convolutions. */
+static void hparam_check_conv(hparam_reader *r, const moe_hparams *hp)
+{
+    for (uint32_t i = 0; i < hp->n_layer && !hp->n_conv; i++)
+        hparam_require(r, !layer_is_conv(hp, i), "attention.head_count_kv",
+                       "expected 1 to %u in all layers, got 0 in layer %u", hp->n_head, i);
+}
+
 static void hparam_attention(hparam_reader *r, moe_hparams *hp)
 {
     hparam_uniform(r, "attention.head_count", true, 1, MODEL_MAX_HEADS, hp->n_layer, &hp->n_head);
-    hp->n_head_kv = hp->n_head;
-    hparam_uniform(r, "attention.head_count_kv", false, 1, MODEL_MAX_HEADS, hp->n_layer,
-                   &hp->n_head_kv);
+    hparam_heads_kv(r, hp);
     hparam_require(r, !r->status && hp->n_head_kv <= hp->n_head && hp->n_head % hp->n_head_kv == 0,
                    "attention.head_count_kv", "expected a divisor of the %u heads, got %u",
                    hp->n_head, hp->n_head_kv);
@@ -224,6 +256,7 @@ static moe_status model_read_hparams(moe_model *m, moe_error *error)
     hp->router.renormalize = true;
     if (!r->status)
         m->family->hparams(hp, r);
+    hparam_check_conv(r, hp);
     hparam_experts(r, hp);
     hparam_require(r, hp->n_ff > 0 || hp->router.n_expert > 0, "feed_forward_length",
                    "expected 1 to %u, got %u", MODEL_MAX_FF, hp->n_ff);
@@ -249,6 +282,8 @@ static uint64_t dim_value(const moe_hparams *hp, moe_dim dim)
     case DIM_FF_SHARED: return hp->n_ff_shared;
     case DIM_Q_HEADS: return hp->n_head;
     case DIM_HEAD_V: return hp->head_dim_v;
+    case DIM_CONV: return hp->n_conv;
+    case DIM_EMBD_3: return 3 * (uint64_t)hp->n_embd;
     case DIM_NOPE: return hp->head_dim - hp->n_rot;
     case DIM_LATENT: return hp->n_latent;
     case DIM_LATENT_Q: return hp->n_latent_q;
@@ -282,6 +317,8 @@ static bool binding_applies(const moe_hparams *hp, const moe_binding *b, uint32_
     return !(b->flags & BIND_DENSE && experts) && !(b->flags & BIND_EXPERTS && !experts) &&
            !(b->flags & BIND_SHARED && !(experts && hp->n_expert_shared)) &&
            !(b->flags & BIND_SIGMOID && hp->router.score != MOE_SCORE_SIGMOID) &&
+           !(b->flags & BIND_CONV && !layer_is_conv(hp, layer)) &&
+           !(b->flags & BIND_ATTENTION && layer_is_conv(hp, layer)) &&
            !(b->flags & BIND_LATENT_Q && !hp->n_latent_q) &&
            !(b->flags & BIND_NO_LATENT_Q && hp->n_latent_q) &&
            !(b->flags & BIND_LATENT_SPLIT && !hp->latent_split) &&
@@ -599,10 +636,13 @@ static void model_fill_info(moe_model *m)
     info->n_ff_expert = hp->n_ff_expert;
     info->n_expert_shared = hp->n_expert_shared;
     info->sliding_window = hp->window;
-    info->kv_bytes_per_token = (uint64_t)hp->n_layer * hp->n_head_kv *
+    uint64_t n_attention = 0;
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        n_attention += !layer_is_conv(hp, i);
+    info->kv_bytes_per_token = n_attention * hp->n_head_kv *
                                (cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, false)) +
                                 cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, true)));
-    info->kv_bytes_per_token_plain = (uint64_t)hp->n_layer * hp->n_head *
+    info->kv_bytes_per_token_plain = n_attention * hp->n_head *
                                      (cache_row_bytes(MOE_CACHE_F16, hp->head_dim) +
                                       cache_row_bytes(MOE_CACHE_F16, hp->head_dim_v));
     model_count(m);

@@ -38,6 +38,8 @@ typedef struct moe_hparams {
     uint32_t n_latent;        // latent attention: what keys and values are made from; 0: none
     uint32_t n_latent_q;      // latent attention: the same for queries; 0: none
     bool latent_split;        // its up-projection comes as one matrix for keys, one for values
+    uint32_t n_conv;          // short convolution: positions it looks at; 0: none
+    uint32_t conv_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i has one instead of attention
     uint32_t n_ff;
     uint32_t n_rot;           // elements of a head that are rotated
     bool rope_interleaved;
@@ -71,6 +73,8 @@ typedef struct moe_layer {
     moe_weight wk_b;                             // [n_head][n_latent][head_dim - n_rot]
     moe_weight wv_b;                             // [n_head][head_dim_v][n_latent]
     moe_weight sinks;                            // [n_head]
+    moe_weight conv_in, conv_out;                // [3 * n_embd][n_embd], [n_embd][n_embd]
+    moe_weight conv;                             // [n_embd][n_conv], the oldest position first
     moe_weight q_norm, k_norm;                   // [head_dim], or [n_head * head_dim]
     moe_weight wo;                               // [n_embd][n_head * head_dim_v]
     moe_weight attn_post_norm;                   // [n_embd], on the attention's output
@@ -98,7 +102,7 @@ typedef struct moe_globals {
 typedef enum moe_dim {
     DIM_NONE, DIM_VOCAB, DIM_EMBD, DIM_Q, DIM_K, DIM_V, DIM_O, DIM_HEAD, DIM_HALF_ROT, DIM_FF,
     DIM_EXPERT, DIM_FF_EXPERT, DIM_FF_SHARED, DIM_Q_HEADS, DIM_NOPE, DIM_LATENT, DIM_LATENT_Q,
-    DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V
+    DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V, DIM_CONV, DIM_EMBD_3
 } moe_dim;
 
 enum {
@@ -113,7 +117,9 @@ enum {
     BIND_NO_LATENT_Q = 128, /* none */
     BIND_LATENT_SPLIT = 256, /* latent attention's up-projection in two parts */
     BIND_LATENT_FUSED = 512, /* in one */
-    BIND_SIGMOID = 1024      /* a router whose scores are sigmoids */
+    BIND_SIGMOID = 1024,     /* a router whose scores are sigmoids */
+    BIND_CONV = 2048,        /* layers with a short convolution */
+    BIND_ATTENTION = 4096    /* layers with attention */
 };
 
 /* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it, the
@@ -210,6 +216,12 @@ struct moe_model {
     char router_text[256], attention_text[256];
     moe_model_info info;
 };
+
+/* Whether a layer has a short convolution in the place of attention. */
+MOE_INLINE bool layer_is_conv(const moe_hparams *hp, uint32_t index)
+{
+    return hp->conv_layers[index / 32] >> index % 32 & 1;
+}
 
 /* Whether keys and values are made from one latent vector per token, which is what the cache holds. */
 MOE_INLINE bool hparams_latent(const moe_hparams *hp)

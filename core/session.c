@@ -19,7 +19,9 @@ struct moe_session {
     moe_pass pass;
     float *rope_table;     // [n_batch][n_rot]: on the host, before it is written
     uint32_t n_past;
-    /* Layers with a sliding window keep only n_slot_local positions. If that is less than n_ctx: */
+    /* Layers with a sliding window or a convolution keep only n_slot_local positions. If that is less
+     * than n_ctx: */
+    uint32_t lookback;     // positions that they look at; the least of all such layers
     uint32_t n_slot_local;
     uint32_t held_from;    // the first position that they still hold; UINT32_MAX: none
     moe_token *history;    // [n_ctx]: what to compute anew after going back further than that
@@ -63,6 +65,7 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->q_latent, n * hp->n_latent_q, f) &&
            plan_take(used, &p->q_absorbed, hp->n_latent ? n * n_head * n_row : 0, f) &&
            plan_take(used, &p->attn_latent, n * n_head * hp->n_latent, f) &&
+           plan_take(used, &p->conv, hp->n_conv ? 3 * n * hp->n_embd : 0, f) &&
            plan_take(used, &p->attn, n * hp->n_head * hp->head_dim_v, f) &&
            plan_take(used, &p->gate, n * n_ff, f) && plan_take(used, &p->up, n * n_ff, f) &&
            plan_take(used, &p->router, n * hp->router.n_expert, f) &&
@@ -72,44 +75,61 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->logits, (uint64_t)o->n_logits * hp->n_vocab, f);
 }
 
-/* Positions that a layer's cache has room for. With a sliding window: what a batch adds, and the window
- * that its first token looks back on. */
-static uint32_t plan_slots(const moe_hparams *hp, const moe_session_options *o, bool local)
+/* How far back a layer looks, with the position itself; 0: to the beginning. */
+static uint32_t plan_lookback(const moe_hparams *hp, uint32_t layer)
 {
-    return local ? (uint32_t)MOE_MIN(o->n_ctx, (uint64_t)hp->window + o->n_batch) : o->n_ctx;
+    return layer_is_conv(hp, layer) ? hp->n_conv : layer_is_local(hp, layer) ? hp->window : 0;
 }
 
-/* Bytes of one of a layer's caches, rounded up. */
-static bool plan_cache(const moe_hparams *hp, const moe_session_options *o, bool local, uint32_t dim,
-                       uint64_t *bytes)
+/* Positions that a layer's cache has room for: if it does not look back to the beginning, what a batch
+ * adds, and what its first token looks at. */
+static uint32_t plan_slots(const moe_session_options *o, uint32_t lookback)
 {
-    return checked_mul((uint64_t)hp->n_head_kv * plan_slots(hp, o, local),
-                       cache_row_bytes(o->cache_type, dim), bytes) &&
+    return lookback ? (uint32_t)MOE_MIN(o->n_ctx, (uint64_t)lookback + o->n_batch) : o->n_ctx;
+}
+
+/* A layer's cache of keys, or of values; without its place. */
+static moe_cache plan_cache(const moe_hparams *hp, const moe_session_options *o, uint32_t layer,
+                            bool values)
+{
+    const uint32_t n_slot = plan_slots(o, plan_lookback(hp, layer));
+    if (layer_is_conv(hp, layer))
+        return (moe_cache){{NULL, 0}, MOE_CACHE_F32, 1, n_slot, values ? 0 : hp->n_embd};
+    return (moe_cache){{NULL, 0}, o->cache_type, hp->n_head_kv, n_slot,
+                       hparams_cache_dim(hp, values)};
+}
+
+/* Bytes of a cache, rounded up. */
+static bool plan_cache_bytes(const moe_cache *c, uint64_t *bytes)
+{
+    return checked_mul((uint64_t)c->n_head * c->n_slot, cache_row_bytes(c->type, c->dim), bytes) &&
            checked_align(*bytes, MEM_ALIGN, bytes);
 }
 
 /* Bytes of all caches. */
 static bool plan_caches(const moe_hparams *hp, const moe_session_options *o, uint64_t *bytes)
 {
-    uint64_t n_local = 0, k, v;
     *bytes = 0;
-    for (uint32_t i = 0; i < hp->n_layer; i++)
-        n_local += layer_is_local(hp, i);
-    for (int local = 0; local < 2; local++) {
-        const uint64_t n_layer = local ? n_local : hp->n_layer - n_local;
-        if (!plan_cache(hp, o, local, hparams_cache_dim(hp, false), &k) ||
-            !plan_cache(hp, o, local, hparams_cache_dim(hp, true), &v) ||
-            !checked_add(k, v, &k) || !checked_mul(n_layer, k, &k) ||
-            !checked_add(*bytes, k, bytes))
+    for (uint32_t i = 0; i < 2 * hp->n_layer; i++) {
+        const moe_cache c = plan_cache(hp, o, i % hp->n_layer, i >= hp->n_layer);
+        uint64_t one;
+        if (!plan_cache_bytes(&c, &one) || !checked_add(*bytes, one, bytes))
             return false;
     }
     return true;
 }
 
-/* Whether layers with a sliding window keep less than all, so that going back may need more. */
-static bool plan_history(const moe_hparams *hp, const moe_session_options *o)
+/* The least that any layer looks back, if its cache is shorter than the context, so that going back may
+ * need more than is there; else 0. */
+static uint32_t plan_least_lookback(const moe_hparams *hp, const moe_session_options *o)
 {
-    return hp->window && plan_slots(hp, o, true) < o->n_ctx;
+    uint32_t least = 0;
+    for (uint32_t i = 0; i < hp->n_layer; i++) {
+        const uint32_t lookback = plan_lookback(hp, i);
+        if (lookback && plan_slots(o, lookback) < o->n_ctx)
+            least = least ? MOE_MIN(least, lookback) : lookback;
+    }
+    return least;
 }
 
 static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
@@ -144,7 +164,7 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
     plan->queue_bytes = m->backend->queue_bytes(m->device, &plan->queue);
     plan->host_bytes = sizeof(moe_session) + 2ull * hp->n_layer * sizeof(moe_cache) +
                        (uint64_t)o->n_batch * hp->n_rot * sizeof(float) +
-                       (plan_history(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
+                       (plan_least_lookback(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
                        18 * MEM_ALIGN;
     return checked_add(plan->cache_bytes, plan->work_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->queue_bytes, &plan->total_bytes) &&
@@ -251,21 +271,20 @@ static void session_lay_out(moe_session *s)
     plan_work(hp, &s->options, p, &used);
     moe_view *const views[] = {&p->ids,  &p->rope[0], &p->rope[1], &p->x,    &p->h,
                                &p->q,    &p->k,       &p->v,       &p->attn, &p->gate,
-                               &p->q_latent, &p->q_absorbed, &p->attn_latent,
+                               &p->q_latent, &p->q_absorbed, &p->attn_latent, &p->conv,
                                &p->up,   &p->router,  &p->expert_ids, &p->expert_weights,
                                &p->expert_out, &p->logits};
     for (size_t i = 0; i < MOE_COUNT(views); i++)
         views[i]->buffer = s->work;
     for (uint32_t i = 0; i < 2 * hp->n_layer; i++) {
-        const uint32_t dim = hparams_cache_dim(hp, i >= hp->n_layer);
-        const bool local = layer_is_local(hp, i % hp->n_layer);
         uint64_t bytes = 0;
-        s->caches[i] = (moe_cache){{s->cache, offset}, s->options.cache_type, hp->n_head_kv,
-                                   plan_slots(hp, &s->options, local), dim};
-        plan_cache(hp, &s->options, local, dim, &bytes);
+        s->caches[i] = plan_cache(hp, &s->options, i % hp->n_layer, i >= hp->n_layer);
+        s->caches[i].data = (moe_view){s->cache, offset};
+        plan_cache_bytes(&s->caches[i], &bytes);
         offset += bytes;
     }
-    s->n_slot_local = plan_slots(hp, &s->options, true);
+    s->lookback = plan_least_lookback(hp, &s->options);
+    s->n_slot_local = plan_slots(&s->options, s->lookback);
     p->model = m;
     p->be = m->backend;
     p->queue = s->queue;
@@ -278,7 +297,7 @@ static moe_status session_allocate(moe_session *s, const session_plan *plan, moe
     moe_model *m = s->model;
     s->caches = mem_alloc(&m->mem, 2 * (uint64_t)m->hp.n_layer, sizeof *s->caches);
     s->rope_table = mem_alloc(&m->mem, (uint64_t)s->options.n_batch * m->hp.n_rot, sizeof(float));
-    const bool history = plan_history(&m->hp, &s->options);
+    const bool history = plan_least_lookback(&m->hp, &s->options) > 0;
     if (history)
         s->history = mem_alloc_uncleared(&m->mem, s->options.n_ctx, sizeof *s->history);
     if (!s->caches || !s->rope_table || (history && !s->history))
@@ -471,12 +490,12 @@ static moe_status session_check_eval(moe_session *s, const moe_token *tokens, si
     return directory_check(s->model->dir, &s->error);
 }
 
-/* After going back, or after a call that failed, layers with a sliding window may have lost what the
- * next token looks back on: then everything so far is computed anew. */
+/* After going back, or after a call that failed, layers that keep only some positions may have lost what
+ * the next token looks at: then everything so far is computed anew. The layer that looks back least
+ * loses it first. */
 static moe_status session_restore(moe_session *s)
 {
-    const uint32_t window = s->model->hp.window;
-    const uint32_t first = s->n_past + 1 > window ? s->n_past + 1 - window : 0;
+    const uint32_t first = s->n_past + 1 > s->lookback ? s->n_past + 1 - s->lookback : 0;
     moe_status status = MOE_OK;
     if (!s->history || first >= s->held_from)
         return MOE_OK;

@@ -41,7 +41,7 @@ struct fenced_device {
 
 typedef enum fenced_kind {
     FENCED_EMBED, FENCED_NORM, FENCED_MATMUL, FENCED_ROPE, FENCED_STORE, FENCED_ATTEND,
-    FENCED_HEADS, FENCED_COPY, FENCED_GLU, FENCED_ADD, FENCED_SOFTCAP, FENCED_ROUTE,
+    FENCED_HEADS, FENCED_CONV, FENCED_COPY, FENCED_GLU, FENCED_ADD, FENCED_SOFTCAP, FENCED_ROUTE,
     FENCED_EXPERTS, FENCED_COMBINE
 } fenced_kind;
 
@@ -56,6 +56,7 @@ typedef struct fenced_op {
         moe_store_op store;
         moe_attend_op attend;
         moe_heads_op heads;
+        moe_conv_op conv;
         moe_copy_op copy;
         moe_glu_op glu;
         moe_add_op add;
@@ -342,6 +343,7 @@ static void fenced_run_one(fenced_queue *q, const fenced_op *op)
     case FENCED_STORE: cpu->store(q->inner, &op->as.store); break;
     case FENCED_ATTEND: cpu->attend(q->inner, &op->as.attend); break;
     case FENCED_HEADS: cpu->heads(q->inner, &op->as.heads); break;
+    case FENCED_CONV: cpu->conv(q->inner, &op->as.conv); break;
     case FENCED_COPY: cpu->copy(q->inner, &op->as.copy); break;
     case FENCED_GLU: cpu->glu(q->inner, &op->as.glu); break;
     case FENCED_ADD: cpu->add(q->inner, &op->as.add); break;
@@ -570,6 +572,28 @@ static void fenced_heads(moe_queue *queue, const moe_heads_op *op)
                        fenced_apart(q, "heads", op->dst, dst, op->src, src));
 }
 
+static void fenced_conv(moe_queue *queue, const moe_conv_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    fenced_op *f = fenced_place(q, FENCED_CONV);
+    moe_conv_op *o = &f->as.conv;
+    *o = *op;
+    const uint64_t n = (uint64_t)o->n_tok * o->dim;
+    fenced_keep(q, fenced_n_tok(q, "conv", o->n_tok) &&
+                       fenced_cache(q, "conv", &o->cache, &f->cache[0], FENCED_WRITE) &&
+                       fenced_at_most(q, "conv", "dim, by the cache", o->dim, op->cache->dim) &&
+                       fenced_at_most(q, "conv", "other than F32",
+                                      op->cache->type != MOE_CACHE_F32, 0) &&
+                       fenced_at_most(q, "conv", "positions in use",
+                                      MOE_MIN(o->pos + o->n_tok, o->n_tok + o->n_tap - 1),
+                                      op->cache->n_slot) &&
+                       fenced_view(q, "conv", "weight", &o->weight, (uint64_t)o->dim * o->n_tap, 4,
+                                   FENCED_READ) &&
+                       fenced_view(q, "conv", "src", &o->src, 3 * n, 4, FENCED_READ) &&
+                       fenced_view(q, "conv", "dst", &o->dst, n, 4, FENCED_WRITE) &&
+                       fenced_apart(q, "conv", op->dst, n, op->src, 3 * n));
+}
+
 static void fenced_copy(moe_queue *queue, const moe_copy_op *op)
 {
     fenced_queue *q = (fenced_queue *)queue;
@@ -742,6 +766,7 @@ MOE_UNUSED static const moe_backend *fenced_backend(void)
         .store = fenced_store,
         .attend = fenced_attend,
         .heads = fenced_heads,
+        .conv = fenced_conv,
         .copy = fenced_copy,
         .glu = fenced_glu,
         .add = fenced_add,

@@ -42,7 +42,8 @@ from gguf import GGMLQuantizationType as GT
 from transformers import (DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config,
                           DeepseekV3ForCausalLM, DynamicCache, Gemma3ForCausalLM,
                           Gemma3TextConfig, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM,
-                          GptOssConfig, GptOssForCausalLM, LlamaConfig,
+                          GptOssConfig, GptOssForCausalLM, Lfm2MoeConfig, Lfm2MoeForCausalLM,
+                          LlamaConfig,
                           LlamaForCausalLM,
                           MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM,
@@ -175,6 +176,14 @@ MODELS = {
                   original_max_position_embeddings=64), ctx=256,
         types={"token_embd": GT.Q8_0, "output.": GT.Q8_0, "attn_q.": GT.Q8_0, "attn_k.": GT.Q8_0,
                "attn_v.": GT.Q8_0, "attn_output": GT.Q8_0, "_exps": GT.MXFP4}),
+    "lfm2moe": dict(
+        family="lfm2moe", vocab=107, embd=40, head=5, kv=1, dim=8, ff=27, ff_exp=13, layer=4, dense=1,
+        tied=True, tok=58, expert=7, used=3, group=1, group_used=1, conv=3, renorm=True, scale=1.0,
+        rope=dict(rope_type="default", rope_theta=1000000.0), ctx=256),
+    "lfm2moe-4": dict(
+        family="lfm2moe", vocab=95, embd=36, head=6, kv=3, dim=6, ff=21, ff_exp=10, layer=3, dense=0,
+        tied=False, tok=44, expert=5, used=2, group=1, group_used=1, conv=4, renorm=True, scale=1.5,
+        rope=dict(rope_type="default", rope_theta=1000.0), ctx=256),
     "gemma3-27b": dict(  # 62 layers: the one size whose attention scale is n_embd / n_head
         family="gemma3", vocab=97, embd=12, head=2, kv=1, dim=4, ff=7, layer=62, tied=True, tok=41,
         window=7, rope=dict(rope_type="default", rope_theta=1000000.0), rope_local=100.0,
@@ -182,7 +191,7 @@ MODELS = {
 }
 
 
-NO_HEAD_DIM = ("qwen2", "qwen2moe", "olmoe")  # heads are as long as n_embd / n_head
+NO_HEAD_DIM = ("qwen2", "qwen2moe", "olmoe", "lfm2moe")  # heads are as long as n_embd / n_head
 
 
 def randomize(m, rng):
@@ -218,7 +227,11 @@ def randomize(m, rng):
         m["layer"] = int(rng.integers(1, 5))
     m["vocab"] = int(rng.integers(60, 400))
     m["tok"] = int(rng.integers(30, 90))
-    if "expert" in m and "group" not in m:
+    if m["family"] == "lfm2moe":
+        m["layer"] = int(rng.integers(2, 7))
+        m["dense"] = int(rng.integers(0, m["layer"]))
+        m["conv"] = int(rng.integers(2, 7))
+    if "expert" in m and "latent" not in m:
         m["expert"] = int(rng.integers(3, 20))
         m["used"] = int(rng.integers(1, min(6, m["expert"])))
     return m
@@ -244,6 +257,10 @@ def randomize_latent(m, rng, step):
         m["expert"] = m["group"] * size
         m["group_used"] = int(rng.integers(1, m["group"] + 1))
         m["used"] = int(rng.integers(1, min(6, m["group_used"] * size)))
+
+
+def lfm2_kinds(m):
+    return ["full_attention" if i % 3 == 1 else "conv" for i in range(m["layer"])]
 
 
 def build(m):
@@ -292,6 +309,12 @@ def build(m):
     if f == "deepseek3":
         return (DeepseekV3Config(norm_topk_prob=m["renorm"], num_mtp_layers=0, **c),
                 DeepseekV3ForCausalLM, "deepseek2")
+    if f == "lfm2moe":
+        c["norm_eps"] = c.pop("rms_norm_eps")
+        return (Lfm2MoeConfig(layer_types=lfm2_kinds(m), conv_L_cache=m["conv"],
+                              num_dense_layers=m["dense"], num_experts=m["expert"],
+                              num_experts_per_tok=m["used"], moe_intermediate_size=m["ff_exp"],
+                              routed_scaling_factor=m["scale"], **c), Lfm2MoeForCausalLM, "lfm2moe")
     if f == "glm4lite":
         kinds = ["dense"] * c.pop("first_k_dense_replace")
         kinds += ["sparse"] * (m["layer"] - len(kinds))
@@ -313,7 +336,8 @@ def build(m):
 # Standard deviations, in units of 1 / sqrt(length of a row).
 GAIN = {"q_proj": 1.7, "k_proj": 1.7, "v_proj": 1.0, "o_proj": 1.0, "gate_proj": 1.4, "up_proj": 1.2,
         "gate_up_proj": 1.3, "down_proj": 1.3, "gate": 2.0, "lm_head": 2.0, "shared_expert_gate": 2.0,
-        "q_a_proj": 1.0, "q_b_proj": 1.7, "kv_a_proj_with_mqa": 1.7, "kv_b_proj": 1.2, "router": 2.0}
+        "q_a_proj": 1.0, "q_b_proj": 1.7, "kv_a_proj_with_mqa": 1.7, "kv_b_proj": 1.2, "router": 2.0,
+        "w1": 1.4, "w2": 1.3, "w3": 1.2, "in_proj": 1.3, "out_proj": 1.0, "conv": 1.5}
 CLAMPED_GAIN = 5.0  # of gpt-oss' gates: enough of them must reach the limit of 7
 
 
@@ -326,7 +350,7 @@ def random_weights(model, m, rng):
         part = [s for s in name.split(".") if s not in ("weight", "bias")][-1]
         if name.endswith((".bias", "_proj_bias")):
             w = rng.normal(0, 0.6, shape)
-        elif part == "e_score_correction_bias":
+        elif part in ("e_score_correction_bias", "expert_bias"):
             w = rng.normal(0, 0.2, shape)
         elif part == "sinks":
             w = rng.normal(0, 1.5, shape)
@@ -377,7 +401,15 @@ for _kind in ("gate", "up", "down"):
 GEMMA_NAMES = {"post_attention_layernorm": "post_attention_norm",
                "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 FAMILY_NAMES = {"gemma3": GEMMA_NAMES,
-                "gpt-oss": {"post_attention_layernorm": "post_attention_norm"}}
+                "gpt-oss": {"post_attention_layernorm": "post_attention_norm"},
+                "lfm2moe": {"operator_norm": "attn_norm", "ffn_norm": "ffn_norm",
+                            "self_attn.out_proj": "attn_output",
+                            "self_attn.q_layernorm": "attn_q_norm",
+                            "self_attn.k_layernorm": "attn_k_norm", "conv.conv": "shortconv.conv",
+                            "conv.in_proj": "shortconv.in_proj",
+                            "conv.out_proj": "shortconv.out_proj", "feed_forward.w1": "ffn_gate",
+                            "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+                            "feed_forward.gate": "ffn_gate_inp"}}
 GPT_OSS_NAMES = {"mlp.experts.gate_up_proj": None, "mlp.experts.gate_up_proj_bias": None,
                  "mlp.experts.down_proj": "ffn_down_exps.weight",
                  "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
@@ -394,11 +426,17 @@ def gguf_tensors(weights, m, arch):
             continue
         if arch == "gemma3" and "norm" in name:
             w = w + np.float32(1)
+        if name == "model.embedding_norm.weight":
+            out.append(("token_embd_norm.weight", w))
+            continue
         if name in ("model.embed_tokens.weight", "model.norm.weight"):
             out.append(("token_embd.weight" if "embed" in name else "output_norm.weight", w))
             continue
         _, _, layer, rest = name.split(".", 3)
         blk = f"blk.{layer}."
+        rest = rest.replace("feed_forward.experts", "mlp.experts")
+        if "conv.conv" in rest:
+            w = w[:, 0]
         if arch == "gpt-oss" and rest in GPT_OSS_NAMES:
             if w.ndim == 3:
                 w = w.transpose(0, 2, 1)
@@ -409,7 +447,7 @@ def gguf_tensors(weights, m, arch):
             else:
                 out.append((blk + GPT_OSS_NAMES[rest], w))
             continue
-        if rest == "mlp.gate.e_score_correction_bias":
+        if rest in ("mlp.gate.e_score_correction_bias", "feed_forward.expert_bias"):
             out.append((blk + "exp_probs_b.bias", w))
             continue
         if rest == "self_attn.kv_b_proj.weight" and not m.get("fused"):
@@ -488,7 +526,10 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     w.add_feed_forward_length(m["ff"])
     w.add_head_count(m["head"])
     latent = "latent" in m
-    w.add_head_count_kv(1 if latent and not m.get("fused") else m["kv"])
+    if m["family"] == "lfm2moe":
+        w.add_head_count_kv([0 if kind == "conv" else m["kv"] for kind in lfm2_kinds(m)])
+    else:
+        w.add_head_count_kv(1 if latent and not m.get("fused") else m["kv"])
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(m["rope"]["rope_theta"])
     if latent:
@@ -506,6 +547,13 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     if "expert" in m:
         w.add_expert_count(m["expert"])
         w.add_expert_used_count(m["used"])
+    if m["family"] == "lfm2moe":
+        w.add_shortconv_l_cache(m["conv"])
+        w.add_leading_dense_block_count(m["dense"])
+        w.add_expert_feed_forward_length(m["ff_exp"])
+        w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        if m["scale"] != 1:
+            w.add_expert_weights_scale(m["scale"])
     if m["family"] == "gpt-oss":
         w.add_sliding_window(m["window"])
         w.add_expert_feed_forward_length(m["ff"])
@@ -629,6 +677,12 @@ class RoundingCache(DynamicCache):
             return row.split([key_states.shape[-1], value_states.shape[-1]], -1)
         return self.rounding(key_states), self.rounding(value_states)
 
+    def get_conv_state(self, *_args, **_kwargs):
+        return None
+
+    def update_conv_state(self, states, *_args, **_kwargs):
+        return states
+
 
 CACHES = {"F16": round_f16, "Q8_0": lambda x: round_groups(x, round_f16), "F32": lambda x: x}
 
@@ -678,11 +732,12 @@ class Oracle:
                      for k, v in weights.items()}
             self.model.load_state_dict(state, strict=True)
         self.router_logits = []
-        self.routers, self.biases = [], []
+        self.routers, self.biases, expert_bias = [], [], None
         for module in self.model.modules():
+            expert_bias = getattr(module, "expert_bias", expert_bias)
             if type(module).__name__.lower().endswith("topkrouter"):
                 self.routers.append(module.weight)
-                self.biases.append(getattr(module, "e_score_correction_bias", None))
+                self.biases.append(getattr(module, "e_score_correction_bias", expert_bias))
                 module.register_forward_hook(
                     lambda _m, _i, o: self.router_logits.append(o[0].detach()))
 

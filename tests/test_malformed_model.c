@@ -510,6 +510,54 @@ static void m6_m10_latent_attention(void)
     CHECK(n_split >= 2 && n_fused >= 1, "%u, %u", n_split, n_fused);
 }
 
+/* Layers with a convolution instead of attention: which they are, and how far it looks. */
+static void m6_m8_convolutions(void)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/fixtures/lfm2moe.gguf", test_root());
+    const family lfm2 = {.file = "lfm2moe", .arch = "lfm2moe", .valid = edit_read(path)};
+    const family *f = &lfm2;
+    const char *heads = "lfm2moe.attention.head_count_kv";
+    REQUIRE(f->valid, "no fixture");
+    moe_error error;
+    CHECK(outcome(f->valid, f->file, &error) == MOE_OK, "%s", error.message);
+    refuse_missing(f, "shortconv.l_cache");
+    refuse_u32(f, "shortconv.l_cache", 0);
+    refuse_u32(f, "shortconv.l_cache", 65);
+    refuse_u32(f, "shortconv.l_cache", UINT32_MAX);
+    refuse_u32(f, "attention.head_count_kv", 0);
+    const uint32_t lists[][4] = {{0, 0, 0, 0}, {0, 2, 0, 0}, {0, 6, 0, 0}, {1, 5, 0, 0}};
+    gguf_edit *e = edit_copy(f->valid);
+    for (size_t i = 0; i < MOE_COUNT(lists); i++) {
+        edit_set_array(e, heads, META_U32, lists[i], 4, 16);
+        refused(e, f, heads, "a list that does not fit");
+    }
+    const uint32_t fewer[] = {0, 0, 0, 1}; // another layer has attention: its tensors are missing
+    edit_set_array(e, heads, META_U32, fewer, 4, 16);
+    CHECK(outcome(e, "another layer", &error) == MOE_ERR_MODEL &&
+              strstr(error.subject, "blk.3.attn"), "%s", error.message);
+    edit_free(e);
+    for (size_t i = 0; i < f->valid->n_tensors; i++) {
+        e = edit_copy(f->valid);
+        edit_tensor *t = &e->tensor[i];
+        char name[64];
+        snprintf(name, sizeof name, "%s", t->name);
+        const uint64_t longer[4] = {t->dims[0] + 1, t->dims[1], t->dims[2], t->dims[3]};
+        edit_reshape(t, 0, t->n_dims, longer);
+        refused(e, f, name, "longer rows");
+        edit_drop_tensor(e, edit_find_tensor(e, name));
+        refused(e, f, name, "missing");
+        edit_free(e);
+    }
+    /* A family without convolutions. */
+    const uint32_t none[] = {1, 0, 1};
+    e = edit_copy(families[0].valid);
+    edit_set_array(e, key_of(&families[0], "attention.head_count_kv"), META_U32, none, 3, 12);
+    refused(e, &families[0], key_of(&families[0], "attention.head_count_kv"), "0 in a layer");
+    edit_free(e);
+    edit_free(f->valid);
+}
+
 /* The last layers may be there to draft tokens only: the model is the one without them. */
 static void draft_layers_are_left_out(void)
 {
@@ -822,6 +870,7 @@ int main(int argc, char **argv)
     RUN(m13_m15_experts);
     RUN(m13_m15_groups_and_shared);
     RUN(m6_m10_latent_attention);
+    RUN(m6_m8_convolutions);
     RUN(draft_layers_are_left_out);
     RUN(m5_sliding_window);
     RUN(m16_context_length);
