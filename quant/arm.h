@@ -450,7 +450,7 @@ MOE_INLINE void arm32_step(const arm32_tile *tile, const moe_q8 *x, size_t b, si
 
 /* Tokens computed on one tile before the next is unpacked, and the number from which on a tile is
  * worth its unpacking. */
-enum { ARM_TOKENS = 32, ARM_TOKENS_MIN = 4 };
+enum { ARM_TOKENS = 64, ARM_TOKENS_MIN = 4 };
 
 /* The rows of n_tok <= ARM_TOKENS tokens from t0 on; where they are odd in number the last stands
  * twice, since remainders are computed in pairs. */
