@@ -184,8 +184,9 @@ MOE_INLINE void arm_k_load_scales(const uint8_t *const row[8], size_t at, const 
     }
     arm_k_transpose(scale, scales);
     arm_k_transpose(min, mins);
+    const size_t n_pair = K_LEN / f->group / 2;
     ARM_UNROLL
-    for (size_t i = 0; i < K_LEN / f->group / 2; i++) {
+    for (size_t i = 0; i < n_pair; i++) {
         int32x4_t wide[4];
         arm_k_widen(scales[i], wide);
         tile->scale[2 * i][0] = wide[0];
@@ -222,9 +223,10 @@ MOE_INLINE void arm_k_load(const uint8_t *const row[8], size_t at, const arm_k_f
 MOE_INLINE void arm_k_min_sum(const arm_k_tile *tile, const int16_t *sum, const arm_k_format *f,
                               int32x4_t out[2])
 {
+    const size_t n_group = K_LEN / f->group;
     out[0] = out[1] = vdupq_n_s32(0);
     ARM_UNROLL
-    for (size_t g = 0; g < K_LEN / f->group; g++) {
+    for (size_t g = 0; g < n_group; g++) {
         const size_t at = g * f->group / 16;
         const int16_t s = (int16_t)(f->group == 16 ? sum[at] : sum[at] + sum[at + 1]);
         out[0] = vmlal_n_s16(out[0], vget_low_s16(tile->min[g]), s);
