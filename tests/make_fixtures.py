@@ -217,8 +217,6 @@ def randomize(m, rng):
             m["ff"] = m["ff_exp"]
     if m["family"] == "qwen2moe":
         m["ff_shared"] = int(rng.integers(5, 120))
-    if "latent" in m:
-        randomize_latent(m, rng, 32 if m.get("types", {}).get("all") == GT.Q8_0 else 1)
     if m["family"] == "gemma3":
         m["window"] = int(rng.integers(1, 20))
         if m["layer"] != 62:
@@ -234,6 +232,8 @@ def randomize(m, rng):
     if "expert" in m and "latent" not in m:
         m["expert"] = int(rng.integers(3, 20))
         m["used"] = int(rng.integers(1, min(6, m["expert"])))
+    if "latent" in m:
+        randomize_latent(m, rng, 32 if m.get("types", {}).get("all") == GT.Q8_0 else 1)
     return m
 
 
@@ -257,6 +257,9 @@ def randomize_latent(m, rng, step):
         m["expert"] = m["group"] * size
         m["group_used"] = int(rng.integers(1, m["group"] + 1))
         m["used"] = int(rng.integers(1, min(6, m["group_used"] * size)))
+    else:
+        m["expert"] = int(rng.integers(3, 20))
+        m["used"] = int(rng.integers(1, min(6, m["expert"])))
 
 
 def lfm2_kinds(m):
