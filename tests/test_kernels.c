@@ -27,7 +27,10 @@ static variants variants_of(const moe_quant *quant)
         size_t i = 0;
         while (i < v.n && (v.kernels[i].gemv != k.gemv || v.kernels[i].gemm != k.gemm))
             i++;
-        if (i == v.n && v.n < MAX_VARIANTS) {
+        if (i < v.n)
+            continue;
+        CHECK(v.n < MAX_VARIANTS, "%s: more variants than are tested", quant->name);
+        if (v.n < MAX_VARIANTS) {
             v.cpu[v.n] = cpu;
             v.kernels[v.n++] = k;
         }
@@ -556,6 +559,12 @@ static void kernels_equal_c(void)
             check_shape(quant, &v, extremes, MIXED,
                         blocks[j] * (quant->block_len == 1 ? 19 : quant->block_len), 9 + j,
                         70 - 9 * j);
+        /* Several tiles of rows, and each way to divide tokens into tiles. */
+        const size_t rows[] = {31, 32, 33, 48, 49, 64, 70};
+        for (size_t n_tok = 1; n_tok <= 17; n_tok++)
+            check_shape(quant, &v, extremes, (data_kind)(n_tok % N_KINDS),
+                        blocks[n_tok % 4] * (quant->block_len == 1 ? 37 : quant->block_len),
+                        rows[n_tok % MOE_COUNT(rows)], n_tok);
         if (v.n == 1 && i == 0)
             printf("  only the C kernels run here\n");
     }
