@@ -365,7 +365,7 @@ static moe_status st_load_shards(st_table *table, const char *dir, json_ref inde
         return fail(error, MOE_ERR_FORMAT, "weight_map",
                     "expected an object in model.safetensors.index.json");
     for (json_ref key = json_first(map); key.node; key = json_next(map, key)) {
-        const char *path;
+        const char *path = NULL;
         bool known = false;
         json_ref name = json_held(key);
         for (uint32_t i = s->n_files; i-- > first && !known;) // mostly that of the tensor before

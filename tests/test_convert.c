@@ -191,7 +191,7 @@ static void checkpoints_give_the_logits_of_transformers(void)
     REQUIRE(dir, "%s", root);
     for (struct dirent *d; (d = readdir(dir));) {
         char folder[800];
-        expected e;
+        expected e = {0};
         moe_error error = {0};
         if (d->d_name[0] == '.')
             continue;
