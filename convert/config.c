@@ -147,6 +147,41 @@ static moe_status config_put_word(config_reader *r, const moe_config_key *k, con
     return MOE_OK;
 }
 
+static moe_status config_put_leading(config_reader *r, const moe_config_key *k, const char *key,
+                                     json_ref list)
+{
+    uint32_t n = 0;
+    if (json_typeof(list) != JSON_ARRAY)
+        return config_fail(r, MOE_ERR_MODEL, k->hf, "a list", list);
+    for (json_ref v = json_first(list); v.node && json_is(v, k->words); v = json_next(list, v))
+        n++;
+    meta_put_u32(&r->kv, key, n);
+    return MOE_OK;
+}
+
+static moe_status config_put_layers(config_reader *r, const moe_config_key *k, const char *key,
+                                    json_ref list)
+{
+    if (json_typeof(list) != JSON_ARRAY)
+        return config_fail(r, MOE_ERR_MODEL, k->hf, "a list", list);
+    meta_put_array(&r->kv, key, META_U32, json_count(list));
+    for (json_ref v = json_first(list); v.node; v = json_next(list, v)) {
+        char buf[64], what[128], mark;
+        json_ref value;
+        double x = -1;
+        const char *found = config_find_word(k->words, config_text(v, buf));
+        if (!found)
+            return config_fail(r, MOE_ERR_UNSUPPORTED, k->hf, k->words, v);
+        config_split(found + (*found == '='), " ", what, &mark);
+        if (*what >= '0' && *what <= '9')
+            x = strtod(what, NULL);
+        else if (!config_value(r->root, what, &value, &x) || !(x >= 0 && x <= UINT32_MAX))
+            return config_fail(r, MOE_ERR_MODEL, what, "a whole number", value);
+        meta_number(&r->kv, (uint32_t)x, 4);
+    }
+    return MOE_OK;
+}
+
 static moe_status config_put(config_reader *r, const moe_config_key *k)
 {
     char key[160];
@@ -159,6 +194,10 @@ static moe_status config_put(config_reader *r, const moe_config_key *k)
         return config_put_u32(r, k, key, v, x);
     if (k->kind == CONFIG_WORD || k->kind == CONFIG_EXPECT)
         return config_put_word(r, k, key, v);
+    if (k->kind == CONFIG_LEADING)
+        return config_put_leading(r, k, key, v);
+    if (k->kind == CONFIG_LAYERS)
+        return config_put_layers(r, k, key, v);
     if (k->kind == CONFIG_BOOL) {
         if (json_typeof(v) != JSON_TRUE && json_typeof(v) != JSON_FALSE)
             return config_fail(r, MOE_ERR_MODEL, k->hf, "true or false", v);
@@ -172,11 +211,14 @@ static moe_status config_put(config_reader *r, const moe_config_key *k)
     return MOE_OK;
 }
 
-/* Whether a table writes a key of this name. */
-static bool config_writes(const moe_config_key *keys, const char *gguf)
+/* Whether a table writes a key of this name, in a line before `end`. */
+static bool config_writes(const config_reader *r, const moe_config_key *keys,
+                          const moe_config_key *end, const char *gguf)
 {
-    for (const moe_config_key *k = keys; k && k->hf; k++)
-        if (gguf && k->gguf && !strcmp(k->gguf, gguf))
+    json_ref v;
+    double x;
+    for (const moe_config_key *k = keys; k && k->hf && k != end; k++)
+        if (gguf && k->gguf && !strcmp(k->gguf, gguf) && config_value(r->root, k->hf, &v, &x))
             return true;
     return false;
 }
@@ -187,7 +229,7 @@ static moe_status config_put_table(config_reader *r, const moe_config_key *keys,
 {
     moe_status status = MOE_OK;
     for (const moe_config_key *k = keys; k && k->hf && !status; k++)
-        if (!config_writes(better, k->gguf))
+        if (!config_writes(r, better, NULL, k->gguf) && !config_writes(r, keys, k, k->gguf))
             status = config_put(r, k);
     return status;
 }

@@ -147,13 +147,17 @@ typedef struct moe_binding {
  * runtime sees only what comes of them. Keys that all families share stand in core/models.c.
  *
  * `hf` is the path of a value: "a.b" is b inside of a; "a|b" the first that is there and not null;
- * "a+b" a sum, "a*b" a product, from left to right. Nothing is written where a value is missing. */
+ * "a+b" a sum, "a*b" a product, from left to right. Nothing is written where a value is missing. Of
+ * several lines for one key the first that has a value is written; a family's go before the common. */
 typedef enum moe_config_kind {
     CONFIG_U32,    // a whole number, or an array of them, one for each layer
     CONFIG_F32,
     CONFIG_RSQRT,  // float: 1 / sqrt(value)
     CONFIG_BOOL,
     CONFIG_WORD,   // uint32: the number behind the word in `words`, "softmax=1 sigmoid=2"
+    CONFIG_LEADING, // uint32: how many items at the start of a list are the word in `words`
+    CONFIG_LAYERS, // an array: of each item of a list the number, or the value of the key, behind its
+                   // word in `words`, "conv=0 full_attention=num_key_value_heads"
     CONFIG_EXPECT  // nothing is written; the value must be one of `words`, "silu swish"
 } moe_config_kind;
 

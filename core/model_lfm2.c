@@ -72,8 +72,9 @@ static void lfm2_layer(moe_pass *p, uint32_t index)
     layer_mixture(p, l, p->x);
 }
 
-/* attention.head_count_kv is a list in GGUF, 0 where "layer_types" says "conv". */
 static const moe_config_key config_lfm2[] = {
+    {"layer_types", "attention.head_count_kv", CONFIG_LAYERS,
+     "conv=0 full_attention=num_key_value_heads", 0},
     {"conv_bias", NULL, CONFIG_EXPECT, "false", 0},
     {"use_expert_bias", NULL, CONFIG_EXPECT, "true", 0},
     {"norm_eps", "attention.layer_norm_rms_epsilon", CONFIG_F32, NULL, 0},
