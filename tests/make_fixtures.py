@@ -26,7 +26,8 @@ the model runs, since the modelling code forces norms, softmax and rotary angles
 model is also run in single precision, unchanged; the script prints the distance between the two and
 stops if it is not far below the tolerance of the tests. Weights are spread widely enough for attention
 and routers to be far from uniform, and tokens are chosen such that no router decision is a near tie
-(0.2 between logits), so that a rounded key/value cache cannot turn one.
+(0.2 between logits, more where activations are rounded and experts weigh much), so that a rounded
+key/value cache cannot turn one.
 """
 import argparse
 import contextlib
@@ -162,7 +163,7 @@ MODELS = {
     "deepseek3-q": dict(
         family="deepseek3", vocab=160, embd=64, head=4, kv=4, nope=32, rot=16, dim_v=32, latent=64,
         latent_q=96, ff=96, ff_exp=32, layer=2, dense=1, tied=False, tok=38, expert=8, used=2,
-        shared=1, group=2, group_used=1, scale=1.8, renorm=True, fused=True,
+        shared=1, group=2, group_used=1, scale=1.8, renorm=True, fused=True, margin=0.7,
         rope=dict(rope_type="default", rope_theta=10000.0), ctx=256, types=dict(all=GT.Q8_0)),
     "gpt-oss": dict(
         family="gpt-oss", vocab=117, embd=36, head=6, kv=2, dim=10, ff=21, layer=3, tied=False,
@@ -171,7 +172,7 @@ MODELS = {
                   truncate=False, original_max_position_embeddings=64), ctx=512),
     "gpt-oss-mxfp4": dict(
         family="gpt-oss", vocab=128, embd=96, head=3, kv=1, dim=32, ff=64, layer=2, tied=False,
-        tok=40, expert=5, used=2, window=7,
+        tok=40, expert=5, used=2, window=7, margin=0.6,
         rope=dict(rope_type="yarn", rope_theta=150000.0, factor=4.0, truncate=False,
                   original_max_position_embeddings=64), ctx=256,
         types={"token_embd": GT.Q8_0, "output.": GT.Q8_0, "attn_q.": GT.Q8_0, "attn_k.": GT.Q8_0,
@@ -816,7 +817,7 @@ def make(name, m, seed, out, no_vocab):
     for _ in range(20):
         weights = round_weights(random_weights(skeleton, m, rng), m, arch)
         oracle = Oracle(m, weights, True)
-        tokens, margin = pick_tokens(oracle, m, rng, 0.2)
+        tokens, margin = pick_tokens(oracle, m, rng, m.get("margin", 0.2))
         if tokens:
             break
     else:
