@@ -12,13 +12,20 @@ Lines of the output, blanks between words:
 
     model FILE SHA256            what follows is about this file
     text N_TOK ID...             tests/data/eval_text.txt in tokens
-    perplexity WINDOW N_SCORED PPL STANDARD_ERROR
+    perplexity WINDOW N_SCORED PPL STANDARD_ERROR ROUNDED_PPL ROUNDED_DISTANCE
     nll N NLL...                 of each scored position of the line above, in order
     prompt N_TOK ID...
     greedy N_TOK ID...           the continuation, always the best token
     margin N_TOK M...            best logit less the second best, at each step
-    spread N_TOK S...            standard deviation of the logits, at each step
+    shift N_TOK S...             how far rounding moves the best tokens' logits against each other
+    rounded_greedy N_OTHER       at how many of these steps rounding makes another token the best
+
+ROUNDED_PPL and so on come from the same model with an F16 cache and with the inputs of all matrices
+rounded to 8 bits, in groups of 256 for K formats and of 32 for others, which is how moe.c and
+llama.cpp compute. They say how far from the exact figures a correct implementation of that kind is.
+ROUNDED_DISTANCE is the mean distance of single positions' negative log likelihoods.
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -29,6 +36,8 @@ import numpy as np
 import tokenizers
 import torch
 from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM)
+
+from make_fixtures import RoundingCache, round_f16
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 N_GREEDY = 48
@@ -115,6 +124,13 @@ def open_model(path):
         state[name] = torch.from_numpy(w)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True)
+    model.groups = {}
+    for name, p in model.named_parameters():
+        if name.startswith("model.layers") and p.ndim == 2:
+            _, _, layer, rest = name.split(".", 3)
+            t = tensors[f"blk.{layer}.{names[rest.rsplit('.', 1)[0]]}.weight"]
+            model.groups[id(p)] = 256 if t.tensor_type.name.endswith("_K") else 32
+    assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
     return model, meta
 
 
@@ -129,42 +145,82 @@ def smollm2_tokenizer(meta):
     return lambda text: t.encode(text).ids
 
 
+def round_to_8_bits(x, group):
+    y = x.reshape(*x.shape[:-1], -1, group)
+    scale = y.abs().amax(-1, keepdim=True) / 127
+    return (torch.round(y / scale.clamp(min=1e-30)) * scale).reshape(x.shape)
+
+
+@contextlib.contextmanager
+def rounding_of(model):
+    """While this lasts, the inputs of the layers' matrices are rounded."""
+    linear = torch.nn.functional.linear
+    torch.nn.functional.linear = lambda x, w, bias=None: linear(
+        round_to_8_bits(x, model.groups[id(w)]), w, bias)
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+
+
+def hidden_of(model, tokens, rounded):
+    """What goes into the output matrix, at each position."""
+    with torch.no_grad():
+        if not rounded:
+            return model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+        with rounding_of(model):
+            hidden = model.model(torch.tensor([tokens]), use_cache=True,
+                                 past_key_values=RoundingCache(round_f16)).last_hidden_state[0]
+        return round_to_8_bits(hidden, 32)
+
+
 def logits_of(model, hidden):
-    return hidden @ model.model.embed_tokens.weight.T
+    with torch.no_grad():
+        return hidden @ model.model.embed_tokens.weight.T
 
 
-def perplexity(model, tokens, window, bos):
+def scored_nll(model, tokens, window, bos, rounded):
     nll = []
     for i in range(len(tokens) // window):
         part = list(tokens[i * window:(i + 1) * window])
         if bos is not None:
             part[0] = bos
-        with torch.no_grad():
-            hidden = model.model(torch.tensor([part]), use_cache=False).last_hidden_state[0]
-            for first in range(window // 2, window - 1, 64):
-                last = min(first + 64, window - 1)
-                logp = torch.log_softmax(logits_of(model, hidden[first:last]).double(), -1)
-                target = torch.tensor(part[first + 1:last + 1])
-                nll += (-logp[torch.arange(last - first), target]).tolist()
-    nll = np.array(nll)
-    mean = nll.mean()
-    error = math.sqrt(((nll * nll).mean() - mean * mean) / (len(nll) - 1))
-    return nll, math.exp(mean), math.exp(mean) * error
+        hidden = hidden_of(model, part, rounded)
+        for first in range(window // 2, window - 1, 64):
+            last = min(first + 64, window - 1)
+            logp = torch.log_softmax(logits_of(model, hidden[first:last]).double(), -1)
+            target = torch.tensor(part[first + 1:last + 1])
+            nll += (-logp[torch.arange(last - first), target]).tolist()
+    return np.array(nll)
+
+
+def standard_error(nll):
+    return math.sqrt(((nll * nll).mean() - nll.mean() ** 2) / (len(nll) - 1))
 
 
 def greedy(model, prompt):
-    ids, margins, spreads, cache, step = [], [], [], None, prompt
+    ids, cache, step = [], None, prompt
     with torch.no_grad():
         while len(ids) < N_GREEDY:
             out = model.model(torch.tensor([step]), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            logits = logits_of(model, out.last_hidden_state[0, -1])
-            best = torch.topk(logits, 2)
-            ids.append(int(best.indices[0]))
-            margins.append(float(best.values[0] - best.values[1]))
-            spreads.append(float(logits.std()))
+            ids.append(int(logits_of(model, out.last_hidden_state[0, -1]).argmax()))
             step = [ids[-1]]
-    return ids, margins, spreads
+    return ids
+
+
+def margins_and_shifts(model, prompt, ids):
+    """All steps again, side by side, exact and rounded."""
+    tokens, first = prompt + ids[:-1], len(prompt) - 1
+    exact = logits_of(model, hidden_of(model, tokens, False)[first:])
+    rounded = logits_of(model, hidden_of(model, tokens, True)[first:])
+    top = torch.topk(exact, 8)
+    assert top.indices[:, 0].tolist() == ids
+    margins = top.values[:, 0] - top.values[:, 1]
+    moved = torch.gather(rounded - exact, 1, top.indices)
+    shifts = (moved - moved[:, :1]).abs().amax(1)
+    n_other = int((rounded.argmax(1) != top.indices[:, 0]).sum())
+    return margins.tolist(), shifts.tolist(), n_other
 
 
 def numbers(word, values, form):
@@ -191,19 +247,27 @@ def main():
         tokens = start + encode(text)
         out.append(numbers("text", tokens, "d"))
         for window in (512, 1024):
-            nll, ppl, error = perplexity(model, tokens, window, bos)
-            print(f"{file}: {len(tokens)} tokens, window {window}: {len(nll)} scored, "
-                  f"perplexity {ppl:.4f} +/- {error:.4f}", flush=True)
-            out.append(f"perplexity {window} {len(nll)} {ppl:.6f} {error:.6f}\n")
+            nll = scored_nll(model, tokens, window, bos, False)
+            rounded = scored_nll(model, tokens, window, bos, True)
+            ppl, rounded_ppl = math.exp(nll.mean()), math.exp(rounded.mean())
+            error, distance = ppl * standard_error(nll), np.abs(rounded - nll).mean()
+            print(f"{file}: {len(tokens)} tokens, window {window}: {len(nll)} scored, perplexity "
+                  f"{ppl:.4f} +/- {error:.4f}; rounded {rounded_ppl:.4f}, mean distance of a position "
+                  f"{distance:.4f}", flush=True)
+            out.append(f"perplexity {window} {len(nll)} {ppl:.6f} {error:.6f} {rounded_ppl:.6f} "
+                       f"{distance:.6f}\n")
             out.append(numbers("nll", nll, ".4f"))
         prompts = [start + encode(p) for p in PROMPTS]
         if bos is None:
             prompts.append(sum([encode(p) if isinstance(p, str) else [p] for p in CHAT], []))
         for prompt in prompts:
-            ids, margins, spreads = greedy(model, prompt)
-            print(f"  {len(prompt)} tokens: smallest margin {min(margins):.4f}", flush=True)
+            ids = greedy(model, prompt)
+            margins, shifts, n_other = margins_and_shifts(model, prompt, ids)
+            print(f"  {len(prompt)} tokens: smallest margin {min(margins):.4f}, largest shift "
+                  f"{max(shifts):.3f}, {n_other} other tokens", flush=True)
             out += [numbers("prompt", prompt, "d"), numbers("greedy", ids, "d"),
-                    numbers("margin", margins, ".4f"), numbers("spread", spreads, ".3f")]
+                    numbers("margin", margins, ".4f"), numbers("shift", shifts, ".3f"),
+                    f"rounded_greedy {n_other}\n"]
     with open(os.path.join(HERE, "data/real_models.txt"), "w", encoding="ascii") as f:
         f.writelines(out)
 

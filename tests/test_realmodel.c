@@ -6,8 +6,9 @@
  * of the files, the tests are skipped.
  *
  * The figures were computed with float activations. This library rounds activations to 8 bits in
- * front of integer weights, as llama.cpp does, so single logits differ by about 1 % of their spread.
- * The bounds below allow twice what was measured, and no more. */
+ * front of integer weights, so it cannot agree exactly; how far off that puts a correct program was
+ * measured by making transformers round likewise. The bounds are what it came to, and half as much
+ * again. */
 #include "test.h"
 
 #ifdef MOE_TEST_BACKEND_FENCED
@@ -19,12 +20,10 @@
 
 enum { LOGIT_ROWS = 16 };
 
-/* Of the logarithm of the perplexity, which is a mean over some 1000 positions, and of the single
- * positions' negative log likelihoods. */
-static const double MEAN_NLL_LIMIT = 0.01, POSITION_NLL_LIMIT = 0.06;
-/* A step of a greedy continuation may take another token than recorded if the two best were closer
- * than this part of the logits' standard deviation. */
-static const double MARGIN_LIMIT = 0.15;
+static const double ALLOWANCE = 1.5;
+/* The mean over 1000 positions hides most of the rounding: some 0.2 to 1 % of the perplexity are left,
+ * of either sign. */
+static const double PERPLEXITY_LIMIT = 0.015;
 
 static const char *figures_at; // what has not been read of real_models.txt
 static char *figures;
@@ -151,11 +150,12 @@ static void check_perplexity(const moe_token *text, size_t n_text, size_t n_voca
     REQUIRE(!strcmp(word, "perplexity"), "found %s", word);
     size_t window = (size_t)next_number(), n_scored = (size_t)next_number(), n, k = 0;
     double want_ppl = next_number();
-    next_number();
+    next_number(); // the standard error
+    double rounded_ppl = next_number(), rounded_distance = next_number();
     double *want = next_list("nll", &n);
     REQUIRE(want && n == n_scored && n == n_text / window * (window - 1 - window / 2), "%zu", n);
 
-    double *got = malloc(n * sizeof *got), mean = 0, distance = 0, worst = 0;
+    double *got = malloc(n * sizeof *got), mean = 0, distance = 0;
     moe_token *tok = malloc(window * sizeof *tok);
     float *logits = malloc(LOGIT_ROWS * n_vocab * sizeof *logits);
     moe_session *session = open_session((uint32_t)window);
@@ -170,14 +170,13 @@ static void check_perplexity(const moe_token *text, size_t n_text, size_t n_voca
     for (size_t i = 0; ok && i < n; i++) {
         mean += got[i] / (double)n;
         distance += fabs(got[i] - want[i]) / (double)n;
-        worst = MOE_MAX(worst, fabs(got[i] - want[i]));
     }
     if (ok) {
-        printf("  %s, window %zu: perplexity %.4f, transformers %.4f; mean distance of a "
-               "position %.4f, largest %.3f\n", model_name, window, exp(mean), want_ppl, distance,
-               worst);
-        CHECK(fabs(mean - log(want_ppl)) < MEAN_NLL_LIMIT, "perplexity %f", exp(mean));
-        CHECK(distance < POSITION_NLL_LIMIT, "mean distance of a position %f", distance);
+        printf("  %s, window %zu: perplexity %.4f; transformers %.4f, rounding %.4f\n"
+               "    mean distance of a position from transformers %.4f, of rounding %.4f\n",
+               model_name, window, exp(mean), want_ppl, rounded_ppl, distance, rounded_distance);
+        CHECK(fabs(mean - log(want_ppl)) < PERPLEXITY_LIMIT, "perplexity %f", exp(mean));
+        CHECK(distance < ALLOWANCE * rounded_distance, "mean distance of a position %f", distance);
     }
     moe_session_close(session);
     free(logits);
@@ -186,13 +185,25 @@ static void check_perplexity(const moe_token *text, size_t n_text, size_t n_voca
     free(want);
 }
 
-/* Follows the recorded continuation and looks at what this library would have said at each step. */
-static void check_greedy(size_t n_vocab, size_t *n_steps, size_t *n_other)
+typedef struct greedy_count {
+    size_t steps, other, rounded_other; // all; with another token than recorded, here and rounding
+} greedy_count;
+
+/* Follows the recorded continuation and looks at what this library would have said at each step. It
+ * may say something else where the recorded token was ahead by less than rounding moves the logits
+ * somewhere in this continuation. */
+static void check_greedy(size_t n_vocab, greedy_count *count)
 {
-    size_t n_prompt, n, n_margin, n_spread;
+    size_t n_prompt, n, n_margin, n_shift;
+    char word[64];
     moe_token *prompt = next_tokens("prompt", &n_prompt), *want = next_tokens("greedy", &n);
-    double *margin = next_list("margin", &n_margin), *spread = next_list("spread", &n_spread);
-    REQUIRE(prompt && want && margin && spread && n_margin == n && n_spread == n, "%zu", n);
+    double *margin = next_list("margin", &n_margin), *shift = next_list("shift", &n_shift);
+    REQUIRE(prompt && want && margin && shift && n_margin == n && n_shift == n, "%zu", n);
+    next_word(word, sizeof word);
+    count->rounded_other += (size_t)next_number();
+    double largest = 0;
+    for (size_t i = 0; i < n; i++)
+        largest = MOE_MAX(largest, shift[i]);
     float *logits = malloc(n_vocab * sizeof *logits);
     moe_session *session = open_session((uint32_t)(n_prompt + n));
     const moe_token *step = prompt;
@@ -203,16 +214,16 @@ static void check_greedy(size_t n_vocab, size_t *n_steps, size_t *n_other)
         for (size_t v = 1; v < n_vocab; v++)
             if (logits[v] > logits[best])
                 best = (moe_token)v;
-        *n_steps += 1;
-        *n_other += best != want[i];
-        CHECK(best == want[i] || margin[i] < MARGIN_LIMIT * spread[i],
+        count->steps++;
+        count->other += best != want[i];
+        CHECK(best == want[i] || margin[i] < ALLOWANCE * largest,
               "%s: step %zu after %zu tokens: %d instead of %d, which was ahead by %.3f", model_name,
               i, n_prompt, best, want[i], margin[i]);
     }
     moe_session_close(session);
     free(logits);
     free(margin);
-    free(spread);
+    free(shift);
     free(prompt);
     free(want);
 }
@@ -228,11 +239,14 @@ static void check_model(const char *name, moe_token bos)
     REQUIRE(text, "no text");
     check_perplexity(text, n_text, info.n_vocab, bos);
     check_perplexity(text, n_text, info.n_vocab, bos);
-    size_t n_prompts = 0, n_steps = 0, n_other = 0;
+    size_t n_prompts = 0;
+    greedy_count count = {0, 0, 0};
     for (; !strncmp(figures_at + strspn(figures_at, "\n"), "prompt", 6); n_prompts++)
-        check_greedy(info.n_vocab, &n_steps, &n_other);
+        check_greedy(info.n_vocab, &count);
     CHECK(n_prompts >= 5, "only %zu prompts", n_prompts);
-    printf("  %s: %zu of %zu greedy steps as in transformers\n", name, n_steps - n_other, n_steps);
+    printf("  %s: %zu of %zu greedy steps as in transformers, rounding %zu\n", name,
+           count.steps - count.other, count.steps, count.steps - count.rounded_other);
+    CHECK(count.other <= count.steps / 20 + 2 * count.rounded_other, "%zu other tokens", count.other);
     free(text);
     moe_model_close(model);
     model = NULL;
