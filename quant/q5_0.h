@@ -143,7 +143,7 @@ static moe_kernels q5_0_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q5_0_gemv_avx2, q5_0_gemm_avx2};
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best.gemm = q5_0_gemm_vnni512;
+        best = (moe_kernels){q5_0_gemm_vnni512, q5_0_gemm_vnni512};
 #endif
 #if MOE_ARM64
     best = q5_0_select_arm(cpu, best);

@@ -268,7 +268,7 @@ static moe_kernels q5_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q5_k_gemv_avx2, q5_k_gemm_avx2};
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best.gemm = q5_k_gemm_vnni512;
+        best = (moe_kernels){q5_k_gemm_vnni512, q5_k_gemm_vnni512};
 #endif
 #if MOE_ARM64
     best = q5_k_select_arm(cpu, best);

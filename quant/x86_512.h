@@ -513,12 +513,12 @@ MOE_VNNI512 static void x86_512_gemm_rows(const moe_mm *mm, x86_512_rows *rows, 
 }
 
 /* With few tokens, rows of which the next 32 would not stay in L1 are computed 16 at a time (Q8_0,
- * 4 tokens, rows of 2048 from memory: 158 Gop/s instead of 128). */
+ * 4 tokens, rows of 2048 from memory: 158 Gop/s instead of 128); with one token all are. */
 MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
 {
     const moe_act act = f->block_len == X86_512_K ? MOE_ACT_Q8_256 : MOE_ACT_Q8_32;
-    const bool narrow = mm->n_tok <= X86_512_FEW && X86_512_ROWS * mm->w_stride > X86_512_L1;
-    const size_t n_tile = narrow ? 1 : 2;
+    const bool long_rows = X86_512_ROWS * mm->w_stride > X86_512_L1;
+    const size_t n_tile = mm->n_tok == 1 || (mm->n_tok <= X86_512_FEW && long_rows) ? 1 : 2;
     for (size_t t0 = 0; t0 < mm->n_tok; t0 += X86_512_TOKENS) {
         const moe_q8 first = act_q8(act, mm->x + t0 * mm->x_stride, mm->n_in);
         x86_512_x x;
