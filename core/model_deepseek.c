@@ -154,23 +154,60 @@ static void derive_keys(const moe_hparams *hp, const moe_tensor *fused, moe_weig
     }
 }
 
+/* The values' part as it is, for a file whose rows do not let it stay where it is. */
+static void derive_values(const moe_hparams *hp, const moe_tensor *fused, const moe_weight *w,
+                          uint8_t *dst)
+{
+    const uint64_t skipped = (hp->head_dim - hp->n_rot) * w->row_bytes;
+    for (uint64_t head = 0; head < w->dims[2]; head++)
+        memcpy(dst + head * w->matrix_bytes,
+               fused->data + head * (skipped + w->matrix_bytes) + skipped, (size_t)w->matrix_bytes);
+}
+
 /* Describes both parts of a layer's fused matrix. That for values is a stack of every head's last
- * rows, where they are. */
-static moe_status derive_describe(const moe_hparams *hp, moe_layer *l, moe_error *error)
+ * rows, where they are, if a view can begin there. Returns the bytes of derived memory in use, of which
+ * `bytes` are taken already. */
+static uint64_t derive_describe(const moe_hparams *hp, moe_layer *l, uint64_t bytes)
 {
     const moe_weight *f = &l->wkv_b;
-    const uint64_t n_nope = hp->head_dim - hp->n_rot;
-    if (n_nope * f->row_bytes % 4)
-        return fail(error, MOE_ERR_UNSUPPORTED, f->name,
-                    "expected %llu rows of %llu bytes to end at a multiple of 4 bytes",
-                    (unsigned long long)n_nope, (unsigned long long)f->row_bytes);
-    l->wv_b = (moe_weight){f->name, f->quant, {hp->n_latent, hp->head_dim_v, hp->n_head},
-                           f->row_bytes, (n_nope + hp->head_dim_v) * f->row_bytes,
-                           view_at(f->data, n_nope * f->row_bytes)};
+    const uint64_t n_nope = hp->head_dim - hp->n_rot, skipped = n_nope * f->row_bytes;
     const moe_quant *quant = derived_quant(f);
     l->wk_b = (moe_weight){f->name, quant, {n_nope, hp->n_latent, hp->n_head},
                            n_nope * quant->block_bytes, n_nope * hp->n_latent * quant->block_bytes,
-                           {NULL, 0}};
+                           {NULL, bytes}};
+    bytes = align_up(bytes + l->wk_b.matrix_bytes * hp->n_head, MEM_ALIGN);
+    l->wv_b = (moe_weight){f->name, f->quant, {hp->n_latent, hp->head_dim_v, hp->n_head},
+                           f->row_bytes, skipped + hp->head_dim_v * f->row_bytes,
+                           view_at(f->data, skipped)};
+    if (skipped % 4 == 0 && l->wv_b.matrix_bytes % 4 == 0)
+        return bytes;
+    l->wv_b.matrix_bytes -= skipped;
+    l->wv_b.data = (moe_view){NULL, bytes};
+    return align_up(bytes + l->wv_b.matrix_bytes * hp->n_head, MEM_ALIGN);
+}
+
+/* Fills the derived memory, and lets the weights that have no place yet point into it. */
+static moe_status derive_fill(moe_model *m, uint64_t bytes, float *room, moe_error *error)
+{
+    const moe_hparams *hp = &m->hp;
+    moe_buffer **buffer = &m->buffers[m->n_buffer];
+    for (uint32_t i = 0; i < hp->n_layer; i++) {
+        moe_layer *l = &m->layers[i];
+        const moe_tensor *fused = directory_tensor(m->dir, l->wkv_b.name);
+        derive_keys(hp, fused, &l->wk_b, m->derived + l->wk_b.data.offset, room,
+                    room + l->wk_b.dims[0] * l->wk_b.dims[1]);
+        if (!l->wv_b.data.buffer)
+            derive_values(hp, fused, &l->wv_b, m->derived + l->wv_b.data.offset);
+    }
+    moe_status status = m->backend->buffer_wrap(m->device, m->derived, bytes, buffer, error);
+    if (status)
+        return status;
+    m->n_buffer++;
+    for (uint32_t i = 0; i < hp->n_layer; i++) {
+        m->layers[i].wk_b.data.buffer = *buffer;
+        if (!m->layers[i].wv_b.data.buffer)
+            m->layers[i].wv_b.data.buffer = *buffer;
+    }
     return MOE_OK;
 }
 
@@ -183,35 +220,15 @@ static moe_status deepseek_derive(moe_model *m, moe_error *error)
     uint64_t bytes = 0;
     if (hp->latent_split)
         return MOE_OK;
-    for (uint32_t i = 0; i < hp->n_layer; i++) {
-        moe_weight *w = &m->layers[i].wk_b;
-        moe_status status = derive_describe(hp, &m->layers[i], error);
-        if (status)
-            return status;
-        w->data.offset = bytes;
-        bytes = align_up(bytes + w->matrix_bytes * w->dims[2], MEM_ALIGN);
-    }
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        bytes = derive_describe(hp, &m->layers[i], bytes);
     float *room = mem_alloc_uncleared(&m->mem, 2 * n, sizeof *room);
     if (room)
         m->derived = mem_alloc_uncleared(&m->mem, bytes, 1);
-    if (!m->derived) {
-        mem_free(&m->mem, room);
-        return fail_memory(error, &m->mem, "attn_kv_b", bytes);
-    }
-    for (uint32_t i = 0; i < hp->n_layer; i++) {
-        moe_weight *w = &m->layers[i].wk_b;
-        derive_keys(hp, directory_tensor(m->dir, w->name), w, m->derived + w->data.offset, room,
-                    room + n);
-    }
+    moe_status status = m->derived ? derive_fill(m, bytes, room, error)
+                                   : fail_memory(error, &m->mem, "attn_kv_b", bytes);
     mem_free(&m->mem, room);
-    moe_buffer **buffer = &m->buffers[m->n_buffer];
-    moe_status status = m->backend->buffer_wrap(m->device, m->derived, bytes, buffer, error);
-    if (status)
-        return status;
-    m->n_buffer++;
-    for (uint32_t i = 0; i < hp->n_layer; i++)
-        m->layers[i].wk_b.data.buffer = *buffer;
-    return MOE_OK;
+    return status;
 }
 
 /* ------------------------------------------------------------------------------ the layer -- */

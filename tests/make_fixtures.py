@@ -148,9 +148,10 @@ MODELS = {
         shared=1, group=5, group_used=2, scale=2.5, renorm=True,
         rope=dict(rope_type="yarn", rope_theta=500.0, factor=8.0, mscale=1.0, mscale_all_dim=1.0,
                   beta_fast=16.0, beta_slow=0.5, original_max_position_embeddings=64), ctx=512),
-    # Moonlight: the same router without groups, queries without a latent
+    # Moonlight: the same router without groups, queries without a latent; a fused matrix whose parts
+    # do not begin at multiples of 4 bytes
     "deepseek3-flat": dict(
-        family="deepseek3", vocab=99, embd=40, head=4, kv=4, nope=8, rot=4, dim_v=8, latent=18,
+        family="deepseek3", vocab=99, embd=39, head=3, kv=3, nope=7, rot=4, dim_v=9, latent=17,
         ff=29, ff_exp=15, layer=2, dense=1, tied=True, tok=44, expert=8, used=3, shared=2, group=1,
         group_used=1, scale=2.446, renorm=True, fused=True,
         rope=dict(rope_type="default", rope_theta=50000.0), ctx=256, types=dict(all=GT.F16)),
