@@ -210,7 +210,7 @@ static void checkpoints_give_the_logits_of_transformers(void)
         n++;
     }
     closedir(dir);
-    CHECK(n >= 11, "%d checkpoints", n);
+    CHECK(n >= 16, "%d checkpoints", n);
 }
 
 /* The bytes of the result do not depend on the number of threads. */
