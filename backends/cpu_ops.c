@@ -435,9 +435,9 @@ static void cpu_attend_finish(moe_queue *q, const moe_attend_op *o, size_t dim, 
     if (o->sink.buffer) {
         const float sink = cpu_floats(o->sink)[head];
         const float max = total[dim] > sink ? total[dim] : sink;
-        const float kept = total[dim + 1] * cpu_exp(total[dim] - max);
-        q->device->simd->scale_rows(total, total, cpu_exp(total[dim] - max), NULL, dim);
-        total[dim + 1] = kept + cpu_exp(sink - max);
+        const float factor = cpu_exp(total[dim] - max);
+        q->device->simd->scale_rows(total, total, factor, NULL, dim);
+        total[dim + 1] = fmaf(total[dim + 1], factor, cpu_exp(sink - max));
     }
     q->device->simd->scale_rows(cpu_floats(o->dst) + ((size_t)t * o->n_head + head) * dim, total,
                                 1.0f / total[dim + 1], NULL, dim);
@@ -526,7 +526,8 @@ static void cpu_conv(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread
     const uint32_t pos = o->pos + t, first = pos + 1 < o->n_tap ? o->n_tap - pos - 1 : 0;
     memset(dst, 0, o->dim * sizeof *dst);
     for (uint32_t k = first; k < o->n_tap; k++) {
-        const float *u = (const float *)(const void *)cpu_cache_row(&op->k, 0, pos - (o->n_tap - 1 - k));
+        const uint8_t *row = cpu_cache_row(&op->k, 0, pos - (o->n_tap - 1 - k));
+        const float *u = (const float *)(const void *)row;
         for (uint32_t i = 0; i < o->dim; i++)
             dst[i] = fmaf(weight[(size_t)i * o->n_tap + k], u[i], dst[i]);
     }
