@@ -1,5 +1,5 @@
-/* core/model_lfm2.c - LFM2-MoE: most layers mix tokens by a short gated convolution, some by attention;
- * experts behind sigmoids. Liquid AI 2025, "LFM2 Technical Report", arXiv:2511.23404. */
+/* core/model_lfm2.c - LFM2-MoE: most layers mix tokens by a short gated convolution, some by
+ * attention; experts behind sigmoids. Liquid AI 2025, "LFM2 Technical Report", arXiv:2511.23404. */
 #ifndef MOE_CORE_MODEL_LFM2_C
 #define MOE_CORE_MODEL_LFM2_C
 
@@ -77,6 +77,7 @@ static const moe_config_key config_lfm2[] = {
      "conv=0 full_attention=num_key_value_heads", 0},
     {"conv_bias", NULL, CONFIG_EXPECT, "false", 0},
     {"use_expert_bias", NULL, CONFIG_EXPECT, "true", 0},
+    {"model_type", "expert_gating_func", CONFIG_WORD, "lfm2_moe=2", 0},
     {"norm_eps", "attention.layer_norm_rms_epsilon", CONFIG_F32, NULL, 0},
     {"conv_L_cache", "shortconv.l_cache", CONFIG_U32, NULL, 0},
     {"num_dense_layers", "leading_dense_block_count", CONFIG_U32, NULL, 0},
