@@ -46,7 +46,11 @@ static void layer_linear(moe_pass *p, moe_view dst, const moe_weight *w, moe_vie
                          const moe_weight *bias, bool add)
 {
     const moe_matmul_op op = {
-        .src = src, .n_tok = p->n_tok, .n_out = 1, .out = {{w, bias ? bias->data : (moe_view){0}, dst, add}}};
+        .src = src,
+        .n_tok = p->n_tok,
+        .n_out = 1,
+        .out = {{w, bias ? bias->data : (moe_view){0}, dst, add}},
+    };
     p->be->matmul(p->queue, &op);
 }
 

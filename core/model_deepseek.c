@@ -165,8 +165,8 @@ static void derive_values(const moe_hparams *hp, const moe_tensor *fused, const 
 }
 
 /* Describes both parts of a layer's fused matrix. That for values is a stack of every head's last
- * rows, where they are, if a view can begin there. Returns the bytes of derived memory in use, of which
- * `bytes` are taken already. */
+ * rows, where they are, if a view can begin there. Returns the bytes of derived memory in use;
+ * `bytes` of them are taken already. */
 static uint64_t derive_describe(const moe_hparams *hp, moe_layer *l, uint64_t bytes)
 {
     const moe_weight *f = &l->wkv_b;

@@ -1,5 +1,5 @@
-/* core/model_gpt_oss.c - gpt-oss: sinks in the attention, a sliding window in every other layer, biases
- * everywhere, and experts with a clamped gate. OpenAI 2025, arXiv:2508.10925. */
+/* core/model_gpt_oss.c - gpt-oss: sinks in the attention, a sliding window in every other layer,
+ * biases everywhere, and experts with a clamped gate. OpenAI 2025, arXiv:2508.10925. */
 #ifndef MOE_CORE_MODEL_GPT_OSS_C
 #define MOE_CORE_MODEL_GPT_OSS_C
 
@@ -15,8 +15,8 @@ static const moe_binding bindings_gpt_oss[] = {
     BIND_END,
 };
 
-/* In a checkpoint gate and up are one tensor, mlp.experts.gate_up_proj, whose rows (of MXFP4) or columns
- * (of float types) are theirs in turn: no renaming makes them these. */
+/* In a checkpoint gate and up are one tensor, mlp.experts.gate_up_proj, whose rows (of MXFP4) or
+ * columns (of float types) are theirs in turn: no renaming makes them these. */
 static const moe_binding bindings_gpt_oss_experts[] = {
     BIND_GGUF_ONLY("ffn_gate_exps.weight", experts_gate, 0, DIM_EMBD, DIM_FF_EXPERT,
                   DIM_EXPERT),

@@ -119,8 +119,8 @@ static bool plan_caches(const moe_hparams *hp, const moe_session_options *o, uin
     return true;
 }
 
-/* The least that any layer looks back, if its cache is shorter than the context, so that going back may
- * need more than is there; else 0. */
+/* The least that any layer looks back, if its cache is shorter than the context, so that going back
+ * may need more than is there; else 0. */
 static uint32_t plan_least_lookback(const moe_hparams *hp, const moe_session_options *o)
 {
     uint32_t least = 0;
@@ -490,8 +490,8 @@ static moe_status session_check_eval(moe_session *s, const moe_token *tokens, si
     return directory_check(s->model->dir, &s->error);
 }
 
-/* After going back, or after a call that failed, layers that keep only some positions may have lost what
- * the next token looks at: then everything so far is computed anew. The layer that looks back least
+/* After going back, or after a call that failed, layers that keep only some positions may have lost
+ * what the next token looks at: then everything so far is computed anew. The layer that looks back least
  * loses it first. */
 static moe_status session_restore(moe_session *s)
 {
