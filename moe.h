@@ -291,6 +291,9 @@ MOE_API moe_status moe_session_eval(moe_session *session, const moe_token *token
 MOE_API uint32_t moe_session_length(const moe_session *session);
 MOE_API uint32_t moe_session_capacity(const moe_session *session);
 
+/* The number of threads that compute, the caller's included. */
+MOE_API uint32_t moe_session_threads(const moe_session *session);
+
 /* Forgets all but the first n_tok tokens. n_tok <= length. It costs nothing, except in a model whose
  * layers do not all look back to the beginning (sliding windows, convolutions): their caches hold what
  * they look at and n_batch tokens more, and after going back further than n_batch tokens the next call

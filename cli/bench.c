@@ -93,7 +93,7 @@ static void report_json(bench_state *b, const bench_options *o, const moe_model_
     json_string(&json, "architecture", info->architecture);
     json_string(&json, "quantization", info->quantization);
     json_string(&json, "device", info->device);
-    json_uint(&json, "threads", o->common.n_threads);
+    json_uint(&json, "threads", moe_session_threads(b->session));
     json_uint(&json, "batch", o->n_batch);
     json_string(&json, "cache", cache_names[o->cache]);
     json_uint(&json, "depth", o->depth);
@@ -124,11 +124,9 @@ static void report_text(bench_state *b, const bench_options *o, const moe_model_
 {
     cli_size size;
     printf("%s: %s, %s, %s; ", path, info->architecture, info->quantization, info->device);
-    if (o->common.n_threads)
-        printf("%u thread%s", o->common.n_threads, o->common.n_threads == 1 ? "" : "s");
-    else
-        printf("a thread per core");
-    printf("; cache %s, depth %u, median of %u\n", cache_names[o->cache], o->depth, o->n_repeat);
+    const uint32_t n_threads = moe_session_threads(b->session);
+    printf("%u thread%s; cache %s, depth %u, median of %u\n", n_threads, n_threads == 1 ? "" : "s",
+           cache_names[o->cache], o->depth, o->n_repeat);
     if (o->n_prompt)
         print_rate("prefill", o->n_prompt, bench_rates(b->prefill_s, o->n_repeat, o->n_prompt));
     if (o->n_gen) {

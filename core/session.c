@@ -549,6 +549,11 @@ uint32_t moe_session_capacity(const moe_session *session)
     return session->options.n_ctx;
 }
 
+uint32_t moe_session_threads(const moe_session *session)
+{
+    return session->options.n_threads;
+}
+
 moe_status moe_session_rewind(moe_session *session, uint32_t n_tok)
 {
     if (!session)

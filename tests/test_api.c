@@ -316,6 +316,13 @@ static void session_options_are_versioned(void)
     }
     moe_session *session = open_session(model, NULL); // the defaults
     CHECK(session && moe_session_capacity(session) == 128, "no options");
+    CHECK(session && moe_session_threads(session) >= 1, "a thread per core, at least one");
+    moe_session_close(session);
+    moe_session_options three;
+    moe_session_options_init(&three);
+    three.n_threads = 3;
+    session = open_session(model, &three);
+    CHECK(session && moe_session_threads(session) == 3, "the threads that were asked for");
     moe_session_close(session);
     moe_model_close(model);
 }
