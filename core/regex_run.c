@@ -165,7 +165,7 @@ static const uint8_t *regex_sub(const regex *re, regex_run *run, uint32_t pc, co
 /* Runs the program at pc on the text at p. Returns the end of the match, or NULL. */
 static const uint8_t *regex_match(const regex *re, regex_run *run, uint32_t pc, const uint8_t *p)
 {
-    size_t base = run->n, length;
+    size_t base = run->n, length = 0;
     for (;;) {
         const regex_op *op = &re->ops[pc];
         bool matched = true;
