@@ -20,6 +20,7 @@ enum {
     CONVERT_MAX_FILES = 1000,      // shards; each is kept open
     CONVERT_MAX_NAME_BYTES = 512,
     CONVERT_CHUNK_FLOATS = 1 << 20, // of work for one thread at a time
+    CONVERT_STRIP_FLOATS = 1 << 14, // of them that are floats at the same time
     CONVERT_MAX_ROW = 1 << 24
 };
 

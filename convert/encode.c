@@ -8,6 +8,7 @@
 #ifndef MOE_CONVERT_ENCODE_C
 #define MOE_CONVERT_ENCODE_C
 
+#include "encoders.h"
 #include "gguf_write.c"
 #include "plan.c"
 
@@ -165,30 +166,47 @@ static bool encode_is_copy(const encode_chunk *c)
     return c->in && c->in->type == c->t->target && !c->t->plus_1;
 }
 
-static moe_status encode_rows(encode_worker *w, const encode_chunk *c)
+/* Rows that are worked on at once: few enough to stay in the cache, many enough for short rows. */
+static uint64_t encode_strip(const encode_chunk *c)
+{
+    return MOE_MIN(MOE_MAX(CONVERT_STRIP_FLOATS / c->t->row_len, 1), c->n_rows);
+}
+
+/* `n` rows from row `first` of the chunk, as blocks at their place among the chunk's. */
+static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t first, uint64_t n)
 {
     const conv_tensor *t = c->t;
     const uint64_t row_bytes = encode_row_bytes(t->target, t->row_len);
-    const bool copy = encode_is_copy(c), check = !copy || t->target->block_len == 1;
+    const bool copy = encode_is_copy(c);
+    uint8_t *dst = w->blocks.data + first * row_bytes;
+    float *x = (float *)(void *)w->floats.data; // [n][row_len]
+    moe_status status = MOE_OK;
+    if (!copy || t->target->block_len == 1)
+        for (uint64_t r = 0; r < n && !status; r++) {
+            encode_row_floats(w, c, first + r, x + r * t->row_len);
+            // a GGUF file's own floats are copied, whatever they are: it is what it is
+            if (!copy || !w->state->source->dir)
+                status = encode_check(w, c, first + r, x + r * t->row_len);
+        }
+    for (uint64_t r = 0; r < n && copy; r++)
+        memcpy(dst + r * row_bytes, w->raw.data + encode_source_row(t, first + r) * row_bytes,
+               (size_t)row_bytes);
+    if (!copy && !status)
+        encoder_for(t->target)(x, NULL, dst, (size_t)n, (size_t)t->row_len);
+    return status;
+}
+
+static moe_status encode_rows(encode_worker *w, const encode_chunk *c)
+{
+    const conv_tensor *t = c->t;
+    const uint64_t row_bytes = encode_row_bytes(t->target, t->row_len), strip = encode_strip(c);
     moe_status status = c->in ? encode_read(w, c) : MOE_OK;
     w->blocks.n = w->floats.n = 0;
     if (!status && (!buf_reserve(&w->blocks, (size_t)(c->n_rows * row_bytes)) ||
-                    !buf_reserve(&w->floats, (size_t)t->row_len * sizeof(float))))
+                    !buf_reserve(&w->floats, (size_t)(strip * t->row_len) * sizeof(float))))
         status = fail_memory(&w->error, w->mem, t->name, c->n_rows * row_bytes);
-    float *x = (float *)(void *)w->floats.data;
-    for (uint64_t r = 0; r < c->n_rows && !status; r++) {
-        uint8_t *dst = w->blocks.data + r * row_bytes;
-        if (check) {
-            encode_row_floats(w, c, r, x);
-            // a GGUF file's own floats are copied, whatever they are: it is what it is
-            if (!copy || !w->state->source->dir)
-                status = encode_check(w, c, r, x);
-        }
-        if (copy)
-            memcpy(dst, w->raw.data + encode_source_row(t, r) * row_bytes, (size_t)row_bytes);
-        else if (!status)
-            t->target->quantize(x, dst, (size_t)t->row_len);
-    }
+    for (uint64_t r = 0; r < c->n_rows && !status; r += strip)
+        status = encode_some(w, c, r, MOE_MIN(strip, c->n_rows - r));
     return status ? status
                   : writer_put(w->state->writer, w->blocks.data, c->n_rows * row_bytes,
                                t->offset + c->row * row_bytes, &w->error);
