@@ -1,25 +1,30 @@
-/* cli/bench.c - `moe bench`: the speed of prefill and decode, and how near it is to the memory's.
+/* cli/bench.c - `moe bench`: the speed of prefill and decode, and how near it is to the machine's.
  *
- * A repetition is: forget everything, compute `depth` tokens, then `n_prompt` tokens in one call
- * (prefill; timed), then `n_gen` tokens one by one (decode; timed). Before the first there is a
- * warm-up that is not counted, which also brings the file's pages into memory. The tokens are
+ * The context is filled with `depth` tokens once. A repetition goes back to them, computes `n_prompt`
+ * tokens in one call (prefill; timed), goes back again, then computes `n_gen` tokens one by one
+ * (decode; timed). Before the first there is a warm-up that is not counted: one token, which reads
+ * the weights into memory and tells the time to the first token, and one prefill. The tokens are
  * pseudo-random: with a mixture of experts, text from one subject would use fewer of them. */
 #include "cli.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 typedef struct bench_options {
     cli_common common;
     uint32_t n_prompt, n_gen, n_repeat, depth, n_batch;
+    float read_limit, op_limit; /* of the machine: GB/s, Gop/s; 0: unknown */
     int cache;
     bool json;
 } bench_options;
 
 typedef struct bench_state {
     moe_session *session;
-    moe_token *tokens;             /* [depth + n_prompt + n_gen] */
+    moe_token *tokens;             /* [depth + max(n_prompt, n_gen)] */
     float *logits;                 /* [n_vocab] */
     double *prefill_s, *decode_s;  /* [n_repeat], seconds */
+    double start;                  /* when the program began to open the model */
+    double load_s, first_token_s;  /* since then */
 } bench_state;
 
 /* Rates in tokens per second. */
@@ -35,41 +40,77 @@ static bench_rate bench_rates(double *seconds, uint32_t n_repeat, uint32_t n_tok
     return (bench_rate){n_tok / median, n_tok / seconds[n_repeat - 1], n_tok / seconds[0]};
 }
 
-static moe_status bench_once(bench_state *b, const bench_options *o, double *prefill_s,
-                             double *decode_s)
+/* Brings the session to `depth` tokens. Going back may leave something to be computed anew (sliding
+ * windows): the last token is computed again, so that this is over before a clock starts. */
+static moe_status bench_to_depth(bench_state *b, const bench_options *o)
 {
-    const moe_token *tokens = b->tokens;
-    moe_status status = moe_session_rewind(b->session, 0);
-    if (!status && o->depth)
-        status = moe_session_eval(b->session, tokens, o->depth, 0, NULL);
-    tokens += o->depth;
-    double start = system_seconds();
+    const uint32_t depth = o->depth, length = moe_session_length(b->session);
+    if (length < depth)
+        return moe_session_eval(b->session, b->tokens + length, depth - length, 0, NULL);
+    if (length == depth || !depth)
+        return moe_session_rewind(b->session, depth);
+    moe_status status = moe_session_rewind(b->session, depth - 1);
+    return status ? status : moe_session_eval(b->session, b->tokens + depth - 1, 1, 0, NULL);
+}
+
+static moe_status bench_prefill(bench_state *b, const bench_options *o, double *seconds)
+{
+    moe_status status = bench_to_depth(b, o);
+    const double start = system_seconds();
     if (!status && o->n_prompt)
-        status = moe_session_eval(b->session, tokens, o->n_prompt, 1, b->logits);
-    *prefill_s = system_seconds() - start;
-    tokens += o->n_prompt;
-    start = system_seconds();
-    for (uint32_t i = 0; !status && i < o->n_gen; i++)
-        status = moe_session_eval(b->session, tokens + i, 1, 1, b->logits);
-    *decode_s = system_seconds() - start;
+        status = moe_session_eval(b->session, b->tokens + o->depth, o->n_prompt, 1, b->logits);
+    *seconds = system_seconds() - start;
     return status;
+}
+
+static moe_status bench_decode(bench_state *b, const bench_options *o, double *seconds)
+{
+    moe_status status = bench_to_depth(b, o);
+    const double start = system_seconds();
+    for (uint32_t i = 0; !status && i < o->n_gen; i++)
+        status = moe_session_eval(b->session, b->tokens + o->depth + i, 1, 1, b->logits);
+    *seconds = system_seconds() - start;
+    return status;
+}
+
+static moe_status bench_warm_up(bench_state *b, const bench_options *o)
+{
+    moe_status status = moe_session_eval(b->session, b->tokens, 1, 1, b->logits);
+    b->first_token_s = system_seconds() - b->start;
+    double unused;
+    return status ? status : bench_prefill(b, o, &unused);
 }
 
 static int bench_measure(bench_state *b, const bench_options *o)
 {
-    for (uint32_t i = 0; i <= o->n_repeat; i++) { /* 0 is the warm-up */
-        progress_show("bench", i, (uint64_t)o->n_repeat + 1);
-        double prefill_s, decode_s;
-        moe_status status = bench_once(b, o, &prefill_s, &decode_s);
-        if (status)
-            return cli_fail_status(status, moe_session_error(b->session), NULL);
-        if (i) {
-            b->prefill_s[i - 1] = prefill_s;
-            b->decode_s[i - 1] = decode_s;
-        }
+    progress_show("bench", 0, (uint64_t)o->n_repeat + 1);
+    moe_status status = bench_warm_up(b, o);
+    for (uint32_t i = 0; !status && i < o->n_repeat; i++) {
+        progress_show("bench", (uint64_t)i + 1, (uint64_t)o->n_repeat + 1);
+        status = bench_prefill(b, o, &b->prefill_s[i]);
+        if (!status)
+            status = bench_decode(b, o, &b->decode_s[i]);
     }
     progress_clear();
-    return EXIT_OK;
+    return status ? cli_fail_status(status, moe_session_error(b->session), NULL) : EXIT_OK;
+}
+
+/* Operations per token of a prompt: two for each weight that takes part. The matrix of the logits
+ * does so for the last token only. */
+static double bench_ops_per_token(moe_model *model, const moe_model_info *info)
+{
+    uint64_t output = 0; /* elements; the token embedding where the two are tied */
+    for (size_t i = 0; i < moe_model_tensor_count(model); i++) {
+        moe_tensor_info t = {.size = sizeof t};
+        if (moe_model_tensor(model, i, &t))
+            continue;
+        const bool own = !strcmp(t.name, "output.weight");
+        if (own || (!output && !strcmp(t.name, "token_embd.weight")))
+            output = t.dims[0] * t.dims[1];
+        if (own)
+            break;
+    }
+    return 2.0 * (double)(info->n_param_active - (output < info->n_param_active ? output : 0));
 }
 
 /* ---------------------------------------------------------------------------------- report -- */
@@ -84,31 +125,47 @@ static void json_rate(cli_json *json, const char *key, uint32_t n_tok, bench_rat
     json_close(json, '}');
 }
 
-static void report_json(bench_state *b, const bench_options *o, const moe_model_info *info,
-                        const char *path, double load_s)
+/* What the session and its model are and did, for both forms of the report. */
+typedef struct bench_report {
+    const char *path;
+    moe_model_info info;
+    bench_rate prefill, decode;
+    double prefill_gop_s, decode_gb_s;
+    uint64_t session_bytes, peak_bytes;
+} bench_report;
+
+static void report_json(const bench_report *r, const bench_state *b, const bench_options *o)
 {
     cli_json json = {.out = stdout};
     json_open(&json, NULL, '{');
-    json_string(&json, "model", path);
-    json_string(&json, "architecture", info->architecture);
-    json_string(&json, "quantization", info->quantization);
-    json_string(&json, "device", info->device);
+    json_string(&json, "model", r->path);
+    json_string(&json, "architecture", r->info.architecture);
+    json_string(&json, "quantization", r->info.quantization);
+    json_string(&json, "device", r->info.device);
     json_uint(&json, "threads", moe_session_threads(b->session));
     json_uint(&json, "batch", o->n_batch);
     json_string(&json, "cache", cache_names[o->cache]);
     json_uint(&json, "depth", o->depth);
     json_uint(&json, "repetitions", o->n_repeat);
-    if (o->n_prompt)
-        json_rate(&json, "prefill_tokens_per_s", o->n_prompt,
-                  bench_rates(b->prefill_s, o->n_repeat, o->n_prompt));
-    if (o->n_gen) {
-        bench_rate r = bench_rates(b->decode_s, o->n_repeat, o->n_gen);
-        json_rate(&json, "decode_tokens_per_s", o->n_gen, r);
-        json_number(&json, "decode_bytes_per_s", r.median * (double)info->weight_bytes_active, 6);
+    if (o->n_prompt) {
+        json_rate(&json, "prefill_tokens_per_s", o->n_prompt, r->prefill);
+        json_number(&json, "prefill_ops_per_s", r->prefill_gop_s * 1e9, 6);
+        if (o->op_limit > 0)
+            json_number(&json, "prefill_of_limit", r->prefill_gop_s / (double)o->op_limit, 4);
     }
-    json_uint(&json, "weight_bytes_per_token", info->weight_bytes_active);
-    json_number(&json, "load_s", load_s, 6);
-    json_uint(&json, "peak_rss_bytes", system_peak_rss_bytes());
+    if (o->n_gen) {
+        json_rate(&json, "decode_tokens_per_s", o->n_gen, r->decode);
+        json_number(&json, "decode_bytes_per_s", r->decode_gb_s * 1e9, 6);
+        if (o->read_limit > 0)
+            json_number(&json, "decode_of_limit", r->decode_gb_s / (double)o->read_limit, 4);
+    }
+    json_uint(&json, "n_embd", r->info.n_embd);
+    json_uint(&json, "weight_bytes", r->info.weight_bytes);
+    json_uint(&json, "weight_bytes_per_token", r->info.weight_bytes_active);
+    json_number(&json, "load_s", b->load_s, 6);
+    json_number(&json, "first_token_s", b->first_token_s, 6);
+    json_uint(&json, "session_bytes", r->session_bytes);
+    json_uint(&json, "peak_rss_bytes", r->peak_bytes);
     json_close(&json, '}');
     json_end(&json);
 }
@@ -119,26 +176,52 @@ static void print_rate(const char *what, uint32_t n_tok, bench_rate r)
            r.min, r.max);
 }
 
-static void report_text(bench_state *b, const bench_options *o, const moe_model_info *info,
-                        const char *path, double load_s)
+static void print_limit(double value, float limit)
 {
-    cli_size size;
-    printf("%s: %s, %s, %s; ", path, info->architecture, info->quantization, info->device);
+    if (limit > 0)
+        printf(", %.0f %% of %g", 100 * value / (double)limit, (double)limit);
+    putchar('\n');
+}
+
+static void report_text(const bench_report *r, const bench_state *b, const bench_options *o)
+{
+    cli_size size, session;
+    printf("%s: %s, %s, %s; ", r->path, r->info.architecture, r->info.quantization, r->info.device);
     const uint32_t n_threads = moe_session_threads(b->session);
     printf("%u thread%s; cache %s, depth %u, median of %u\n", n_threads, n_threads == 1 ? "" : "s",
            cache_names[o->cache], o->depth, o->n_repeat);
-    if (o->n_prompt)
-        print_rate("prefill", o->n_prompt, bench_rates(b->prefill_s, o->n_repeat, o->n_prompt));
-    if (o->n_gen) {
-        bench_rate r = bench_rates(b->decode_s, o->n_repeat, o->n_gen);
-        print_rate("decode", o->n_gen, r);
-        printf("weights  %s per token, so decode reads %.2f GB/s\n",
-               cli_size_text(&size, info->weight_bytes_active),
-               r.median * (double)info->weight_bytes_active * 1e-9);
+    if (o->n_prompt) {
+        print_rate("prefill", o->n_prompt, r->prefill);
+        printf("         %.1f Gop/s", r->prefill_gop_s);
+        print_limit(r->prefill_gop_s, o->op_limit);
     }
-    printf("load     %.3f s\n", load_s);
-    printf("memory   %s at the peak, file pages included\n",
-           cli_size_text(&size, system_peak_rss_bytes()));
+    if (o->n_gen) {
+        print_rate("decode", o->n_gen, r->decode);
+        printf("         %s of weights per token: %.2f GB/s",
+               cli_size_text(&size, r->info.weight_bytes_active), r->decode_gb_s);
+        print_limit(r->decode_gb_s, o->read_limit);
+    }
+    printf("load     %.3f s, first token after %.3f s\n", b->load_s, b->first_token_s);
+    printf("memory   %s at the peak, file pages included; the session's own: %s\n",
+           cli_size_text(&size, r->peak_bytes), cli_size_text(&session, r->session_bytes));
+}
+
+static void bench_report_all(moe_model *model, const char *path, const moe_session_options *so,
+                             bench_state *b, const bench_options *o)
+{
+    bench_report r = {.path = path, .info = {.size = sizeof r.info}};
+    moe_model_get_info(model, &r.info);
+    if (o->n_prompt)
+        r.prefill = bench_rates(b->prefill_s, o->n_repeat, o->n_prompt);
+    if (o->n_gen)
+        r.decode = bench_rates(b->decode_s, o->n_repeat, o->n_gen);
+    r.prefill_gop_s = r.prefill.median * bench_ops_per_token(model, &r.info) * 1e-9;
+    r.decode_gb_s = r.decode.median * (double)r.info.weight_bytes_active * 1e-9;
+    moe_memory_estimate estimate = {.size = sizeof estimate};
+    if (!moe_session_estimate(model, so, &estimate, NULL))
+        r.session_bytes = estimate.total_bytes;
+    r.peak_bytes = system_peak_rss_bytes();
+    (o->json ? report_json : report_text)(&r, b, o);
 }
 
 /* ----------------------------------------------------------------------------------- entry -- */
@@ -147,18 +230,18 @@ static int bench_run(moe_model *model, const char *path, const bench_options *o,
 {
     moe_model_info info = {.size = sizeof info};
     moe_model_get_info(model, &info);
-    uint64_t n = (uint64_t)o->depth + o->n_prompt + o->n_gen;
+    const uint64_t n = (uint64_t)o->depth + (o->n_prompt > o->n_gen ? o->n_prompt : o->n_gen);
     if (n > UINT32_MAX)
-        return cli_fail("bench: -d, -p and -n together are more than a context can hold");
+        return cli_fail("bench: -d with -p or -n is more than a context can hold");
     moe_session_options so;
     common_session_options(&so, &o->common, o->cache);
     so.n_ctx = (uint32_t)n;
     so.n_batch = o->n_batch;
-    bench_state b = {.session = NULL};
+    bench_state b = {.session = NULL, .start = start};
     int result = common_session(&b.session, model, &so);
     if (result)
         return result;
-    double load_s = system_seconds() - start;
+    b.load_s = system_seconds() - start;
     b.tokens = cli_alloc(NULL, (size_t)n, sizeof *b.tokens);
     uint64_t random = 88172645463325252u; /* xorshift64 */
     for (uint64_t i = 0; i < n; i++) {
@@ -172,7 +255,7 @@ static int bench_run(moe_model *model, const char *path, const bench_options *o,
     b.decode_s = cli_alloc(NULL, o->n_repeat, sizeof(double));
     result = bench_measure(&b, o);
     if (result == EXIT_OK)
-        (o->json ? report_json : report_text)(&b, o, &info, path, load_s);
+        bench_report_all(model, path, &so, &b, o);
     free(b.decode_s);
     free(b.prefill_s);
     free(b.logits);
@@ -196,6 +279,10 @@ static int bench_main(int argc, char **argv)
         {'d', "depth", CLI_U32, &o.depth, "N", "tokens that are in the context before", NULL},
         {0, "batch", CLI_U32, &o.n_batch, "N", "prompt tokens computed at once", NULL},
         {0, "cache", CLI_CHOICE, &o.cache, "TYPE", "type of the key/value cache", cache_names},
+        {0, "read-limit", CLI_FLOAT, &o.read_limit, "GB/S",
+         "what the machine reads at most: shown beside decode", NULL},
+        {0, "op-limit", CLI_FLOAT, &o.op_limit, "GOP/S",
+         "what it computes at most: shown beside prefill", NULL},
         {0, "json", CLI_FLAG, &o.json, NULL, "print one JSON object", NULL},
         {0},
     };
@@ -220,8 +307,10 @@ static int bench_main(int argc, char **argv)
 
 const cli_verb verb_bench = {
     "bench", "MODEL", "measures the speed of prefill and decode",
-    "Prints the median, the slowest and the fastest of -r repetitions after a warm-up, the bytes\n"
-    "of weights that one token reads and the memory bandwidth that this makes in decode.",
+    "Prints the median, the slowest and the fastest of -r repetitions after a warm-up. Prefill and\n"
+    "decode both start from a context of -d tokens. Prefill is also shown as operations (two for\n"
+    "each weight that a token uses), decode as bytes of weights read. `build/bench/roofline` says\n"
+    "what the machine can do of both.",
     "  moe bench model.gguf\n"
     "  moe bench model.gguf -p 2048 -n 0 -t 1\n"
     "  moe bench model.gguf -p 0 -n 128 -d 4096 --json\n",
