@@ -33,8 +33,16 @@ typedef struct moe_view {
     uint64_t offset;
 } moe_view;
 
+/* One matrix of a stack. */
+typedef struct moe_matrix {
+    const moe_quant *quant;
+    uint64_t row_bytes;
+    moe_view data;
+} moe_matrix;
+
 /* A weight matrix or a stack of them (experts): dims[0] is the length of a row (n_in), dims[1] the
- * number of rows (n_out), dims[2] the number of matrices. */
+ * number of rows (n_out), dims[2] the number of matrices. The matrices of a stack of experts may each
+ * have a type and a place of their own: then only experts() takes it. */
 typedef struct moe_weight {
     const char *name;
     const moe_quant *quant;
@@ -42,6 +50,8 @@ typedef struct moe_weight {
     uint64_t row_bytes;
     uint64_t matrix_bytes; // of one matrix of the stack
     moe_view data;
+    const moe_matrix *matrices; // [dims[2]]; NULL: one after another at `data`, all of type `quant`
+    uint32_t act_mask;          // with `matrices`: bit i: one of them wants moe_act i
 } moe_weight;
 
 MOE_INLINE moe_view view_at(moe_view v, uint64_t bytes)
@@ -52,6 +62,19 @@ MOE_INLINE moe_view view_at(moe_view v, uint64_t bytes)
 MOE_INLINE bool weight_present(const moe_weight *w)
 {
     return w && w->data.buffer;
+}
+
+MOE_INLINE moe_matrix weight_matrix(const moe_weight *w, uint64_t index)
+{
+    return w->matrices ? w->matrices[index]
+                       : (moe_matrix){w->quant, w->row_bytes,
+                                      view_at(w->data, index * w->matrix_bytes)};
+}
+
+/* The forms of activations that the matrices want: bit i for moe_act i. */
+MOE_INLINE uint32_t weight_act_mask(const moe_weight *w)
+{
+    return w->matrices ? w->act_mask : 1u << w->quant->act;
 }
 
 /* ----------------------------------------------------------------------------- operations -- */

@@ -450,7 +450,7 @@ static void cpu_record_experts(moe_queue *q, const moe_experts_op *o)
     op->u.experts = *o;
     const moe_weight *w = o->out[0].w;
     for (uint32_t i = 0; i < o->n_out; i++)
-        op->act_mask |= 1u << o->out[i].w->quant->act;
+        op->act_mask |= weight_act_mask(o->out[i].w);
     op->chunk = cpu_chunk_rows(q, w->dims[1] * o->n_out * MOE_MIN(o->n_used, w->dims[2]),
                                w->row_bytes, o->n_tok);
     cpu_new_phase(q, op, cpu_experts_sort, 1);

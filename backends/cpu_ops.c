@@ -797,17 +797,17 @@ static void cpu_experts(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t 
     const uint32_t expert = q->expert_id[a];
     const size_t n_out = (size_t)w->dims[1], row = (size_t)(task % n_chunk) * op->chunk;
     const size_t n_row = MOE_MIN(op->chunk, n_out - row);
-    const moe_act act = w->quant->act;
-    const moe_kernels *kernels = &q->device->kernels[w->quant->id];
+    const moe_matrix matrix = weight_matrix(w, expert);
+    const moe_act act = matrix.quant->act;
+    const moe_kernels *kernels = &q->device->kernels[matrix.quant->id];
     const float *bias = o->out[i].bias.buffer ? cpu_floats(o->out[i].bias) + expert * n_out + row
                                               : NULL;
     const uint32_t end = q->expert_start[a + 1];
     const uint32_t tok_tile = (uint32_t)MOE_MIN(CPU_TOK_TILE, CPU_TILE / n_row);
     for (uint32_t t = q->expert_start[a]; t < end; t += tok_tile) {
         moe_mm mm = {
-            .w = w->data.buffer->data + w->data.offset + expert * w->matrix_bytes +
-                 row * w->row_bytes,
-            .w_stride = (size_t)w->row_bytes,
+            .w = matrix.data.buffer->data + matrix.data.offset + row * matrix.row_bytes,
+            .w_stride = (size_t)matrix.row_bytes,
             .x_stride = act_row_bytes(act, (size_t)w->dims[0]),
             .y = q->scratch[thread].tile,
             .y_stride = n_row,

@@ -36,6 +36,14 @@ typedef struct moe_meta {
     const moe_str *strings; // of a string array: [n]; of a string: [1]
 } moe_meta;
 
+/* One matrix of a stack of experts. */
+typedef struct moe_part {
+    const moe_quant *quant;
+    uint64_t bytes;
+    uint64_t offset;        // from the start of the file
+    const uint8_t *data;    // NULL if the directory was opened for metadata only
+} moe_part;
+
 typedef struct moe_tensor {
     const char *name;       // NUL-terminated, owned by the directory
     const moe_quant *quant; // NULL only if opened for metadata only and the type is not known
@@ -45,8 +53,21 @@ typedef struct moe_tensor {
     uint64_t bytes;         // 0 if quant is NULL
     uint64_t offset;        // from the start of its file
     uint32_t file;          // which part of a split file
-    const uint8_t *data;    // NULL if the directory was opened for metadata only
+    const uint8_t *data;    // NULL if the directory was opened for metadata only, or with parts
+    const moe_part *parts;  // [dims[2]], n_dims is 3: each matrix has its type and its place, and
+                            // `quant` is that of the first; NULL: all is of one type, in one place
 } moe_tensor;
+
+/* How many runs of rows of one type a tensor is made of, and one of them. */
+MOE_INLINE uint64_t tensor_n_parts(const moe_tensor *t)
+{
+    return t->parts ? t->dims[2] : 1;
+}
+
+MOE_INLINE moe_part tensor_part(const moe_tensor *t, uint64_t index)
+{
+    return t->parts ? t->parts[index] : (moe_part){t->quant, t->bytes, t->offset, t->data};
+}
 
 typedef struct moe_directory moe_directory;
 

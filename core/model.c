@@ -346,6 +346,9 @@ static moe_status binding_check(const moe_model *m, const moe_binding *b, const 
     if (b->flags & BIND_VECTOR && t->quant->block_len != 1)
         return fail(error, MOE_ERR_MODEL, t->name, "expected type F32, F16 or BF16, got %s",
                     t->quant->name);
+    if (t->parts && (b->flags & BIND_VECTOR || b->dims[2] != DIM_EXPERT))
+        return fail(error, MOE_ERR_MODEL, t->name,
+                    "expected its matrices in one place, since they are no experts");
     return MOE_OK;
 }
 
@@ -356,7 +359,7 @@ typedef struct bind_walk {
     moe_status (*visit)(struct bind_walk *walk, const moe_binding *b, const moe_tensor *t,
                         moe_weight *w);
     uint64_t n_vector_floats;
-    uint32_t n_tensor, n_buffer;
+    uint32_t n_tensor, n_buffer, n_matrix;
 } bind_walk;
 
 static moe_status bind_one(bind_walk *walk, const moe_binding *b, uint32_t layer, void *base)
@@ -400,7 +403,9 @@ static moe_status bind_count(bind_walk *walk, const moe_binding *b, const moe_te
     if (b->flags & BIND_VECTOR)
         walk->n_vector_floats += align_up(t->n_elements, MEM_ALIGN / sizeof(float));
     else
-        walk->n_buffer++;
+        walk->n_buffer += (uint32_t)tensor_n_parts(t);
+    if (t->parts)
+        walk->n_matrix += (uint32_t)t->dims[2];
     return binding_check(walk->m, b, t, walk->error);
 }
 
@@ -422,6 +427,28 @@ static moe_status bind_fill(bind_walk *walk, const moe_binding *b, const moe_ten
     return MOE_OK;
 }
 
+/* The matrices of a stack of experts, each with a type and a place of its own. */
+static moe_status bind_matrices(bind_walk *walk, const moe_tensor *t, moe_weight *w)
+{
+    moe_model *m = walk->m;
+    moe_matrix *matrices = m->matrices + walk->n_matrix;
+    walk->n_matrix += (uint32_t)t->dims[2];
+    for (uint64_t i = 0; i < t->dims[2]; i++) {
+        const moe_part *part = &t->parts[i];
+        moe_status status = m->backend->buffer_wrap(m->device, part->data, part->bytes,
+                                                    &m->buffers[m->n_buffer], walk->error);
+        if (status)
+            return status;
+        matrices[i] = (moe_matrix){part->quant,
+                                   t->dims[0] / part->quant->block_len * part->quant->block_bytes,
+                                   {m->buffers[m->n_buffer++], 0}};
+        w->act_mask |= 1u << part->quant->act;
+    }
+    w->matrices = matrices;
+    w->data = matrices[0].data;
+    return MOE_OK;
+}
+
 static moe_status bind_weight(bind_walk *walk, const moe_binding *b, const moe_tensor *t,
                               moe_weight *w)
 {
@@ -440,6 +467,8 @@ static moe_status bind_weight(bind_walk *walk, const moe_binding *b, const moe_t
         walk->n_vector_floats += align_up(t->n_elements, MEM_ALIGN / sizeof(float));
         return MOE_OK;
     }
+    if (t->parts)
+        return bind_matrices(walk, t, w);
     moe_status status = m->backend->buffer_wrap(m->device, t->data, t->bytes,
                                                 &m->buffers[m->n_buffer], walk->error);
     if (!status)
@@ -509,7 +538,8 @@ static moe_status model_bind(moe_model *m, moe_error *error)
     m->vectors = mem_alloc(&m->mem, vector_bytes, 1);
     enum { VECTORS = 1, DERIVED = 1 };
     m->buffers = mem_alloc(&m->mem, walk.n_buffer + VECTORS + DERIVED, sizeof *m->buffers);
-    if (!m->vectors || !m->buffers)
+    m->matrices = mem_alloc(&m->mem, walk.n_matrix, sizeof *m->matrices);
+    if (!m->vectors || !m->buffers || !m->matrices)
         return fail_memory(error, &m->mem, "vectors", vector_bytes);
     walk = (bind_walk){.m = m, .error = error, .visit = bind_fill};
     status = bind_walk_all(&walk);
@@ -582,11 +612,28 @@ static moe_status model_prepare_rope(moe_model *m, moe_error *error)
 
 /* ----------------------------------------------------------------------------------- info -- */
 
+/* The type that holds most bytes, "" if none is known. */
+static const char *model_main_type(const moe_directory *dir)
+{
+    const moe_quant *largest = NULL;
+    uint64_t by_type[64] = {0};
+    for (size_t i = 0; i < directory_n_tensors(dir); i++) {
+        const moe_tensor *t = directory_tensor_at(dir, i);
+        for (uint64_t k = 0; k < tensor_n_parts(t); k++) {
+            const moe_part part = tensor_part(t, k);
+            if (!part.quant || part.quant->id >= MOE_COUNT(by_type))
+                continue;
+            by_type[part.quant->id] += part.bytes;
+            if (!largest || by_type[part.quant->id] > by_type[largest->id])
+                largest = part.quant;
+        }
+    }
+    return largest ? largest->name : "";
+}
+
 static void model_count(moe_model *m)
 {
     moe_model_info *info = &m->info;
-    const moe_tensor *largest = NULL;
-    uint64_t by_type[64] = {0};
     const bool tied = !directory_tensor(m->dir, "output.weight");
     for (size_t i = 0; i < directory_n_tensors(m->dir); i++) {
         const moe_tensor *t = directory_tensor_at(m->dir, i);
@@ -604,13 +651,8 @@ static void model_count(moe_model *m)
             params = m->hp.n_embd, bytes = t->bytes / MOE_MAX(t->dims[1], 1);
         info->n_param_active += params;
         info->weight_bytes_active += bytes;
-        if (t->quant && t->quant->id < MOE_COUNT(by_type)) {
-            by_type[t->quant->id] += t->bytes;
-            if (!largest || by_type[t->quant->id] > by_type[largest->quant->id])
-                largest = t;
-        }
     }
-    info->quantization = largest ? largest->quant->name : "";
+    info->quantization = model_main_type(m->dir);
 }
 
 static void model_fill_info(moe_model *m)
@@ -772,6 +814,7 @@ void moe_model_close(moe_model *m)
         m->backend->device_close(m->device);
     }
     mem_free(&m->mem, m->buffers);
+    mem_free(&m->mem, m->matrices);
     mem_free(&m->mem, m->rope_freqs[0]);
     mem_free(&m->mem, m->derived);
     mem_free(&m->mem, m->vectors);
@@ -862,6 +905,15 @@ size_t moe_model_tensor_count(const moe_model *model)
     return directory_n_tensors(model->dir);
 }
 
+/* "mixed" if experts have different types. */
+static const char *tensor_type_name(const moe_tensor *t)
+{
+    for (uint64_t i = 1; i < tensor_n_parts(t); i++)
+        if (t->parts[i].quant != t->parts[0].quant)
+            return "mixed";
+    return t->quant ? t->quant->name : "unknown";
+}
+
 moe_status moe_model_tensor(const moe_model *model, size_t index, moe_tensor_info *info)
 {
     if (index >= directory_n_tensors(model->dir))
@@ -870,7 +922,7 @@ moe_status moe_model_tensor(const moe_model *model, size_t index, moe_tensor_inf
     const moe_tensor_info full = {
         .size = sizeof full,
         .name = t->name,
-        .type = t->quant ? t->quant->name : "unknown",
+        .type = tensor_type_name(t),
         .n_dims = t->n_dims,
         .dims = {t->dims[0], t->dims[1], t->dims[2], t->dims[3]},
         .offset = t->offset,

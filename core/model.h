@@ -215,6 +215,7 @@ struct moe_model {
     const moe_backend *backend;
     moe_device *device;
     moe_buffer **buffers;          // [n_buffer] every buffer that holds weights
+    moe_matrix *matrices;          // of stacks of experts whose matrices stand apart
     uint32_t n_buffer;
     char *architecture, *name;
     char router_text[256], attention_text[256];

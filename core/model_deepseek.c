@@ -172,13 +172,17 @@ static uint64_t derive_describe(const moe_hparams *hp, moe_layer *l, uint64_t by
     const moe_weight *f = &l->wkv_b;
     const uint64_t n_nope = hp->head_dim - hp->n_rot, skipped = n_nope * f->row_bytes;
     const moe_quant *quant = derived_quant(f);
-    l->wk_b = (moe_weight){f->name, quant, {n_nope, hp->n_latent, hp->n_head},
-                           n_nope * quant->block_bytes, n_nope * hp->n_latent * quant->block_bytes,
-                           {NULL, bytes}};
+    l->wk_b = (moe_weight){.name = f->name, .quant = quant,
+                           .dims = {n_nope, hp->n_latent, hp->n_head},
+                           .row_bytes = n_nope * quant->block_bytes,
+                           .matrix_bytes = n_nope * hp->n_latent * quant->block_bytes,
+                           .data = {NULL, bytes}};
     bytes = align_up(bytes + l->wk_b.matrix_bytes * hp->n_head, MEM_ALIGN);
-    l->wv_b = (moe_weight){f->name, f->quant, {hp->n_latent, hp->head_dim_v, hp->n_head},
-                           f->row_bytes, skipped + hp->head_dim_v * f->row_bytes,
-                           view_at(f->data, skipped)};
+    l->wv_b = (moe_weight){.name = f->name, .quant = f->quant,
+                           .dims = {hp->n_latent, hp->head_dim_v, hp->n_head},
+                           .row_bytes = f->row_bytes,
+                           .matrix_bytes = skipped + hp->head_dim_v * f->row_bytes,
+                           .data = view_at(f->data, skipped)};
     if (skipped % 4 == 0 && l->wv_b.matrix_bytes % 4 == 0)
         return bytes;
     l->wv_b.matrix_bytes -= skipped;

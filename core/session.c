@@ -435,23 +435,37 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
 
 /* --------------------------------------------------------------------------------- evaluate -- */
 
+/* The first of n weights that is not a finite number; n if there is none. */
+static uint64_t session_first_bad(const moe_quant *quant, const uint8_t *data, uint64_t n,
+                                  float *bad)
+{
+    enum { BLOCK = 4096 };
+    float values[BLOCK];
+    for (uint64_t first = 0; first < n; first += BLOCK) {
+        const size_t some = (size_t)MOE_MIN(BLOCK, n - first);
+        quant->dequantize(data + first / quant->block_len * quant->block_bytes, values, some);
+        for (size_t k = 0; k < some; k++)
+            if (!isfinite(*bad = values[k]))
+                return first + k;
+    }
+    return n;
+}
+
 /* Names the first weight that is not a finite number. Only called when a result is not. */
 static moe_status session_explain(moe_session *s)
 {
-    enum { BLOCK = 4096 };
     const moe_directory *dir = s->model->dir;
-    float values[BLOCK];
     for (size_t i = 0; i < directory_n_tensors(dir); i++) {
         const moe_tensor *t = directory_tensor_at(dir, i);
-        for (uint64_t first = 0; first < t->n_elements; first += BLOCK) {
-            const size_t n = (size_t)MOE_MIN(BLOCK, t->n_elements - first);
-            t->quant->dequantize(t->data + first / t->quant->block_len * t->quant->block_bytes,
-                                 values, n);
-            for (size_t k = 0; k < n; k++)
-                if (!isfinite(values[k]))
-                    return fail(&s->error, MOE_ERR_MODEL, t->name,
-                                "expected finite weights, got %f at element %llu",
-                                (double)values[k], (unsigned long long)(first + k));
+        const uint64_t n = t->n_elements / tensor_n_parts(t);
+        for (uint64_t k = 0; k < tensor_n_parts(t); k++) {
+            const moe_part part = tensor_part(t, k);
+            float bad = 0;
+            const uint64_t at = session_first_bad(part.quant, part.data, n, &bad);
+            if (at < n)
+                return fail(&s->error, MOE_ERR_MODEL, t->name,
+                            "expected finite weights, got %f at element %llu", (double)bad,
+                            (unsigned long long)(k * n + at));
         }
     }
     return fail(&s->error, MOE_ERR_MODEL, NULL,

@@ -70,8 +70,9 @@ typedef struct fenced_op {
 } fenced_op;
 
 enum {
-    FENCED_N_OPS = 149,     // odd, so that a full queue is flushed at changing places
-    FENCED_N_USED = 8 * 149 // buffers that those may name
+    FENCED_N_OPS = 149,        // odd, so that a full queue is flushed at changing places
+    FENCED_N_MATRICES = 1024,  // of stacks whose matrices stand apart
+    FENCED_N_USED = 8 * FENCED_N_OPS + FENCED_N_MATRICES // buffers that all those may name
 };
 
 typedef struct fenced_queue {
@@ -80,9 +81,10 @@ typedef struct fenced_queue {
     moe_queue_options options;
     moe_status status;     // of what was recorded since the last submit
     moe_error error;
-    uint32_t n_ops, n_used;
+    uint32_t n_ops, n_used, n_matrices;
     uint64_t n_runs;       // operations run so far, for the tests
     fenced_op ops[FENCED_N_OPS];
+    moe_matrix matrices[FENCED_N_MATRICES];
     fenced_buffer *used[FENCED_N_USED]; // what the recorded operations name, each once
 } fenced_queue;
 
@@ -295,6 +297,32 @@ static bool fenced_same_or_apart(fenced_queue *q, const char *op, moe_view a, mo
            fenced_apart(q, op, a, floats, b, floats);
 }
 
+/* Checked copies of the matrices of a stack that stand apart. */
+static bool fenced_matrices(fenced_queue *q, const char *op, moe_weight *place, uint32_t n_in_max)
+{
+    const uint64_t n = place->dims[2], n_in = place->dims[0];
+    if (!fenced_at_most(q, op, "matrices", n, FENCED_N_MATRICES - q->n_matrices) ||
+        !fenced_at_most(q, op, "row length", n_in, n_in_max))
+        return false;
+    moe_matrix *copy = q->matrices + q->n_matrices;
+    memcpy(copy, place->matrices, (size_t)n * sizeof *copy);
+    place->matrices = copy;
+    q->n_matrices += (uint32_t)n;
+    bool sound = true;
+    for (uint64_t i = 0; i < n && sound; i++) {
+        const moe_quant *quant = copy[i].quant;
+        sound = fenced_at_most(q, op, "remainder of a row", n_in % quant->block_len, 0) &&
+                fenced_at_most(q, op, "bytes in a row", n_in / quant->block_len * quant->block_bytes,
+                               copy[i].row_bytes) &&
+                fenced_at_most(q, op, "missing form of activations",
+                               ~place->act_mask & 1u << quant->act, 0) &&
+                fenced_view(q, op, place->name, &copy[i].data, place->dims[1] * copy[i].row_bytes,
+                            1, FENCED_READ);
+    }
+    place->data = copy[0].data;
+    return sound;
+}
+
 /* A checked copy of a weight, at *place. */
 static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w, moe_weight *place,
                           uint32_t n_in_max)
@@ -303,6 +331,9 @@ static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w,
         return fenced_fault(q, op, "missing weights", 0, 1);
     *place = **w;
     *w = place;
+    if (place->matrices)
+        return fenced_at_most(q, op, "matrices that stand apart", strcmp(op, "experts") != 0, 0) &&
+               fenced_matrices(q, op, place, n_in_max);
     uint64_t block = place->quant->block_len;
     uint64_t row = place->dims[0] / block * place->quant->block_bytes;
     return fenced_at_most(q, op, "remainder of a row", place->dims[0] % block, 0) &&
@@ -365,7 +396,7 @@ static void fenced_flush(fenced_queue *q)
         q->status = q->device->cpu->submit(q->inner, &q->error);
         fenced_shut(q->device, q->used, q->n_used);
     }
-    q->n_ops = q->n_used = 0;
+    q->n_ops = q->n_used = q->n_matrices = 0;
 }
 
 static moe_status fenced_submit(moe_queue *queue, moe_error *error)
@@ -418,7 +449,8 @@ static moe_status fenced_read(moe_queue *queue, moe_view src, void *dst, uint64_
 /* A place for one more operation. It counts only once fenced_keep() is told that it is sound. */
 static fenced_op *fenced_place(fenced_queue *q, fenced_kind kind)
 {
-    if (q->n_ops == FENCED_N_OPS)
+    const uint32_t n_matrices = kind == FENCED_EXPERTS ? 2 * q->options.n_expert_max : 0;
+    if (q->n_ops == FENCED_N_OPS || q->n_matrices + n_matrices > FENCED_N_MATRICES)
         fenced_flush(q);
     fenced_op *op = &q->ops[q->n_ops];
     op->kind = kind;

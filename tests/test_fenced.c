@@ -175,7 +175,8 @@ static void breaches_are_reported(void)
     REQUIRE(bench_open(&b, fenced_backend()) && bench_open(&other, fenced_backend()), "no backend");
     moe_view x = bench_new(&b, 1024), y = bench_new(&b, 1024), far = bench_new(&other, 1024);
     moe_view data = bench_wrap(&b, table, sizeof table), none = {0};
-    moe_weight w = {"w", quant_by_name("F32"), {64, 4, 1}, 256, 1024, data};
+    moe_weight w = {.name = "w", .quant = quant_by_name("F32"), .dims = {64, 4, 1},
+                    .row_bytes = 256, .matrix_bytes = 1024, .data = data};
     moe_weight wide = w, longer = w;
     wide.dims[1] = 65, wide.matrix_bytes = 65 * 256;
     longer.dims[0] = 65, longer.row_bytes = 260, longer.matrix_bytes = 2048;
