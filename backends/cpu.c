@@ -209,7 +209,8 @@ static uint64_t cpu_queue_bytes(const moe_device *d, const moe_queue_options *op
     (void)d;
     moe_queue q = {.options = *options};
     return cpu_queue_layout(&q, NULL) + align_up(sizeof q, MEM_ALIGN) + 3 * MEM_ALIGN +
-           align_up(options->n_threads * sizeof(cpu_worker), MEM_ALIGN);
+           align_up(options->n_threads * sizeof(cpu_worker), MEM_ALIGN) +
+           align_up(options->n_threads * sizeof(cpu_share), MEM_ALIGN);
 }
 
 static void cpu_queue_close(moe_queue *q)

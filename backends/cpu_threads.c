@@ -1,7 +1,9 @@
 /* backends/cpu_threads.c - the threads of one queue, and how they share a list of phases.
  *
  * A job is a list of phases; a phase is a number of independent tasks. All threads go through the
- * phases together: each takes tasks until none is left, then waits for the others. The last to arrive
+ * phases together. Each starts with an equal share of neighbouring tasks, so that it reads one stretch of
+ * the weights in order, as the prefetchers of a processor and of the kernels expect. Who is done takes
+ * tasks from the ends of the others' shares; when none is left it waits for the others. The last to arrive
  * runs the phases of a single task that come next by itself, before it lets the others go: in decode
  * that is every second phase. Which thread runs a task never changes what the task computes.
  *
@@ -35,6 +37,13 @@ typedef struct cpu_job {
     uint32_t (*n_task)(void *job, uint32_t phase);
 } cpu_job;
 
+/* What is left of a thread's share of the running phase: tasks [next, end), next in the low half. Its
+ * owner takes from the front, the others from the back. On a cache line of its own. */
+typedef struct cpu_share {
+    _Atomic uint64_t left;
+    char pad[64 - sizeof(uint64_t)];
+} cpu_share;
+
 typedef struct cpu_worker {
     cpu_pool *pool;
     uint32_t index;
@@ -45,6 +54,7 @@ struct cpu_pool {
     moe_mem *mem;
     uint32_t n_threads; // the caller's included
     cpu_worker *workers; // [n_threads - 1]
+    cpu_share *shares;   // [n_threads]
     uint32_t n_started;
     plat_mutex mutex;
     plat_cond wake;
@@ -55,13 +65,10 @@ struct cpu_pool {
     _Atomic uint32_t n_sleeping;
     _Atomic bool quit;
     char pad0[64]; // the counters below are written by all threads: each on its own cache line
-    _Atomic uint32_t next_task;
-    char pad1[64];
     _Atomic uint32_t n_arrived;
-    char pad2[64];
+    char pad1[64];
     _Atomic uint32_t gate;      // changes at each barrier: a count, and the phase that comes next
     uint32_t first_phase;       // of the job
-    uint32_t n_task;            // of the running phase; written between barriers only
 };
 
 /* The gate's low half is a phase, so that a thread learns from one load that the barrier is passed and
@@ -91,19 +98,56 @@ static void cpu_wake(cpu_pool *pool, _Atomic uint32_t *counter, uint32_t value)
     }
 }
 
+static void cpu_deal(cpu_pool *pool, uint32_t n_task)
+{
+    for (uint64_t i = 0; i < pool->n_threads; i++) {
+        const uint64_t next = n_task * i / pool->n_threads;
+        const uint64_t end = n_task * (i + 1) / pool->n_threads;
+        atomic_store_explicit(&pool->shares[i].left, end << 32 | next, memory_order_relaxed);
+    }
+}
+
+/* Takes one task of a share; false if there is none left. */
+static bool cpu_take_task(cpu_share *share, bool front, uint32_t *task)
+{
+    uint64_t left = atomic_load_explicit(&share->left, memory_order_relaxed);
+    for (;;) {
+        const uint32_t next = (uint32_t)left, end = (uint32_t)(left >> 32);
+        if (next >= end)
+            return false;
+        *task = front ? next : end - 1;
+        const uint64_t rest = front ? left + 1 : left - ((uint64_t)1 << 32);
+        if (atomic_compare_exchange_weak_explicit(&share->left, &left, rest, memory_order_relaxed,
+                                                  memory_order_relaxed))
+            return true;
+    }
+}
+
+/* Runs tasks of the phase until none is left: the thread's own first, then the others'. */
+static void cpu_run_phase(cpu_pool *pool, const cpu_job *job, uint32_t phase, uint32_t thread)
+{
+    uint32_t task;
+    for (uint32_t i = 0; i < pool->n_threads; i++) {
+        cpu_share *share = &pool->shares[(thread + i) % pool->n_threads];
+        while (cpu_take_task(share, i == 0, &task))
+            job->run(job->arg, phase, task, thread);
+    }
+}
+
 /* The first phase from `phase` on that has several tasks; those before it are run here. Only one thread
  * is at work when this is called. */
 static uint32_t cpu_advance(cpu_pool *pool, uint32_t phase, uint32_t thread)
 {
     const cpu_job *job = &pool->job;
     for (; phase < job->n_phase; phase++) {
-        pool->n_task = job->n_task(job->arg, phase);
-        if (pool->n_task > 1)
+        const uint32_t n_task = job->n_task(job->arg, phase);
+        if (n_task > 1) {
+            cpu_deal(pool, n_task);
             break;
-        if (pool->n_task == 1)
+        }
+        if (n_task == 1)
             job->run(job->arg, phase, 0, thread);
     }
-    atomic_store_explicit(&pool->next_task, 0, memory_order_relaxed);
     return phase;
 }
 
@@ -139,11 +183,7 @@ static void cpu_work(cpu_pool *pool, uint32_t thread)
 {
     const cpu_job job = pool->job; /* a copy: after the last barrier the next job may be written */
     for (uint32_t phase = pool->first_phase; phase < job.n_phase;) {
-        const uint32_t n_task = pool->n_task;
-        uint32_t task;
-        while ((task = atomic_fetch_add_explicit(&pool->next_task, 1, memory_order_relaxed)) <
-               n_task)
-            job.run(job.arg, phase, task, thread);
+        cpu_run_phase(pool, &job, phase, thread);
         phase = cpu_barrier(pool, phase, thread);
     }
 }
@@ -169,28 +209,25 @@ static void cpu_worker_main(void *arg)
 
 typedef struct cpu_host_phase {
     cpu_pool *pool;
-    uint32_t phase, n_task, n_part;
+    uint32_t phase;
 } cpu_host_phase;
 
 /* Part `part` of a phase under the host's parallel_for: it takes tasks like a thread. */
 static void cpu_host_part(void *arg, uint32_t part)
 {
-    cpu_host_phase *p = arg;
-    uint32_t task;
-    while ((task = atomic_fetch_add_explicit(&p->pool->next_task, 1, memory_order_relaxed)) <
-           p->n_task)
-        p->pool->job.run(p->pool->job.arg, p->phase, task, part);
+    const cpu_host_phase *p = arg;
+    cpu_run_phase(p->pool, &p->pool->job, p->phase, part);
 }
 
 static void cpu_run_on_host(cpu_pool *pool)
 {
     const moe_host *host = &pool->mem->host;
     for (uint32_t phase = 0; phase < pool->job.n_phase; phase++) {
-        uint32_t n_task = pool->job.n_task(pool->job.arg, phase);
-        cpu_host_phase p = {pool, phase, n_task, MOE_MIN(n_task, pool->n_threads)};
-        atomic_store(&pool->next_task, 0);
-        if (p.n_part > 1)
-            host->parallel_for(host->user, p.n_part, cpu_host_part, &p);
+        const uint32_t n_task = pool->job.n_task(pool->job.arg, phase);
+        cpu_host_phase p = {pool, phase};
+        cpu_deal(pool, n_task);
+        if (n_task > 1)
+            host->parallel_for(host->user, MOE_MIN(n_task, pool->n_threads), cpu_host_part, &p);
         else
             cpu_host_part(&p, 0);
     }
@@ -235,8 +272,10 @@ static void cpu_pool_close(cpu_pool *pool)
         plat_cond_destroy(&pool->wake);
     if (pool->have_mutex)
         plat_mutex_destroy(&pool->mutex);
-    if (pool->mem)
+    if (pool->mem) {
+        mem_free(pool->mem, pool->shares);
         mem_free(pool->mem, pool->workers);
+    }
     memset(pool, 0, sizeof *pool);
 }
 
@@ -246,11 +285,18 @@ static moe_status cpu_pool_open(cpu_pool *pool, uint32_t n_threads, moe_mem *mem
     memset(pool, 0, sizeof *pool);
     pool->mem = mem;
     pool->n_threads = n_threads;
-    if (n_threads == 1 || mem->host.parallel_for)
+    if (n_threads == 1)
+        return MOE_OK;
+    pool->shares = mem_alloc(mem, n_threads, sizeof *pool->shares);
+    if (!pool->shares)
+        return fail_memory(error, mem, "threads", n_threads * sizeof *pool->shares);
+    if (mem->host.parallel_for)
         return MOE_OK;
     pool->workers = mem_alloc(mem, n_threads - 1, sizeof *pool->workers);
-    if (!pool->workers)
+    if (!pool->workers) {
+        cpu_pool_close(pool);
         return fail_memory(error, mem, "threads", (n_threads - 1) * sizeof *pool->workers);
+    }
     pool->have_mutex = plat_mutex_init(&pool->mutex);
     pool->have_cond = pool->have_mutex && plat_cond_init(&pool->wake);
     bool started = pool->have_cond;
