@@ -337,6 +337,7 @@ static const moe_quant quant_iq4_xs = {
     .dequantize = iq4_xs_dequantize,
     .quantize = iq4_xs_quantize,
     .select = iq4_xs_select,
+    .fields = {1, 1, 2, 4, 128},
 };
 
 #endif

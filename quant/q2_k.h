@@ -282,6 +282,7 @@ static const moe_quant quant_q2_k = {
     .dequantize = q2_k_dequantize,
     .quantize = q2_k_quantize,
     .select = q2_k_select,
+    .fields = {16, 64, 1, 1, 1, 1},
 };
 
 #endif

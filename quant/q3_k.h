@@ -330,6 +330,7 @@ static const moe_quant quant_q3_k = {
     .dequantize = q3_k_dequantize,
     .quantize = q3_k_quantize,
     .select = q3_k_select,
+    .fields = {32, 64, 12, 1, 1},
 };
 
 #endif

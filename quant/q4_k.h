@@ -245,6 +245,7 @@ static const moe_quant quant_q4_k = {
     .dequantize = q4_k_dequantize,
     .quantize = q4_k_quantize,
     .select = q4_k_select,
+    .fields = {1, 1, 1, 1, 4, 4, 4, 128},
 };
 
 #endif

@@ -287,6 +287,7 @@ static const moe_quant quant_q5_k = {
     .dequantize = q5_k_dequantize,
     .quantize = q5_k_quantize,
     .select = q5_k_select,
+    .fields = {1, 1, 1, 1, 4, 4, 4, 32, 128},
 };
 
 #endif

@@ -278,6 +278,7 @@ static const moe_quant quant_q6_k = {
     .dequantize = q6_k_dequantize,
     .quantize = q6_k_quantize,
     .select = q6_k_select,
+    .fields = {128, 64, 16, 1, 1},
 };
 
 #endif

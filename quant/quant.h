@@ -111,6 +111,8 @@ typedef enum moe_cpu {
 
 /* ------------------------------------------------------------------------------- formats -- */
 
+enum { QUANT_MAX_FIELDS = 12 };
+
 typedef struct moe_quant {
     const char *name;     /* as in public use: "Q4_K" */
     uint32_t id;          /* GGUF's tensor type id */
@@ -124,6 +126,10 @@ typedef struct moe_quant {
     void (*quantize)(const float *src, void *blocks, size_t n);
     /* The best kernels for a set of moe_cpu bits: a ladder that starts from C. */
     moe_kernels (*select)(uint32_t cpu);
+    /* What a block consists of, in order: widths in bytes, 0 after the last; their sum is
+     * block_bytes. Bytes that are distributed alike are one field. Files that compress weights gather
+     * each field of many blocks into a plane (docs/format.md): the widths are part of the format. */
+    uint8_t fields[QUANT_MAX_FIELDS];
 } moe_quant;
 
 /* Types are looked up by their GGUF id; NULL for an id that this build does not know. */
