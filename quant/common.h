@@ -42,21 +42,16 @@ MOE_UNUSED static float quant_peak(const float *src, size_t n)
     return peak;
 }
 
-/* The scale and the offset of codes 0..max over the span of n weights: stored, and as they will be
- * read back. */
-MOE_UNUSED static void quant_span(const float *src, size_t n, int max, uint8_t d_stored[2],
-                                  uint8_t m_stored[2], float *d, float *m)
+/* The scale and the offset, as they are stored, of codes 0..max over the span of n weights. */
+MOE_UNUSED static void quant_span(const float *src, size_t n, int max, uint16_t *d, uint16_t *m)
 {
     float low = src[0], high = src[0];
     for (size_t k = 1; k < n; k++) {
         low = fminf(low, src[k]);
         high = fmaxf(high, src[k]);
     }
-    const uint16_t d16 = quant_scale(high / (float)max - low / (float)max), m16 = quant_scale(low);
-    memcpy(d_stored, &d16, 2);
-    memcpy(m_stored, &m16, 2);
-    *d = f32_of_f16(d16);
-    *m = f32_of_f16(m16);
+    *d = quant_scale(high / (float)max - low / (float)max);
+    *m = quant_scale(low);
 }
 
 /* d * code + m. The product of 11 and at most 8 bits is exact: it does not matter whether a
@@ -64,6 +59,33 @@ MOE_UNUSED static void quant_span(const float *src, size_t n, int max, uint8_t d
 MOE_INLINE float quant_affine(float d, int code, float m)
 {
     return d * (float)code + m;
+}
+
+/* 8 codes at a time, as the bytes of one number: packing them is a few shifts. */
+MOE_INLINE uint64_t quant_codes8(const uint8_t *code)
+{
+    uint64_t v;
+    memcpy(&v, code, 8);
+    return v;
+}
+
+/* 32 codes as nibbles: the first 16 are the low ones. What codes have above their low 4 bits is cut
+ * off. */
+MOE_UNUSED static void quant_put_nibbles(uint8_t q[16], const uint8_t code[32])
+{
+    const uint64_t mask = 0x0f0f0f0f0f0f0f0f;
+    for (int i = 0; i < 16; i += 8) {
+        const uint64_t v = (quant_codes8(code + i) & mask) | (quant_codes8(code + 16 + i) & mask) << 4;
+        memcpy(q + i, &v, 8);
+    }
+}
+
+/* The highest bits of 32 codes of 5 bits: bit k is that of code k. */
+MOE_UNUSED static void quant_put_fifth(uint8_t qh[4], const uint8_t code[32])
+{
+    for (int i = 0; i < 4; i++) // the product gathers the lowest bit of each byte in the top byte
+        qh[i] = (uint8_t)((quant_codes8(code + 8 * i) >> 4 & 0x0101010101010101) *
+                              0x0102040810204080 >> 56);
 }
 
 /* The values that the codes of IQ4_NL and IQ4_XS stand for. */

@@ -35,6 +35,13 @@ static void iq4_nl_dequantize(const void *blocks, float *dst, size_t n)
     }
 }
 
+/* d as it is stored; codes are places in iq4_value. */
+static void iq4_nl_pack(iq4_nl_block *w, uint16_t d, const uint8_t code[32])
+{
+    memcpy(w->d, &d, 2);
+    quant_put_nibbles(w->q, code);
+}
+
 /* The weight of the largest magnitude becomes -127 * d. */
 static void iq4_nl_quantize(const float *src, void *blocks, size_t n)
 {
@@ -42,12 +49,10 @@ static void iq4_nl_quantize(const float *src, void *blocks, size_t n)
     for (size_t b = 0; b < n / 32; b++, src += 32) {
         const uint16_t stored = quant_scale(quant_peak(src, 32) / -127);
         const float d = f32_of_f16(stored);
-        memcpy(w[b].d, &stored, 2);
-        for (size_t k = 0; k < 16; k++) {
-            const int low = quant_nearest(d != 0 ? src[k] / d : 0, iq4_value, 16);
-            const int high = quant_nearest(d != 0 ? src[k + 16] / d : 0, iq4_value, 16);
-            w[b].q[k] = (uint8_t)(low | high << 4);
-        }
+        uint8_t code[32];
+        for (size_t k = 0; k < 32; k++)
+            code[k] = (uint8_t)quant_nearest(d != 0 ? src[k] / d : 0, iq4_value, 16);
+        iq4_nl_pack(&w[b], stored, code);
     }
 }
 

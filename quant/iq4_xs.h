@@ -61,33 +61,40 @@ static float iq4_xs_fit(const float *x)
     return scale;
 }
 
+/* k->scale has 8 scales; codes are places in iq4_value. */
+static void iq4_xs_pack(iq4_xs_block *block, const k_linear *k)
+{
+    uint16_t high = 0;
+    k_put_f16(block->d, k->d);
+    for (int g = 0; g < 8; g += 2) {
+        const int s = k->scale[g] + 32, next = k->scale[g + 1] + 32;
+        block->scales_l[g / 2] = (uint8_t)((s & 15) | (next & 15) << 4);
+        high = (uint16_t)(high | (s >> 4 | next >> 4 << 2) << 2 * g);
+    }
+    memcpy(block->scales_h, &high, 2);
+    for (int g = 0; g < 8; g++)
+        quant_put_nibbles(block->qs + 16 * g, k->q + 32 * g);
+}
+
 static void iq4_xs_quantize(const float *src, void *blocks, size_t n)
 {
     iq4_xs_block *block = blocks;
     for (size_t b = 0; b < n / K_LEN; b++, block++, src += K_LEN) {
         float scale[8], peak = 0;
+        k_linear k;
         for (int g = 0; g < 8; g++) {
             scale[g] = iq4_xs_fit(src + 32 * g);
             if (fabsf(scale[g]) > fabsf(peak))
                 peak = scale[g];
         }
-        memset(block, 0, sizeof *block);
-        k_put_f16(block->d, peak / -32);
-        float d = f32_of_f16(load_u16(block->d));
-        uint16_t high = 0;
+        k.d = f32_of_f16(quant_scale(peak / -32));
         for (int g = 0; g < 8; g++) {
-            int s = k_round(scale[g] * k_inverse(d), -32, 31);
-            block->scales_l[g / 2] =
-                (uint8_t)(block->scales_l[g / 2] | ((s + 32) & 15) << g % 2 * 4);
-            high = (uint16_t)(high | (s + 32) >> 4 << 2 * g);
-            float inverse = k_inverse(d * (float)s);
-            for (int i = 0; i < 32; i++) {
-                int q = quant_nearest(src[32 * g + i] * inverse, iq4_value, 16);
-                uint8_t *byte = &block->qs[16 * g + i % 16];
-                *byte = (uint8_t)(*byte | q << i / 16 * 4);
-            }
+            k.scale[g] = (int8_t)k_round(scale[g] * k_inverse(k.d), -32, 31);
+            const float inverse = k_inverse(k.d * (float)k.scale[g]);
+            for (int i = 32 * g; i < 32 * g + 32; i++)
+                k.q[i] = (uint8_t)quant_nearest(src[i] * inverse, iq4_value, 16);
         }
-        memcpy(block->scales_h, &high, 2);
+        iq4_xs_pack(block, &k);
     }
 }
 

@@ -47,6 +47,13 @@ static void mxfp4_dequantize(const void *blocks, float *dst, size_t n)
     }
 }
 
+/* Codes are places in mxfp4_value. */
+static void mxfp4_pack(mxfp4_block *w, uint8_t e, const uint8_t code[32])
+{
+    w->e = e;
+    quant_put_nibbles(w->q, code);
+}
+
 /* As the standard says: the exponent of the largest magnitude becomes that of the largest number,
  * 6. What lies above 6 becomes 6. */
 static void mxfp4_quantize(const float *src, void *blocks, size_t n)
@@ -54,16 +61,15 @@ static void mxfp4_quantize(const float *src, void *blocks, size_t n)
     mxfp4_block *w = blocks;
     for (size_t b = 0; b < n / 32; b++, src += 32) {
         int exponent; /* amax in [2^(exponent - 1), 2^exponent) */
+        uint8_t code[32];
         const float amax = fabsf(quant_peak(src, 32));
         frexpf(amax, &exponent);
-        const int e = amax > 0 ? exponent - 1 - 2 + 127 : 0;
-        w[b].e = (uint8_t)MOE_MIN(MOE_MAX(e, 0), 254);
-        memset(w[b].q, 0, sizeof w[b].q);
-        for (size_t k = 0; k < 32; k++) {
-            int code = quant_nearest(fabsf(src[k]) / mxfp4_scale(w[b].e), mxfp4_value, 8);
-            code |= src[k] < 0 ? 8 : 0;
-            w[b].q[k % 16] |= (uint8_t)(code << k / 16 * 4);
-        }
+        const int biased = amax > 0 ? exponent - 1 - 2 + 127 : 0;
+        const uint8_t e = (uint8_t)MOE_MIN(MOE_MAX(biased, 0), 254);
+        for (size_t k = 0; k < 32; k++)
+            code[k] = (uint8_t)(quant_nearest(fabsf(src[k]) / mxfp4_scale(e), mxfp4_value, 8) |
+                                (src[k] < 0 ? 8 : 0));
+        mxfp4_pack(&w[b], e, code);
     }
 }
 

@@ -32,20 +32,27 @@ typedef struct q2_k_block {
 } q2_k_block;
 _Static_assert(sizeof(q2_k_block) == 84, "as in the file");
 
+static void q2_k_pack(q2_k_block *block, const k_affine *k)
+{
+    k_put_f16(block->d, k->d);
+    k_put_f16(block->dmin, k->dmin);
+    for (int g = 0; g < 16; g++)
+        block->scales[g] = (uint8_t)(k->scale[g] | k->min[g] << 4);
+    for (int i = 0; i < 64; i += 8) {
+        const uint8_t *q = k->q + i / 32 * 128 + i % 32;
+        const uint64_t v = quant_codes8(q) | quant_codes8(q + 32) << 2 | quant_codes8(q + 64) << 4 |
+                           quant_codes8(q + 96) << 6;
+        memcpy(block->qs + i, &v, 8);
+    }
+}
+
 static void q2_k_quantize(const float *src, void *blocks, size_t n)
 {
     q2_k_block *block = blocks;
     for (size_t b = 0; b < n / K_LEN; b++, block++) {
         k_affine k;
         k_quantize_affine(src + b * K_LEN, 16, 3, 15, &k);
-        k_put_f16(block->d, k.d);
-        k_put_f16(block->dmin, k.dmin);
-        for (int g = 0; g < 16; g++)
-            block->scales[g] = (uint8_t)(k.scale[g] | k.min[g] << 4);
-        for (int i = 0; i < 64; i++) {
-            const uint8_t *q = k.q + i / 32 * 128 + i % 32;
-            block->qs[i] = (uint8_t)(q[0] | q[32] << 2 | q[64] << 4 | q[96] << 6);
-        }
+        q2_k_pack(block, &k);
     }
 }
 

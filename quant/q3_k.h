@@ -32,24 +32,38 @@ typedef struct q3_k_block {
 } q3_k_block;
 _Static_assert(sizeof(q3_k_block) == 110, "as in the file");
 
+static void q3_k_pack(q3_k_block *block, const k_linear *k)
+{
+    const uint64_t two = 0x0303030303030303, bit = 0x0101010101010101;
+    memset(block->scales, 0, sizeof block->scales);
+    k_put_f16(block->d, k->d);
+    for (int g = 0; g < 16; g++) {
+        uint8_t *low = &block->scales[g % 8], *high = &block->scales[8 + g % 4];
+        *low = (uint8_t)(*low | ((k->scale[g] + 32) & 15) << g / 8 * 4);
+        *high = (uint8_t)(*high | (k->scale[g] + 32) >> 4 << g / 4 * 2);
+    }
+    for (int i = 0; i < 64; i += 8) {
+        const uint8_t *q = k->q + i / 32 * 128 + i % 32;
+        uint64_t v = 0;
+        for (int j = 0; j < 4; j++)
+            v |= (quant_codes8(q + 32 * j) & two) << 2 * j;
+        memcpy(block->qs + i, &v, 8);
+    }
+    for (int i = 0; i < 32; i += 8) {
+        uint64_t v = 0;
+        for (int g = 0; g < 8; g++)
+            v |= (quant_codes8(k->q + 32 * g + i) >> 2 & bit) << g;
+        memcpy(block->hmask + i, &v, 8);
+    }
+}
+
 static void q3_k_quantize(const float *src, void *blocks, size_t n)
 {
     q3_k_block *block = blocks;
     for (size_t b = 0; b < n / K_LEN; b++, block++) {
         k_linear k;
         k_quantize_linear(src + b * K_LEN, -4, 3, -32, 31, &k);
-        memset(block, 0, sizeof *block);
-        k_put_f16(block->d, k.d);
-        for (int g = 0; g < 16; g++) {
-            uint8_t *low = &block->scales[g % 8], *high = &block->scales[8 + g % 4];
-            *low = (uint8_t)(*low | ((k.scale[g] + 32) & 15) << g / 8 * 4);
-            *high = (uint8_t)(*high | (k.scale[g] + 32) >> 4 << g / 4 * 2);
-        }
-        for (int i = 0; i < K_LEN; i++) {
-            uint8_t *low = &block->qs[i / 128 * 32 + i % 32], *high = &block->hmask[i % 32];
-            *low = (uint8_t)(*low | (k.q[i] & 3) << i / 32 % 4 * 2);
-            *high = (uint8_t)(*high | k.q[i] >> 2 << i / 32);
-        }
+        q3_k_pack(block, &k);
     }
 }
 

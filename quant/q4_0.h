@@ -34,19 +34,23 @@ static void q4_0_dequantize(const void *blocks, float *dst, size_t n)
     }
 }
 
+/* d as it is stored; code[k] stands for d * (code[k] - 8). */
+static void q4_0_pack(q4_0_block *w, uint16_t d, const uint8_t code[32])
+{
+    memcpy(w->d, &d, 2);
+    quant_put_nibbles(w->q, code);
+}
+
 /* The weight of the largest magnitude becomes code 0, that is -8 * d. */
 static void q4_0_quantize(const float *src, void *blocks, size_t n)
 {
     q4_0_block *w = blocks;
     for (size_t b = 0; b < n / 32; b++, src += 32) {
-        const uint16_t stored = quant_scale(quant_peak(src, 32) / -8);
-        const float d = f32_of_f16(stored);
-        memcpy(w[b].d, &stored, 2);
-        for (size_t k = 0; k < 16; k++) {
-            int low = quant_round(src[k], d, -8, 7) + 8;
-            int high = quant_round(src[k + 16], d, -8, 7) + 8;
-            w[b].q[k] = (uint8_t)(low | high << 4);
-        }
+        const uint16_t d = quant_scale(quant_peak(src, 32) / -8);
+        uint8_t code[32];
+        for (size_t k = 0; k < 32; k++)
+            code[k] = (uint8_t)(quant_round(src[k], f32_of_f16(d), -8, 7) + 8);
+        q4_0_pack(&w[b], d, code);
     }
 }
 

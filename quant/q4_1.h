@@ -35,18 +35,25 @@ static void q4_1_dequantize(const void *blocks, float *dst, size_t n)
     }
 }
 
+/* d and m as they are stored. */
+static void q4_1_pack(q4_1_block *w, uint16_t d, uint16_t m, const uint8_t code[32])
+{
+    memcpy(w->d, &d, 2);
+    memcpy(w->m, &m, 2);
+    quant_put_nibbles(w->q, code);
+}
+
 /* The codes span the block from its least to its greatest weight. */
 static void q4_1_quantize(const float *src, void *blocks, size_t n)
 {
     q4_1_block *w = blocks;
     for (size_t b = 0; b < n / 32; b++, src += 32) {
-        float d, m;
-        quant_span(src, 32, 15, w[b].d, w[b].m, &d, &m);
-        for (size_t k = 0; k < 16; k++) {
-            int low = quant_round(src[k] - m, d, 0, 15);
-            int high = quant_round(src[k + 16] - m, d, 0, 15);
-            w[b].q[k] = (uint8_t)(low | high << 4);
-        }
+        uint16_t d, m;
+        uint8_t code[32];
+        quant_span(src, 32, 15, &d, &m);
+        for (size_t k = 0; k < 32; k++)
+            code[k] = (uint8_t)quant_round(src[k] - f32_of_f16(m), f32_of_f16(d), 0, 15);
+        q4_1_pack(&w[b], d, m, code);
     }
 }
 

@@ -32,19 +32,25 @@ typedef struct q4_k_block {
 } q4_k_block;
 _Static_assert(sizeof(q4_k_block) == 144, "as in the file");
 
+static void q4_k_pack(q4_k_block *block, const k_affine *k)
+{
+    k_put_f16(block->d, k->d);
+    k_put_f16(block->dmin, k->dmin);
+    k_put_scales_mins(block->scales, k->scale, k->min);
+    for (int i = 0; i < 128; i += 8) {
+        const uint8_t *q = k->q + i / 32 * 64 + i % 32;
+        const uint64_t v = quant_codes8(q) | quant_codes8(q + 32) << 4;
+        memcpy(block->qs + i, &v, 8);
+    }
+}
+
 static void q4_k_quantize(const float *src, void *blocks, size_t n)
 {
     q4_k_block *block = blocks;
     for (size_t b = 0; b < n / K_LEN; b++, block++) {
         k_affine k;
         k_quantize_affine(src + b * K_LEN, 8, 15, 63, &k);
-        k_put_f16(block->d, k.d);
-        k_put_f16(block->dmin, k.dmin);
-        k_put_scales_mins(block->scales, k.scale, k.min);
-        for (int i = 0; i < 128; i++) {
-            const uint8_t *q = k.q + i / 32 * 64 + i % 32;
-            block->qs[i] = (uint8_t)(q[0] | q[32] << 4);
-        }
+        q4_k_pack(block, &k);
     }
 }
 

@@ -39,19 +39,24 @@ static void q5_0_dequantize(const void *blocks, float *dst, size_t n)
     }
 }
 
+/* d as it is stored; code[k] stands for d * (code[k] - 16). */
+static void q5_0_pack(q5_0_block *w, uint16_t d, const uint8_t code[32])
+{
+    memcpy(w->d, &d, 2);
+    quant_put_fifth(w->qh, code);
+    quant_put_nibbles(w->q, code);
+}
+
 /* The weight of the largest magnitude becomes code 0, that is -16 * d. */
 static void q5_0_quantize(const float *src, void *blocks, size_t n)
 {
     q5_0_block *w = blocks;
     for (size_t b = 0; b < n / 32; b++, src += 32) {
-        const uint16_t stored = quant_scale(quant_peak(src, 32) / -16);
-        memset(&w[b], 0, sizeof w[b]);
-        memcpy(w[b].d, &stored, 2);
-        for (size_t k = 0; k < 32; k++) {
-            const int code = quant_round(src[k], f32_of_f16(stored), -16, 15) + 16;
-            w[b].q[k % 16] |= (uint8_t)((code & 15) << k / 16 * 4);
-            w[b].qh[k / 8] |= (uint8_t)((code >> 4) << k % 8);
-        }
+        const uint16_t d = quant_scale(quant_peak(src, 32) / -16);
+        uint8_t code[32];
+        for (size_t k = 0; k < 32; k++)
+            code[k] = (uint8_t)(quant_round(src[k], f32_of_f16(d), -16, 15) + 16);
+        q5_0_pack(&w[b], d, code);
     }
 }
 

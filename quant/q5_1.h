@@ -40,19 +40,26 @@ static void q5_1_dequantize(const void *blocks, float *dst, size_t n)
     }
 }
 
+/* d and m as they are stored. */
+static void q5_1_pack(q5_1_block *w, uint16_t d, uint16_t m, const uint8_t code[32])
+{
+    memcpy(w->d, &d, 2);
+    memcpy(w->m, &m, 2);
+    quant_put_fifth(w->qh, code);
+    quant_put_nibbles(w->q, code);
+}
+
 /* The codes span the block from its least to its greatest weight. */
 static void q5_1_quantize(const float *src, void *blocks, size_t n)
 {
     q5_1_block *w = blocks;
     for (size_t b = 0; b < n / 32; b++, src += 32) {
-        float d, m;
-        memset(&w[b], 0, sizeof w[b]);
-        quant_span(src, 32, 31, w[b].d, w[b].m, &d, &m);
-        for (size_t k = 0; k < 32; k++) {
-            const int code = quant_round(src[k] - m, d, 0, 31);
-            w[b].q[k % 16] |= (uint8_t)((code & 15) << k / 16 * 4);
-            w[b].qh[k / 8] |= (uint8_t)((code >> 4) << k % 8);
-        }
+        uint16_t d, m;
+        uint8_t code[32];
+        quant_span(src, 32, 31, &d, &m);
+        for (size_t k = 0; k < 32; k++)
+            code[k] = (uint8_t)quant_round(src[k] - f32_of_f16(m), f32_of_f16(d), 0, 31);
+        q5_1_pack(&w[b], d, m, code);
     }
 }
 

@@ -33,22 +33,32 @@ typedef struct q5_k_block {
 } q5_k_block;
 _Static_assert(sizeof(q5_k_block) == 176, "as in the file");
 
+static void q5_k_pack(q5_k_block *block, const k_affine *k)
+{
+    const uint64_t low = 0x0f0f0f0f0f0f0f0f, bit = 0x0101010101010101;
+    k_put_f16(block->d, k->d);
+    k_put_f16(block->dmin, k->dmin);
+    k_put_scales_mins(block->scales, k->scale, k->min);
+    for (int i = 0; i < 128; i += 8) {
+        const uint8_t *q = k->q + i / 32 * 64 + i % 32;
+        const uint64_t v = (quant_codes8(q) & low) | (quant_codes8(q + 32) & low) << 4;
+        memcpy(block->qs + i, &v, 8);
+    }
+    for (int i = 0; i < 32; i += 8) {
+        uint64_t v = 0;
+        for (int g = 0; g < 8; g++)
+            v |= (quant_codes8(k->q + 32 * g + i) >> 4 & bit) << g;
+        memcpy(block->qh + i, &v, 8);
+    }
+}
+
 static void q5_k_quantize(const float *src, void *blocks, size_t n)
 {
     q5_k_block *block = blocks;
     for (size_t b = 0; b < n / K_LEN; b++, block++) {
         k_affine k;
         k_quantize_affine(src + b * K_LEN, 8, 31, 63, &k);
-        k_put_f16(block->d, k.d);
-        k_put_f16(block->dmin, k.dmin);
-        k_put_scales_mins(block->scales, k.scale, k.min);
-        memset(block->qh, 0, sizeof block->qh);
-        for (int i = 0; i < K_LEN; i++)
-            block->qh[i % 32] = (uint8_t)(block->qh[i % 32] | k.q[i] >> 4 << i / 32);
-        for (int i = 0; i < 128; i++) {
-            const uint8_t *q = k.q + i / 32 * 64 + i % 32;
-            block->qs[i] = (uint8_t)((q[0] & 15) | (q[32] & 15) << 4);
-        }
+        q5_k_pack(block, &k);
     }
 }
 

@@ -32,22 +32,32 @@ typedef struct q6_k_block {
 } q6_k_block;
 _Static_assert(sizeof(q6_k_block) == 210, "as in the file");
 
+static void q6_k_pack(q6_k_block *block, const k_linear *k)
+{
+    const uint64_t low = 0x0f0f0f0f0f0f0f0f, two = 0x0303030303030303;
+    k_put_f16(block->d, k->d);
+    memcpy(block->scales, k->scale, 16);
+    for (int i = 0; i < 128; i += 8) {
+        const uint8_t *q = k->q + i / 64 * 128 + i % 64;
+        const uint64_t v = (quant_codes8(q) & low) | (quant_codes8(q + 64) & low) << 4;
+        memcpy(block->ql + i, &v, 8);
+    }
+    for (int i = 0; i < 64; i += 8) {
+        const uint8_t *q = k->q + i / 32 * 128 + i % 32;
+        uint64_t v = 0;
+        for (int j = 0; j < 4; j++)
+            v |= (quant_codes8(q + 32 * j) >> 4 & two) << 2 * j;
+        memcpy(block->qh + i, &v, 8);
+    }
+}
+
 static void q6_k_quantize(const float *src, void *blocks, size_t n)
 {
     q6_k_block *block = blocks;
     for (size_t b = 0; b < n / K_LEN; b++, block++) {
         k_linear k;
         k_quantize_linear(src + b * K_LEN, -32, 31, -128, 127, &k);
-        k_put_f16(block->d, k.d);
-        memcpy(block->scales, k.scale, 16);
-        memset(block->ql, 0, sizeof block->ql);
-        memset(block->qh, 0, sizeof block->qh);
-        for (int i = 0; i < K_LEN; i++) {
-            uint8_t *ql = &block->ql[i / 128 * 64 + i % 64];
-            uint8_t *qh = &block->qh[i / 128 * 32 + i % 32];
-            *ql = (uint8_t)(*ql | (k.q[i] & 15) << i / 64 % 2 * 4);
-            *qh = (uint8_t)(*qh | k.q[i] >> 4 << i / 32 % 4 * 2);
-        }
+        q6_k_pack(block, &k);
     }
 }
 
