@@ -294,11 +294,19 @@ MOE_API uint32_t moe_session_capacity(const moe_session *session);
 /* The number of threads that compute, the caller's included. */
 MOE_API uint32_t moe_session_threads(const moe_session *session);
 
-/* Forgets all but the first n_tok tokens. n_tok <= length. It costs nothing, except in a model whose
- * layers do not all look back to the beginning (sliding windows, convolutions): their caches hold what
- * they look at and n_batch tokens more, and after going back further than n_batch tokens the next call
- * computes the kept ones anew. */
+/* Forgets all but the first n_tok tokens. n_tok <= length. It costs nothing, except in two kinds of
+ * model, in which the next call may have to compute kept tokens anew:
+ *   - layers with a sliding window hold what they look at and n_batch tokens more: after going back
+ *     further than n_batch tokens all kept ones are computed;
+ *   - recurrent layers (convolutions, linear attention) hold the states of four positions: the
+ *     present one and those before the last calls with more than one token, and behind the last of
+ *     those, or of moe_session_checkpoint(). What lies between such a position and n_tok is
+ *     computed, unless it belongs to a call of at most 16 tokens that was the last. */
 MOE_API moe_status moe_session_rewind(moe_session *session, uint32_t n_tok);
+
+/* Makes the present position one that recurrent layers can go back to at no cost, as long as not too
+ * many later ones push it out. Models without such layers have nothing to do. */
+MOE_API moe_status moe_session_checkpoint(moe_session *session);
 
 /* Why the last call on this session failed. Owned by the session; overwritten by the next call. */
 MOE_API const moe_error *moe_session_error(const moe_session *session);

@@ -88,14 +88,16 @@ typedef struct moe_embed_op {
     uint32_t n_tok;
 } moe_embed_op;
 
-/* RMS norm of rows: dst = src / sqrt(mean(src^2) + eps) * weight. Row r is at r * stride floats; in
- * place is allowed. Zhang and Sennrich 2019, arXiv:1910.07467. */
+/* RMS norm of rows: dst = src / sqrt(mean(src^2) + eps) * weight; with l2 the sum stands in the place
+ * of the mean. Row r is at r * stride floats; in place is allowed. Zhang and Sennrich 2019,
+ * arXiv:1910.07467. */
 typedef struct moe_norm_op {
     moe_view dst, src;   // [n_row][dim], strides below
     moe_view weight;     // [dim]; absent: 1
     uint32_t n_row, dim;
     uint32_t dst_stride, src_stride; // floats
     float eps;
+    bool l2;
 } moe_norm_op;
 
 enum { MOE_MATMUL_MAX = 4 };
@@ -163,16 +165,53 @@ typedef struct moe_attend_op {
                          // be k: latent attention keeps both in one row
 } moe_attend_op;
 
-/* Gated causal convolution over the last n_tap positions, each element by itself, with u = b * x:
- *     dst[t][i] = c[t][i] * sum over k, ascending, of weight[i][k] * u[pos + t - n_tap + 1 + k][i]
- * u is stored in the cache (one head, F32) and read from there; before position 0 it is 0. */
+enum { MOE_CONV_MAX_TAP = 64 };
+
+/* Causal convolution over the last n_tap positions, each element by itself. With u = b * x:
+ *     y[t][i] = sum over k, ascending, of weight[i][k] * u[t - n_tap + 1 + k][i]
+ *     dst = c * y;  or silu(y)
+ * What u was before the first token comes from `before`; what a later call needs goes to `after`. */
 typedef struct moe_conv_op {
-    moe_view dst;        // [n_tok][dim]
-    moe_view src;        // [n_tok][3][dim]: b, c, x
-    moe_view weight;     // [dim][n_tap]
-    const moe_cache *cache;
-    uint32_t n_tok, pos, dim, n_tap;
+    moe_view dst;           // [n_tok][dim]
+    moe_view x, b, c;       // [n_tok][dim], rows src_stride floats apart; b, c may be absent: 1
+    moe_view weight;        // [dim][n_tap]
+    moe_view before, after; // [n_tap - 1][dim], the oldest first: the same place, or apart. before
+                            // absent: zeros
+    uint32_t n_tok, dim, n_tap, src_stride;
+    bool silu;              // with it, c is absent
 } moe_conv_op;
+
+/* The gates of a delta rule: decay = exp(rate * softplus(a + bias)), beta = sigmoid(b). */
+typedef struct moe_gates_op {
+    moe_view decay, beta;   // [n_tok][n_head]
+    moe_view a, b;          // [n_tok][n_head]
+    moe_view rate, bias;    // [n_head]
+    uint32_t n_tok, n_head;
+} moe_gates_op;
+
+enum { MOE_DELTA_BLOCK = 32 }; // columns of a state that stand together
+
+/* Gated delta rule: each head has a state S [dim_k][dim_v], and for each token in turn
+ *     d = beta (v - decay S^T k);  S = decay S + k d^T;  dst = scale S^T q
+ * Sums over dim_k run in 4 chains (chain c takes the elements c mod 4, ascending), added as
+ * (0 + 1) + (2 + 3). Yang et al. 2024, arXiv:2412.06464. */
+typedef struct moe_delta_op {
+    moe_view dst;           // [n_tok][n_head][dim_v]
+    moe_view qk;            // [n_tok][2][n_head_k][dim_k]
+    moe_view v;             // [n_tok][n_head][dim_v]
+    moe_view decay, beta;   // [n_tok][n_head]
+    moe_view before, after; // [n_head][n_block][dim_k][MOE_DELTA_BLOCK], the last block padded: the
+                            // same place, or apart. before absent: zeros
+    uint32_t n_tok, n_head, n_head_k, dim_k, dim_v;
+    bool tiled;             // head h reads key head h mod n_head_k, else h / (n_head / n_head_k)
+    float scale;
+} moe_delta_op;
+
+/* Floats of the state of all heads. */
+MOE_INLINE uint64_t delta_state_floats(uint32_t n_head, uint32_t dim_k, uint32_t dim_v)
+{
+    return (uint64_t)n_head * dim_k * align_up(dim_v, MOE_DELTA_BLOCK);
+}
 
 /* One matrix per head: dst[t][h][:] = w[h] src[t][h][:]. Rows may stand apart from each other. */
 typedef struct moe_heads_op {
@@ -192,6 +231,7 @@ typedef struct moe_copy_op {
 typedef enum moe_glu_kind {
     MOE_GLU_SILU,      /* silu(gate) * up */
     MOE_GLU_GELU_TANH, /* gelu(gate) * up, with the tanh approximation */
+    MOE_GLU_SIGMOID,   /* sigmoid(gate) * up */
     MOE_GLU_CLAMPED    /* gpt-oss: gate and up clamped to `limit`, gate * sigmoid(alpha * gate) *
                           (up + 1) */
 } moe_glu_kind;
@@ -206,7 +246,7 @@ typedef struct moe_glu_op {
 
 /* dst = a + scale * b; dst may be a or b. */
 typedef struct moe_add_op {
-    moe_view dst, a, b;  // [n]
+    moe_view dst, a, b;  // [n]; a may be absent: 0
     uint64_t n;
     float scale;
 } moe_add_op;
@@ -243,6 +283,7 @@ typedef struct moe_route_op {
     moe_view weights;    // [n_tok][n_used]
     moe_view logits;     // [n_tok][n_expert]
     moe_view bias;       // [n_expert], added for the selection only; may be absent
+    moe_view factor;     // [n_expert], multiplied to the weight at the end; may be absent
     moe_router router;
     uint32_t n_tok;
 } moe_route_op;
@@ -335,6 +376,8 @@ typedef struct moe_backend {
     void (*attend)(moe_queue *queue, const moe_attend_op *op);
     void (*heads)(moe_queue *queue, const moe_heads_op *op);
     void (*conv)(moe_queue *queue, const moe_conv_op *op);
+    void (*gates)(moe_queue *queue, const moe_gates_op *op);
+    void (*delta)(moe_queue *queue, const moe_delta_op *op);
     void (*copy)(moe_queue *queue, const moe_copy_op *op);
     void (*glu)(moe_queue *queue, const moe_glu_op *op);
     void (*add)(moe_queue *queue, const moe_add_op *op);

@@ -7,6 +7,7 @@
 #define MOE_BACKENDS_CPU_C
 
 #include "cpu_ops.c"
+#include "cpu_recurrent.c"
 #if MOE_X86
 #include <cpuid.h>
 #elif MOE_ARM64 && defined(__linux__)
@@ -404,9 +405,22 @@ static void cpu_record_conv(moe_queue *q, const moe_conv_op *o)
 {
     cpu_op *op = cpu_new_op(q);
     op->u.conv = *o;
-    op->k = *o->cache;
-    cpu_new_phase(q, op, cpu_conv_store, o->n_tok);
-    cpu_new_phase(q, op, cpu_conv, o->n_tok);
+    cpu_new_phase(q, op, cpu_conv, cpu_ceil_div(o->dim, CPU_CONV_STRIP));
+}
+
+static void cpu_record_gates(moe_queue *q, const moe_gates_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.gates = *o;
+    op->chunk = MOE_MAX(1, CPU_GATES / o->n_head);
+    cpu_new_phase(q, op, cpu_gates, cpu_ceil_div(o->n_tok, op->chunk));
+}
+
+static void cpu_record_delta(moe_queue *q, const moe_delta_op *o)
+{
+    cpu_op *op = cpu_new_op(q);
+    op->u.delta = *o;
+    cpu_new_phase(q, op, cpu_delta, (uint64_t)o->n_head * cpu_ceil_div(o->dim_v, MOE_DELTA_BLOCK));
 }
 
 static void cpu_record_copy(moe_queue *q, const moe_copy_op *o)
@@ -489,6 +503,8 @@ static const moe_backend cpu_backend = {
     .attend = cpu_record_attend,
     .heads = cpu_record_heads,
     .conv = cpu_record_conv,
+    .gates = cpu_record_gates,
+    .delta = cpu_record_delta,
     .copy = cpu_record_copy,
     .glu = cpu_record_glu,
     .add = cpu_record_add,

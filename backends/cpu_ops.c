@@ -64,6 +64,8 @@ struct cpu_op {
         moe_attend_op attend;
         moe_heads_op heads;
         moe_conv_op conv;
+        moe_gates_op gates;
+        moe_delta_op delta;
         moe_copy_op copy;
         moe_glu_op glu;
         moe_add_op add;
@@ -143,7 +145,7 @@ static void cpu_norm(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thr
     const uint32_t end = MOE_MIN(o->n_row, (task + 1) * op->chunk);
     for (uint32_t r = task * op->chunk; r < end; r++) {
         const float *src = cpu_floats(o->src) + (size_t)r * o->src_stride;
-        float mean = simd->sum_squares(src, o->dim) / (float)o->dim;
+        float mean = simd->sum_squares(src, o->dim) / (o->l2 ? 1.0f : (float)o->dim);
         simd->scale_rows(cpu_floats(o->dst) + (size_t)r * o->dst_stride, src,
                          1.0f / sqrtf(mean + o->eps), weight, o->dim);
     }
@@ -502,39 +504,6 @@ static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint3
     cpu_attend_finish(q, o, dim, 0, head, total);
 }
 
-/* ------------------------------------------------------------------------- convolution -- */
-
-/* Phase 1: u = b * x of one token, into the cache. */
-static void cpu_conv_store(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
-{
-    (void)q, (void)thread;
-    const moe_conv_op *o = &op->u.conv;
-    const float *b = cpu_floats(o->src) + (size_t)t * 3 * o->dim, *x = b + 2 * (size_t)o->dim;
-    float *u = (float *)(void *)cpu_cache_row(&op->k, 0, o->pos + t);
-    for (uint32_t i = 0; i < o->dim; i++)
-        u[i] = b[i] * x[i];
-}
-
-/* Phase 2: one token. */
-static void cpu_conv(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
-{
-    (void)q, (void)thread;
-    const moe_conv_op *o = &op->u.conv;
-    const float *weight = cpu_floats(o->weight);
-    const float *c = cpu_floats(o->src) + ((size_t)t * 3 + 1) * o->dim;
-    float *dst = cpu_floats(o->dst) + (size_t)t * o->dim;
-    const uint32_t pos = o->pos + t, first = pos + 1 < o->n_tap ? o->n_tap - pos - 1 : 0;
-    memset(dst, 0, o->dim * sizeof *dst);
-    for (uint32_t k = first; k < o->n_tap; k++) {
-        const uint8_t *row = cpu_cache_row(&op->k, 0, pos - (o->n_tap - 1 - k));
-        const float *u = (const float *)(const void *)row;
-        for (uint32_t i = 0; i < o->dim; i++)
-            dst[i] = fmaf(weight[(size_t)i * o->n_tap + k], u[i], dst[i]);
-    }
-    for (uint32_t i = 0; i < o->dim; i++)
-        dst[i] *= c[i];
-}
-
 /* -------------------------------------------------------------------- products per head -- */
 
 /* Phase 1: one head of all tokens, in the form that the matrices want. A head's tokens are neighbours
@@ -601,6 +570,8 @@ static void cpu_glu(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thre
         q->device->simd->silu(dst, gate, up, n);
     else if (o->kind == MOE_GLU_GELU_TANH)
         q->device->simd->gelu(dst, gate, up, n);
+    else if (o->kind == MOE_GLU_SIGMOID)
+        q->device->simd->sigmoid(dst, gate, up, n);
     else
         for (size_t i = 0; i < n; i++) {
             const float g = gate[i] > o->limit ? o->limit : gate[i];
@@ -615,8 +586,13 @@ static void cpu_add(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thre
     (void)thread;
     const moe_add_op *o = &op->u.add;
     const size_t first = (size_t)task * CPU_ELEMENTS;
-    q->device->simd->add(cpu_floats(o->dst) + first, cpu_floats(o->a) + first,
-                         cpu_floats(o->b) + first, o->scale, MOE_MIN(CPU_ELEMENTS, o->n - first));
+    const size_t n = MOE_MIN(CPU_ELEMENTS, o->n - first);
+    float *dst = cpu_floats(o->dst) + first;
+    const float *b = cpu_floats(o->b) + first;
+    if (o->a.buffer)
+        q->device->simd->add(dst, cpu_floats(o->a) + first, b, o->scale, n);
+    else
+        q->device->simd->scale_rows(dst, b, o->scale, NULL, n);
 }
 
 static void cpu_softcap(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
@@ -694,7 +670,8 @@ static void cpu_limit_groups(const moe_router *r, float *choice)
 }
 
 static void cpu_route_token(const moe_router *r, const float *logits, const float *bias,
-                            float *score, float *choice, int32_t *ids, float *weights)
+                            const float *factor, float *score, float *choice, int32_t *ids,
+                            float *weights)
 {
     memcpy(score, logits, r->n_expert * sizeof *score);
     if (r->score == MOE_SCORE_SOFTMAX)
@@ -718,6 +695,8 @@ static void cpu_route_token(const moe_router *r, const float *logits, const floa
         if (r->renormalize)
             weights[s] /= sum > 0x1p-64f ? sum : 0x1p-64f;
         weights[s] *= r->scale;
+        if (factor)
+            weights[s] *= factor[ids[s]];
     }
 }
 
@@ -727,7 +706,8 @@ static void cpu_route(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t threa
     const moe_router *r = &o->router;
     float *score = q->scratch[thread].tile;
     cpu_route_token(r, cpu_floats(o->logits) + (size_t)t * r->n_expert,
-                    o->bias.buffer ? cpu_floats(o->bias) : NULL, score, score + r->n_expert,
+                    o->bias.buffer ? cpu_floats(o->bias) : NULL,
+                    o->factor.buffer ? cpu_floats(o->factor) : NULL, score, score + r->n_expert,
                     (int32_t *)(void *)(cpu_floats(o->ids) + (size_t)t * r->n_used),
                     cpu_floats(o->weights) + (size_t)t * r->n_used);
 }

@@ -29,6 +29,8 @@ typedef struct cpu_simd {
     float (*exp_sum)(float *x, size_t n, float max);
     /* dst = silu(gate) * up */
     void (*silu)(float *dst, const float *gate, const float *up, size_t n);
+    /* dst = sigmoid(gate) * up */
+    void (*sigmoid)(float *dst, const float *gate, const float *up, size_t n);
     /* dst = gelu_tanh(gate) * up */
     void (*gelu)(float *dst, const float *gate, const float *up, size_t n);
     /* dst = a + scale * b */
@@ -137,6 +139,12 @@ static void silu_c(float *dst, const float *gate, const float *up, size_t n)
         dst[i] = gate[i] * cpu_sigmoid(gate[i]) * up[i];
 }
 
+static void sigmoid_c(float *dst, const float *gate, const float *up, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dst[i] = cpu_sigmoid(gate[i]) * up[i];
+}
+
 static void gelu_c(float *dst, const float *gate, const float *up, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -165,7 +173,8 @@ static void f16_of_f32_c(uint8_t *dst, const float *src, size_t n)
 
 static const cpu_simd cpu_simd_c = {
     sum_squares_c, scale_rows_c, dots_c, accumulate_c, exp_sum_c,
-    silu_c,        gelu_c,       add_c,  f32_of_f16_c, f16_of_f32_c,
+    silu_c,        sigmoid_c,    gelu_c,     add_c,        f32_of_f16_c,
+    f16_of_f32_c,
 };
 
 /* ---------------------------------------------------------------------------------- AVX2 -- */
@@ -341,6 +350,15 @@ AVX2 static void silu_avx2(float *dst, const float *gate, const float *up, size_
     silu_c(dst + i, gate + i, up + i, n - i);
 }
 
+AVX2 static void sigmoid_rows_avx2(float *dst, const float *gate, const float *up, size_t n)
+{
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(dst + i, _mm256_mul_ps(sigmoid_avx2(_mm256_loadu_ps(gate + i)),
+                                                _mm256_loadu_ps(up + i)));
+    sigmoid_c(dst + i, gate + i, up + i, n - i);
+}
+
 AVX2 static void gelu_avx2(float *dst, const float *gate, const float *up, size_t n)
 {
     size_t i = 0;
@@ -385,7 +403,8 @@ AVX2 static void f16_of_f32_avx2(uint8_t *dst, const float *src, size_t n)
 
 static const cpu_simd cpu_simd_avx2 = {
     sum_squares_avx2, scale_rows_avx2, dots_avx2, accumulate_avx2, exp_sum_avx2,
-    silu_avx2,        gelu_avx2,       add_avx2,  f32_of_f16_avx2, f16_of_f32_avx2,
+    silu_avx2,        sigmoid_rows_avx2, gelu_avx2, add_avx2,      f32_of_f16_avx2,
+    f16_of_f32_avx2,
 };
 #undef AVX2
 #endif
@@ -570,6 +589,14 @@ static void silu_neon(float *dst, const float *gate, const float *up, size_t n)
     silu_c(dst + i, gate + i, up + i, n - i);
 }
 
+static void sigmoid_rows_neon(float *dst, const float *gate, const float *up, size_t n)
+{
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(dst + i, vmulq_f32(sigmoid_neon(vld1q_f32(gate + i)), vld1q_f32(up + i)));
+    sigmoid_c(dst + i, gate + i, up + i, n - i);
+}
+
 static void gelu_neon(float *dst, const float *gate, const float *up, size_t n)
 {
     size_t i = 0;
@@ -609,7 +636,8 @@ static void f16_of_f32_neon(uint8_t *dst, const float *src, size_t n)
 
 static const cpu_simd cpu_simd_neon = {
     sum_squares_neon, scale_rows_neon, dots_neon, accumulate_neon, exp_sum_neon,
-    silu_neon,        gelu_neon,       add_neon,  f32_of_f16_neon, f16_of_f32_neon,
+    silu_neon,        sigmoid_rows_neon, gelu_neon, add_neon,      f32_of_f16_neon,
+    f16_of_f32_neon,
 };
 #endif
 

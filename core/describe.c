@@ -49,7 +49,7 @@ static void describe_attention(const moe_model *m, char *text, size_t bytes)
     const moe_hparams *hp = &m->hp;
     uint32_t n_conv = 0, attention = 0;
     for (uint32_t i = hp->n_layer; i-- > 0;)
-        layer_is_conv(hp, i) ? n_conv++ : (attention = i);
+        layer_is_recurrent(hp, i) ? n_conv++ : (attention = i);
     const moe_layer *first = &m->layers[attention];
     text[0] = 0;
     if (hparams_latent(hp)) {

@@ -7,12 +7,20 @@
 
 #include "model.h"
 
+enum { JOURNAL_TOK = 16 }; /* the most tokens of a batch whose inputs are kept */
+
 /* One batch of tokens on its way through the layers: positions [pos, pos + n_tok) of a session. */
 struct moe_pass {
     const moe_model *model;
     const moe_backend *be;
     moe_queue *queue;
     const moe_cache *k_cache, *v_cache; // [n_layer]
+    /* Of all recurrent layers: their states before the batch, which are absent at position 0, and
+     * behind it. */
+    moe_view before, after;
+    /* [layer][JOURNAL_TOK][...]: the inputs of a small batch, so that the state behind some of its
+     * tokens can be had without computing them anew */
+    moe_view journal;
     uint32_t n_tok, pos;
     /* Places of activations, each large enough for the session's batch. */
     moe_view ids;            // int32 [n_tok]
@@ -25,7 +33,7 @@ struct moe_pass {
     moe_view q_latent;       // [n_tok][n_latent_q]
     moe_view q_absorbed;     // [n_tok][n_head][n_latent + n_rot]
     moe_view attn_latent;    // [n_tok][n_head][n_latent]
-    moe_view conv;           // [n_tok][3][n_embd]
+    moe_view inputs;         // [n_tok][...] of a recurrent layer, before its state takes part
     moe_view gate, up;       // [n_tok][n_ff or n_ff_shared], or [n_tok][n_used][n_ff_expert]
     moe_view router;         // [n_tok][n_expert]
     moe_view expert_ids;     // int32 [n_tok][n_used]
@@ -37,7 +45,9 @@ struct moe_pass {
 static void layer_norm(moe_pass *p, moe_view dst, moe_view src, const moe_weight *weight,
                        uint32_t n_row, uint32_t dim)
 {
-    const moe_norm_op op = {dst, src, weight->data, n_row, dim, dim, dim, p->model->hp.eps};
+    const moe_norm_op op = {.dst = dst, .src = src, .weight = weight->data, .n_row = n_row,
+                            .dim = dim, .dst_stride = dim, .src_stride = dim,
+                            .eps = p->model->hp.eps};
     p->be->norm(p->queue, &op);
 }
 
@@ -54,17 +64,67 @@ static void layer_linear(moe_pass *p, moe_view dst, const moe_weight *w, moe_vie
     p->be->matmul(p->queue, &op);
 }
 
+/* ----------------------------------------------------------------------- recurrent layers -- */
+
+/* A layer's part of states. */
+static moe_view layer_state(const moe_pass *p, moe_view states, uint32_t index)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const uint64_t bytes = align_up(hparams_state_floats(hp) * sizeof(float), MEM_ALIGN);
+    return states.buffer ? view_at(states, recurrent_rank(hp, index) * bytes) : states;
+}
+
+/* Where a recurrent layer's inputs go; *capacity tokens fit. */
+static moe_view layer_inputs(const moe_pass *p, uint32_t index, uint64_t *capacity)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const uint64_t bytes = align_up(JOURNAL_TOK * hparams_input_floats(hp) * sizeof(float),
+                                    MEM_ALIGN);
+    *capacity = MOE_MAX(p->n_tok, JOURNAL_TOK);
+    return p->n_tok > JOURNAL_TOK ? p->inputs
+                                  : view_at(p->journal, recurrent_rank(hp, index) * bytes);
+}
+
+/* Short gated convolution, from a layer's inputs [n_tok][3][n_embd] to p->h. */
+static void layer_short_conv_mix(moe_pass *p, uint32_t index)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const uint64_t third = hp->n_embd * sizeof(float);
+    uint64_t capacity;
+    const moe_view inputs = layer_inputs(p, index, &capacity);
+    const moe_conv_op conv = {
+        .dst = p->h,
+        .b = inputs,
+        .c = view_at(inputs, third),
+        .x = view_at(inputs, 2 * third),
+        .weight = p->model->layers[index].conv.data,
+        .before = layer_state(p, p->before, index),
+        .after = layer_state(p, p->after, index),
+        .n_tok = p->n_tok,
+        .dim = hp->n_embd,
+        .n_tap = hp->n_conv,
+        .src_stride = 3 * hp->n_embd,
+    };
+    p->be->conv(p->queue, &conv);
+}
+
+/* The part of a recurrent layer that changes its state. */
+static void layer_recur(moe_pass *p, uint32_t index)
+{
+    layer_short_conv_mix(p, index);
+}
+
 /* Short gated convolution: p->h in, added to dst. p->h is used up. */
 static void layer_short_conv(moe_pass *p, uint32_t index, moe_view dst)
 {
-    const moe_hparams *hp = &p->model->hp;
     const moe_layer *l = &p->model->layers[index];
-    layer_linear(p, p->conv, &l->conv_in, p->h, NULL, false);
-    const moe_conv_op conv = {p->h, p->conv, l->conv.data, &p->k_cache[index], p->n_tok, p->pos,
-                              hp->n_embd, hp->n_conv};
-    p->be->conv(p->queue, &conv);
+    uint64_t capacity;
+    layer_linear(p, layer_inputs(p, index, &capacity), &l->conv_in, p->h, NULL, false);
+    layer_recur(p, index);
     layer_linear(p, dst, &l->conv_out, p->h, NULL, true);
 }
+
+/* ------------------------------------------------------------------------------ attention -- */
 
 /* A layer attends locally if the family has a window and the layer is not its period's last. */
 static bool layer_is_local(const moe_hparams *hp, uint32_t index)
@@ -150,12 +210,13 @@ static void layer_latent_project(moe_pass *p, const moe_layer *l)
     p->be->matmul(p->queue, &project);
     if (!direct) {
         const moe_norm_op norm = {p->q_latent, p->q_latent, l->wq_a_norm.data, p->n_tok,
-                                  hp->n_latent_q, hp->n_latent_q, hp->n_latent_q, hp->eps_latent};
+                                  hp->n_latent_q, hp->n_latent_q, hp->n_latent_q, hp->eps_latent,
+                                  false};
         p->be->norm(p->queue, &norm);
         layer_linear(p, p->q, &l->wq_b, p->q_latent, NULL, false);
     }
     const moe_norm_op norm = {p->k, p->k, l->wkv_a_norm.data, p->n_tok, hp->n_latent, row, row,
-                              hp->eps_latent};
+                              hp->eps_latent, false};
     p->be->norm(p->queue, &norm);
     const moe_rope_op rope_q = {p->q, p->rope[0], p->n_tok, hp->n_head, hp->head_dim, n_nope,
                                 hp->n_rot, hp->rope_interleaved};

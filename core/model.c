@@ -174,7 +174,7 @@ static void hparam_experts(hparam_reader *r, moe_hparams *hp)
                               &router->renormalize, r->error);
 }
 
-/* Layers with 0 have no attention, but a short convolution; the others must be alike. */
+/* Layers with 0 have no attention, but a state; the others must be alike. */
 static void hparam_heads_kv(hparam_reader *r, moe_hparams *hp)
 {
     char buf[160];
@@ -188,7 +188,7 @@ static void hparam_heads_kv(hparam_reader *r, moe_hparams *hp)
     hp->n_head_kv = 0;
     for (uint32_t i = 0; i < hp->n_layer && !r->status; i++) {
         if (!list[i])
-            hp->conv_layers[i / 32] |= 1u << i % 32;
+            hp->recurrent_layers[i / 32] |= 1u << i % 32;
         else if (!hp->n_head_kv)
             hp->n_head_kv = list[i];
         else if (list[i] != hp->n_head_kv)
@@ -200,11 +200,11 @@ static void hparam_heads_kv(hparam_reader *r, moe_hparams *hp)
                    "expected 1 to %u in a layer, got %u in all", hp->n_head, 0);
 }
 
-/* Once the family has said whether it has convolutions. */
-static void hparam_check_conv(hparam_reader *r, const moe_hparams *hp)
+/* Once the family has said whether it has layers with a state. */
+static void hparam_check_recurrent(hparam_reader *r, const moe_hparams *hp)
 {
     for (uint32_t i = 0; i < hp->n_layer && !hp->n_conv; i++)
-        hparam_require(r, !layer_is_conv(hp, i), "attention.head_count_kv",
+        hparam_require(r, !layer_is_recurrent(hp, i), "attention.head_count_kv",
                        "expected 1 to %u in all layers, got 0 in layer %u", hp->n_head, i);
 }
 
@@ -256,7 +256,7 @@ static moe_status model_read_hparams(moe_model *m, moe_error *error)
     hp->router.renormalize = true;
     if (!r->status)
         m->family->hparams(hp, r);
-    hparam_check_conv(r, hp);
+    hparam_check_recurrent(r, hp);
     hparam_experts(r, hp);
     hparam_require(r, hp->n_ff > 0 || hp->router.n_expert > 0, "feed_forward_length",
                    "expected 1 to %u, got %u", MODEL_MAX_FF, hp->n_ff);
@@ -317,8 +317,8 @@ static bool binding_applies(const moe_hparams *hp, const moe_binding *b, uint32_
     return !(b->flags & BIND_DENSE && experts) && !(b->flags & BIND_EXPERTS && !experts) &&
            !(b->flags & BIND_SHARED && !(experts && hp->n_expert_shared)) &&
            !(b->flags & BIND_SIGMOID && hp->router.score != MOE_SCORE_SIGMOID) &&
-           !(b->flags & BIND_CONV && !layer_is_conv(hp, layer)) &&
-           !(b->flags & BIND_ATTENTION && layer_is_conv(hp, layer)) &&
+           !(b->flags & BIND_RECURRENT && !layer_is_recurrent(hp, layer)) &&
+           !(b->flags & BIND_ATTENTION && layer_is_recurrent(hp, layer)) &&
            !(b->flags & BIND_LATENT_Q && !hp->n_latent_q) &&
            !(b->flags & BIND_NO_LATENT_Q && hp->n_latent_q) &&
            !(b->flags & BIND_LATENT_SPLIT && !hp->latent_split) &&
@@ -680,7 +680,7 @@ static void model_fill_info(moe_model *m)
     info->sliding_window = hp->window;
     uint64_t n_attention = 0;
     for (uint32_t i = 0; i < hp->n_layer; i++)
-        n_attention += !layer_is_conv(hp, i);
+        n_attention += !layer_is_recurrent(hp, i);
     info->kv_bytes_per_token = n_attention * hp->n_head_kv *
                                (cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, false)) +
                                 cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, true)));

@@ -32,6 +32,12 @@ typedef struct moe_rope_params {
     uint32_t n_ctx_original; // YaRN: context length before stretching
 } moe_rope_params;
 
+/* Heads of a delta rule: n_head states [dim_k][dim_v], n_head_k queries and keys. */
+typedef struct moe_delta_shape {
+    uint32_t n_head, n_head_k, dim_k, dim_v;
+    bool tiled; // head h reads key head h mod n_head_k, else h / (n_head / n_head_k)
+} moe_delta_shape;
+
 typedef struct moe_hparams {
     uint32_t n_vocab, n_ctx_train, n_embd, n_layer;
     uint32_t n_head, n_head_kv, head_dim, head_dim_v;
@@ -39,7 +45,9 @@ typedef struct moe_hparams {
     uint32_t n_latent_q;      // latent attention: the same for queries; 0: none
     bool latent_split;        // its up-projection comes as one matrix for keys, one for values
     uint32_t n_conv;          // short convolution: positions it looks at; 0: none
-    uint32_t conv_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i has one instead of attention
+    moe_delta_shape delta;    // what stands behind it; n_head 0: nothing
+    uint32_t recurrent_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i has these, and a state, in the
+                                                      // place of attention, keys and values
     uint32_t n_ff;
     uint32_t n_rot;           // elements of a head that are rotated
     bool rope_interleaved;
@@ -118,7 +126,7 @@ enum {
     BIND_LATENT_SPLIT = 256, /* latent attention's up-projection in two parts */
     BIND_LATENT_FUSED = 512, /* in one */
     BIND_SIGMOID = 1024,     /* a router whose scores are sigmoids */
-    BIND_CONV = 2048,        /* layers with a short convolution */
+    BIND_RECURRENT = 2048,   /* layers with a state */
     BIND_ATTENTION = 4096    /* layers with attention */
 };
 
@@ -222,10 +230,45 @@ struct moe_model {
     moe_model_info info;
 };
 
-/* Whether a layer has a short convolution in the place of attention. */
-MOE_INLINE bool layer_is_conv(const moe_hparams *hp, uint32_t index)
+/* Whether a layer carries a state from token to token, in the place of keys and values. */
+MOE_INLINE bool layer_is_recurrent(const moe_hparams *hp, uint32_t index)
 {
-    return hp->conv_layers[index / 32] >> index % 32 & 1;
+    return hp->recurrent_layers[index / 32] >> index % 32 & 1;
+}
+
+/* How many layers before this one do; with n_layer, how many in all. */
+MOE_INLINE uint32_t recurrent_rank(const moe_hparams *hp, uint32_t index)
+{
+    uint32_t rank = 0;
+    for (uint32_t i = 0; i < index; i++)
+        rank += layer_is_recurrent(hp, i);
+    return rank;
+}
+
+/* Elements that the short convolution of a recurrent layer runs over. */
+MOE_INLINE uint64_t hparams_conv_dim(const moe_hparams *hp)
+{
+    const moe_delta_shape *d = &hp->delta;
+    return d->n_head ? 2ull * d->n_head_k * d->dim_k + (uint64_t)d->n_head * d->dim_v : hp->n_embd;
+}
+
+/* Floats of a recurrent layer's state: the delta rule's, then the convolution's last positions. */
+MOE_INLINE uint64_t hparams_delta_floats(const moe_hparams *hp)
+{
+    return delta_state_floats(hp->delta.n_head, hp->delta.dim_k, hp->delta.dim_v);
+}
+
+MOE_INLINE uint64_t hparams_state_floats(const moe_hparams *hp)
+{
+    return hp->n_conv ? hparams_delta_floats(hp) + (hp->n_conv - 1) * hparams_conv_dim(hp) : 0;
+}
+
+/* Floats that a recurrent layer makes of one token before its state takes part. */
+MOE_INLINE uint64_t hparams_input_floats(const moe_hparams *hp)
+{
+    if (!hp->n_conv)
+        return 0;
+    return hp->delta.n_head ? hparams_conv_dim(hp) + 2ull * hp->delta.n_head : 3ull * hp->n_embd;
 }
 
 /* Whether keys and values are made from one latent vector per token, which is what the cache holds. */

@@ -25,11 +25,11 @@ static const moe_binding bindings_lfm2_mixer[] = {
                   BIND_ATTENTION | BIND_VECTOR, DIM_HEAD),
     BIND_IN_LAYER("attn_k_norm.weight", "self_attn.k_layernorm.weight", k_norm,
                   BIND_ATTENTION | BIND_VECTOR, DIM_HEAD),
-    BIND_IN_LAYER("shortconv.in_proj.weight", "conv.in_proj.weight", conv_in, BIND_CONV, DIM_EMBD,
-                  DIM_EMBD_3),
-    BIND_IN_LAYER("shortconv.conv.weight", "conv.conv.weight", conv, BIND_CONV | BIND_VECTOR,
+    BIND_IN_LAYER("shortconv.in_proj.weight", "conv.in_proj.weight", conv_in, BIND_RECURRENT,
+                  DIM_EMBD, DIM_EMBD_3),
+    BIND_IN_LAYER("shortconv.conv.weight", "conv.conv.weight", conv, BIND_RECURRENT | BIND_VECTOR,
                   DIM_CONV, DIM_EMBD),
-    BIND_IN_LAYER("shortconv.out_proj.weight", "conv.out_proj.weight", conv_out, BIND_CONV,
+    BIND_IN_LAYER("shortconv.out_proj.weight", "conv.out_proj.weight", conv_out, BIND_RECURRENT,
                   DIM_EMBD, DIM_EMBD),
     BIND_END,
 };
@@ -54,9 +54,8 @@ static const moe_binding bindings_lfm2_feed_forward[] = {
 
 static void lfm2moe_hparams(moe_hparams *hp, hparam_reader *r)
 {
-    enum { MAX_CONV = 64 };
     hp->router.score = MOE_SCORE_SIGMOID;
-    hparam_u32(r, "shortconv.l_cache", true, 1, MAX_CONV, &hp->n_conv);
+    hparam_u32(r, "shortconv.l_cache", true, 1, MOE_CONV_MAX_TAP, &hp->n_conv);
 }
 
 static void lfm2_layer(moe_pass *p, uint32_t index)
@@ -64,7 +63,7 @@ static void lfm2_layer(moe_pass *p, uint32_t index)
     const moe_layer *l = &p->model->layers[index];
     const uint32_t n_embd = p->model->hp.n_embd;
     layer_norm(p, p->h, p->x, &l->attn_norm, p->n_tok, n_embd);
-    if (layer_is_conv(&p->model->hp, index))
+    if (layer_is_recurrent(&p->model->hp, index))
         layer_short_conv(p, index, p->x);
     else
         layer_attention(p, index, p->x, true);

@@ -8,7 +8,12 @@
 #include "layers.c"
 #include "platform.h"
 
-enum { SESSION_DEFAULT_CTX = 4096, SESSION_MAX_BATCH = 4096 };
+enum {
+    SESSION_DEFAULT_CTX = 4096,
+    SESSION_MAX_BATCH = 4096,
+    SESSION_N_STATE = 4,     /* states of recurrent layers that are held at a time */
+    SESSION_NONE = UINT32_MAX /* no position */
+};
 
 struct moe_session {
     moe_model *model;
@@ -19,12 +24,19 @@ struct moe_session {
     moe_pass pass;
     float *rope_table;     // [n_batch][n_rot]: on the host, before it is written
     uint32_t n_past;
-    /* Layers with a sliding window or a convolution keep only n_slot_local positions. If that is less
-     * than n_ctx: */
-    uint32_t lookback;     // positions that they look at; the least of all such layers
+    /* Layers with a sliding window keep only n_slot_local positions. If that is less than n_ctx: */
+    uint32_t lookback;     // positions that they look at; else 0
     uint32_t n_slot_local;
-    uint32_t held_from;    // the first position that they still hold; UINT32_MAX: none
-    moe_token *history;    // [n_ctx]: what to compute anew after going back further than that
+    uint32_t held_from;    // the first position that they still hold; SESSION_NONE: none
+    /* Recurrent layers know all positions only as one state, which the next token changes. States of
+     * some positions are kept, so as to go back to them: session_keep_state(). */
+    uint64_t state_bytes;  // of one; 0: no such layers
+    moe_view states;       // [SESSION_N_STATE][state_bytes]
+    uint32_t state_pos[SESSION_N_STATE]; // how many tokens it has seen; SESSION_NONE: it holds nothing
+    uint32_t state;        // the one in use
+    bool keep_state;       // the next batch must not overwrite it
+    uint32_t journal_pos, journal_n; // whose inputs the journal holds
+    moe_token *history;    // [n_ctx]: what to compute anew after going back further; may be NULL
     moe_error error;
 };
 
@@ -65,7 +77,7 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->q_latent, n * hp->n_latent_q, f) &&
            plan_take(used, &p->q_absorbed, hp->n_latent ? n * n_head * n_row : 0, f) &&
            plan_take(used, &p->attn_latent, n * n_head * hp->n_latent, f) &&
-           plan_take(used, &p->conv, hp->n_conv ? 3 * n * hp->n_embd : 0, f) &&
+           plan_take(used, &p->inputs, n * hparams_input_floats(hp), f) &&
            plan_take(used, &p->attn, n * hp->n_head * hp->head_dim_v, f) &&
            plan_take(used, &p->gate, n * n_ff, f) && plan_take(used, &p->up, n * n_ff, f) &&
            plan_take(used, &p->router, n * hp->router.n_expert, f) &&
@@ -75,27 +87,21 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->logits, (uint64_t)o->n_logits * hp->n_vocab, f);
 }
 
-/* How far back a layer looks, with the position itself; 0: to the beginning. */
-static uint32_t plan_lookback(const moe_hparams *hp, uint32_t layer)
+/* Positions that a layer's cache has room for: with a sliding window, what a batch adds, and what its
+ * first token looks at. */
+static uint32_t plan_slots(const moe_session_options *o, uint32_t window)
 {
-    return layer_is_conv(hp, layer) ? hp->n_conv : layer_is_local(hp, layer) ? hp->window : 0;
+    return window ? (uint32_t)MOE_MIN(o->n_ctx, (uint64_t)window + o->n_batch) : o->n_ctx;
 }
 
-/* Positions that a layer's cache has room for: if it does not look back to the beginning, what a batch
- * adds, and what its first token looks at. */
-static uint32_t plan_slots(const moe_session_options *o, uint32_t lookback)
-{
-    return lookback ? (uint32_t)MOE_MIN(o->n_ctx, (uint64_t)lookback + o->n_batch) : o->n_ctx;
-}
-
-/* A layer's cache of keys, or of values; without its place. */
+/* A layer's cache of keys, or of values; without its place. Recurrent layers have none. */
 static moe_cache plan_cache(const moe_hparams *hp, const moe_session_options *o, uint32_t layer,
                             bool values)
 {
-    const uint32_t n_slot = plan_slots(o, plan_lookback(hp, layer));
-    if (layer_is_conv(hp, layer))
-        return (moe_cache){{NULL, 0}, MOE_CACHE_F32, 1, n_slot, values ? 0 : hp->n_embd};
-    return (moe_cache){{NULL, 0}, o->cache_type, hp->n_head_kv, n_slot,
+    if (layer_is_recurrent(hp, layer))
+        return (moe_cache){{NULL, 0}, o->cache_type, 0, 0, 0};
+    return (moe_cache){{NULL, 0}, o->cache_type, hp->n_head_kv,
+                       plan_slots(o, layer_is_local(hp, layer) ? hp->window : 0),
                        hparams_cache_dim(hp, values)};
 }
 
@@ -106,30 +112,46 @@ static bool plan_cache_bytes(const moe_cache *c, uint64_t *bytes)
            checked_align(*bytes, MEM_ALIGN, bytes);
 }
 
-/* Bytes of all caches. */
+/* Bytes of one state of all recurrent layers, and of the journal of their inputs. */
+static bool plan_states(const moe_hparams *hp, uint64_t *state_bytes, uint64_t *journal_bytes)
+{
+    const uint64_t n = recurrent_rank(hp, hp->n_layer);
+    uint64_t state = hparams_state_floats(hp) * sizeof(float);
+    uint64_t journal = JOURNAL_TOK * hparams_input_floats(hp) * sizeof(float);
+    return checked_align(state, MEM_ALIGN, &state) && checked_mul(state, n, state_bytes) &&
+           checked_align(journal, MEM_ALIGN, &journal) && checked_mul(journal, n, journal_bytes);
+}
+
+/* Bytes of all caches, states and the journal. */
 static bool plan_caches(const moe_hparams *hp, const moe_session_options *o, uint64_t *bytes)
 {
-    *bytes = 0;
+    uint64_t one, journal;
+    if (!plan_states(hp, &one, &journal) || !checked_mul(one, SESSION_N_STATE, bytes) ||
+        !checked_add(*bytes, journal, bytes))
+        return false;
     for (uint32_t i = 0; i < 2 * hp->n_layer; i++) {
         const moe_cache c = plan_cache(hp, o, i % hp->n_layer, i >= hp->n_layer);
-        uint64_t one;
         if (!plan_cache_bytes(&c, &one) || !checked_add(*bytes, one, bytes))
             return false;
     }
     return true;
 }
 
-/* The least that any layer looks back, if its cache is shorter than the context, so that going back
+/* How far sliding windows look back, if their caches are shorter than the context, so that going back
  * may need more than is there; else 0. */
-static uint32_t plan_least_lookback(const moe_hparams *hp, const moe_session_options *o)
+static uint32_t plan_lookback(const moe_hparams *hp, const moe_session_options *o)
 {
-    uint32_t least = 0;
-    for (uint32_t i = 0; i < hp->n_layer; i++) {
-        const uint32_t lookback = plan_lookback(hp, i);
-        if (lookback && plan_slots(o, lookback) < o->n_ctx)
-            least = least ? MOE_MIN(least, lookback) : lookback;
-    }
-    return least;
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        if (layer_is_local(hp, i) && !layer_is_recurrent(hp, i) &&
+            plan_slots(o, hp->window) < o->n_ctx)
+            return hp->window;
+    return 0;
+}
+
+/* Whether going back may need tokens to be computed anew. */
+static bool plan_history(const moe_hparams *hp, const moe_session_options *o)
+{
+    return plan_lookback(hp, o) || recurrent_rank(hp, hp->n_layer);
 }
 
 static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
@@ -164,7 +186,7 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
     plan->queue_bytes = m->backend->queue_bytes(m->device, &plan->queue);
     plan->host_bytes = sizeof(moe_session) + 2ull * hp->n_layer * sizeof(moe_cache) +
                        (uint64_t)o->n_batch * hp->n_rot * sizeof(float) +
-                       (plan_least_lookback(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
+                       (plan_history(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
                        18 * MEM_ALIGN;
     return checked_add(plan->cache_bytes, plan->work_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->queue_bytes, &plan->total_bytes) &&
@@ -267,11 +289,11 @@ static void session_lay_out(moe_session *s)
     const moe_model *m = s->model;
     const moe_hparams *hp = &m->hp;
     moe_pass *p = &s->pass;
-    uint64_t used, offset = 0;
+    uint64_t used, journal = 0, offset = 0;
     plan_work(hp, &s->options, p, &used);
     moe_view *const views[] = {&p->ids,  &p->rope[0], &p->rope[1], &p->x,    &p->h,
                                &p->q,    &p->k,       &p->v,       &p->attn, &p->gate,
-                               &p->q_latent, &p->q_absorbed, &p->attn_latent, &p->conv,
+                               &p->q_latent, &p->q_absorbed, &p->attn_latent, &p->inputs,
                                &p->up,   &p->router,  &p->expert_ids, &p->expert_weights,
                                &p->expert_out, &p->logits};
     for (size_t i = 0; i < MOE_COUNT(views); i++)
@@ -283,8 +305,13 @@ static void session_lay_out(moe_session *s)
         plan_cache_bytes(&s->caches[i], &bytes);
         offset += bytes;
     }
-    s->lookback = plan_least_lookback(hp, &s->options);
+    s->lookback = plan_lookback(hp, &s->options);
     s->n_slot_local = plan_slots(&s->options, s->lookback);
+    plan_states(hp, &s->state_bytes, &journal);
+    p->journal = (moe_view){s->cache, offset};
+    s->states = (moe_view){s->cache, offset + journal};
+    for (uint32_t i = 0; i < SESSION_N_STATE; i++)
+        s->state_pos[i] = SESSION_NONE;
     p->model = m;
     p->be = m->backend;
     p->queue = s->queue;
@@ -297,7 +324,7 @@ static moe_status session_allocate(moe_session *s, const session_plan *plan, moe
     moe_model *m = s->model;
     s->caches = mem_alloc(&m->mem, 2 * (uint64_t)m->hp.n_layer, sizeof *s->caches);
     s->rope_table = mem_alloc(&m->mem, (uint64_t)s->options.n_batch * m->hp.n_rot, sizeof(float));
-    const bool history = plan_least_lookback(&m->hp, &s->options) > 0;
+    const bool history = plan_history(&m->hp, &s->options);
     if (history)
         s->history = mem_alloc_uncleared(&m->mem, s->options.n_ctx, sizeof *s->history);
     if (!s->caches || !s->rope_table || (history && !s->history))
@@ -362,6 +389,116 @@ void moe_session_close(moe_session *s)
     mem_free(&m->mem, s);
 }
 
+/* ----------------------------------------------------------------------------------- states -- */
+
+static moe_view session_state_view(const moe_session *s, uint32_t i)
+{
+    return view_at(s->states, i * s->state_bytes);
+}
+
+/* A state that may be overwritten, but not the one in use: one that holds nothing, or else the one that
+ * is closest behind another, so that those kept spread over the sequence. */
+static uint32_t session_spare_state(const moe_session *s)
+{
+    uint32_t spare = SESSION_NONE, least = 0;
+    for (uint32_t i = 0; i < SESSION_N_STATE; i++) {
+        uint32_t gap = s->state_pos[i];
+        if (i == s->state)
+            continue;
+        if (s->state_pos[i] == SESSION_NONE)
+            return i;
+        for (uint32_t j = 0; j < SESSION_N_STATE; j++)
+            if (s->state_pos[j] < s->state_pos[i])
+                gap = MOE_MIN(gap, s->state_pos[i] - s->state_pos[j]);
+        if (spare == SESSION_NONE || gap < least) {
+            spare = i;
+            least = gap;
+        }
+    }
+    return spare;
+}
+
+/* Chooses where a batch reads and writes its states. One token overwrites the state in use, unless that
+ * is to be kept; a larger batch, which may be one that is gone back on, leaves it, and so does the
+ * token behind such a batch. */
+static void session_choose_states(moe_session *s, uint32_t pos, uint32_t n_tok)
+{
+    moe_pass *p = &s->pass;
+    if (!s->state_bytes)
+        return;
+    p->before = pos ? session_state_view(s, s->state) : (moe_view){NULL, 0};
+    if (pos && (s->keep_state || n_tok > 1))
+        s->state = session_spare_state(s);
+    p->after = session_state_view(s, s->state);
+    s->state_pos[s->state] = SESSION_NONE; /* until the batch is done */
+    s->keep_state = n_tok > 1;
+    s->journal_n = 0;
+}
+
+/* The batch is done. */
+static void session_note_states(moe_session *s, uint32_t pos, uint32_t n_tok)
+{
+    s->state_pos[s->state] = pos + n_tok;
+    s->journal_pos = pos;
+    s->journal_n = n_tok <= JOURNAL_TOK ? n_tok : 0;
+}
+
+/* Makes the state behind `n_tok` tokens of the last, small batch from what they have left in the
+ * journal. */
+static moe_status session_replay(moe_session *s, uint32_t n_tok)
+{
+    moe_pass *p = &s->pass;
+    const moe_hparams *hp = &s->model->hp;
+    const uint32_t pos = s->journal_pos, n_journal = s->journal_n;
+    s->keep_state = true;
+    session_choose_states(s, pos, n_tok);
+    s->journal_n = n_journal;
+    p->pos = pos;
+    p->n_tok = n_tok;
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        if (layer_is_recurrent(hp, i))
+            layer_recur(p, i);
+    moe_status status = p->be->submit(p->queue, &s->error);
+    if (!status)
+        s->state_pos[s->state] = pos + n_tok;
+    return status;
+}
+
+/* Whether computing can go on behind n_tok tokens: sliding windows hold what the next one looks at, and
+ * there is a state, whose index goes to *state. */
+static bool session_can_resume(const moe_session *s, uint32_t n_tok, uint32_t *state)
+{
+    const uint32_t first = n_tok + 1 > s->lookback ? n_tok + 1 - s->lookback : 0;
+    *state = s->state;
+    if (s->lookback && first < s->held_from)
+        return false;
+    if (!n_tok || !s->state_bytes)
+        return true;
+    for (uint32_t i = 0; i < SESSION_N_STATE; i++)
+        if (s->state_pos[i] == n_tok) {
+            *state = i;
+            return true;
+        }
+    return false;
+}
+
+/* The most of the first n_tok tokens that need not be computed anew to go on behind them; *state is the
+ * state behind those. */
+static uint32_t session_resume_at(const moe_session *s, uint32_t n_tok, uint32_t *state)
+{
+    uint32_t best = 0, other;
+    *state = s->state;
+    if (session_can_resume(s, n_tok, state))
+        return n_tok;
+    for (uint32_t i = 0; s->state_bytes && i < SESSION_N_STATE; i++)
+        if (s->state_pos[i] < n_tok && s->state_pos[i] > best &&
+            session_can_resume(s, s->state_pos[i], &other)) {
+            best = s->state_pos[i];
+            *state = i;
+        }
+    return best;
+}
+
 /* ---------------------------------------------------------------------------------- forward -- */
 
 /* Angles of positions [pos, pos + n_tok), in double precision, so that every machine rounds to the
@@ -412,7 +549,8 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
     const moe_model *m = s->model;
     p->pos = pos;
     p->n_tok = n_tok;
-    if (s->history && pos + n_tok > s->n_slot_local)
+    session_choose_states(s, pos, n_tok);
+    if (s->lookback && pos + n_tok > s->n_slot_local)
         s->held_from = MOE_MAX(s->held_from, pos + n_tok - s->n_slot_local);
     p->be->write(p->queue, p->ids, tokens, n_tok * sizeof *tokens);
     session_write_rope(s, 0, pos, n_tok);
@@ -430,7 +568,10 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
             return status;
         done += n;
     }
-    return p->be->submit(p->queue, &s->error);
+    moe_status status = p->be->submit(p->queue, &s->error);
+    if (!status)
+        session_note_states(s, pos, n_tok);
+    return status;
 }
 
 /* --------------------------------------------------------------------------------- evaluate -- */
@@ -504,23 +645,36 @@ static moe_status session_check_eval(moe_session *s, const moe_token *tokens, si
     return directory_check(s->model->dir, &s->error);
 }
 
-/* After going back, or after a call that failed, layers that keep only some positions may have lost
- * what the next token looks at: then everything so far is computed anew. The layer that looks back least
- * loses it first. */
+/* After going back, or after a call that failed, sliding windows may have lost what the next token looks
+ * at, and states may be those of later tokens. What cannot be had otherwise is computed anew. */
 static moe_status session_restore(moe_session *s)
 {
-    const uint32_t first = s->n_past + 1 > s->lookback ? s->n_past + 1 - s->lookback : 0;
+    uint32_t from, state;
     moe_status status = MOE_OK;
-    if (!s->history || first >= s->held_from)
+    s->held_from = s->n_past ? s->held_from : 0;
+    for (uint32_t i = 0; i < SESSION_N_STATE; i++) /* of tokens that are no longer there */
+        if (s->state_pos[i] > s->n_past)
+            s->state_pos[i] = SESSION_NONE;
+    if ((from = session_resume_at(s, s->n_past, &state)) == s->n_past) {
+        s->keep_state |= state != s->state;
+        s->state = state;
         return MOE_OK;
-    s->held_from = UINT32_MAX; /* while this is not done */
-    for (uint32_t done = 0; done < s->n_past && !status;) {
+    }
+    const uint32_t held_from = s->held_from;
+    s->state = state;
+    if (from && from == s->journal_pos && s->n_past - from < s->journal_n &&
+        (!s->lookback || s->n_past + 1 >= (uint64_t)held_from + s->lookback))
+        return session_replay(s, s->n_past - from);
+    s->held_from = SESSION_NONE; /* while this is not done */
+    for (uint32_t done = from; done < s->n_past && !status;) {
         const uint32_t n = MOE_MIN(s->options.n_batch, s->n_past - done);
         status = session_forward(s, s->history + done, done, n, 0, NULL);
         done += n;
     }
-    if (!status)
-        s->held_from = s->n_past > s->n_slot_local ? s->n_past - s->n_slot_local : 0;
+    if (!status) {
+        const uint32_t lost = s->n_past > s->n_slot_local ? s->n_past - s->n_slot_local : 0;
+        s->held_from = from ? MOE_MAX(held_from, lost) : lost;
+    }
     return status;
 }
 
@@ -576,6 +730,14 @@ moe_status moe_session_rewind(moe_session *session, uint32_t n_tok)
         return fail(&session->error, MOE_ERR_ARGUMENT, "n_tok", "expected at most %u, got %u",
                     session->n_past, n_tok);
     session->n_past = n_tok;
+    return MOE_OK;
+}
+
+moe_status moe_session_checkpoint(moe_session *session)
+{
+    if (!session)
+        return MOE_ERR_ARGUMENT;
+    session->keep_state = true;
     return MOE_OK;
 }
 

@@ -41,8 +41,8 @@ struct fenced_device {
 
 typedef enum fenced_kind {
     FENCED_EMBED, FENCED_NORM, FENCED_MATMUL, FENCED_ROPE, FENCED_STORE, FENCED_ATTEND,
-    FENCED_HEADS, FENCED_CONV, FENCED_COPY, FENCED_GLU, FENCED_ADD, FENCED_SOFTCAP, FENCED_ROUTE,
-    FENCED_EXPERTS, FENCED_COMBINE
+    FENCED_HEADS, FENCED_CONV, FENCED_GATES, FENCED_DELTA, FENCED_COPY, FENCED_GLU, FENCED_ADD,
+    FENCED_SOFTCAP, FENCED_ROUTE, FENCED_EXPERTS, FENCED_COMBINE
 } fenced_kind;
 
 /* An operation in the CPU backend's terms, with copies of what it points to. */
@@ -57,6 +57,8 @@ typedef struct fenced_op {
         moe_attend_op attend;
         moe_heads_op heads;
         moe_conv_op conv;
+        moe_gates_op gates;
+        moe_delta_op delta;
         moe_copy_op copy;
         moe_glu_op glu;
         moe_add_op add;
@@ -375,6 +377,8 @@ static void fenced_run_one(fenced_queue *q, const fenced_op *op)
     case FENCED_ATTEND: cpu->attend(q->inner, &op->as.attend); break;
     case FENCED_HEADS: cpu->heads(q->inner, &op->as.heads); break;
     case FENCED_CONV: cpu->conv(q->inner, &op->as.conv); break;
+    case FENCED_GATES: cpu->gates(q->inner, &op->as.gates); break;
+    case FENCED_DELTA: cpu->delta(q->inner, &op->as.delta); break;
     case FENCED_COPY: cpu->copy(q->inner, &op->as.copy); break;
     case FENCED_GLU: cpu->glu(q->inner, &op->as.glu); break;
     case FENCED_ADD: cpu->add(q->inner, &op->as.add); break;
@@ -604,26 +608,74 @@ static void fenced_heads(moe_queue *queue, const moe_heads_op *op)
                        fenced_apart(q, "heads", op->dst, dst, op->src, src));
 }
 
+/* A state that is read, unless it is absent, and written. */
+static bool fenced_state(fenced_queue *q, const char *op, moe_view *before, moe_view *after,
+                         uint64_t floats)
+{
+    const moe_view was_before = *before, was_after = *after;
+    return fenced_view(q, op, "before", before, floats, 4, FENCED_MAYBE) &&
+           fenced_view(q, op, "after", after, floats, 4, FENCED_WRITE) &&
+           fenced_same_or_apart(q, op, was_after, was_before, floats);
+}
+
 static void fenced_conv(moe_queue *queue, const moe_conv_op *op)
 {
     fenced_queue *q = (fenced_queue *)queue;
-    fenced_op *f = fenced_place(q, FENCED_CONV);
-    moe_conv_op *o = &f->as.conv;
+    moe_conv_op *o = &fenced_place(q, FENCED_CONV)->as.conv;
     *o = *op;
     const uint64_t n = (uint64_t)o->n_tok * o->dim;
+    const uint64_t src = fenced_span(o->n_tok, o->src_stride, o->dim);
     fenced_keep(q, fenced_n_tok(q, "conv", o->n_tok) &&
-                       fenced_cache(q, "conv", &o->cache, &f->cache[0], FENCED_WRITE) &&
-                       fenced_at_most(q, "conv", "dim, by the cache", o->dim, op->cache->dim) &&
-                       fenced_at_most(q, "conv", "other than F32",
-                                      op->cache->type != MOE_CACHE_F32, 0) &&
-                       fenced_at_most(q, "conv", "positions in use",
-                                      MOE_MIN(o->pos + o->n_tok, o->n_tok + o->n_tap - 1),
-                                      op->cache->n_slot) &&
+                       fenced_at_most(q, "conv", "n_tap", o->n_tap, MOE_CONV_MAX_TAP) &&
+                       fenced_at_most(q, "conv", "missing n_tap", o->n_tap == 0, 0) &&
+                       fenced_at_most(q, "conv", "dim, by the stride", o->dim, o->src_stride) &&
+                       fenced_at_most(q, "conv", "c beside silu", o->silu && o->c.buffer, 0) &&
                        fenced_view(q, "conv", "weight", &o->weight, (uint64_t)o->dim * o->n_tap, 4,
                                    FENCED_READ) &&
-                       fenced_view(q, "conv", "src", &o->src, 3 * n, 4, FENCED_READ) &&
+                       fenced_state(q, "conv", &o->before, &o->after,
+                                    (uint64_t)(o->n_tap - 1) * o->dim) &&
+                       fenced_view(q, "conv", "x", &o->x, src, 4, FENCED_READ) &&
+                       fenced_view(q, "conv", "b", &o->b, src, 4, FENCED_MAYBE) &&
+                       fenced_view(q, "conv", "c", &o->c, src, 4, FENCED_MAYBE) &&
                        fenced_view(q, "conv", "dst", &o->dst, n, 4, FENCED_WRITE) &&
-                       fenced_apart(q, "conv", op->dst, n, op->src, 3 * n));
+                       fenced_apart(q, "conv", op->dst, n, op->x, src));
+}
+
+static void fenced_gates(moe_queue *queue, const moe_gates_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_gates_op *o = &fenced_place(q, FENCED_GATES)->as.gates;
+    *o = *op;
+    const uint64_t n = (uint64_t)o->n_tok * o->n_head;
+    fenced_keep(q, fenced_n_tok(q, "gates", o->n_tok) &&
+                       fenced_view(q, "gates", "a", &o->a, n, 4, FENCED_READ) &&
+                       fenced_view(q, "gates", "b", &o->b, n, 4, FENCED_READ) &&
+                       fenced_view(q, "gates", "rate", &o->rate, o->n_head, 4, FENCED_READ) &&
+                       fenced_view(q, "gates", "bias", &o->bias, o->n_head, 4, FENCED_READ) &&
+                       fenced_view(q, "gates", "decay", &o->decay, n, 4, FENCED_WRITE) &&
+                       fenced_view(q, "gates", "beta", &o->beta, n, 4, FENCED_WRITE));
+}
+
+static void fenced_delta(moe_queue *queue, const moe_delta_op *op)
+{
+    fenced_queue *q = (fenced_queue *)queue;
+    moe_delta_op *o = &fenced_place(q, FENCED_DELTA)->as.delta;
+    *o = *op;
+    const uint64_t gates = (uint64_t)o->n_tok * o->n_head, n = gates * o->dim_v;
+    const uint64_t keys = (uint64_t)o->n_tok * 2 * o->n_head_k * o->dim_k;
+    fenced_keep(q, fenced_n_tok(q, "delta", o->n_tok) &&
+                       fenced_at_most(q, "delta", "missing heads", o->n_head_k == 0, 0) &&
+                       fenced_at_most(q, "delta", "remainder of heads", o->n_head % o->n_head_k,
+                                      0) &&
+                       fenced_view(q, "delta", "qk", &o->qk, keys, 4, FENCED_READ) &&
+                       fenced_view(q, "delta", "v", &o->v, n, 4, FENCED_READ) &&
+                       fenced_view(q, "delta", "decay", &o->decay, gates, 4, FENCED_READ) &&
+                       fenced_view(q, "delta", "beta", &o->beta, gates, 4, FENCED_READ) &&
+                       fenced_state(q, "delta", &o->before, &o->after,
+                                    delta_state_floats(o->n_head, o->dim_k, o->dim_v)) &&
+                       fenced_view(q, "delta", "dst", &o->dst, n, 4, FENCED_WRITE) &&
+                       fenced_apart(q, "delta", op->dst, n, op->qk, keys) &&
+                       fenced_same_or_apart(q, "delta", op->dst, op->v, n));
 }
 
 static void fenced_copy(moe_queue *queue, const moe_copy_op *op)
@@ -658,7 +710,7 @@ static void fenced_add(moe_queue *queue, const moe_add_op *op)
     fenced_queue *q = (fenced_queue *)queue;
     moe_add_op *o = &fenced_place(q, FENCED_ADD)->as.add;
     *o = *op;
-    fenced_keep(q, fenced_view(q, "add", "a", &o->a, o->n, 4, FENCED_READ) &&
+    fenced_keep(q, fenced_view(q, "add", "a", &o->a, o->n, 4, FENCED_MAYBE) &&
                        fenced_view(q, "add", "b", &o->b, o->n, 4, FENCED_READ) &&
                        fenced_view(q, "add", "dst", &o->dst, o->n, 4, FENCED_WRITE) &&
                        fenced_same_or_apart(q, "add", op->dst, op->a, o->n) &&
@@ -686,6 +738,7 @@ static void fenced_route(moe_queue *queue, const moe_route_op *op)
                               MOE_MIN(n_expert, q->options.n_used_max)) &&
                fenced_view(q, "route", "logits", &o->logits, n_tok * n_expert, 4, FENCED_READ) &&
                fenced_view(q, "route", "bias", &o->bias, n_expert, 4, FENCED_MAYBE) &&
+               fenced_view(q, "route", "factor", &o->factor, n_expert, 4, FENCED_MAYBE) &&
                fenced_view(q, "route", "ids", &o->ids, n_tok * n_used, 4, FENCED_WRITE) &&
                fenced_view(q, "route", "weights", &o->weights, n_tok * n_used, 4, FENCED_WRITE));
 }
@@ -799,6 +852,8 @@ MOE_UNUSED static const moe_backend *fenced_backend(void)
         .attend = fenced_attend,
         .heads = fenced_heads,
         .conv = fenced_conv,
+        .gates = fenced_gates,
+        .delta = fenced_delta,
         .copy = fenced_copy,
         .glu = fenced_glu,
         .add = fenced_add,

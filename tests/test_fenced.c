@@ -211,9 +211,9 @@ static void breaches_are_reported(void)
             f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 0, 3,
                                                 0, 1, 0, 0});
             break;
-        case 14: f->norm(b.queue, &(moe_norm_op){x, y, none, 5, 64, 64, 64, 1e-5f}); break;
-        case 15: f->norm(b.queue, &(moe_norm_op){x, y, none, 2, 64, 32, 64, 1e-5f}); break;
-        case 16: f->norm(b.queue, &(moe_norm_op){x, y, far, 1, 64, 64, 64, 1e-5f}); break;
+        case 14: f->norm(b.queue, &(moe_norm_op){x, y, none, 5, 64, 64, 64, 1e-5f, false}); break;
+        case 15: f->norm(b.queue, &(moe_norm_op){x, y, none, 2, 64, 32, 64, 1e-5f, false}); break;
+        case 16: f->norm(b.queue, &(moe_norm_op){x, y, far, 1, 64, 64, 64, 1e-5f, false}); break;
         case 17: f->heads(b.queue, &(moe_heads_op){x, y, &w, 5, 64, 64}); break;
         case 18: f->heads(b.queue, &(moe_heads_op){x, y, &w, 2, 64, 63}); break;
         case 19: f->heads(b.queue, &(moe_heads_op){x, y, &w, 2, 3, 64}); break;

@@ -521,6 +521,66 @@ static void rewound_session_equals_a_fresh_one(void)
     }
 }
 
+/* Tokens that a backend has been asked to embed: those that are computed. */
+static struct {
+    const moe_backend *inner;
+    size_t n_tok;
+} counted;
+
+static void count_embed(moe_queue *queue, const moe_embed_op *op)
+{
+    counted.n_tok += op->n_tok;
+    counted.inner->embed(queue, op);
+}
+
+/* As a draft of tokens that is taken back in part: in every model, recurrent layers too. */
+static void going_back_a_little_computes_nothing_anew(void)
+{
+    enum { PROMPT = 21, DRAFT = 7 };
+    static moe_backend counting;
+    counted.inner = TEST_BACKEND ? TEST_BACKEND : backend_cpu();
+    counting = *counted.inner;
+    counting.embed = count_embed;
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        size_t v = f->n_vocab, expected = PROMPT;
+        moe_model_options options;
+        moe_model_options_init(&options);
+        options.path = f->path;
+        options.backend = &counting;
+        moe_model *model = NULL;
+        bool ok = moe_model_open(&model, &options, NULL) == MOE_OK;
+        moe_session *s = ok ? session_open_how(model, &(how){0}, f->n_tok) : NULL;
+        float *want = s ? run(model, &(how){0}, f->tok, f->n_tok, v) : NULL;
+        float *got = malloc(v * sizeof *got);
+        counted.n_tok = 0;
+        ok = want && moe_session_eval(s, f->tok, PROMPT, 0, NULL) == MOE_OK;
+        for (size_t at = PROMPT, taken = 0; ok && at + DRAFT < f->n_tok;) {
+            moe_token draft[DRAFT];
+            for (size_t k = 0; k < DRAFT; k++)
+                draft[k] = (f->tok[at + k] + (k >= taken)) % (moe_token)v;
+            ok = moe_session_eval(s, draft, DRAFT, 1, got) == MOE_OK &&
+                 moe_session_rewind(s, (uint32_t)(at + taken)) == MOE_OK &&
+                 moe_session_eval(s, &f->tok[at + taken], 1, 1, got) == MOE_OK;
+            CHECK(ok && !memcmp(got, want + (at + taken) * v, v * sizeof *got),
+                  "%s: other bits after a draft of which %zu were taken", f->name, taken);
+            expected += DRAFT + 1;
+            at += taken + 1;
+            taken = (taken + 2) % DRAFT;
+        }
+        /* Back to the end of the prompt, which was a call of more than one token. */
+        ok = ok && moe_session_rewind(s, PROMPT) == MOE_OK &&
+             moe_session_eval(s, f->tok + PROMPT, 1, 1, got) == MOE_OK;
+        CHECK(ok && !memcmp(got, want + PROMPT * v, v * sizeof *got), "%s: other bits", f->name);
+        CHECK(counted.n_tok == expected + 1, "%s: expected %zu tokens to be computed, got %zu",
+              f->name, expected + 1, counted.n_tok);
+        moe_session_close(s);
+        moe_model_close(model);
+        free(want);
+        free(got);
+    }
+}
+
 /* A call that ends early may have overwritten what a sliding window still needs. */
 static void a_cancelled_call_loses_nothing(void)
 {
@@ -847,6 +907,7 @@ int main(int argc, char **argv)
     RUN(same_bits_for_any_way_of_opening);
     RUN(same_bits_with_the_hosts_threads);
     RUN(rewound_session_equals_a_fresh_one);
+    RUN(going_back_a_little_computes_nothing_anew);
     RUN(a_cancelled_call_loses_nothing);
     RUN(windows_bound_the_cache);
     RUN(interleaved_sessions_do_not_disturb_each_other);

@@ -1,0 +1,317 @@
+/* backends/cpu_recurrent.c - operations of layers that carry a state from token to token: convolution
+ * over a few positions, gated delta rule.
+ *
+ * A task owns a strip of columns and takes its tokens one after another, in the order of the sequence,
+ * while the strip's state stays in L1. So the work is parallel over heads and columns, and the bits
+ * depend on neither threads nor batches. docs/performance.md says what that costs beside a form that
+ * is parallel over tokens.
+ *
+ * Each kernel stands first in C, which specifies its result to the bit, then in AVX2 and in NEON. */
+#ifndef MOE_BACKENDS_CPU_RECURRENT_C
+#define MOE_BACKENDS_CPU_RECURRENT_C
+
+#include "cpu_ops.c"
+
+enum {
+    CPU_CONV_STRIP = CPU_TILE / (2 * MOE_CONV_MAX_TAP), /* elements of a task */
+    CPU_GATES = 256 /* pairs of gates per task */
+};
+
+/* One token of one head, MOE_DELTA_BLOCK columns. Floats: */
+typedef struct cpu_delta_step {
+    float *state;         // [dim_k][MOE_DELTA_BLOCK]
+    const float *q, *k;   // [dim_k]
+    const float *v;       // [MOE_DELTA_BLOCK]
+    float *dst;           // [MOE_DELTA_BLOCK]
+    size_t dim_k;
+    float decay, beta, scale;
+} cpu_delta_step;
+
+typedef struct cpu_recurrent {
+    /* dst[i] = sum over k, ascending, of weight[k][i] * u[k][i], CPU_CONV_STRIP elements */
+    void (*conv)(float *dst, const float *const *u, const float *weight, size_t n_tap);
+    void (*delta)(const cpu_delta_step *s);
+} cpu_recurrent;
+
+/* ------------------------------------------------------------------------------------- C -- */
+
+static void conv_c(float *dst, const float *const *u, const float *weight, size_t n_tap)
+{
+    for (size_t i = 0; i < CPU_CONV_STRIP; i++) {
+        float sum = 0;
+        for (size_t k = 0; k < n_tap; k++)
+            sum = fmaf(weight[k * CPU_CONV_STRIP + i], u[k][i], sum);
+        dst[i] = sum;
+    }
+}
+
+static void delta_c(const cpu_delta_step *s)
+{
+    for (size_t j = 0; j < MOE_DELTA_BLOCK; j++) {
+        float *column = s->state + j, chain[4] = {0};
+        for (size_t i = 0; i < s->dim_k; i++)
+            chain[i % 4] = fmaf(s->k[i], column[i * MOE_DELTA_BLOCK], chain[i % 4]);
+        const float known = s->decay * ((chain[0] + chain[1]) + (chain[2] + chain[3]));
+        const float d = s->beta * (s->v[j] - known);
+        memset(chain, 0, sizeof chain);
+        for (size_t i = 0; i < s->dim_k; i++) {
+            float *x = &column[i * MOE_DELTA_BLOCK];
+            *x = fmaf(s->k[i], d, s->decay * *x);
+            chain[i % 4] = fmaf(s->q[i], *x, chain[i % 4]);
+        }
+        s->dst[j] = s->scale * ((chain[0] + chain[1]) + (chain[2] + chain[3]));
+    }
+}
+
+static const cpu_recurrent cpu_recurrent_c = {conv_c, delta_c};
+
+/* ---------------------------------------------------------------------------------- AVX2 -- */
+
+#if MOE_X86
+#define AVX2 MOE_TARGET("avx2,fma")
+
+AVX2 static void conv_avx2(float *dst, const float *const *u, const float *weight, size_t n_tap)
+{
+    for (size_t i = 0; i < CPU_CONV_STRIP; i += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        for (size_t k = 0; k < n_tap; k++)
+            sum = _mm256_fmadd_ps(_mm256_loadu_ps(weight + k * CPU_CONV_STRIP + i),
+                                  _mm256_loadu_ps(u[k] + i), sum);
+        _mm256_storeu_ps(dst + i, sum);
+    }
+}
+
+/* The four chains of two registers, added. */
+AVX2 MOE_INLINE void chains_avx2(__m256 sum[4][2], __m256 *low, __m256 *high)
+{
+    *low = _mm256_add_ps(_mm256_add_ps(sum[0][0], sum[1][0]), _mm256_add_ps(sum[2][0], sum[3][0]));
+    *high = _mm256_add_ps(_mm256_add_ps(sum[0][1], sum[1][1]), _mm256_add_ps(sum[2][1], sum[3][1]));
+}
+
+/* Row i of a strip of 16 columns, towards S^T k. */
+AVX2 MOE_INLINE void delta_read_avx2(const float *x, const float *k, __m256 sum[2])
+{
+    const __m256 key = _mm256_broadcast_ss(k);
+    sum[0] = _mm256_fmadd_ps(key, _mm256_loadu_ps(x), sum[0]);
+    sum[1] = _mm256_fmadd_ps(key, _mm256_loadu_ps(x + 8), sum[1]);
+}
+
+/* Row i of a strip of 16 columns: its new state, and towards S^T q. */
+AVX2 MOE_INLINE void delta_write_avx2(float *x, const float *k, const float *q, __m256 decay,
+                                      __m256 d0, __m256 d1, __m256 sum[2])
+{
+    const __m256 key = _mm256_broadcast_ss(k), query = _mm256_broadcast_ss(q);
+    const __m256 x0 = _mm256_fmadd_ps(key, d0, _mm256_mul_ps(decay, _mm256_loadu_ps(x)));
+    const __m256 x1 = _mm256_fmadd_ps(key, d1, _mm256_mul_ps(decay, _mm256_loadu_ps(x + 8)));
+    _mm256_storeu_ps(x, x0);
+    _mm256_storeu_ps(x + 8, x1);
+    sum[0] = _mm256_fmadd_ps(query, x0, sum[0]);
+    sum[1] = _mm256_fmadd_ps(query, x1, sum[1]);
+}
+
+/* Strips of 16 columns: four chains of two registers keep the multipliers busy. */
+AVX2 static void delta_avx2(const cpu_delta_step *s)
+{
+    enum { B = MOE_DELTA_BLOCK };
+    const __m256 decay = _mm256_set1_ps(s->decay), beta = _mm256_set1_ps(s->beta);
+    const __m256 scale = _mm256_set1_ps(s->scale);
+    for (size_t j = 0; j < B; j += 16) {
+        float *x = s->state + j;
+        __m256 sum[4][2], low, high;
+        size_t i = 0;
+        memset(sum, 0, sizeof sum);
+        for (; i + 4 <= s->dim_k; i += 4)
+            for (size_t c = 0; c < 4; c++)
+                delta_read_avx2(x + (i + c) * B, s->k + i + c, sum[c]);
+        for (size_t c = 0; i + c < s->dim_k; c++)
+            delta_read_avx2(x + (i + c) * B, s->k + i + c, sum[c]);
+        chains_avx2(sum, &low, &high);
+        const __m256 v0 = _mm256_loadu_ps(s->v + j), v1 = _mm256_loadu_ps(s->v + j + 8);
+        const __m256 d0 = _mm256_mul_ps(beta, _mm256_sub_ps(v0, _mm256_mul_ps(decay, low)));
+        const __m256 d1 = _mm256_mul_ps(beta, _mm256_sub_ps(v1, _mm256_mul_ps(decay, high)));
+        memset(sum, 0, sizeof sum);
+        for (i = 0; i + 4 <= s->dim_k; i += 4)
+            for (size_t c = 0; c < 4; c++)
+                delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1, sum[c]);
+        for (size_t c = 0; i + c < s->dim_k; c++)
+            delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1, sum[c]);
+        chains_avx2(sum, &low, &high);
+        _mm256_storeu_ps(s->dst + j, _mm256_mul_ps(scale, low));
+        _mm256_storeu_ps(s->dst + j + 8, _mm256_mul_ps(scale, high));
+    }
+}
+
+static const cpu_recurrent cpu_recurrent_avx2 = {conv_avx2, delta_avx2};
+#undef AVX2
+#endif
+
+/* ---------------------------------------------------------------------------------- NEON -- */
+
+#if MOE_ARM64
+static void conv_neon(float *dst, const float *const *u, const float *weight, size_t n_tap)
+{
+    for (size_t i = 0; i < CPU_CONV_STRIP; i += 4) {
+        float32x4_t sum = vdupq_n_f32(0);
+        for (size_t k = 0; k < n_tap; k++)
+            sum = vfmaq_f32(sum, vld1q_f32(weight + k * CPU_CONV_STRIP + i), vld1q_f32(u[k] + i));
+        vst1q_f32(dst + i, sum);
+    }
+}
+
+MOE_INLINE f32x8 add8_neon(f32x8 a, f32x8 b)
+{
+    return (f32x8){{vaddq_f32(a.val[0], b.val[0]), vaddq_f32(a.val[1], b.val[1])}};
+}
+
+MOE_INLINE f32x8 mul8_neon(f32x8 a, float b)
+{
+    return (f32x8){{vmulq_n_f32(a.val[0], b), vmulq_n_f32(a.val[1], b)}};
+}
+
+MOE_INLINE f32x8 chains_neon(const f32x8 sum[4])
+{
+    return add8_neon(add8_neon(sum[0], sum[1]), add8_neon(sum[2], sum[3]));
+}
+
+/* Strips of 8 columns, in four chains. */
+static void delta_neon(const cpu_delta_step *s)
+{
+    enum { B = MOE_DELTA_BLOCK };
+    for (size_t j = 0; j < B; j += 8) {
+        float *x = s->state + j;
+        f32x8 sum[4] = {same8_neon(0), same8_neon(0), same8_neon(0), same8_neon(0)};
+        for (size_t i = 0; i < s->dim_k; i++)
+            sum[i % 4] = fma8_neon(sum[i % 4], same8_neon(s->k[i]), load8_neon(x + i * B));
+        const f32x8 known = mul8_neon(chains_neon(sum), s->decay), v = load8_neon(s->v + j);
+        const f32x8 d = mul8_neon((f32x8){{vsubq_f32(v.val[0], known.val[0]),
+                                           vsubq_f32(v.val[1], known.val[1])}}, s->beta);
+        for (size_t c = 0; c < 4; c++)
+            sum[c] = same8_neon(0);
+        for (size_t i = 0; i < s->dim_k; i++) {
+            const f32x8 kept = mul8_neon(load8_neon(x + i * B), s->decay);
+            const f32x8 y = fma8_neon(kept, same8_neon(s->k[i]), d);
+            store8_neon(x + i * B, y);
+            sum[i % 4] = fma8_neon(sum[i % 4], same8_neon(s->q[i]), y);
+        }
+        store8_neon(s->dst + j, mul8_neon(chains_neon(sum), s->scale));
+    }
+}
+
+static const cpu_recurrent cpu_recurrent_neon = {conv_neon, delta_neon};
+#endif
+
+static const cpu_recurrent *cpu_recurrent_select(uint32_t cpu)
+{
+    const cpu_recurrent *best = &cpu_recurrent_c;
+    (void)cpu;
+#if MOE_X86
+    if (cpu & MOE_CPU_AVX2)
+        best = &cpu_recurrent_avx2;
+#endif
+#if MOE_ARM64
+    if (cpu & MOE_CPU_NEON)
+        best = &cpu_recurrent_neon;
+#endif
+    return best;
+}
+
+/* ------------------------------------------------------------------------- convolution -- */
+
+/* A strip of columns, all tokens. The last n_tap values of u go round in the task's memory, behind the
+ * weights, which stand there tap by tap. */
+static void cpu_conv(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    enum { STRIP = CPU_CONV_STRIP };
+    static const float ones[STRIP] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                      1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const moe_conv_op *o = &op->u.conv;
+    const cpu_recurrent *kernels = cpu_recurrent_select(q->device->cpu);
+    const size_t first = (size_t)task * STRIP, n = MOE_MIN(STRIP, o->dim - first);
+    const size_t n_tap = o->n_tap, bytes = n * sizeof(float);
+    float *weight = q->scratch[thread].tile, *ring = weight + n_tap * STRIP, y[STRIP];
+    const float *u[MOE_CONV_MAX_TAP];
+    memset(weight, 0, 2 * n_tap * STRIP * sizeof *weight);
+    for (size_t i = 0; i < n; i++)
+        for (size_t k = 0; k < n_tap; k++)
+            weight[k * STRIP + i] = cpu_floats(o->weight)[(first + i) * n_tap + k];
+    for (size_t k = 0; o->before.buffer && k + 1 < n_tap; k++)
+        memcpy(ring + k * STRIP, cpu_floats(o->before) + k * o->dim + first, bytes);
+    for (size_t t = 0; t < o->n_tok; t++) {
+        const size_t at = t * o->src_stride + first;
+        float *newest = ring + (t + n_tap - 1) % n_tap * STRIP;
+        memcpy(newest, cpu_floats(o->x) + at, bytes);
+        for (size_t i = 0; o->b.buffer && i < n; i++)
+            newest[i] *= cpu_floats(o->b)[at + i];
+        for (size_t k = 0; k < n_tap; k++)
+            u[k] = ring + (t + k) % n_tap * STRIP;
+        kernels->conv(y, u, weight, n_tap);
+        if (o->silu)
+            q->device->simd->silu(y, y, ones, STRIP);
+        for (size_t i = 0; o->c.buffer && i < n; i++)
+            y[i] *= cpu_floats(o->c)[at + i];
+        memcpy(cpu_floats(o->dst) + t * o->dim + first, y, bytes);
+    }
+    for (size_t k = 0; k + 1 < n_tap; k++)
+        memcpy(cpu_floats(o->after) + k * o->dim + first, ring + (o->n_tok + k) % n_tap * STRIP,
+               bytes);
+}
+
+/* --------------------------------------------------------------------------- delta rule -- */
+
+/* log(1 + exp(x)) = max(x, 0) + log(1 + u) with u = exp(-|x|) in (0, 1]. The logarithm is 2 artanh(s),
+ * s = u / (2 + u) <= 1/3; the first term left out of the series is below 5e-10 s. */
+static float cpu_softplus(float x)
+{
+    enum { N_TERM = 9 };
+    const float u = cpu_exp(-fabsf(x)), s = u / (2.0f + u), square = s * s;
+    float series = 1.0f / (2 * N_TERM - 1);
+    for (int i = N_TERM - 2; i >= 0; i--)
+        series = fmaf(series, square, 1.0f / (float)(2 * i + 1));
+    return fmaf(2.0f * s, series, x > 0 ? x : 0.0f);
+}
+
+static void cpu_gates(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)q, (void)thread;
+    const moe_gates_op *o = &op->u.gates;
+    const uint32_t end = MOE_MIN(o->n_tok, (task + 1) * op->chunk);
+    for (uint32_t t = task * op->chunk; t < end; t++) {
+        for (uint32_t h = 0; h < o->n_head; h++) {
+            const size_t i = (size_t)t * o->n_head + h;
+            const float step = cpu_softplus(cpu_floats(o->a)[i] + cpu_floats(o->bias)[h]);
+            cpu_floats(o->decay)[i] = cpu_exp(cpu_floats(o->rate)[h] * step);
+            cpu_floats(o->beta)[i] = cpu_sigmoid(cpu_floats(o->b)[i]);
+        }
+    }
+}
+
+/* A block of columns of one head, all tokens. */
+static void cpu_delta(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    (void)thread;
+    enum { B = MOE_DELTA_BLOCK };
+    const moe_delta_op *o = &op->u.delta;
+    const cpu_recurrent *kernels = cpu_recurrent_select(q->device->cpu);
+    const uint32_t n_block = cpu_ceil_div(o->dim_v, B), head = task / n_block;
+    const uint32_t key = o->tiled ? head % o->n_head_k : head / (o->n_head / o->n_head_k);
+    const size_t first = (size_t)(task % n_block) * B, n = MOE_MIN(B, o->dim_v - first);
+    const size_t n_state = (size_t)o->dim_k * B, n_keys = (size_t)o->n_head_k * o->dim_k;
+    float *state = cpu_floats(o->after) + task * n_state, v[B] = {0}, dst[B];
+    if (!o->before.buffer)
+        memset(state, 0, n_state * sizeof *state);
+    else if (cpu_floats(o->before) != cpu_floats(o->after))
+        memcpy(state, cpu_floats(o->before) + task * n_state, n_state * sizeof *state);
+    for (size_t t = 0; t < o->n_tok; t++) {
+        const size_t gate = t * o->n_head + head, at = gate * o->dim_v + first;
+        const float *query = cpu_floats(o->qk) + 2 * t * n_keys + (size_t)key * o->dim_k;
+        const cpu_delta_step step = {
+            .state = state, .q = query, .k = query + n_keys, .v = v, .dst = dst,
+            .dim_k = o->dim_k, .decay = cpu_floats(o->decay)[gate],
+            .beta = cpu_floats(o->beta)[gate], .scale = o->scale};
+        memcpy(v, cpu_floats(o->v) + at, n * sizeof *v);
+        kernels->delta(&step);
+        memcpy(cpu_floats(o->dst) + at, dst, n * sizeof *dst);
+    }
+}
+
+#endif
