@@ -42,5 +42,6 @@
 #include "core/model_gpt_oss.c" /* gpt-oss */
 #include "core/model_lfm2.c"  /* lfm2moe */
 #include "core/models.c"      /* the table of families */
+#include "core/draft.c"       /* guesses of the tokens that come next */
 #include "core/session.c"     /* cache, batches, logits */
 #include "core/sample.c"      /* logits -> token */

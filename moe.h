@@ -242,6 +242,15 @@ typedef enum moe_cache_type {
     MOE_CACHE_F32 = 2
 } moe_cache_type;
 
+/* Speculative decoding: which tokens are computed ahead, when tokens are evaluated one by one. It
+ * changes how fast the logits come, never a bit of them. */
+typedef enum moe_draft {
+    MOE_DRAFT_OFF = 0,
+    MOE_DRAFT_AUTO = 1,  /* what is there, as far as it is measured to be faster */
+    MOE_DRAFT_NGRAM = 2, /* what followed the last tokens where they stood before, always */
+    MOE_DRAFT_MTP = 3    /* what the model's layer for multi-token prediction says, always */
+} moe_draft;
+
 typedef struct moe_session_options {
     size_t size;
     uint32_t n_ctx;      /* tokens the cache holds. 0: the model's training length, at most 4096 */
@@ -251,6 +260,8 @@ typedef struct moe_session_options {
     uint32_t n_threads;  /* 0: one per physical core. More than 256 is an error */
     moe_cache_type cache_type;
     const moe_cancel *cancel; /* kept; NULL: cannot be cancelled */
+    moe_draft draft;     /* default: off */
+    uint32_t n_draft;    /* tokens computed ahead at most, 1..15. Default 8 */
 } moe_session_options;
 
 typedef struct moe_session moe_session;
@@ -283,9 +294,22 @@ MOE_API void moe_session_close(moe_session *session);
 /* Appends tokens[0..n_tok) to the session's sequence and computes.
  *   n_logits  for how many of the last tokens the logits are wanted, 0..n_tok
  *   logits    [n_logits][n_vocab] floats, written; NULL if n_logits is 0
+ * In a session that drafts, a call with one token and one row of logits may compute more tokens than
+ * that, and the next calls, if they bring those tokens, return at once.
  * On failure the sequence is as long as before the call; with MOE_ERR_CANCELLED too. */
 MOE_API moe_status moe_session_eval(moe_session *session, const moe_token *tokens, size_t n_tok,
                                     size_t n_logits, float *logits);
+
+/* How it went with tokens computed ahead, since the session was opened. */
+typedef struct moe_draft_stats {
+    size_t size;
+    uint64_t n_evaluations; /* that computed tokens ahead */
+    uint64_t n_drafted;     /* tokens computed ahead */
+    uint64_t n_accepted;    /* of those, tokens that were then asked for */
+    double saved_s;         /* seconds saved, by the measured time of single tokens; may be < 0 */
+} moe_draft_stats;
+
+MOE_API void moe_session_draft_stats(const moe_session *session, moe_draft_stats *stats);
 
 /* The number of tokens in the sequence, and the number that fit. */
 MOE_API uint32_t moe_session_length(const moe_session *session);

@@ -59,7 +59,8 @@ MOE_API void moe_model_options_init(moe_model_options *options)
 
 MOE_API void moe_session_options_init(moe_session_options *options)
 {
-    *options = (moe_session_options){.size = sizeof *options, .n_batch = 512, .n_logits = 1};
+    *options = (moe_session_options){.size = sizeof *options, .n_batch = 512, .n_logits = 1,
+                                     .n_draft = 8};
 }
 
 MOE_API void moe_sampler_options_init(moe_sampler_options *options)

@@ -5,6 +5,7 @@
 #ifndef MOE_CORE_SESSION_C
 #define MOE_CORE_SESSION_C
 
+#include "draft.c"
 #include "layers.c"
 #include "platform.h"
 
@@ -14,6 +15,20 @@ enum {
     SESSION_N_STATE = 4,     /* states of recurrent layers that are held at a time */
     SESSION_NONE = UINT32_MAX /* no position */
 };
+
+/* Going back on guesses must not cost recurrent layers more than a replay. */
+_Static_assert((int)DRAFT_MAX < (int)JOURNAL_TOK, "a token and its guesses fit into the journal");
+
+/* Tokens that are evaluated, but not yet asked for: at positions n_past, n_past + 1, ... */
+typedef struct session_ahead {
+    moe_drafter drafter;
+    draft_source source;
+    draft_guess guess;       // what the tokens are
+    uint32_t n, used;        // of the guess: evaluated; asked for since then
+    draft_guess lookup;      // what prompt lookup would have guessed, whatever was done
+    uint32_t n_right;        // tokens of it that came true so far
+    float *logits;           // [n_draft + 1][n_vocab], of the token asked for and of the guess
+} session_ahead;
 
 struct moe_session {
     moe_model *model;
@@ -36,7 +51,9 @@ struct moe_session {
     uint32_t state;        // the one in use
     bool keep_state;       // the next batch must not overwrite it
     uint32_t journal_pos, journal_n; // whose inputs the journal holds
-    moe_token *history;    // [n_ctx]: what to compute anew after going back further; may be NULL
+    moe_token *history;    // [n_ctx]: what to compute anew after going back further, and what guesses
+                           // are made from; NULL if neither is needed
+    session_ahead ahead;   // of a session that drafts
     moe_error error;
 };
 
@@ -148,10 +165,10 @@ static uint32_t plan_lookback(const moe_hparams *hp, const moe_session_options *
     return 0;
 }
 
-/* Whether going back may need tokens to be computed anew. */
+/* Whether the session must know its tokens: going back may need them to be computed anew. */
 static bool plan_history(const moe_hparams *hp, const moe_session_options *o)
 {
-    return plan_lookback(hp, o) || recurrent_rank(hp, hp->n_layer);
+    return o->draft != MOE_DRAFT_OFF || plan_lookback(hp, o) || recurrent_rank(hp, hp->n_layer);
 }
 
 static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
@@ -184,10 +201,12 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
         !plan_caches(hp, o, &plan->cache_bytes))
         return false;
     plan->queue_bytes = m->backend->queue_bytes(m->device, &plan->queue);
+    const bool drafts = o->draft != MOE_DRAFT_OFF;
     plan->host_bytes = sizeof(moe_session) + 2ull * hp->n_layer * sizeof(moe_cache) +
                        (uint64_t)o->n_batch * hp->n_rot * sizeof(float) +
                        (plan_history(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
-                       18 * MEM_ALIGN;
+                       (drafts ? (o->n_draft + 1ull) * hp->n_vocab * sizeof(float) : 0) +
+                       20 * MEM_ALIGN;
     return checked_add(plan->cache_bytes, plan->work_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->queue_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->host_bytes, &plan->total_bytes);
@@ -220,6 +239,26 @@ static uint32_t session_longest(const moe_model *m, const moe_session_options *o
     return low;
 }
 
+/* Tokens computed ahead need room in a batch, and their logits come all at once. */
+static moe_status session_fill_draft(moe_session_options *o, moe_error *error)
+{
+    if (o->draft < MOE_DRAFT_OFF || o->draft > MOE_DRAFT_MTP)
+        return fail(error, MOE_ERR_ARGUMENT, "draft", "expected 0 to %d, got %d", MOE_DRAFT_MTP,
+                    (int)o->draft);
+    if (o->n_draft < 1 || o->n_draft > DRAFT_MAX)
+        return fail(error, MOE_ERR_ARGUMENT, "n_draft", "expected 1 to %d, got %u", DRAFT_MAX,
+                    o->n_draft);
+    if (o->draft == MOE_DRAFT_MTP)
+        return fail(error, MOE_ERR_UNSUPPORTED, "draft",
+                    "expected a model with a layer for multi-token prediction, got one without");
+    o->n_draft = MOE_MIN(o->n_draft, o->n_batch - 1);
+    if (!o->n_draft)
+        o->draft = MOE_DRAFT_OFF;
+    if (o->draft != MOE_DRAFT_OFF)
+        o->n_logits = MOE_MAX(o->n_logits, o->n_draft + 1);
+    return MOE_OK;
+}
+
 static moe_status session_fill_options(const moe_model *m, const moe_session_options *options,
                                        moe_session_options *o, moe_error *error)
 {
@@ -250,8 +289,9 @@ static moe_status session_fill_options(const moe_model *m, const moe_session_opt
         return fail(error, MOE_ERR_ARGUMENT, "cache_type", "expected 0 to %d, got %d",
                     MOE_CACHE_F32, (int)o->cache_type);
     o->n_batch = MOE_MIN(o->n_batch, o->n_ctx);
+    moe_status status = session_fill_draft(o, error);
     o->n_logits = MOE_MIN(o->n_logits, o->n_batch);
-    return MOE_OK;
+    return status;
 }
 
 moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
@@ -325,9 +365,15 @@ static moe_status session_allocate(moe_session *s, const session_plan *plan, moe
     s->caches = mem_alloc(&m->mem, 2 * (uint64_t)m->hp.n_layer, sizeof *s->caches);
     s->rope_table = mem_alloc(&m->mem, (uint64_t)s->options.n_batch * m->hp.n_rot, sizeof(float));
     const bool history = plan_history(&m->hp, &s->options);
+    const bool drafts = s->options.draft != MOE_DRAFT_OFF;
     if (history)
         s->history = mem_alloc_uncleared(&m->mem, s->options.n_ctx, sizeof *s->history);
-    if (!s->caches || !s->rope_table || (history && !s->history))
+    if (drafts)
+        s->ahead.logits = mem_alloc_uncleared(&m->mem, (s->options.n_draft + 1ull) * m->hp.n_vocab,
+                                              sizeof *s->ahead.logits);
+    s->ahead.drafter.n_max = s->options.n_draft;
+    s->ahead.drafter.adaptive = s->options.draft == MOE_DRAFT_AUTO;
+    if (!s->caches || !s->rope_table || (history && !s->history) || (drafts && !s->ahead.logits))
         return fail_memory(error, &m->mem, "session", plan->host_bytes);
     moe_status status = m->backend->buffer_new(m->device, plan->cache_bytes, &s->cache, error);
     if (!status)
@@ -383,6 +429,7 @@ void moe_session_close(moe_session *s)
         m->backend->queue_close(s->queue);
     m->backend->buffer_free(m->device, s->work);
     m->backend->buffer_free(m->device, s->cache);
+    mem_free(&m->mem, s->ahead.logits);
     mem_free(&m->mem, s->history);
     mem_free(&m->mem, s->rope_table);
     mem_free(&m->mem, s->caches);
@@ -678,17 +725,16 @@ static moe_status session_restore(moe_session *s)
     return status;
 }
 
-moe_status moe_session_eval(moe_session *s, const moe_token *tokens, size_t n_tok, size_t n_logits,
-                            float *logits)
+/* The next n_tok tokens, checked, in batches; logits of the last n_logits. The session's length is left
+ * as it is. */
+static moe_status session_compute(moe_session *s, const moe_token *tokens, size_t n_tok,
+                                  size_t n_logits, float *logits)
 {
-    if (!s)
-        return MOE_ERR_ARGUMENT;
-    memset(&s->error, 0, sizeof s->error);
-    moe_status status = session_check_eval(s, tokens, n_tok, n_logits, logits);
-    if (!status && n_tok)
-        status = session_restore(s);
+    moe_status status = n_tok ? session_restore(s) : MOE_OK;
     const size_t n_silent = n_tok - n_logits;
     const size_t n_vocab = s->model->hp.n_vocab;
+    if (s->history && n_tok)
+        memcpy(s->history + s->n_past, tokens, n_tok * sizeof *tokens);
     for (size_t done = 0; done < n_tok && !status;) {
         const uint32_t n = (uint32_t)MOE_MIN(s->options.n_batch, n_tok - done);
         /* The batch may end in tokens whose logits are wanted. */
@@ -696,15 +742,115 @@ moe_status moe_session_eval(moe_session *s, const moe_token *tokens, size_t n_to
         const uint32_t wanted = done + n > first ? (uint32_t)(done + n - first) : 0;
         float *dst = wanted ? logits + (first - n_silent) * n_vocab : NULL;
         status = session_forward(s, tokens + done, s->n_past + (uint32_t)done, n, wanted, dst);
-        if (!status && !logits_are_finite(dst, wanted * n_vocab))
-            status = session_explain(s);
         done += n;
     }
-    if (!status && s->history && n_tok)
-        memcpy(s->history + s->n_past, tokens, n_tok * sizeof *tokens);
+    return status;
+}
+
+static moe_status session_check_finite(moe_session *s, const float *logits, size_t n_row)
+{
+    return logits_are_finite(logits, n_row * s->model->hp.n_vocab) ? MOE_OK : session_explain(s);
+}
+
+/* -------------------------------------------------------------------------------- drafting -- */
+
+/* What came instead of, or as, the tokens that were guessed. */
+static void session_learn(session_ahead *a, moe_token token)
+{
+    if (a->n_right < a->lookup.n) {
+        const bool hit = a->lookup.tokens[a->n_right] == token;
+        draft_learn(&a->drafter, DRAFT_BY_NGRAM, a->lookup.grade + a->n_right, hit);
+        a->n_right = hit ? a->n_right + 1 : a->lookup.n;
+    }
+}
+
+/* Tokens to compute together with the one at n_past, which is in the history. */
+static uint32_t session_guess(moe_session *s)
+{
+    session_ahead *a = &s->ahead;
+    double gain;
+    const uint32_t room = s->options.n_ctx - s->n_past - 1;
+    draft_lookup(s->history, s->n_past + 1, s->options.n_draft, &a->lookup);
+    a->n_right = 0;
+    a->guess = a->lookup;
+    a->source = DRAFT_BY_NGRAM;
+    const uint32_t n = draft_choose(&a->drafter, DRAFT_BY_NGRAM, a->lookup.grade, a->lookup.n, &gain);
+    return MOE_MIN(n, room);
+}
+
+/* One token, with others that may follow it. */
+static moe_status session_eval_ahead(moe_session *s, moe_token token, float *logits)
+{
+    session_ahead *a = &s->ahead;
+    const size_t n_vocab = s->model->hp.n_vocab;
+    const uint64_t start = plat_time_ns();
+    moe_token tokens[DRAFT_MAX + 1] = {token};
+    s->history[s->n_past] = token;
+    const uint32_t n = session_guess(s);
+    memcpy(tokens + 1, a->guess.tokens, n * sizeof *tokens);
+    moe_status status = session_compute(s, tokens, n + 1, n + 1, n ? a->logits : logits);
+    if (status)
+        return status;
+    if (n)
+        memcpy(logits, a->logits, n_vocab * sizeof *logits);
+    status = session_check_finite(s, logits, 1);
+    a->n = status ? 0 : n;
+    a->used = 0;
+    draft_record(&a->drafter, a->source, n + 1, (double)(plat_time_ns() - start) * 1e-9);
+    return status;
+}
+
+/* The logits of a token that was evaluated ahead. */
+static moe_status session_take_ahead(moe_session *s, float *logits)
+{
+    session_ahead *a = &s->ahead;
+    const size_t n_vocab = s->model->hp.n_vocab;
+    memcpy(logits, a->logits + ++a->used * n_vocab, n_vocab * sizeof *logits);
+    draft_accept(&a->drafter);
+    moe_status status = session_check_finite(s, logits, 1);
+    if (status)
+        a->n = 0;
+    return status;
+}
+
+static moe_status session_eval_drafting(moe_session *s, moe_token token, float *logits)
+{
+    session_ahead *a = &s->ahead;
+    session_learn(a, token);
+    if (a->used < a->n && a->guess.tokens[a->used] == token)
+        return session_take_ahead(s, logits);
+    a->n = 0;
+    return session_eval_ahead(s, token, logits);
+}
+
+/* ----------------------------------------------------------------------------------- entry -- */
+
+moe_status moe_session_eval(moe_session *s, const moe_token *tokens, size_t n_tok, size_t n_logits,
+                            float *logits)
+{
+    if (!s)
+        return MOE_ERR_ARGUMENT;
+    memset(&s->error, 0, sizeof s->error);
+    moe_status status = session_check_eval(s, tokens, n_tok, n_logits, logits);
+    if (!status && s->options.draft != MOE_DRAFT_OFF && n_tok == 1 && n_logits == 1) {
+        status = session_eval_drafting(s, tokens[0], logits);
+    } else if (!status && n_tok) {
+        s->ahead.n = s->ahead.lookup.n = 0;
+        status = session_compute(s, tokens, n_tok, n_logits, logits);
+        if (!status)
+            status = session_check_finite(s, logits, n_logits);
+    }
     if (!status)
         s->n_past += (uint32_t)n_tok;
     return status;
+}
+
+void moe_session_draft_stats(const moe_session *session, moe_draft_stats *stats)
+{
+    const size_t size = MOE_MIN(stats->size, sizeof *stats);
+    moe_draft_stats full = session->ahead.drafter.stats;
+    full.size = size;
+    memcpy(stats, &full, size);
 }
 
 uint32_t moe_session_length(const moe_session *session)
@@ -730,6 +876,7 @@ moe_status moe_session_rewind(moe_session *session, uint32_t n_tok)
         return fail(&session->error, MOE_ERR_ARGUMENT, "n_tok", "expected at most %u, got %u",
                     session->n_past, n_tok);
     session->n_past = n_tok;
+    session->ahead.n = session->ahead.lookup.n = 0;
     return MOE_OK;
 }
 
@@ -737,8 +884,13 @@ moe_status moe_session_checkpoint(moe_session *session)
 {
     if (!session)
         return MOE_ERR_ARGUMENT;
+    moe_status status = MOE_OK;
+    if (session->ahead.n) { /* the state is that of tokens that have not come yet */
+        session->ahead.n = 0;
+        status = session_restore(session);
+    }
     session->keep_state = true;
-    return MOE_OK;
+    return status;
 }
 
 const moe_error *moe_session_error(const moe_session *session)

@@ -160,6 +160,22 @@ run 1 run "$model" -p abcdefgh --ctx 6
 err_has "--ctx"
 end
 
+begin drafting_changes_no_text
+run 0 run "$model" -p 7012345689 -n 80 --temp 2 --seed 4 --draft off
+cp "$work/out" "$work/first"
+for how in auto ngram; do
+    run 0 run "$model" -p 7012345689 -n 80 --temp 2 --seed 4 --draft $how
+    same "$work/first" "$work/out"
+done
+run 0 run "$model" -p 0123456789 -n 25 --draft ngram
+err_has "guessed: "
+run 0 run "$model" -p 0123456789 -n 25 --draft ngram --json
+out_has '"draft":{"n_evaluations":'
+run 1 run "$model" -p abc --draft mtp
+err_has "multi-token prediction"
+run 2 run "$model" -p abc --draft perhaps
+end
+
 begin run_writes_whole_characters
 run 0 run "$model" -p '!'
 out_is "é."
