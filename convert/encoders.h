@@ -21,7 +21,9 @@ typedef void encode_fn(const float *src, const float *importance, uint8_t *dst, 
                                size_t n_row, size_t n_in)                                          \
     {                                                                                              \
         (void)importance;                                                                          \
-        quant_##name.quantize(src, dst, n_row * n_in);                                             \
+        const size_t row_bytes = n_in / quant_##name.block_len * quant_##name.block_bytes;         \
+        for (size_t r = 0; r < n_row; r++)                                                         \
+            quant_##name.quantize(src + r * n_in, dst + r * row_bytes, n_in);                      \
     }
 #include "../quant/types.def"
 #undef X

@@ -146,7 +146,8 @@ static void derive_keys(const moe_hparams *hp, const moe_tensor *fused, moe_weig
     const uint64_t row_bytes = n_latent / fused->quant->block_len * fused->quant->block_bytes;
     for (uint64_t head = 0; head < w->dims[2]; head++) {
         const uint8_t *src = fused->data + head * (n_nope + hp->head_dim_v) * row_bytes;
-        fused->quant->dequantize(src, rows, (size_t)(n_nope * n_latent));
+        for (uint64_t i = 0; i < n_nope; i++)
+            fused->quant->dequantize(src + i * row_bytes, rows + i * n_latent, (size_t)n_latent);
         for (uint64_t i = 0; i < n_nope; i++)
             for (uint64_t k = 0; k < n_latent; k++)
                 turned[k * n_nope + i] = rows[i * n_latent + k];

@@ -22,6 +22,9 @@
 #include "iq4_nl.h"
 #include "iq4_xs.h"
 #include "mxfp4.h"
+#include "tcq4.h"
+#include "tcq5.h"
+#include "tcq8.h"
 
 static const moe_quant *const quant_table[] = {
 #define X(NAME, name, id) &quant_##name,

@@ -113,16 +113,20 @@ typedef enum moe_cpu {
 
 enum { QUANT_MAX_FIELDS = 12 };
 
+/* Ids from here on are types of this project's own, which GGUF does not have. */
+enum { QUANT_OWN_ID = 4096 };
+
 typedef struct moe_quant {
     const char *name;     /* as in public use: "Q4_K" */
-    uint32_t id;          /* GGUF's tensor type id */
+    uint32_t id;          /* GGUF's tensor type id, or an own one */
     uint32_t block_len;   /* weights per block */
     uint32_t block_bytes;
     moe_act act;
     double bits;          /* bits per weight */
-    /* n is a multiple of block_len. Any alignment. */
+    /* One row, from its beginning: what a block means may depend on the blocks before it. n is a
+     * multiple of block_len. Any alignment. */
     void (*dequantize)(const void *blocks, float *dst, size_t n);
-    /* The reference quantizer: obvious rather than best. Finite input. */
+    /* One row. The reference quantizer: obvious rather than best. Finite input. */
     void (*quantize)(const float *src, void *blocks, size_t n);
     /* The best kernels for a set of moe_cpu bits: a ladder that starts from C. */
     moe_kernels (*select)(uint32_t cpu);

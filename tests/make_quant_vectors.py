@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/data/quant_vectors.bin: random blocks of every tensor type and what the public gguf
-package makes of them. Needs: pip install gguf numpy.
+package makes of them. TCQ4, TCQ5 and TCQ8 are dequantized here, one row, as docs/quantization.md
+says. Needs: pip install gguf numpy.
 
     file    "MQV1", u32 number of types, then for each type:
             u32 id, u32 block_len, u32 block_bytes, u32 n_blocks, the blocks, float32 for each weight
@@ -33,18 +34,50 @@ def blocks_of(block_bytes, n, rng):
     return rows
 
 
+# The next state, if the code is even and if it is odd.
+TRELLIS = {0: (0, 1), 1: (2, 3), 2: (5, 4), 3: (7, 6), 4: (1, 0), 5: (3, 2), 6: (4, 5), 7: (6, 7)}
+# Own types: block bytes, values of a weight.
+TCQ = {4096: (17, 32), 4097: (21, 64), 4098: (33, 256)}
+
+
+def tcq_codes(id, block):
+    if id == 4098:
+        return [int(b) & 127 for b in block[1:]]
+    nibbles = [int(b) & 15 for b in block[1:17]] + [int(b) >> 4 for b in block[1:17]]
+    if id == 4096:
+        return nibbles
+    low = int.from_bytes(bytes(block[17:21]), "little")
+    return [2 * q + (low >> k & 1) for k, q in enumerate(nibbles)]
+
+
+def tcq_dequantize(id, rows):
+    state, out = [0] * 32, []
+    for block in rows:
+        d = (1 + (int(block[0]) & 7) / 8) * 2.0 ** ((int(block[0]) >> 3) - 22)
+        for k, code in enumerate(tcq_codes(id, block)):
+            out.append(d * (2 * code + state[k] % 2 - TCQ[id][1] // 2))
+            state[k] = TRELLIS[state[k]][code % 2]
+    return np.array(out, dtype="<f4")
+
+
 def main():
     rng = np.random.default_rng(20250101)
     out = [b"MQV1", struct.pack("<I", len(types()))]
     for id in types():
-        quant = gguf.GGMLQuantizationType(id)
-        block_len, block_bytes = gguf.GGML_QUANT_SIZES[quant]
+        if id in TCQ:
+            block_len, block_bytes = 32, TCQ[id][0]
+        else:
+            quant = gguf.GGMLQuantizationType(id)
+            block_len, block_bytes = gguf.GGML_QUANT_SIZES[quant]
         n = 2048 // block_len if block_len > 1 else 512
         n = max(n, 16)
         rows = blocks_of(block_bytes, n, rng)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            floats = gguf.quants.dequantize(rows, quant).astype("<f4").reshape(-1)
+        if id in TCQ:
+            floats = tcq_dequantize(id, rows)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                floats = gguf.quants.dequantize(rows, quant).astype("<f4").reshape(-1)
         assert floats.size == n * block_len
         out += [struct.pack("<4I", id, block_len, block_bytes, n), rows.tobytes(), floats.tobytes()]
     with open(os.path.join(HERE, "data", "quant_vectors.bin"), "wb") as f:
