@@ -37,6 +37,10 @@ static moe_status gguf_make_header(conv_source *s, text_buf *out, uint64_t *file
     meta_bytes(&w, s->kv.data, s->kv.n);
     for (size_t i = 0; i < s->n_tensors; i++) {
         conv_tensor *t = &s->tensors[i];
+        if (t->target->id >= QUANT_OWN_ID)
+            return fail(error, MOE_ERR_ARGUMENT, t->name,
+                        "expected a type that GGUF has, such as Q4_K, got %s, which only .moe files "
+                        "have; write OUT.moe or choose another type", t->target->name);
         meta_text(&w, t->name, strlen(t->name));
         meta_number(&w, t->n_dims, 4);
         for (uint32_t d = 0; d < t->n_dims; d++)

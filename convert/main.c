@@ -107,17 +107,19 @@ static void main_json_text(const char *text)
     putchar('"');
 }
 
-/* Bytes and weights of each type, as they come. */
+/* Bytes and weights of each type, in the order of quant_table. */
 typedef struct main_sums {
     uint64_t n_tensors, n_weights, bytes;
 } main_sums;
 
-static void main_sum(const conv_job *job, main_sums sums[64])
+static void main_sum(const conv_job *job, main_sums sums[MOE_COUNT(quant_table)])
 {
-    memset(sums, 0, 64 * sizeof *sums);
+    memset(sums, 0, MOE_COUNT(quant_table) * sizeof *sums);
     for (size_t i = 0; i < job->source.n_tensors; i++) {
         const conv_tensor *t = &job->source.tensors[i];
-        main_sums *sum = &sums[t->target->id & 63];
+        main_sums *sum = sums;
+        while (quant_table[sum - sums] != t->target)
+            sum++;
         sum->n_tensors++;
         sum->n_weights += t->row_len * t->n_rows;
         sum->bytes += t->bytes;
@@ -132,7 +134,7 @@ static double main_bits(const conv_job *job)
 
 static void main_print_json(const conv_job *job)
 {
-    main_sums sums[64];
+    main_sums sums[MOE_COUNT(quant_table)];
     bool comma = false;
     main_sum(job, sums);
     printf("{\"out\": ");
@@ -143,11 +145,11 @@ static void main_print_json(const conv_job *job)
            "\"bits_per_weight\": %.4f, \"seconds\": %.3f, \"types\": {",
            (unsigned long long)job->file_bytes, (unsigned long long)job->header_bytes,
            job->source.n_tensors, (unsigned long long)job->n_weights, main_bits(job), job->seconds);
-    for (uint32_t i = 0; i < 64; i++) {
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
         if (!sums[i].n_tensors)
             continue;
         printf("%s\"%s\": {\"n_tensors\": %llu, \"n_weights\": %llu, \"bytes\": %llu}",
-               comma ? ", " : "", quant_by_id(i)->name, (unsigned long long)sums[i].n_tensors,
+               comma ? ", " : "", quant_table[i]->name, (unsigned long long)sums[i].n_tensors,
                (unsigned long long)sums[i].n_weights, (unsigned long long)sums[i].bytes);
         comma = true;
     }
@@ -175,13 +177,13 @@ static void main_print_plan(const conv_job *job)
 
 static void main_print(const conv_job *job)
 {
-    main_sums sums[64];
+    main_sums sums[MOE_COUNT(quant_table)];
     main_sum(job, sums);
     if (job->options.dry_run)
         main_print_plan(job);
-    for (uint32_t i = 0; i < 64; i++)
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         if (sums[i].n_tensors)
-            printf("%-7s %5llu tensors %16llu weights %16llu bytes\n", quant_by_id(i)->name,
+            printf("%-7s %5llu tensors %16llu weights %16llu bytes\n", quant_table[i]->name,
                    (unsigned long long)sums[i].n_tensors, (unsigned long long)sums[i].n_weights,
                    (unsigned long long)sums[i].bytes);
     printf("%s: %s%llu bytes, %.2f bits per weight", job->options.out,

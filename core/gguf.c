@@ -393,7 +393,7 @@ static moe_status gguf_parse_type(gguf_reader *r, moe_tensor *t)
     moe_status status = gguf_u32(r, t->name, &id);
     if (status)
         return status;
-    t->quant = quant_by_id(id);
+    t->quant = id < QUANT_OWN_ID ? quant_by_id(id) : NULL;
     if (!t->quant)
         return r->metadata_only ? MOE_OK : gguf_fail_type(r, t->name, id);
     if (t->dims[0] % t->quant->block_len)

@@ -1,38 +1,41 @@
-/* quant/tcq.h - what the trellis-coded types (tcq4.h, tcq5.h, tcq8.h) share: the trellis, the scale,
- * and the loops of their kernels.
+/* quant/tcq.h - what the trellis-coded types (tcq4.h, tcq5.h, tcq8.h) share: the trellis, the
+ * scale, and the loops of their kernels.
  *
- * Trellis-coded quantization (Marcellin and Fischer 1990; with entropy coding: Fischer and Wang 1992;
- * the trellis is that of JPEG 2000 part 2, Ungerboeck's with 8 states). The values of a weight are the
- * multiples of a step d. They are dealt out to four subsets, v mod 4 = 0, 1, 2, 3. A state offers two of
- * them, the even or the odd values, so a code is one bit shorter than a value; and the subset that was
- * taken leads to the next state. An encoder that searches the best path through all states (the Viterbi
- * algorithm) is left with 1.1 dB less error than a uniform step whose codes have the same entropy.
+ * Trellis-coded quantization: Marcellin and Fischer 1990; with entropy coding, Fischer and Wang
+ * 1992; the trellis is Ungerboeck's with 8 states, as in JPEG 2000 part 2. The values of a weight
+ * are the multiples of a step d, dealt out to four subsets: v mod 4 = 0, 1, 2, 3. A state offers
+ * two of them, the even or the odd values, so that a code is one bit shorter than a value; and the
+ * subset that is taken leads to the next state. An encoder that searches the best path through all
+ * states (the Viterbi algorithm) is left with 1 dB less error than a uniform step whose codes have
+ * the same entropy.
  *
  *     state      0      1      2      3      4      5      6      7
  *     offers   0   2  1   3  0   2  1   3  0   2  1   3  0   2  1   3      v mod 4
  *     leads to 0   1  2   3  5   4  7   6  1   0  3   2  4   5  6   7
  *
- * A row of n_in weights is 32 paths side by side: path l has the weights l, l + 32, l + 64, ... Each
- * begins in state 0. A step of all 32 is a shuffle of bytes; a block is one step.
+ * A row of n_in weights is 32 paths side by side: path l has the weights l, l + 32, l + 64, ...
+ * Each begins in state 0. A step of all 32 is a shuffle of bytes; a block is one step.
  *
  * The code c of a weight and the lowest bit of its state s give its value and the next state:
  *
- *     v = (2 c | s & 1) - bias           weight = d v             bias: half the range of the values
- *     the subset is v mod 4 = 2 (c & 1) + (s & 1), since a bias is a multiple of 4
+ *     v = (2 c | s & 1) - bias         weight = d v         bias: half the number of values
+ *     v mod 4 = 2 (c & 1) + (s & 1), since a bias is a multiple of 4
  *
- * Here a state is kept in a byte with a gap, its bits 0, 1, 2 at places 0, 2, 3, where a doubled code
- * 2 c has its lowest bit: (s | 2 c & 2) is the place of the next state in a table.
+ * Here a state is kept in a byte with a gap, its bits 0, 1, 2 at places 0, 2, 3, where a doubled
+ * code 2 c has its lowest bit: (s | 2 c & 2) is the place of the next state in a table.
  *
  * The scale of a block is a byte, a float without sign, 5 bits of exponent and 3 of fraction:
- * d = (1 + (b & 7) / 8) 2^((b >> 3) - 22). An encoder that gives all blocks of a tensor the same d is
- * nearly right: at equal error the codes of a block with large weights are longer, those of one with
- * small weights shorter, and the bytes of the scales cost nothing once they are compressed. A block
- * whose weights reach beyond the range takes a larger d.
+ *
+ *     d = (1 + (b & 7) / 8) 2^((b >> 3) - 22)
+ *
+ * An encoder gives most blocks of a tensor the same d: at equal error large weights have long codes
+ * and small ones short codes, and scales that are all alike take no room once they are compressed.
+ * A block whose weights reach beyond the range of the codes takes a larger d.
  *
  * Product with a row of activations, block after block:
  *     acc = fmaf(d x_scale, (float)sum(v x_q), acc)
  *
- * Codes of little entropy want entropy coding on disk: see docs/quantization.md. */
+ * What it is good for, and for which rates: docs/quantization.md. */
 #ifndef MOE_QUANT_TCQ_H
 #define MOE_QUANT_TCQ_H
 
@@ -55,7 +58,7 @@ MOE_INLINE float tcq_scale(uint8_t byte)
 }
 
 /* The byte of the least scale that is not below d. */
-MOE_UNUSED static uint8_t tcq_scale_byte(float d)
+MOE_INLINE uint8_t tcq_scale_byte(float d)
 {
     const uint32_t least = bits_of_f32(tcq_scale(0)), u = bits_of_f32(d);
     if (!(d > tcq_scale(0)))
@@ -107,10 +110,10 @@ MOE_INLINE float tcq_dot_c(const uint8_t *block, const uint8_t *x_row, size_t n_
     return acc;
 }
 
-/* The reference quantizer takes no paths into account: each weight becomes the nearest value that its
- * state offers. `put` writes the codes c of a block. */
-MOE_INLINE void tcq_quantize(const float *src, uint8_t *block, size_t n, size_t block_bytes, int bias,
-                             void (*put)(uint8_t *block, const uint8_t code[TCQ_LEN]))
+/* The reference quantizer takes no paths into account: each weight becomes the nearest value that
+ * its state offers. `put` writes the codes c of a block. */
+MOE_INLINE void tcq_quantize(const float *src, uint8_t *block, size_t n, size_t block_bytes,
+                             int bias, void (*put)(uint8_t *block, const uint8_t code[TCQ_LEN]))
 {
     uint8_t state[TCQ_LEN] = {0}, code[TCQ_LEN];
     for (size_t b = 0; b < n / TCQ_LEN; b++, src += TCQ_LEN, block += block_bytes) {
@@ -262,8 +265,8 @@ MOE_AVX2_INLINE void tcq_gemm_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
 
 /* ------------------------------------------------------------------------- AVX-512 VNNI, gemv -- */
 
-/* Doubled codes of a block of 8 rows, k 0..15 and 16..31: a quarter of a vector is a row, in the order
- * 0, 4, 1, 5 and 2, 6, 3, 7, so that halves of it are vectors as x86.h has them. */
+/* Doubled codes of a block of 8 rows, k 0..15 and 16..31: a quarter of a vector is a row, in the
+ * order 0, 4, 1, 5 and 2, 6, 3, 7, so that halves of it are vectors as x86.h has them. */
 typedef struct tcq_block_512 {
     __m512i lo[2], hi[2];
 } tcq_block_512;
@@ -332,6 +335,171 @@ MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
     }
 #endif
 
+/* ------------------------------------------------------------------------------------- NEON -- */
+#if MOE_ARM64
+
+/* As arm32_gemv and arm32_gemm, whose comments hold here, with paths that run through the row. */
+typedef struct tcq_arm {
+    size_t block_bytes;
+    /* Doubled codes of a block: k 0..15, k 16..31. */
+    void (*codes)(const uint8_t *block, uint8x16_t v[2]);
+    uint8_t bias;
+} tcq_arm;
+
+/* The next block of a row, as signed values. */
+MOE_INLINE void tcq_unpack_arm(const uint8_t *block, const tcq_arm *f, uint8x16_t state[2],
+                               int8x16_t value[2])
+{
+    const uint8x16_t next = vld1q_u8(tcq_next);
+    uint8x16_t v[2];
+    f->codes(block, v);
+    ARM_UNROLL
+    for (size_t i = 0; i < 2; i++) {
+        const uint8x16_t s = state[i];
+        state[i] = vqtbl1q_u8(next, vorrq_u8(s, vandq_u8(v[i], vdupq_n_u8(2))));
+        v[i] = vorrq_u8(v[i], vandq_u8(s, vdupq_n_u8(1)));
+        value[i] = vreinterpretq_s8_u8(vsubq_u8(v[i], vdupq_n_u8(f->bias)));
+    }
+}
+
+/* The scales at `offset` of 4 rows. */
+MOE_INLINE float32x4_t tcq_scales_arm(const uint8_t *const row[4], size_t offset)
+{
+    const uint32_t byte[4] = {row[0][offset], row[1][offset], row[2][offset], row[3][offset]};
+    return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vld1q_u32(byte), 20),
+                                           vdupq_n_u32((127 + TCQ_SCALE_EXPONENT) << 23)));
+}
+
+/* acc + the part of one block of 4 rows: the expression of the formats. */
+MOE_INLINE float32x4_t tcq_add_arm(int32x4_t dot, float32x4_t d, const moe_q8 *x, size_t b,
+                                   float32x4_t acc)
+{
+    return vfmaq_f32(acc, vmulq_f32(d, vld1q_dup_f32(x->scale + b)), vcvtq_f32_s32(dot));
+}
+
+MOE_INLINE void tcq_gemv_arm(const moe_mm *mm, const tcq_arm *f, arm_dot_fn *dot)
+{
+    const moe_q8 x = act_q8(MOE_ACT_Q8_32, mm->x, mm->n_in);
+    for (size_t r = 0; r < mm->n_row; r += 4) {
+        const uint8_t *row[4];
+        uint8x16_t state[4][2];
+        arm_rows(mm, r, 4, row);
+        memset(state, 0, sizeof state);
+        float32x4_t acc = vdupq_n_f32(0);
+        const uintptr_t next = (uintptr_t)row[0] + 4 * mm->w_stride;
+        for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
+            const size_t at = b * f->block_bytes;
+            const int8x16_t x0 = vld1q_s8(x.q + 32 * b), x1 = vld1q_s8(x.q + 32 * b + 16);
+            int32x4_t sum[4];
+            arm_prefetch(next + 4 * at, 4 * f->block_bytes);
+            ARM_UNROLL
+            for (size_t i = 0; i < 4; i++) {
+                int8x16_t v[2];
+                tcq_unpack_arm(row[i] + at, f, state[i], v);
+                sum[i] = dot(dot(vdupq_n_s32(0), v[0], x0), v[1], x1);
+            }
+            acc = tcq_add_arm(arm_sum4(sum[0], sum[1], sum[2], sum[3]), tcq_scales_arm(row, at), &x,
+                              b, acc);
+        }
+        arm_store_rows(mm->y + r, acc, mm->n_row - r);
+    }
+}
+
+/* acc[t] += a block of 8 rows (two slices, packed) times block b of token t, for n_tok (constant,
+ * <= 4) tokens. */
+MOE_INLINE void tcq_tile_arm(const int8x16_t code[16], const float32x4_t d[2], const moe_q8 *x,
+                             size_t b, size_t n_tok, const arm_engine *e, float32x4_t (*acc)[2])
+{
+    const int8_t *q[4];
+    int32x4_t sum[8], dot[4][2];
+    ARM_UNROLL
+    for (size_t t = 0; t < n_tok; t++)
+        q[t] = x[t].q + 32 * b;
+    ARM_UNROLL
+    for (size_t i = 0; i < n_tok * e->n_sum; i++)
+        sum[i] = vdupq_n_s32(0);
+    e->dot(code, q, 0, n_tok, sum);
+    e->dot(code + 8, q, 16, n_tok, sum);
+    e->finish(sum, n_tok, dot);
+    ARM_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        acc[t][0] = tcq_add_arm(dot[t][0], d[0], &x[t], b, acc[t][0]);
+        acc[t][1] = tcq_add_arm(dot[t][1], d[1], &x[t], b, acc[t][1]);
+    }
+}
+
+MOE_INLINE void tcq_gemm_tokens_arm(const moe_mm *mm, size_t t0, size_t n_tok, const tcq_arm *f,
+                                    const arm_engine *e)
+{
+    moe_q8 x[ARM_TOKENS + 1];
+    arm_tokens(mm, MOE_ACT_Q8_32, t0, n_tok, x);
+    for (size_t r = 0; r < mm->n_row; r += 8) {
+        const uint8_t *row[8];
+        uint8x16_t state[8][2];
+        float32x4_t acc[ARM_TOKENS + 1][2];
+        arm_rows(mm, r, 8, row);
+        memset(state, 0, sizeof state);
+        memset(acc, 0, (n_tok + 1) * sizeof acc[0]);
+        const uintptr_t next = (uintptr_t)row[0] + 8 * mm->w_stride;
+        for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
+            const size_t at = b * f->block_bytes;
+            int8x16_t low[8], high[8], code[16];
+            arm_prefetch(next + 8 * at, 8 * f->block_bytes);
+            for (size_t i = 0; i < 8; i++) {
+                int8x16_t v[2];
+                tcq_unpack_arm(row[i] + at, f, state[i], v);
+                low[i] = v[0];
+                high[i] = v[1];
+            }
+            e->pack(low, code);
+            e->pack(high, code + 8);
+            const float32x4_t d[2] = {tcq_scales_arm(row, at), tcq_scales_arm(row + 4, at)};
+            size_t t = 0;
+            for (; t + e->n_tok <= n_tok; t += e->n_tok)
+                tcq_tile_arm(code, d, x + t, b, e->n_tok, e, acc + t);
+            for (; e->n_tok > 2 && t < n_tok; t += 2)
+                tcq_tile_arm(code, d, x + t, b, 2, e, acc + t);
+        }
+        arm_store_tokens(mm, r, t0, n_tok, acc);
+    }
+}
+
+MOE_INLINE void tcq_gemm_arm(const moe_mm *mm, const tcq_arm *f, const arm_engine *e,
+                             moe_mm_fn *gemv)
+{
+    if (mm->n_tok < ARM_TOKENS_MIN) {
+        arm_gemm_few(mm, gemv);
+        return;
+    }
+    for (size_t t = 0; t < mm->n_tok; t += ARM_TOKENS)
+        tcq_gemm_tokens_arm(mm, t, MOE_MIN(mm->n_tok - t, (size_t)ARM_TOKENS), f, e);
+}
+
+/* A type's kernels, made of `type`_codes_arm. */
+#define TCQ_ARM(type, bias)                                                                        \
+    static const tcq_arm type##_arm = {sizeof(type##_block), type##_codes_arm, bias};              \
+    static void type##_gemv_neon(const moe_mm *mm)                                                 \
+    {                                                                                              \
+        tcq_gemv_arm(mm, &type##_arm, arm_dot_neon);                                               \
+    }                                                                                              \
+    static void type##_gemm_neon(const moe_mm *mm)                                                 \
+    {                                                                                              \
+        tcq_gemm_arm(mm, &type##_arm, &arm_neon, type##_gemv_neon);                                \
+    }                                                                                              \
+    MOE_DOTPROD static void type##_gemv_dotprod(const moe_mm *mm)                                  \
+    {                                                                                              \
+        tcq_gemv_arm(mm, &type##_arm, arm_dot_dotprod);                                            \
+    }                                                                                              \
+    MOE_DOTPROD static void type##_gemm_dotprod(const moe_mm *mm)                                  \
+    {                                                                                              \
+        tcq_gemm_arm(mm, &type##_arm, &arm_dotprod, type##_gemv_dotprod);                          \
+    }                                                                                              \
+    MOE_I8MM static void type##_gemm_i8mm(const moe_mm *mm)                                        \
+    {                                                                                              \
+        tcq_gemm_arm(mm, &type##_arm, &arm_i8mm, type##_gemv_dotprod);                             \
+    }
+#endif
+
 /* -------------------------------------------------------------------------------- selection -- */
 
 #if MOE_X86
@@ -340,6 +508,14 @@ MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
         best = (moe_kernels){type##_gemv_avx2, type##_gemm_avx2};                                  \
     if (cpu & MOE_CPU_AVX512_VNNI)                                                                 \
         best.gemv = type##_gemv_vnni512;
+#elif MOE_ARM64
+#define TCQ_LADDER(type)                                                                           \
+    if (cpu & MOE_CPU_NEON)                                                                        \
+        best = (moe_kernels){type##_gemv_neon, type##_gemm_neon};                                  \
+    if (cpu & MOE_CPU_DOTPROD)                                                                     \
+        best = (moe_kernels){type##_gemv_dotprod, type##_gemm_dotprod};                            \
+    if (cpu & MOE_CPU_DOTPROD && cpu & MOE_CPU_I8MM)                                               \
+        best.gemm = type##_gemm_i8mm;
 #else
 #define TCQ_LADDER(type)
 #endif

@@ -60,7 +60,8 @@ MOE_AVX2_INLINE __m256 tcq4_step_avx2(const x86_block *w, const x86_x32 *x, __m2
 
 TCQ_AVX2(tcq4)
 
-MOE_VNNI512_INLINE void tcq4_load_512(const uint8_t *const row[8], size_t offset, tcq_block_512 *w)
+MOE_VNNI512_INLINE void tcq4_load_512(const uint8_t *const row[8], size_t offset,
+                                      tcq_block_512 *w)
 {
     const __m512i mask = _mm512_set1_epi8(30);
     X86_512_UNROLL
@@ -74,6 +75,18 @@ MOE_VNNI512_INLINE void tcq4_load_512(const uint8_t *const row[8], size_t offset
 TCQ_VNNI512(tcq4, TCQ4_BIAS)
 
 #endif
+
+#if MOE_ARM64
+MOE_INLINE void tcq4_codes_arm(const uint8_t *block, uint8x16_t v[2])
+{
+    const uint8x16_t q = vld1q_u8(block + offsetof(tcq4_block, q));
+    v[0] = vshlq_n_u8(vandq_u8(q, vdupq_n_u8(15)), 1);
+    v[1] = vshlq_n_u8(vshrq_n_u8(q, 4), 1);
+}
+
+TCQ_ARM(tcq4, TCQ4_BIAS)
+#endif
+
 TCQ_QUANT(tcq4, "TCQ4", QUANT_OWN_ID, 1, 16)
 
 #endif

@@ -1,13 +1,15 @@
-/* quant/tcq5.h - TCQ5: blocks of 32 trellis-coded weights with codes of 5 bits. For rates of 3.2 to 4.3
- * bits per weight on disk.
+/* quant/tcq5.h - TCQ5: blocks of 32 trellis-coded weights with codes of 5 bits. For rates of 3.2 to
+ * 4.3 bits per weight on disk.
  *
  *     byte 0   1                                17          21
- *          | d | q[16]                          | low[4]    |     c[k]      = 2 (q[k] & 15) | bit k of low
- *            ^   low nibbles: k 0..15             one bit         c[k + 16] = 2 (q[k] >> 4) | bit k + 16
- *        scale   high nibbles: k 16..31           of each         weight    = d ((2 c | s & 1) - 32)
+ *          | d | q[16]                          | low[4]    |
+ *            ^   low nibbles: k 0..15             one bit     c[k]      = 2 (q[k] & 15) | low bit k
+ *        scale   high nibbles: k 16..31           of each     c[k + 16] = 2 (q[k] >> 4) | low bit
+ *                                                                         k + 16
+ *     weight = d ((2 c | s & 1) - 32)
  *
- * The lowest bit of a code, which chooses the subset, is as good as random: kept apart it costs its one
- * bit on disk, and the others code as well as they would together with it (0.01 bits less well).
+ * The lowest bit of a code, which chooses the subset, is as good as random: on disk it costs one bit
+ * whether it stands apart or not, and the others are coded by bytes, two of them at once.
  *
  * The scale, the state s and the product with activations are described in tcq.h. */
 #ifndef MOE_QUANT_TCQ5_H
@@ -46,8 +48,9 @@ static void tcq5_put(uint8_t *block, const uint8_t code[32])
 TCQ_C(tcq5, TCQ5_BIAS)
 
 #if MOE_X86
-/* 2 where the bit k of a 32-bit word is set that `words` holds for each half, else 0: for bytes k = 0 to
- * 15 of each half, or 16 to 31. `at` is the place of the word in its half, plus 2 for the latter. */
+/* 2 where the bit k of a 32-bit word is set that `words` holds for each half, else 0: for bytes k
+ * = 0 to 15 of each half, or 16 to 31. `at` is the place of the word in its half, plus 2 for the
+ * latter. */
 MOE_AVX2_INLINE __m256i tcq5_low_avx2(__m256i words, int at)
 {
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
@@ -99,7 +102,8 @@ MOE_VNNI512_INLINE __m512i tcq5_low_512(__m512i v, const uint8_t *const row[8], 
     return _mm512_mask_add_epi8(v, (__mmask64)bits, v, _mm512_set1_epi8(2));
 }
 
-MOE_VNNI512_INLINE void tcq5_load_512(const uint8_t *const row[8], size_t offset, tcq_block_512 *w)
+MOE_VNNI512_INLINE void tcq5_load_512(const uint8_t *const row[8], size_t offset,
+                                      tcq_block_512 *w)
 {
     const __m512i mask = _mm512_set1_epi8(60);
     const size_t low = offset + offsetof(tcq5_block, low);
@@ -116,6 +120,24 @@ MOE_VNNI512_INLINE void tcq5_load_512(const uint8_t *const row[8], size_t offset
 TCQ_VNNI512(tcq5, TCQ5_BIAS)
 
 #endif
+
+#if MOE_ARM64
+MOE_INLINE void tcq5_codes_arm(const uint8_t *block, uint8x16_t v[2])
+{
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    const uint8x16_t q = vld1q_u8(block + offsetof(tcq5_block, q));
+    const uint8_t *low = block + offsetof(tcq5_block, low);
+    const uint8x16_t four[2] = {vandq_u8(q, vdupq_n_u8(15)), vshrq_n_u8(q, 4)};
+    ARM_UNROLL
+    for (int i = 0; i < 2; i++) {
+        const uint8x16_t copy = vcombine_u8(vdup_n_u8(low[2 * i]), vdup_n_u8(low[2 * i + 1]));
+        v[i] = vorrq_u8(vshlq_n_u8(four[i], 2), vandq_u8(vtstq_u8(copy, bit), vdupq_n_u8(2)));
+    }
+}
+
+TCQ_ARM(tcq5, TCQ5_BIAS)
+#endif
+
 TCQ_QUANT(tcq5, "TCQ5", QUANT_OWN_ID + 1, 1, 16, 4)
 
 #endif

@@ -1,10 +1,10 @@
-/* quant/tcq8.h - TCQ8: blocks of 32 trellis-coded weights with codes of 7 bits in bytes. For rates of
- * 4.3 to 6 bits per weight on disk.
+/* quant/tcq8.h - TCQ8: blocks of 32 trellis-coded weights with codes of 7 bits in bytes. For rates
+ * of 4.3 to 6 bits per weight on disk.
  *
  *     byte 0   1                                                               33
- *          | d | q[32]                                                         |     c[k]   = q[k] & 127
- *            ^   one code each, 0..127                                               weight = d ((2 c | s & 1) - 128)
- *        scale
+ *          | d | q[32]                                                         |
+ *            ^   one code each, 0..127                    c[k]   = q[k] & 127
+ *        scale                                            weight = d ((2 c | s & 1) - 128)
  *
  * The scale, the state s and the product with activations are described in tcq.h. */
 #ifndef MOE_QUANT_TCQ8_H
@@ -62,7 +62,8 @@ MOE_AVX2_INLINE __m256 tcq8_step_avx2(const x86_block *w, const x86_x32 *x, __m2
 
 TCQ_AVX2(tcq8)
 
-MOE_VNNI512_INLINE void tcq8_load_512(const uint8_t *const row[8], size_t offset, tcq_block_512 *w)
+MOE_VNNI512_INLINE void tcq8_load_512(const uint8_t *const row[8], size_t offset,
+                                      tcq_block_512 *w)
 {
     const size_t q = offset + offsetof(tcq8_block, q);
     X86_512_UNROLL
@@ -77,6 +78,18 @@ MOE_VNNI512_INLINE void tcq8_load_512(const uint8_t *const row[8], size_t offset
 TCQ_VNNI512(tcq8, TCQ8_BIAS)
 
 #endif
+
+#if MOE_ARM64
+MOE_INLINE void tcq8_codes_arm(const uint8_t *block, uint8x16_t v[2])
+{
+    const uint8_t *q = block + offsetof(tcq8_block, q);
+    v[0] = vshlq_n_u8(vld1q_u8(q), 1);
+    v[1] = vshlq_n_u8(vld1q_u8(q + 16), 1);
+}
+
+TCQ_ARM(tcq8, TCQ8_BIAS)
+#endif
+
 TCQ_QUANT(tcq8, "TCQ8", QUANT_OWN_ID + 2, 1, 32)
 
 #endif

@@ -259,6 +259,8 @@ static void blocks_are_those_of_the_quantizer(void)
     CHECK(n_quantized > 10, "%zu", n_quantized);
     directory_close(a);
     directory_close(b);
+    CHECK(convert(full, small, "tcq5", &error) == MOE_ERR_ARGUMENT &&
+              strstr(error.message, "only .moe files have"), "%s", error.message);
     unlink(full);
     unlink(small);
 }

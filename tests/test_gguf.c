@@ -980,7 +980,7 @@ static void g30_sum_of_sizes_wraps(void)
 
 static void g31_tensor_type_out_of_range(void)
 {
-    static const uint32_t types[] = {UINT32_MAX, 1000, 43};
+    static const uint32_t types[] = {UINT32_MAX, 4096, 1000, 43};
     for (size_t i = 0; i < MOE_COUNT(types); i++) {
         bytes b = {0};
         char text[32];

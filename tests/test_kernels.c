@@ -160,8 +160,8 @@ static void every_type_of_the_list_is_found(void)
     }
 }
 
-/* Random blocks, dequantized by the gguf package, or for the types that it does not have by the script
- * that made the file. */
+/* Random blocks, dequantized by the gguf package, or, where it does not have the type, by the
+ * script that made the file. */
 static void dequantize_equals_gguf(void)
 {
     char path[1024];
@@ -302,8 +302,8 @@ static void bf16_conversion_rounds_to_even(void)
  *         end at +7/8 and +15/16 of the largest; 14 / 127 of IQ4_NL (127 becomes 113); 8 becomes 6
  *         in MXFP4. Plus the rounding of scales and offsets to 11 bits. 0: not bounded (searches
  *         for the least squares may give up single weights).
- * A state of TCQ4, TCQ5 and TCQ8 offers 16, 32 and 128 values; their scales are rounded up by an eighth
- * at most, and the largest weight may be a step and a half beyond the range. */
+ * A state of TCQ4, TCQ5 and TCQ8 offers 16, 32 and 128 values; their scales are rounded up by an
+ * eighth at most, and the largest weight may be a step and a half beyond the range. */
 static const struct {
     const char *name;
     double rms, max;
