@@ -23,6 +23,7 @@
 
 #include "core/directory.c"   /* metadata and tensors, as they are read */
 #include "core/gguf.c"        /* GGUF -> directory */
+#include "core/moefile.c"     /* .moe -> directory */
 
 #ifndef MOE_NO_TEXT
 #include "core/tokenizer.c"   /* text <-> tokens */

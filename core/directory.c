@@ -57,7 +57,7 @@ typedef struct dir_file {
     uint8_t *head;         // the first head_bytes bytes, copied
     uint64_t head_bytes;
     const uint8_t *map;    // the whole file
-    uint8_t *copy;         // its bytes from data_start on
+    uint8_t *copy;         // its bytes from data_start on; of a .moe, what is not used in place
     uint64_t data_start;   // where tensors begin
 } dir_file;
 
@@ -69,6 +69,7 @@ struct moe_directory {
     dir_table meta, tensor;
     dir_file *files; // [n_files]
     uint32_t n_files;
+    struct moefile *moe; // what core/moefile.c keeps; NULL: another container
 };
 
 /* -------------------------------------------------------------------------------- memory -- */

@@ -701,17 +701,13 @@ static moe_status gguf_load_split(moe_directory *dir, bool metadata_only, moe_er
     return MOE_OK;
 }
 
-/* --------------------------------------------------------------------------- entry points -- */
+/* ---------------------------------------------------------------------------- entry point -- */
 
+/* Fills an empty directory, whose file is open, from it. */
 static moe_status gguf_load(moe_directory *dir, const moe_model_options *options, moe_error *error)
 {
-    dir->files = mem_alloc(dir->mem, 1, sizeof *dir->files);
-    if (!dir->files)
-        return fail_memory(error, dir->mem, "files", sizeof *dir->files);
-    dir->n_files = 1;
     moe_status status;
-    if ((status = dir_file_open(dir->mem, dir->files, options, error)) ||
-        (status = gguf_load_header(dir, dir->files, options->vocab_only, error)) ||
+    if ((status = gguf_load_header(dir, dir->files, options->vocab_only, error)) ||
         (status = gguf_load_split(dir, options->vocab_only, error)))
         return status;
     if (options->vocab_only) {
@@ -719,28 +715,6 @@ static moe_status gguf_load(moe_directory *dir, const moe_model_options *options
         return MOE_OK;
     }
     return dir_load_data(dir, options->copy, error);
-}
-
-MOE_UNUSED static moe_status directory_open(moe_directory **out, const moe_model_options *options,
-                                            moe_mem *mem, moe_error *error)
-{
-    moe_model_options known; // an older caller's struct is shorter
-    moe_model_options_init(&known);
-    memcpy(&known, options, MOE_MIN(options->size, sizeof known));
-    *out = NULL;
-    moe_directory *dir = mem_alloc(mem, 1, sizeof *dir);
-    if (!dir)
-        return fail_memory(error, mem, "directory", sizeof *dir);
-    dir_init(dir, mem);
-    dir->cancel = known.cancel;
-    moe_status status = gguf_load(dir, &known, error);
-    dir->cancel = NULL;
-    if (status) {
-        directory_close(dir);
-        return status;
-    }
-    *out = dir;
-    return MOE_OK;
 }
 
 #endif
