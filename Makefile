@@ -12,11 +12,12 @@ CFLAGS ?= -O2 -g
 PKG_CONFIG_DIR ?= $(PREFIX)/lib/pkgconfig
 
 # Variants. SAN=asan (address and undefined behaviour), ubsan, tsan. CORE=dist: the two-file form.
-# MOE_NO_TEXT=1: no tokenizers, and none of their libraries.
+# MOE_NO_TEXT=1: no tokenizers, and none of their libraries. MOE_NO_ZSTD=1: no compressed weights.
 SAN ?=
 CORE ?=
 MOE_NO_TEXT ?=
-B ?= build$(SAN:%=/%)$(CORE:%=/%)$(if $(MOE_NO_TEXT),/notext)
+MOE_NO_ZSTD ?=
+B ?= build$(SAN:%=/%)$(CORE:%=/%)$(if $(MOE_NO_TEXT),/notext)$(if $(MOE_NO_ZSTD),/nozstd)
 
 VERSION := $(shell sed -n 's/^\#define MOE_VERSION_[MP][A-Z]* \([0-9]*\)$$/\1/p' moe.h | \
 	paste -sd. -)
@@ -35,10 +36,10 @@ endif
 endif
 
 WARN := -Wall -Wextra -Wshadow
-BUILD_CFLAGS = -std=c11 $(WARN) $(SAN_$(SAN)) $(if $(MOE_NO_TEXT),-DMOE_NO_TEXT) $(CPPFLAGS) \
-	$(CFLAGS)
+BUILD_CFLAGS = -std=c11 $(WARN) $(SAN_$(SAN)) $(if $(MOE_NO_TEXT),-DMOE_NO_TEXT) \
+	$(if $(MOE_NO_ZSTD),-DMOE_NO_ZSTD) $(CPPFLAGS) $(CFLAGS)
 TEXT_LIBS := -lutf8proc
-LIBS = $(if $(MOE_NO_TEXT),,$(TEXT_LIBS)) -lm -pthread
+LIBS = $(if $(MOE_NO_TEXT),,$(TEXT_LIBS)) $(if $(MOE_NO_ZSTD),,-lzstd) -lm -pthread
 TEST_LIBS = $(if $(MOE_NO_TEXT),,-lzstd)
 
 ifeq ($(CORE),dist)
@@ -53,8 +54,8 @@ endif
 # -------------------------------------------------------------------------------- targets --
 
 PROGRAM := $(B)/moe
-# The converter needs the tokenizers; it includes the library's sources.
-CONVERTER := $(if $(MOE_NO_TEXT),,$(B)/moe-convert)
+# The converter needs the tokenizers and zstd; it includes the library's sources.
+CONVERTER := $(if $(MOE_NO_TEXT)$(MOE_NO_ZSTD),,$(B)/moe-convert)
 STATIC_LIB := $(B)/libmoe.a
 SHARED_LIB := $(B)/libmoe.so
 # Tests and benches whose names contain a word of T (all, if T is empty).
@@ -187,4 +188,5 @@ help:
 	@echo 'make dist        dist/moe.c and dist/moe.h'
 	@echo 'make install     PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'
 	@echo 'make clean       removes build/ and dist/'
-	@echo 'MOE_NO_TEXT=1 leaves the tokenizers out; CPPFLAGS=-DMOE_NO_SIMD leaves portable C.'
+	@echo 'MOE_NO_TEXT=1 leaves the tokenizers out, MOE_NO_ZSTD=1 compressed weights;'
+	@echo 'CPPFLAGS=-DMOE_NO_SIMD leaves portable C.'

@@ -5,8 +5,9 @@
  * The order of the includes is the flow of the data: file on disk -> records -> tensors -> tokens ->
  * layers -> kernels -> logits -> sampler -> text. Each part uses only what stands above it.
  *
- *     cc -O2 -c moe.c                 with utf8proc for text
+ *     cc -O2 -c moe.c                 with utf8proc for text, zstd for compressed weights
  *     cc -O2 -DMOE_NO_TEXT -c moe.c   without tokenizers: token ids in, logits out
+ *     cc -O2 -DMOE_NO_ZSTD -c moe.c   without compressed .moe files
  *
  * To read how a model computes, open core/model_llama.c: its layer function is the forward pass of
  * one layer. core/session.c calls it for each layer of each batch of tokens.

@@ -25,11 +25,11 @@ fi
 if command -v "${cc%% *}" >/dev/null; then
     header stdlib.h libc6-dev "the C library's headers"
     header utf8proc.h libutf8proc-dev "for Unicode normalization in tokenizers"
-    header zstd.h libzstd-dev "for compressed test data"
+    header zstd.h libzstd-dev "for compressed weights"
 else # headers cannot be looked for yet
     want libc6-dev "the C library's headers"
     want libutf8proc-dev "for Unicode normalization in tokenizers"
-    want libzstd-dev "for compressed test data"
+    want libzstd-dev "for compressed weights"
 fi
 if [ "${2:-}" = fetch ] && ! python3 -m pip --version >/dev/null 2>&1; then
     command -v curl >/dev/null || want curl "to download the model"

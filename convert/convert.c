@@ -17,6 +17,7 @@
 #include "plan.c"         /* the type of each tensor */
 #include "gguf_write.c"   /* the result */
 #include "encode.c"       /* the work */
+#include "moe_write.c"    /* the result as a .moe file */
 
 static bool conv_ends(const char *text, const char *end)
 {
@@ -28,12 +29,9 @@ static moe_status conv_check_out(const conv_options *o, moe_error *error)
 {
     if (!o->source || !o->out)
         return fail(error, MOE_ERR_ARGUMENT, NULL, "expected a source and an output file");
-    if (conv_ends(o->out, ".moe"))
-        return fail(error, MOE_ERR_UNSUPPORTED, o->out,
-                    "this version writes .gguf files; .moe files are not written yet");
-    if (!conv_ends(o->out, ".gguf"))
+    if (!conv_ends(o->out, ".gguf") && !conv_ends(o->out, ".moe"))
         return fail(error, MOE_ERR_ARGUMENT, o->out,
-                    "expected a name that ends in .gguf, which says what to write");
+                    "expected a name that ends in .moe or .gguf, which says what to write");
     return MOE_OK;
 }
 
@@ -58,17 +56,34 @@ static moe_status conv_open_source(conv_job *job, moe_error *error)
     return conv_open_gguf(s, o->source, o->quant != NULL || o->n_keeps, error);
 }
 
-static moe_status conv_write(conv_job *job, const text_buf *header, moe_error *error)
+static moe_status conv_write_gguf(conv_job *job, moe_error *error)
 {
     conv_writer writer = {0};
-    moe_status status = writer_open(&writer, job->options.out, job->file_bytes, error);
-    if (!status)
-        status = writer_put(&writer, header->data, header->n, 0, error);
-    if (!status)
-        status = encode_all(job, &writer, error);
-    if (!status)
-        status = conv_files_check(&job->source, error);
-    return writer_close(&writer, status, error);
+    text_buf header = {.mem = &job->mem};
+    moe_status status = gguf_make_header(&job->source, &header, &job->file_bytes, error);
+    job->header_bytes = header.n;
+    if (!status && !job->options.dry_run) {
+        status = writer_open(&writer, job->options.out, job->file_bytes, error);
+        if (!status)
+            status = writer_put(&writer, header.data, header.n, 0, error);
+        if (!status)
+            status = encode_gguf(job, &writer, error);
+        if (!status)
+            status = conv_files_check(&job->source, error);
+        status = writer_close(&writer, status, error);
+    }
+    buf_free(&header);
+    return status;
+}
+
+static moe_status conv_write_moe(conv_job *job, moe_error *error)
+{
+    moew_sink sink;
+    moe_status status = moew_open(&sink, job, error);
+    if (!status && !job->options.dry_run)
+        status = moew_write(&sink, error);
+    moew_close(&sink);
+    return status;
 }
 
 /* Converts, or only plans. Either way the job is to be closed; after success it says what was done. */
@@ -78,7 +93,6 @@ static moe_status conv_run(conv_job *job, const conv_options *options, moe_error
     memset(job, 0, sizeof *job);
     job->options = *options;
     mem_init(&job->mem, NULL, 0);
-    text_buf header = {.mem = &job->mem};
     moe_status status = conv_check_out(options, error);
     if (!status)
         status = conv_open_source(job, error);
@@ -87,11 +101,8 @@ static moe_status conv_run(conv_job *job, const conv_options *options, moe_error
     for (size_t i = 0; i < job->source.n_tensors && !status; i++)
         job->n_weights += job->source.tensors[i].row_len * job->source.tensors[i].n_rows;
     if (!status)
-        status = gguf_make_header(&job->source, &header, &job->file_bytes, error);
-    job->header_bytes = header.n;
-    if (!status && !options->dry_run)
-        status = conv_write(job, &header, error);
-    buf_free(&header);
+        status = conv_ends(options->out, ".moe") ? conv_write_moe(job, error)
+                                                 : conv_write_gguf(job, error);
     job->seconds = (double)(plat_time_ns() - start) * 1e-9;
     return status;
 }

@@ -4,7 +4,7 @@
  *              GGUF's names and shapes, each a list of places in files (nothing is read yet)
  *     plan     convert/plan.c: the type of each tensor
  *     encoder  convert/encode.c: rows from their places to blocks of that type, on all cores
- *     writer   convert/gguf_write.c: a header, places for tensors, an atomic end
+ *     writer   convert/gguf_write.c, convert/moe_write.c: a header, places for tensors, an atomic end
  *
  * A converter is one translation unit: moe.c with its internals, then convert/convert.c. Names and
  * shapes come from the runtime's tables of families and nowhere else.
@@ -59,6 +59,7 @@ typedef struct conv_tensor {
     bool is_vector;            // the runtime wants floats: norms, biases
     bool is_router;
     const moe_quant *target;   // by the plan
+    const moe_quant **part_types; // by the plan: [dims[2]] of a stack of experts, if they differ
     uint64_t bytes;            // of the result
     uint64_t offset;           // in the output file
 } conv_tensor;
@@ -89,6 +90,15 @@ typedef struct conv_keep {
     const moe_quant *type;
 } conv_keep;
 
+/* What of a .moe file is compressed. */
+typedef enum conv_store {
+    CONV_STORE_AUTO, // what saves CONV_AUTO_PERCENT or more; the rest is used from the map
+    CONV_STORE_RAW,
+    CONV_STORE_ZSTD  // what saves 1 % or more
+} conv_store;
+
+enum { CONV_AUTO_PERCENT = 10 };
+
 typedef struct conv_progress {
     const char *tensor;
     uint64_t done, total;      // weights
@@ -100,6 +110,7 @@ typedef struct conv_options {
     const char *pre;           // tokenizer.ggml.pre; NULL: found
     const conv_keep *keeps;    // a later one wins
     uint32_t n_keeps;
+    conv_store store;
     uint32_t n_threads;        // 0: one for each core
     bool allow_nonfinite;
     bool dry_run;
@@ -113,8 +124,14 @@ typedef struct conv_job {
     moe_mem mem;
     conv_options options;
     conv_source source;
-    uint64_t header_bytes, file_bytes, n_weights;
+    uint64_t header_bytes, file_bytes, n_weights; // dry run: file_bytes as if nothing were compressed
     double seconds;
 } conv_job;
+
+/* The type of one matrix of a stack of experts, or of a tensor. */
+MOE_INLINE const moe_quant *conv_part_type(const conv_tensor *t, uint32_t part)
+{
+    return t->part_types ? t->part_types[part] : t->target;
+}
 
 #endif

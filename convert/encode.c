@@ -1,9 +1,10 @@
 /* convert/encode.c - rows from their places in the source to blocks in the result, on all cores.
  *
- * The work is cut into chunks: some rows of one tensor, about 4 MB as floats. A thread takes the next
- * chunk, reads its rows, turns them into floats, checks them, quantizes them and writes the blocks to
- * their final place. Threads share only the cursor, so memory is a few MB for each of them, whatever
- * the size of the model. Where nothing has to change, bytes are copied.
+ * A sink, which is a kind of output file, cuts the work into tasks: some rows of one tensor, about 4 MB
+ * as floats. A thread takes the next task, reads its rows, turns them into floats, checks them,
+ * quantizes them and gives the blocks to the sink. Threads share only the sink's cursor, so memory is
+ * a few MB for each of them, whatever the size of the model. Where nothing has to change, bytes are
+ * copied.
  * Must never: write a number that is not finite, unless asked to. */
 #ifndef MOE_CONVERT_ENCODE_C
 #define MOE_CONVERT_ENCODE_C
@@ -12,39 +13,66 @@
 #include "gguf_write.c"
 #include "plan.c"
 
+/* Rows of a tensor, all to be of one type. Rows of a head stay together. */
+typedef struct encode_task {
+    const conv_tensor *t;
+    const moe_quant *type;
+    uint64_t row, n_rows;
+    uint64_t number;        // the sink's own
+    uint32_t slice;         // the sink's own
+} encode_task;
+
+typedef struct encode_worker encode_worker;
+
+/* Where tasks come from and where their blocks go. */
+typedef struct encode_sink {
+    void *self;
+    bool measure;           // the error of quantization is wanted
+    /* The next task; false if there is none. Called by one thread at a time. */
+    bool (*next)(void *self, encode_task *task);
+    /* Takes w->blocks, [n_rows] rows. */
+    moe_status (*put)(void *self, encode_worker *w, const encode_task *task);
+    /* There was a failure: nothing more will come. NULL: does not matter. */
+    void (*stop)(void *self);
+    /* A thread is about to end; w->own is the sink's. NULL: does not matter. */
+    void (*leave)(encode_worker *w);
+} encode_sink;
+
 /* What all threads share. */
 typedef struct encode_state {
     const conv_source *source;
     const conv_options *options;
-    const conv_writer *writer;
+    const encode_sink *sink;
     uint64_t total;         // weights
     float fp8[256];         // the value of each code
     plat_mutex lock;
-    /* Under the lock: */
-    size_t tensor;          // the cursor
-    uint64_t row;
+    /* Under the lock, as is the sink's cursor: */
     uint64_t done;          // weights
     moe_status status;      // the first failure
     moe_error error;
 } encode_state;
 
 /* One thread's buffers, which grow as chunks need it. */
-typedef struct encode_worker {
+struct encode_worker {
     encode_state *state;
     bool first;             // reports progress
     moe_mem *mem;
     text_buf raw, blocks, scales;
-    text_buf floats;
+    text_buf floats, back;
+    double error_sum, square_sum; // of the task, if they are measured
+    void *own;              // the sink's
     moe_error error;
-} encode_worker;
+};
 
 /* Rows of one input of a tensor. */
 typedef struct encode_chunk {
     const conv_tensor *t;
+    const moe_quant *type;
     const conv_input *in;   // NULL: t->made
     uint64_t row;           // first, in the tensor
     uint64_t in_row;        // first, in the input
     uint64_t n_rows;
+    uint64_t at;            // first, among the task's
 } encode_chunk;
 
 /* --------------------------------------------------------------------------------- FP8 -- */
@@ -134,8 +162,8 @@ static void encode_row_floats(const encode_worker *w, const encode_chunk *c, uin
 static moe_status encode_check(encode_worker *w, const encode_chunk *c, uint64_t r, float *x)
 {
     const conv_tensor *t = c->t;
-    const float max = t->target->id == Q_F32 || t->target->id == Q_BF16 ? FLT_MAX : 65504.0f;
-    const bool floats = t->target->block_len == 1;
+    const float max = c->type->id == Q_F32 || c->type->id == Q_BF16 ? FLT_MAX : 65504.0f;
+    const bool floats = c->type->block_len == 1;
     uint64_t i = 0;
     // one compare for a run of good numbers; NaN compares false
     for (; i < t->row_len && fabsf(x[i]) <= max; i++)
@@ -152,7 +180,7 @@ static moe_status encode_check(encode_worker *w, const encode_chunk *c, uint64_t
         if (isfinite(x[i]))
             return fail(&w->error, MOE_ERR_MODEL, t->name,
                         "expected weights of at most 65504, the largest number of %s, got %g at row "
-                        "%llu, column %llu; use --keep '^%s$=BF16'", t->target->name, (double)x[i],
+                        "%llu, column %llu; use --keep '^%s$=BF16'", c->type->name, (double)x[i],
                         row, column, t->name);
         if (!floats)
             x[i] = 0;
@@ -163,7 +191,7 @@ static moe_status encode_check(encode_worker *w, const encode_chunk *c, uint64_t
 /* Bytes can be copied as they are. */
 static bool encode_is_copy(const encode_chunk *c)
 {
-    return c->in && c->in->type == c->t->target && !c->t->plus_1;
+    return c->in && c->in->type == c->type && !c->t->plus_1;
 }
 
 /* Rows that are worked on at once: few enough to stay in the cache, many enough for short rows. */
@@ -172,16 +200,32 @@ static uint64_t encode_strip(const encode_chunk *c)
     return MOE_MIN(MOE_MAX(CONVERT_STRIP_FLOATS / c->t->row_len, 1), c->n_rows);
 }
 
-/* `n` rows from row `first` of the chunk, as blocks at their place among the chunk's. */
+/* The error of `n` rows that were quantized, added up in the order of the rows. */
+static void encode_measure(encode_worker *w, const encode_chunk *c, const float *x,
+                           const uint8_t *blocks, uint64_t n)
+{
+    float *back = (float *)(void *)w->back.data; // [n][row_len]
+    double error = 0, square = 0;
+    c->type->dequantize(blocks, back, (size_t)(n * c->t->row_len));
+    for (uint64_t i = 0; i < n * c->t->row_len; i++) {
+        const double d = (double)x[i] - (double)back[i];
+        error = fma(d, d, error);
+        square = fma((double)x[i], (double)x[i], square);
+    }
+    w->error_sum += error;
+    w->square_sum += square;
+}
+
+/* `n` rows from row `first` of the chunk, as blocks at their place among the task's. */
 static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t first, uint64_t n)
 {
     const conv_tensor *t = c->t;
-    const uint64_t row_bytes = encode_row_bytes(t->target, t->row_len);
+    const uint64_t row_bytes = encode_row_bytes(c->type, t->row_len);
     const bool copy = encode_is_copy(c);
-    uint8_t *dst = w->blocks.data + first * row_bytes;
+    uint8_t *dst = w->blocks.data + (c->at + first) * row_bytes;
     float *x = (float *)(void *)w->floats.data; // [n][row_len]
     moe_status status = MOE_OK;
-    if (!copy || t->target->block_len == 1)
+    if (!copy || c->type->block_len == 1)
         for (uint64_t r = 0; r < n && !status; r++) {
             encode_row_floats(w, c, first + r, x + r * t->row_len);
             // a GGUF file's own floats are copied, whatever they are: it is what it is
@@ -191,67 +235,78 @@ static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t 
     for (uint64_t r = 0; r < n && copy; r++)
         memcpy(dst + r * row_bytes, w->raw.data + encode_source_row(t, first + r) * row_bytes,
                (size_t)row_bytes);
-    if (!copy && !status)
-        encoder_for(t->target)(x, NULL, dst, (size_t)n, (size_t)t->row_len);
+    if (!copy && !status) {
+        encoder_for(c->type)(x, NULL, dst, (size_t)n, (size_t)t->row_len);
+        if (w->state->sink->measure)
+            encode_measure(w, c, x, dst, n);
+    }
     return status;
 }
 
 static moe_status encode_rows(encode_worker *w, const encode_chunk *c)
 {
     const conv_tensor *t = c->t;
-    const uint64_t row_bytes = encode_row_bytes(t->target, t->row_len), strip = encode_strip(c);
+    const uint64_t strip = encode_strip(c), bytes = strip * t->row_len * sizeof(float);
     moe_status status = c->in ? encode_read(w, c) : MOE_OK;
-    w->blocks.n = w->floats.n = 0;
-    if (!status && (!buf_reserve(&w->blocks, (size_t)(c->n_rows * row_bytes)) ||
-                    !buf_reserve(&w->floats, (size_t)(strip * t->row_len) * sizeof(float))))
-        status = fail_memory(&w->error, w->mem, t->name, c->n_rows * row_bytes);
+    w->floats.n = w->back.n = 0;
+    if (!status && (!buf_reserve(&w->floats, (size_t)bytes) ||
+                    (w->state->sink->measure && !buf_reserve(&w->back, (size_t)bytes))))
+        status = fail_memory(&w->error, w->mem, t->name, bytes);
     for (uint64_t r = 0; r < c->n_rows && !status; r += strip)
         status = encode_some(w, c, r, MOE_MIN(strip, c->n_rows - r));
-    return status ? status
-                  : writer_put(w->state->writer, w->blocks.data, c->n_rows * row_bytes,
-                               t->offset + c->row * row_bytes, &w->error);
+    return status;
+}
+
+/* All rows of a task, input by input. */
+static moe_status encode_task_run(encode_worker *w, const encode_task *task)
+{
+    const conv_tensor *t = task->t;
+    const uint64_t bytes = task->n_rows * encode_row_bytes(task->type, t->row_len);
+    moe_status status = MOE_OK;
+    w->error_sum = w->square_sum = 0;
+    w->blocks.n = 0;
+    if (!buf_reserve(&w->blocks, (size_t)bytes))
+        status = fail_memory(&w->error, w->mem, t->name, bytes);
+    for (uint64_t at = 0; at < task->n_rows && !status;) {
+        const uint64_t in_rows = t->made ? t->n_rows : t->n_rows / t->n_inputs;
+        encode_chunk c = {.t = t, .type = task->type, .row = task->row + at, .at = at};
+        c.in_row = c.row % in_rows;
+        c.in = t->made ? NULL : &t->inputs[c.row / in_rows];
+        c.n_rows = MOE_MIN(task->n_rows - at, in_rows - c.in_row);
+        status = encode_rows(w, &c);
+        at += c.n_rows;
+    }
+    w->blocks.n = (size_t)bytes;
+    return status ? status : w->state->sink->put(w->state->sink->self, w, task);
 }
 
 /* ------------------------------------------------------------------------------- threads -- */
 
-/* Takes the next chunk; false if there is none or the work is over. */
-static bool encode_next(encode_worker *w, encode_chunk *c)
+/* Takes the next task; false if there is none or the work is over. */
+static bool encode_next(encode_worker *w, encode_task *task)
 {
     encode_state *st = w->state;
-    bool more = false;
     plat_mutex_lock(&st->lock);
     if (!st->status && cancelled(st->options->cancel))
         st->status = fail(&st->error, MOE_ERR_CANCELLED, NULL, "cancelled");
-    while (!st->status && st->tensor < st->source->n_tensors &&
-           st->row == st->source->tensors[st->tensor].n_rows) {
-        st->tensor++;
-        st->row = 0;
-    }
-    if (!st->status && st->tensor < st->source->n_tensors) {
-        const conv_tensor *t = &st->source->tensors[st->tensor];
-        const uint64_t in_rows = t->n_rows / t->n_inputs, unit = t->interleave ? t->interleave : 1;
-        uint64_t n = MOE_MAX(CONVERT_CHUNK_FLOATS / t->row_len / unit, 1) * unit;
-        *c = (encode_chunk){.t = t, .row = st->row, .in_row = st->row % in_rows};
-        c->in = t->made ? NULL : &t->inputs[st->row / in_rows];
-        c->n_rows = MOE_MIN(n, in_rows - c->in_row);
-        st->row += c->n_rows;
-        more = true;
-    }
+    const bool more = !st->status && st->sink->next(st->sink->self, task);
     plat_mutex_unlock(&st->lock);
     return more;
 }
 
-static void encode_finish(encode_worker *w, const encode_chunk *c, moe_status status)
+static void encode_finish(encode_worker *w, const encode_task *task, moe_status status)
 {
     encode_state *st = w->state;
-    conv_progress progress = {c->t->name, 0, st->total};
+    conv_progress progress = {task->t->name, 0, st->total};
     plat_mutex_lock(&st->lock);
-    progress.done = st->done += c->n_rows * c->t->row_len;
+    progress.done = st->done += task->n_rows * task->t->row_len;
     if (status && !st->status) {
         st->status = status;
         st->error = w->error;
     }
     plat_mutex_unlock(&st->lock);
+    if (status && st->sink->stop)
+        st->sink->stop(st->sink->self);
     if (w->first && st->options->progress)
         st->options->progress(st->options->user, &progress);
 }
@@ -259,21 +314,23 @@ static void encode_finish(encode_worker *w, const encode_chunk *c, moe_status st
 static void encode_work(void *arg)
 {
     encode_worker *w = arg;
-    encode_chunk c;
-    while (encode_next(w, &c))
-        encode_finish(w, &c, encode_rows(w, &c));
-    buf_free(&w->raw);
-    buf_free(&w->floats);
-    buf_free(&w->blocks);
-    buf_free(&w->scales);
+    encode_task task;
+    while (encode_next(w, &task))
+        encode_finish(w, &task, encode_task_run(w, &task));
+    text_buf *bufs[] = {&w->raw, &w->floats, &w->blocks, &w->scales, &w->back};
+    for (size_t i = 0; i < MOE_COUNT(bufs); i++)
+        buf_free(bufs[i]);
+    if (w->state->sink->leave)
+        w->state->sink->leave(w);
 }
 
-/* Encodes all tensors into the open file. */
-static moe_status encode_all(conv_job *job, const conv_writer *writer, moe_error *error)
+/* Runs the sink's tasks on all threads; `done` weights of the model were encoded before. */
+static moe_status encode_all(conv_job *job, const encode_sink *sink, uint64_t done,
+                             moe_error *error)
 {
     enum { MAX_THREADS = 256 };
-    encode_state st = {.source = &job->source, .options = &job->options, .writer = writer,
-                       .total = job->n_weights};
+    encode_state st = {.source = &job->source, .options = &job->options, .sink = sink,
+                       .total = job->n_weights, .done = done};
     const uint32_t asked = job->options.n_threads ? job->options.n_threads : plat_n_cores();
     const uint32_t n = MOE_MIN(MOE_MAX(asked, 1u), (uint32_t)MAX_THREADS);
     encode_worker *workers = mem_alloc(&job->mem, n, sizeof *workers);
@@ -288,9 +345,9 @@ static moe_status encode_all(conv_job *job, const conv_writer *writer, moe_error
     }
     for (uint32_t i = 0; i < n; i++) {
         workers[i] = (encode_worker){.state = &st, .first = i == 0, .mem = &job->mem};
-        text_buf *bufs[4] = {&workers[i].raw, &workers[i].blocks, &workers[i].scales,
-                             &workers[i].floats};
-        for (int b = 0; b < 4; b++)
+        text_buf *bufs[] = {&workers[i].raw, &workers[i].blocks, &workers[i].scales,
+                            &workers[i].floats, &workers[i].back};
+        for (size_t b = 0; b < MOE_COUNT(bufs); b++)
             bufs[b]->mem = &job->mem;
     }
     while (started < n && plat_thread_start(&threads[started], encode_work, &workers[started]))
@@ -304,6 +361,50 @@ static moe_status encode_all(conv_job *job, const conv_writer *writer, moe_error
     if (st.status && error)
         *error = st.error;
     return st.status;
+}
+
+/* -------------------------------------------------------------------------------- GGUF -- */
+
+/* The sink of a GGUF file: every block has its place, in any order. */
+typedef struct gguf_sink {
+    const conv_source *source;
+    const conv_writer *writer;
+    size_t tensor;          // the cursor
+    uint64_t row;
+} gguf_sink;
+
+static bool gguf_sink_next(void *self, encode_task *task)
+{
+    gguf_sink *g = self;
+    while (g->tensor < g->source->n_tensors && g->row == g->source->tensors[g->tensor].n_rows) {
+        g->tensor++;
+        g->row = 0;
+    }
+    if (g->tensor == g->source->n_tensors)
+        return false;
+    const conv_tensor *t = &g->source->tensors[g->tensor];
+    const uint64_t unit = t->interleave ? t->interleave : 1;
+    const uint64_t n = MOE_MAX(CONVERT_CHUNK_FLOATS / t->row_len / unit, 1) * unit;
+    *task = (encode_task){.t = t, .type = t->target, .row = g->row,
+                          .n_rows = MOE_MIN(n, t->n_rows - g->row)};
+    g->row += task->n_rows;
+    return true;
+}
+
+static moe_status gguf_sink_put(void *self, encode_worker *w, const encode_task *task)
+{
+    const gguf_sink *g = self;
+    return writer_put(g->writer, w->blocks.data, w->blocks.n,
+                      task->t->offset + task->row * encode_row_bytes(task->type, task->t->row_len),
+                      &w->error);
+}
+
+/* Encodes all tensors into the open file. */
+static moe_status encode_gguf(conv_job *job, const conv_writer *writer, moe_error *error)
+{
+    gguf_sink g = {.source = &job->source, .writer = writer};
+    const encode_sink sink = {.self = &g, .next = gguf_sink_next, .put = gguf_sink_put};
+    return encode_all(job, &sink, 0, error);
 }
 
 #endif

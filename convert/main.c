@@ -246,6 +246,22 @@ static int main_threads(main_args *a, const char *text)
     return -1;
 }
 
+/* --store, or --for, which says the same by what the file is for. */
+static int main_store(main_args *a, const char *option, const char *text)
+{
+    static const struct { const char *option, *text; conv_store store; } words[] = {
+        {"--store", "auto", CONV_STORE_AUTO}, {"--store", "raw", CONV_STORE_RAW},
+        {"--store", "zstd", CONV_STORE_ZSTD}, {"--for", "ram", CONV_STORE_RAW},
+        {"--for", "disk", CONV_STORE_ZSTD}};
+    for (size_t i = 0; i < MOE_COUNT(words); i++)
+        if (!strcmp(option, words[i].option) && !strcmp(text, words[i].text)) {
+            a->options.store = words[i].store;
+            return -1;
+        }
+    return main_usage("%s: expected %s, got %s", option,
+                      strcmp(option, "--for") ? "auto, raw or zstd" : "ram or disk", text);
+}
+
 /* An option without an argument: true if it was one. */
 static bool main_flag(main_args *a, const char *arg)
 {
@@ -268,6 +284,8 @@ static int main_option(main_args *a, const char *arg, char *value)
         return main_keep(a, value);
     if (!strcmp(arg, "--threads") || !strcmp(arg, "-t"))
         return main_threads(a, value);
+    if (!strcmp(arg, "--store") || !strcmp(arg, "--for"))
+        return main_store(a, arg, value);
     if (!strcmp(arg, "--pre"))
         a->options.pre = value;
     else
@@ -278,7 +296,8 @@ static int main_option(main_args *a, const char *arg, char *value)
 /* -1: go on; else the exit status. */
 static int main_parse(main_args *a, int argc, char **argv)
 {
-    static const char *const with_value[] = {"--keep", "--threads", "-t", "--pre", "--quant", "-q"};
+    static const char *const with_value[] = {"--keep", "--threads", "-t", "--pre", "--quant", "-q",
+                                             "--store", "--for"};
     bool options = true;
     for (int i = 1; i < argc; i++) {
         char *arg = argv[i], *value = NULL, name[32];

@@ -89,7 +89,7 @@ static const char *moefile_slice_name(const moe_directory *dir, const moefile_sl
 }
 
 /* And a record. */
-static const char *moefile_record_name(const moe_directory *dir, uint32_t index, char buf[160])
+MOE_UNUSED static const char *moefile_record_name(const moe_directory *dir, uint32_t index, char buf[160])
 {
     const moefile_record r = moefile_record_at(dir->moe, index);
     char first[128] = "";
@@ -879,13 +879,19 @@ static moe_status moefile_load(moe_directory *dir, const moe_model_options *opti
     return moefile_load_data(dir, options->copy, error);
 }
 
-/* Whether the file is a .moe, by its first bytes. One that cannot be read is left to others. */
-static bool moefile_is(const moe_directory *dir, const dir_file *file)
+/* Fills an empty directory, whose file is open, by the file's first bytes. */
+static moe_status container_load(moe_directory *dir, const moe_model_options *options,
+                                 moe_error *error)
 {
-    uint8_t magic[8];
-    return file->bytes >= sizeof magic &&
-           !dir_file_read(dir, file, 0, magic, sizeof magic, 0, 0, NULL) &&
-           !memcmp(magic, MOEFILE_MAGIC, sizeof magic);
+    uint8_t magic[8] = {0};
+    const dir_file *file = dir->files;
+    moe_status status = MOE_OK;
+    if (file->bytes >= sizeof magic)
+        status = dir_file_read(dir, file, 0, magic, sizeof magic, 0, 0, error);
+    if (status)
+        return status;
+    return memcmp(magic, MOEFILE_MAGIC, sizeof magic) ? gguf_load(dir, options, error)
+                                                      : moefile_load(dir, options, error);
 }
 
 MOE_UNUSED static moe_status directory_open(moe_directory **out, const moe_model_options *options,
@@ -909,8 +915,7 @@ MOE_UNUSED static moe_status directory_open(moe_directory **out, const moe_model
         status = dir_file_open(mem, dir->files, &known, error);
     }
     if (!status)
-        status = moefile_is(dir, dir->files) ? moefile_load(dir, &known, error)
-                                             : gguf_load(dir, &known, error);
+        status = container_load(dir, &known, error);
     dir->cancel = NULL;
     if (status) {
         directory_close(dir);

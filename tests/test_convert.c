@@ -4,7 +4,7 @@
  * Everything is written into a folder of its own below $TMPDIR, which is removed at the end. */
 #include "test.h"
 
-#ifdef MOE_NO_TEXT
+#if defined MOE_NO_TEXT || defined MOE_NO_ZSTD
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
