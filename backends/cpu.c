@@ -1,12 +1,12 @@
 /* backends/cpu.c - the CPU as a backend: what the machine has, memory, and the recording of
- * operations into phases of tasks. The operations themselves are in cpu_ops.c.
+ * operations into phases of tasks. The operations themselves are in cpu_ops.c and cpu_attend.c.
  *
  * Owns: buffers, a queue's threads and scratch memory. Weights that are wrapped stay where they are,
  * normally in the mapped file. */
 #ifndef MOE_BACKENDS_CPU_C
 #define MOE_BACKENDS_CPU_C
 
-#include "cpu_ops.c"
+#include "cpu_attend.c"
 #include "cpu_recurrent.c"
 #if MOE_X86
 #include <cpuid.h>
@@ -98,6 +98,7 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
     d->mem = options->mem;
     d->cpu = cpu_allowed(cpu_detect(), options->isa);
     d->simd = cpu_simd_select(d->cpu);
+    d->outer = cpu_outer_select(d->cpu);
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         d->kernels[quant_table[i]->id] = quant_table[i]->select(d->cpu);
     snprintf(d->name, sizeof d->name, "CPU (%s)",
@@ -194,8 +195,10 @@ static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
     for (uint32_t i = 0; i < o->n_threads; i++) {
         cpu_scratch s = {
             .tile = cpu_take(base, &used, CPU_TILE * sizeof(float)),
-            .keys = cpu_take(base, &used, CPU_KEY_BLOCK * align_up(o->dim_max, 32) * sizeof(float)),
-            .scores = cpu_take(base, &used, n_query * CPU_SEGMENT * sizeof(float)),
+            .queries = cpu_take(base, &used, n_query * o->dim_max * sizeof(float)),
+            .rows = cpu_take(base, &used, CPU_KEY_ROWS * align_up(o->dim_max, 32) * sizeof(float)),
+            .block = cpu_take(base, &used, CPU_KEY_BLOCK * align_up(o->dim_max, 32) * sizeof(float)),
+            .scores = cpu_take(base, &used, n_query * CPU_SCORES * sizeof(float)),
             .partial = cpu_take(base, &used, n_query * row),
             .total = cpu_take(base, &used, n_query * row),
         };

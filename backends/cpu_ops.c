@@ -11,6 +11,7 @@
 
 #include "../quant/quant.c"
 #include "backend.h"
+#include "cpu_outer.h"
 #include "cpu_simd.h"
 #include "cpu_threads.c"
 
@@ -24,7 +25,9 @@ enum {
     CPU_ELEMENTS = 8192,    /* elements per task of the element-wise operations */
     CPU_SEGMENT = 512,      /* positions over which a softmax is computed in one piece */
     CPU_KEY_BLOCK = 64,     /* positions converted to float at once: they stay in L1/L2 */
-    CPU_QUERIES = 32,       /* queries (tokens x heads) that share converted keys */
+    CPU_SCORES = CPU_SEGMENT + 16, /* from one query's scores to the next one's */
+    CPU_KEY_ROWS = 16,      /* of them before they are transposed */
+    CPU_QUERIES = 64,       /* queries (tokens x heads) that share converted keys */
     CPU_MAX_QUANT_ID = 64
 };
 
@@ -38,6 +41,7 @@ struct moe_device {
     moe_mem *mem;
     uint32_t cpu; // moe_cpu bits
     const cpu_simd *simd;
+    const cpu_outer_kernels *outer;
     moe_kernels kernels[CPU_MAX_QUANT_ID]; // by quant id
     char name[48];
 };
@@ -80,8 +84,10 @@ struct cpu_op {
 /* Memory of one thread. */
 typedef struct cpu_scratch {
     float *tile;    // [CPU_TILE] results of a matrix tile; also scores of a router
-    float *keys;    // [CPU_KEY_BLOCK][dim_max rounded up to 32]
-    float *scores;  // [n_query][CPU_SEGMENT]
+    float *queries; // [n_query][dim_max]
+    float *rows;    // [CPU_KEY_ROWS][dim_max rounded up to 32]: keys as they are stored
+    float *block;   // [dim_max rounded up to 32][CPU_KEY_BLOCK] keys, or as many values
+    float *scores;  // [n_query][CPU_SCORES]
     float *partial; // [n_query][dim_max + 2]: a segment's sum of values, then maximum and sum
     float *total;   // [n_query][dim_max + 2]: of the segments so far
 } cpu_scratch;
@@ -255,253 +261,12 @@ static void cpu_rope(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thr
     }
 }
 
-/* --------------------------------------------------------------------------- attention -- */
+/* ------------------------------------------------------------------------------- cache -- */
 
 MOE_INLINE uint8_t *cpu_cache_row(const moe_cache *c, uint32_t head, uint32_t pos)
 {
     const uint64_t row = (uint64_t)head * c->n_slot + pos % c->n_slot;
     return c->data.buffer->data + c->data.offset + row * cache_row_bytes(c->type, c->dim);
-}
-
-/* Stores the heads of one token. */
-static void cpu_store(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
-{
-    const moe_store_op *o = &op->u.store;
-    const moe_cache *c = &op->k;
-    for (uint32_t h = 0; h < c->n_head; h++) {
-        const float *src = cpu_floats(o->src) + ((size_t)t * c->n_head + h) * c->dim;
-        uint8_t *dst = cpu_cache_row(c, h, o->pos + t);
-        if (c->type == MOE_CACHE_F32) {
-            memcpy(dst, src, c->dim * sizeof *src);
-        } else if (c->type == MOE_CACHE_F16) {
-            q->device->simd->f16_of_f32(dst, src, c->dim);
-        } else {
-            float *padded = q->scratch[thread].keys;
-            const size_t n = (size_t)align_up(c->dim, 32);
-            memset(padded, 0, n * sizeof *padded);
-            memcpy(padded, src, c->dim * sizeof *src);
-            quant_q8_0.quantize(padded, dst, n);
-        }
-    }
-}
-
-/* Positions [first, first + n) of a head as floats: in place if they are, else converted. */
-static const float *cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t head,
-                                     uint32_t first, uint32_t n, float *converted, size_t *stride)
-{
-    const bool wraps = first % c->n_slot + n > c->n_slot;
-    if (c->type == MOE_CACHE_F32 && !wraps) {
-        *stride = c->dim;
-        return (const float *)(const void *)cpu_cache_row(c, head, first);
-    }
-    *stride = (size_t)align_up(c->dim, 32);
-    for (uint32_t i = 0; i < n; i++) {
-        const uint8_t *src = cpu_cache_row(c, head, first + i);
-        float *dst = converted + i * *stride;
-        if (c->type == MOE_CACHE_F16)
-            q->device->simd->f32_of_f16(dst, src, c->dim);
-        else if (c->type == MOE_CACHE_Q8_0)
-            quant_q8_0.dequantize(src, dst, *stride);
-        else
-            memcpy(dst, src, c->dim * sizeof *dst);
-    }
-    return converted;
-}
-
-MOE_INLINE size_t cpu_value_dim(const moe_attend_op *o, const moe_cache *v)
-{
-    return o->dim_v ? o->dim_v : v->dim;
-}
-
-/* The queries of one task: tokens [tok, tok + n_tok) of heads that share a key/value head: all of
- * them, or in decode, where few tasks would be left, some. */
-typedef struct cpu_queries {
-    const moe_attend_op *o;
-    const moe_cache *k, *v;
-    uint32_t kv_head, tok, n_tok;
-    uint32_t head, group; // heads [head, head + group)
-} cpu_queries;
-
-/* The positions of segment [start, start + CPU_SEGMENT) that token t may see: [*lo, *hi). */
-static bool cpu_visible(const moe_attend_op *o, uint32_t t, uint32_t start, uint32_t *lo,
-                        uint32_t *hi)
-{
-    const uint32_t pos = o->pos + t;
-    const uint32_t first = o->window && pos + 1 > o->window ? pos + 1 - o->window : 0;
-    *lo = MOE_MAX(start, first);
-    *hi = MOE_MIN(start + CPU_SEGMENT, pos + 1);
-    return *lo < *hi;
-}
-
-MOE_INLINE uint32_t cpu_query_head(const cpu_queries *a, uint32_t i)
-{
-    return a->head + i % a->group;
-}
-
-/* Scores of all queries with positions [first, first + n) of a segment. */
-static void cpu_scores(moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
-                       uint32_t n, cpu_scratch *s)
-{
-    const moe_attend_op *o = a->o;
-    const size_t dim = a->k->dim;
-    size_t stride;
-    const float *keys = cpu_cache_floats(q, a->k, a->kv_head, first, n, s->keys, &stride);
-    for (uint32_t i = 0; i < a->n_tok * a->group; i++) {
-        const uint32_t t = a->tok + i / a->group;
-        uint32_t lo, hi;
-        if (!cpu_visible(o, t, start, &lo, &hi))
-            continue;
-        const uint32_t from = MOE_MAX(lo, first), to = MOE_MIN(hi, first + n);
-        if (from >= to)
-            continue;
-        float *dst = s->scores + i * CPU_SEGMENT + (from - start);
-        const float *query = cpu_floats(o->q) + ((size_t)t * o->n_head + cpu_query_head(a, i)) * dim;
-        q->device->simd->dots(dst, query, keys + (from - first) * stride, stride, to - from, dim);
-        for (uint32_t j = 0; j < to - from; j++) {
-            dst[j] *= o->scale;
-            if (o->cap > 0)
-                dst[j] = o->cap * cpu_tanh(dst[j] / o->cap);
-        }
-    }
-}
-
-/* Adds the values of positions [first, first + n), weighted, to the queries' partial sums. */
-static void cpu_values(moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
-                       uint32_t n, cpu_scratch *s)
-{
-    const size_t dim = cpu_value_dim(a->o, a->v);
-    size_t stride;
-    const float *values = cpu_cache_floats(q, a->v, a->kv_head, first, n, s->keys, &stride);
-    for (uint32_t i = 0; i < a->n_tok * a->group; i++) {
-        uint32_t lo, hi;
-        if (!cpu_visible(a->o, a->tok + i / a->group, start, &lo, &hi))
-            continue;
-        const uint32_t from = MOE_MAX(lo, first), to = MOE_MIN(hi, first + n);
-        if (from < to)
-            q->device->simd->accumulate(s->partial + i * (dim + 2),
-                                        s->scores + i * CPU_SEGMENT + (from - start),
-                                        values + (from - first) * stride, stride, to - from, dim);
-    }
-}
-
-/* One segment for all queries: partial[i] = (sum of exp(s - max) v, max, sum of exp(s - max)). A query
- * that sees nothing of the segment gets a sum of 0. */
-static void cpu_segment(moe_queue *q, const cpu_queries *a, uint32_t start, cpu_scratch *s)
-{
-    const size_t dim = cpu_value_dim(a->o, a->v);
-    const uint32_t n_query = a->n_tok * a->group;
-    uint32_t first, end, ignored;
-    memset(s->partial, 0, n_query * (dim + 2) * sizeof(float));
-    cpu_visible(a->o, a->tok, start, &first, &ignored);
-    cpu_visible(a->o, a->tok + a->n_tok - 1, start, &ignored, &end);
-    for (uint32_t b = first; b < end; b += CPU_KEY_BLOCK)
-        cpu_scores(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
-    for (uint32_t i = 0; i < n_query; i++) {
-        uint32_t lo, hi;
-        if (!cpu_visible(a->o, a->tok + i / a->group, start, &lo, &hi))
-            continue;
-        float *score = s->scores + i * CPU_SEGMENT + (lo - start);
-        float max = score[0];
-        for (uint32_t j = 1; j < hi - lo; j++)
-            max = score[j] > max ? score[j] : max;
-        s->partial[i * (dim + 2) + dim] = max;
-        s->partial[i * (dim + 2) + dim + 1] = q->device->simd->exp_sum(score, hi - lo, max);
-    }
-    for (uint32_t b = first; b < end; b += CPU_KEY_BLOCK)
-        cpu_values(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
-}
-
-/* Joins a segment to those before it: both are sums relative to their own maximum. Milakov and
- * Gimelshein 2018, arXiv:1805.02867. */
-static void cpu_merge(float *total, const float *partial, size_t dim)
-{
-    if (partial[dim + 1] == 0)
-        return;
-    if (total[dim + 1] == 0) {
-        memcpy(total, partial, (dim + 2) * sizeof *total);
-        return;
-    }
-    const float max = total[dim] > partial[dim] ? total[dim] : partial[dim];
-    const float old = cpu_exp(total[dim] - max), new = cpu_exp(partial[dim] - max);
-    for (size_t d = 0; d < dim + 2; d++) {
-        const float kept = total[d] * old;
-        total[d] = fmaf(partial[d], new, kept);
-    }
-    total[dim] = max;
-}
-
-/* dst = total / (sum + sink) */
-static void cpu_attend_finish(moe_queue *q, const moe_attend_op *o, size_t dim, uint32_t t,
-                              uint32_t head, float *total)
-{
-    if (o->sink.buffer) {
-        const float sink = cpu_floats(o->sink)[head];
-        const float max = total[dim] > sink ? total[dim] : sink;
-        const float factor = cpu_exp(total[dim] - max);
-        q->device->simd->scale_rows(total, total, factor, NULL, dim);
-        total[dim + 1] = fmaf(total[dim + 1], factor, cpu_exp(sink - max));
-    }
-    q->device->simd->scale_rows(cpu_floats(o->dst) + ((size_t)t * o->n_head + head) * dim, total,
-                                1.0f / total[dim + 1], NULL, dim);
-}
-
-/* A task of prefill: a few tokens and one key/value head over the whole cache. */
-static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
-{
-    const moe_attend_op *o = &op->u.attend;
-    const size_t dim = cpu_value_dim(o, &op->v);
-    cpu_scratch *s = &q->scratch[thread];
-    const uint32_t group = o->n_head / op->k.n_head, kv_head = task % op->k.n_head;
-    cpu_queries a = {o, &op->k, &op->v, kv_head, task / op->k.n_head * op->chunk, 0,
-                     kv_head * group, group};
-    a.n_tok = MOE_MIN(op->chunk, o->n_tok - a.tok);
-    const uint32_t n_query = a.n_tok * a.group, end = o->pos + a.tok + a.n_tok;
-    const uint32_t oldest = o->pos + a.tok;
-    const uint32_t first = o->window && oldest + 1 > o->window ? oldest + 1 - o->window : 0;
-    memset(s->total, 0, n_query * (dim + 2) * sizeof(float));
-    for (uint32_t start = first / CPU_SEGMENT * CPU_SEGMENT; start < end; start += CPU_SEGMENT) {
-        cpu_segment(q, &a, start, s);
-        for (uint32_t i = 0; i < n_query; i++)
-            cpu_merge(s->total + i * (dim + 2), s->partial + i * (dim + 2), dim);
-    }
-    for (uint32_t i = 0; i < n_query; i++)
-        cpu_attend_finish(q, o, dim, a.tok + i / a.group, cpu_query_head(&a, i),
-                          s->total + i * (dim + 2));
-}
-
-/* Decode: a task is one segment and op->chunk heads of one key/value head; the next phase joins the
- * segments. */
-static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
-{
-    const moe_attend_op *o = &op->u.attend;
-    const size_t dim = cpu_value_dim(o, &op->v);
-    const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
-    const uint32_t group = o->n_head / op->k.n_head, n_part = cpu_ceil_div(group, op->chunk);
-    const uint32_t part = task % n_part, kv_head = task / n_part % op->k.n_head;
-    const uint32_t segment = task / n_part / op->k.n_head;
-    cpu_queries a = {o, &op->k, &op->v, kv_head, 0, 1, kv_head * group + part * op->chunk,
-                     MOE_MIN(op->chunk, group - part * op->chunk)};
-    cpu_scratch *s = &q->scratch[thread];
-    uint32_t lo, hi;
-    if (cpu_visible(o, 0, segment * CPU_SEGMENT, &lo, &hi))
-        cpu_segment(q, &a, segment * CPU_SEGMENT, s);
-    else
-        memset(s->partial, 0, a.group * (dim + 2) * sizeof(float));
-    for (uint32_t i = 0; i < a.group; i++)
-        memcpy(q->segments + ((size_t)cpu_query_head(&a, i) * n_segment + segment) * (dim + 2),
-               s->partial + i * (dim + 2), (dim + 2) * sizeof(float));
-}
-
-static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint32_t thread)
-{
-    const moe_attend_op *o = &op->u.attend;
-    const size_t dim = cpu_value_dim(o, &op->v);
-    const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
-    float *total = q->scratch[thread].total;
-    memset(total, 0, (dim + 2) * sizeof *total);
-    for (uint32_t i = 0; i < n_segment; i++)
-        cpu_merge(total, q->segments + ((size_t)head * n_segment + i) * (dim + 2), dim);
-    cpu_attend_finish(q, o, dim, 0, head, total);
 }
 
 /* -------------------------------------------------------------------- products per head -- */
@@ -810,9 +575,15 @@ static void cpu_combine(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thr
     float *dst = cpu_floats(o->dst) + (size_t)t * o->dim;
     if (!o->add)
         memset(dst, 0, o->dim * sizeof *dst);
-    q->device->simd->accumulate(dst, cpu_floats(o->weights) + (size_t)t * o->n_used,
-                                cpu_floats(o->src) + (size_t)t * o->n_used * o->dim, o->dim,
-                                o->n_used, o->dim);
+    q->device->outer->outer(&(cpu_outer){
+        .c = dst,
+        .a = cpu_floats(o->weights) + (size_t)t * o->n_used,
+        .b = cpu_floats(o->src) + (size_t)t * o->n_used * o->dim,
+        .b_stride = o->dim,
+        .n_row = 1,
+        .n_k = o->n_used,
+        .n_col = o->dim,
+    });
 }
 
 #endif

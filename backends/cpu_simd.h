@@ -1,5 +1,5 @@
-/* backends/cpu_simd.h - float kernels that are no matrix products: dot products and sums of attention,
- * normalisation, exponentials, conversions.
+/* backends/cpu_simd.h - float kernels that are no matrix products: softmax, normalisation,
+ * exponentials, conversions.
  *
  * Each kernel stands first in C, which specifies its result to the bit, then in AVX2 and in NEON,
  * which give the same bits. The rules of quant/quant.h hold: sums run in 8 lanes (lane l takes the
@@ -20,11 +20,8 @@ typedef struct cpu_simd {
     float (*sum_squares)(const float *x, size_t n);
     /* dst = (src * factor) * weight; weight may be NULL: 1 */
     void (*scale_rows)(float *dst, const float *src, float factor, const float *weight, size_t n);
-    /* dst[i] = q . k_i for n_key keys of `dim` floats, `stride` floats apart */
-    void (*dots)(float *dst, const float *q, const float *k, size_t stride, size_t n_key, size_t dim);
-    /* dst[d] += sum over i, ascending, of p[i] * v_i[d] */
-    void (*accumulate)(float *dst, const float *p, const float *v, size_t stride, size_t n_key,
-                       size_t dim);
+    /* the largest element */
+    float (*max)(const float *x, size_t n);
     /* x[i] = exp(x[i] - max); returns the sum */
     float (*exp_sum)(float *x, size_t n, float max);
     /* dst = silu(gate) * up */
@@ -104,23 +101,13 @@ static void scale_rows_c(float *dst, const float *src, float factor, const float
         dst[i] = src[i] * factor * (weight ? weight[i] : 1.0f);
 }
 
-static void dots_c(float *dst, const float *q, const float *k, size_t stride, size_t n_key,
-                   size_t dim)
+/* NaN is passed over: exp_sum() brings it to light. Of two zeros, +0. */
+static float max_c(const float *x, size_t n)
 {
-    for (size_t i = 0; i < n_key; i++, k += stride) {
-        float lane[8] = {0};
-        for (size_t d = 0; d < dim; d++)
-            lane[d % 8] = fmaf(q[d], k[d], lane[d % 8]);
-        dst[i] = reduce8(lane);
-    }
-}
-
-static void accumulate_c(float *dst, const float *p, const float *v, size_t stride, size_t n_key,
-                         size_t dim)
-{
-    for (size_t i = 0; i < n_key; i++, v += stride)
-        for (size_t d = 0; d < dim; d++)
-            dst[d] = fmaf(p[i], v[d], dst[d]);
+    float max = -INFINITY;
+    for (size_t i = 0; i < n; i++)
+        max = x[i] > max ? x[i] : max;
+    return max + 0.0f;
 }
 
 static float exp_sum_c(float *x, size_t n, float max)
@@ -172,9 +159,16 @@ static void f16_of_f32_c(uint8_t *dst, const float *src, size_t n)
 }
 
 static const cpu_simd cpu_simd_c = {
-    sum_squares_c, scale_rows_c, dots_c, accumulate_c, exp_sum_c,
-    silu_c,        sigmoid_c,    gelu_c,     add_c,        f32_of_f16_c,
-    f16_of_f32_c,
+    .sum_squares = sum_squares_c,
+    .scale_rows = scale_rows_c,
+    .max = max_c,
+    .exp_sum = exp_sum_c,
+    .silu = silu_c,
+    .sigmoid = sigmoid_c,
+    .gelu = gelu_c,
+    .add = add_c,
+    .f32_of_f16 = f32_of_f16_c,
+    .f16_of_f32 = f16_of_f32_c,
 };
 
 /* ---------------------------------------------------------------------------------- AVX2 -- */
@@ -249,75 +243,16 @@ AVX2 static void scale_rows_avx2(float *dst, const float *src, float factor, con
     scale_rows_c(dst + i, src + i, factor, weight ? weight + i : NULL, n - i);
 }
 
-/* Four keys at a time, so that four chains of additions run side by side. */
-AVX2 static void dots_avx2(float *dst, const float *q, const float *k, size_t stride, size_t n_key,
-                           size_t dim)
+AVX2 static float max_avx2(const float *x, size_t n)
 {
-    const size_t whole = dim & ~(size_t)7;
-    const __m256i mask = tail_mask_avx2(dim - whole);
+    __m256 max = _mm256_set1_ps(-INFINITY);
     size_t i = 0;
-    for (; i + 4 <= n_key; i += 4, k += 4 * stride) {
-        __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
-        const float *k0 = k, *k1 = k + stride, *k2 = k1 + stride, *k3 = k2 + stride;
-        for (size_t d = 0; d < whole; d += 8) {
-            __m256 x = _mm256_loadu_ps(q + d);
-            s0 = _mm256_fmadd_ps(x, _mm256_loadu_ps(k0 + d), s0);
-            s1 = _mm256_fmadd_ps(x, _mm256_loadu_ps(k1 + d), s1);
-            s2 = _mm256_fmadd_ps(x, _mm256_loadu_ps(k2 + d), s2);
-            s3 = _mm256_fmadd_ps(x, _mm256_loadu_ps(k3 + d), s3);
-        }
-        if (whole < dim) {
-            __m256 x = _mm256_maskload_ps(q + whole, mask);
-            s0 = _mm256_fmadd_ps(x, _mm256_maskload_ps(k0 + whole, mask), s0);
-            s1 = _mm256_fmadd_ps(x, _mm256_maskload_ps(k1 + whole, mask), s1);
-            s2 = _mm256_fmadd_ps(x, _mm256_maskload_ps(k2 + whole, mask), s2);
-            s3 = _mm256_fmadd_ps(x, _mm256_maskload_ps(k3 + whole, mask), s3);
-        }
-        dst[i] = reduce8_avx2(s0);
-        dst[i + 1] = reduce8_avx2(s1);
-        dst[i + 2] = reduce8_avx2(s2);
-        dst[i + 3] = reduce8_avx2(s3);
-    }
-    for (; i < n_key; i++, k += stride) {
-        __m256 s = _mm256_setzero_ps();
-        for (size_t d = 0; d < whole; d += 8)
-            s = _mm256_fmadd_ps(_mm256_loadu_ps(q + d), _mm256_loadu_ps(k + d), s);
-        if (whole < dim)
-            s = _mm256_fmadd_ps(_mm256_maskload_ps(q + whole, mask),
-                                _mm256_maskload_ps(k + whole, mask), s);
-        dst[i] = reduce8_avx2(s);
-    }
-}
-
-/* Strips of 32 elements stay in registers over all keys. */
-AVX2 static void accumulate_avx2(float *dst, const float *p, const float *v, size_t stride,
-                                 size_t n_key, size_t dim)
-{
-    size_t d = 0;
-    for (; d + 32 <= dim; d += 32) {
-        __m256 s0 = _mm256_loadu_ps(dst + d), s1 = _mm256_loadu_ps(dst + d + 8);
-        __m256 s2 = _mm256_loadu_ps(dst + d + 16), s3 = _mm256_loadu_ps(dst + d + 24);
-        const float *row = v + d;
-        for (size_t i = 0; i < n_key; i++, row += stride) {
-            __m256 w = _mm256_set1_ps(p[i]);
-            s0 = _mm256_fmadd_ps(w, _mm256_loadu_ps(row), s0);
-            s1 = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 8), s1);
-            s2 = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 16), s2);
-            s3 = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 24), s3);
-        }
-        _mm256_storeu_ps(dst + d, s0);
-        _mm256_storeu_ps(dst + d + 8, s1);
-        _mm256_storeu_ps(dst + d + 16, s2);
-        _mm256_storeu_ps(dst + d + 24, s3);
-    }
-    for (; d < dim; d += 8) {
-        __m256i mask = tail_mask_avx2(dim - d);
-        __m256 s = _mm256_maskload_ps(dst + d, mask);
-        const float *row = v + d;
-        for (size_t i = 0; i < n_key; i++, row += stride)
-            s = _mm256_fmadd_ps(_mm256_set1_ps(p[i]), _mm256_maskload_ps(row, mask), s);
-        _mm256_maskstore_ps(dst + d, mask, s);
-    }
+    for (; i + 8 <= n; i += 8)
+        max = _mm256_max_ps(_mm256_loadu_ps(x + i), max); /* the order passes over NaN */
+    float lane[9];
+    _mm256_storeu_ps(lane, max);
+    lane[8] = max_c(x + i, n - i);
+    return max_c(lane, 9);
 }
 
 AVX2 static float exp_sum_avx2(float *x, size_t n, float max)
@@ -402,9 +337,16 @@ AVX2 static void f16_of_f32_avx2(uint8_t *dst, const float *src, size_t n)
 }
 
 static const cpu_simd cpu_simd_avx2 = {
-    sum_squares_avx2, scale_rows_avx2, dots_avx2, accumulate_avx2, exp_sum_avx2,
-    silu_avx2,        sigmoid_rows_avx2, gelu_avx2, add_avx2,      f32_of_f16_avx2,
-    f16_of_f32_avx2,
+    .sum_squares = sum_squares_avx2,
+    .scale_rows = scale_rows_avx2,
+    .max = max_avx2,
+    .exp_sum = exp_sum_avx2,
+    .silu = silu_avx2,
+    .sigmoid = sigmoid_rows_avx2,
+    .gelu = gelu_avx2,
+    .add = add_avx2,
+    .f32_of_f16 = f32_of_f16_avx2,
+    .f16_of_f32 = f16_of_f32_avx2,
 };
 #undef AVX2
 #endif
@@ -489,71 +431,16 @@ static void scale_rows_neon(float *dst, const float *src, float factor, const fl
     scale_rows_c(dst + i, src + i, factor, weight ? weight + i : NULL, n - i);
 }
 
-/* n_key (constant) keys at a time, so that as many chains of additions run side by side. */
-MOE_INLINE void dots_of_neon(float *dst, const float *q, const float *k, size_t stride,
-                             size_t n_key, size_t dim)
+static float max_neon(const float *x, size_t n)
 {
-    const size_t whole = dim & ~(size_t)7;
-    f32x8 sum[4];
-    ARM_UNROLL
-    for (size_t i = 0; i < n_key; i++)
-        sum[i] = same8_neon(0);
-    for (size_t d = 0; d < whole; d += 8) {
-        const f32x8 x = load8_neon(q + d);
-        ARM_UNROLL
-        for (size_t i = 0; i < n_key; i++)
-            sum[i] = fma8_neon(sum[i], x, load8_neon(k + i * stride + d));
-    }
-    ARM_UNROLL
-    for (size_t i = 0; i < n_key; i++) {
-        if (whole == dim) {
-            dst[i] = arm_reduce8(sum[i].val[0], sum[i].val[1]);
-            continue;
-        }
-        float lane[8];
-        store8_neon(lane, sum[i]);
-        for (size_t d = whole; d < dim; d++)
-            lane[d % 8] = fmaf(q[d], k[i * stride + d], lane[d % 8]);
-        dst[i] = reduce8(lane);
-    }
-}
-
-static void dots_neon(float *dst, const float *q, const float *k, size_t stride, size_t n_key,
-                      size_t dim)
-{
+    float32x4_t max = vdupq_n_f32(-INFINITY);
     size_t i = 0;
-    for (; i + 4 <= n_key; i += 4)
-        dots_of_neon(dst + i, q, k + i * stride, stride, 4, dim);
-    for (; i < n_key; i++)
-        dots_of_neon(dst + i, q, k + i * stride, stride, 1, dim);
-}
-
-/* Strips of 32 elements stay in registers over all keys. */
-static void accumulate_neon(float *dst, const float *p, const float *v, size_t stride,
-                            size_t n_key, size_t dim)
-{
-    size_t d = 0;
-    for (; d + 32 <= dim; d += 32) {
-        float32x4_t sum[8];
-        const float *row = v + d;
-        ARM_UNROLL
-        for (size_t j = 0; j < 8; j++)
-            sum[j] = vld1q_f32(dst + d + 4 * j);
-        for (size_t i = 0; i < n_key; i++, row += stride)
-            ARM_UNROLL
-            for (size_t j = 0; j < 8; j++)
-                sum[j] = vfmaq_n_f32(sum[j], vld1q_f32(row + 4 * j), p[i]);
-        ARM_UNROLL
-        for (size_t j = 0; j < 8; j++)
-            vst1q_f32(dst + d + 4 * j, sum[j]);
-    }
-    for (; d + 4 <= dim; d += 4) {
-        float32x4_t sum = vld1q_f32(dst + d);
-        for (size_t i = 0; i < n_key; i++)
-            sum = vfmaq_n_f32(sum, vld1q_f32(v + i * stride + d), p[i]);
-        vst1q_f32(dst + d, sum);
-    }
-    accumulate_c(dst + d, p, v + d, stride, n_key, dim - d);
+    for (; i + 4 <= n; i += 4)
+        max = vmaxnmq_f32(vld1q_f32(x + i), max);
+    float lane[5];
+    vst1q_f32(lane, max);
+    lane[4] = max_c(x + i, n - i);
+    return max_c(lane, 5);
 }
 
 static float exp_sum_neon(float *x, size_t n, float max)
@@ -635,9 +522,16 @@ static void f16_of_f32_neon(uint8_t *dst, const float *src, size_t n)
 }
 
 static const cpu_simd cpu_simd_neon = {
-    sum_squares_neon, scale_rows_neon, dots_neon, accumulate_neon, exp_sum_neon,
-    silu_neon,        sigmoid_rows_neon, gelu_neon, add_neon,      f32_of_f16_neon,
-    f16_of_f32_neon,
+    .sum_squares = sum_squares_neon,
+    .scale_rows = scale_rows_neon,
+    .max = max_neon,
+    .exp_sum = exp_sum_neon,
+    .silu = silu_neon,
+    .sigmoid = sigmoid_rows_neon,
+    .gelu = gelu_neon,
+    .add = add_neon,
+    .f32_of_f16 = f32_of_f16_neon,
+    .f16_of_f32 = f16_of_f32_neon,
 };
 #endif
 

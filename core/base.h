@@ -39,6 +39,12 @@
 #define MOE_LIKELY(x) __builtin_expect(!!(x), 1)
 #define MOE_UNLIKELY(x) __builtin_expect(!!(x), 0)
 #define MOE_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+/* In front of a loop whose length is a constant once it is inlined: it is to disappear. */
+#ifdef __clang__
+#define MOE_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define MOE_UNROLL _Pragma("GCC unroll 16")
+#endif
 #else
 #define MOE_TARGET(isa)
 #define MOE_INLINE static inline
@@ -46,6 +52,7 @@
 #define MOE_LIKELY(x) (x)
 #define MOE_UNLIKELY(x) (x)
 #define MOE_PRINTF(fmt, args)
+#define MOE_UNROLL
 #endif
 
 /* Checks for our own bugs, never for input: only in builds with -DMOE_DEBUG. */

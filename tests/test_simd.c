@@ -118,32 +118,46 @@ static void sums_equal_c(void)
                 const cpu_simd *m = s.simd[i];
                 CHECK_SAME("sum_squares", result_c = c->sum_squares(v.a + 1, n),
                            result = m->sum_squares(v.a + 1, n));
+                CHECK_SAME("max", result_c = c->max(v.a + 1, n), result = m->max(v.a + 1, n));
                 CHECK_SAME("exp_sum", result_c = c->exp_sum(out, n, 1.5f),
                            result = m->exp_sum(out, n, 1.5f));
             }
 }
 
-/* Attention's two: every number of keys up to 6, every width, keys further apart than they are
- * wide. */
-static void attention_equals_c(void)
+/* Products around the sizes of the tiles, with strides larger than the rows. */
+static void products_equal_c(void)
 {
-    enum { KEYS = 6, STRIDE = N_MAX + 3 };
-    const cpu_simd *c = &cpu_simd_c;
-    const sets s = sets_of_machine();
-    if (!s.n)
-        SKIP("only C runs here");
-    float keys[KEYS * STRIDE];
-    for (size_t i = 0; i < s.n; i++)
-        for (size_t n = 1; n <= N_MAX; n++)
-            for (unsigned kind = 0; kind < 3; kind++)
-                for (size_t n_key = 0; n_key <= KEYS; n_key++) {
-                    const cpu_simd *m = s.simd[i];
-                    fill(keys, KEYS * STRIDE, kind);
-                    CHECK_SAME("dots", c->dots(out, v.a + 1, keys, STRIDE, n_key, n),
-                               m->dots(out, v.a + 1, keys, STRIDE, n_key, n));
-                    CHECK_SAME("accumulate", c->accumulate(out, v.a, keys, STRIDE, n_key, n),
-                               m->accumulate(out, v.a, keys, STRIDE, n_key, n));
+    enum { ROWS = 8, STRIDE = N_MAX + 3 };
+    static const size_t cols[] = {1, 7, 8, 15, 16, 17, 24, 31, 33, 48, 63, 64, 67};
+    static float a[ROWS * STRIDE], b[9 * STRIDE], c[2][10 * STRIDE];
+    const uint32_t machine = cpu_detect();
+    size_t n_checked = 0;
+    for (uint32_t cpu = 1; cpu < 128; cpu++) {
+        const cpu_outer_kernels *m = cpu_outer_select(cpu & machine);
+        if (m == &cpu_outer_c || m == cpu_outer_select((cpu - 1) & machine))
+            continue;
+        n_checked++;
+        for (size_t n_row = 1; n_row <= ROWS; n_row++)
+            for (size_t i = 0; i < MOE_COUNT(cols); i++)
+                for (size_t n_k = 0; n_k <= 9; n_k += 3) {
+                    fill(a, MOE_COUNT(a), i % 3);
+                    fill(b, MOE_COUNT(b), i % 3);
+                    fill(c[0], MOE_COUNT(c[0]), i % 3);
+                    memcpy(c[1], c[0], sizeof c[0]);
+                    cpu_outer o = {c[0] + 1, a, b, STRIDE, STRIDE, STRIDE, n_row, n_k, cols[i]};
+                    outer_c(&o);
+                    o.c = c[1] + 1;
+                    m->outer(&o);
+                    CHECK(same_floats(c[0], c[1], MOE_COUNT(c[0])),
+                          "outer, cpu %x, %zu x %zu x %zu", cpu & machine, n_row, n_k, cols[i]);
+                    transpose_c(c[0], ROWS + 2, b, STRIDE, n_k, cols[i]);
+                    m->transpose(c[1], ROWS + 2, b, STRIDE, n_k, cols[i]);
+                    CHECK(same_floats(c[0], c[1], MOE_COUNT(c[0])), "transpose, cpu %x, %zu x %zu",
+                          cpu & machine, n_k, cols[i]);
                 }
+    }
+    if (!n_checked)
+        SKIP("only C runs here");
 }
 
 /* The tolerance that the comment above cpu_exp() promises, over its whole range. */
@@ -163,7 +177,7 @@ int main(int argc, char **argv)
     test_begin(argc, argv);
     RUN(elementwise_equals_c);
     RUN(sums_equal_c);
-    RUN(attention_equals_c);
+    RUN(products_equal_c);
     RUN(exp_is_accurate);
     return test_end();
 }
