@@ -251,6 +251,40 @@ typedef enum moe_draft {
     MOE_DRAFT_MTP = 3    /* what the model's layer for multi-token prediction says, always */
 } moe_draft;
 
+/* What an observer is shown. Pointers are valid during the call only. */
+
+/* The experts that the router chose in one layer, for tokens at positions [pos, pos + n_tok). */
+typedef struct moe_observed_experts {
+    size_t size;
+    uint32_t layer, pos, n_tok, n_used, n_expert;
+    const int32_t *ids;    /* [n_tok][n_used], the best first */
+    const float *weights;  /* [n_tok][n_used]: what their outputs are multiplied with */
+} moe_observed_experts;
+
+/* What a weight matrix, or each matrix of a stack (experts, heads), is multiplied with. Product i, of
+ * n_product, is that of matrix[i] and the n_in floats at rows + i / n_per_row * row_stride. */
+typedef struct moe_observed_input {
+    size_t size;
+    const char *tensor;    /* the name in the model's file */
+    uint32_t n_in, n_matrix;
+    uint32_t n_product, n_per_row, row_stride;
+    const float *rows;
+    const int32_t *matrix; /* [n_product], all < n_matrix */
+} moe_observed_input;
+
+/* Looks on while a session computes. Each member may be NULL. The calls come from the thread that is in
+ * moe_session_eval, layer by layer, for each batch of tokens; also for tokens that are computed ahead in
+ * vain or whose call fails later, but not again for kept ones that are computed anew. Observing costs
+ * time and a copy of what is looked at, and changes no result. The functions must not use the session. */
+typedef struct moe_observer {
+    size_t size;
+    void *user;
+    void (*experts)(void *user, const moe_observed_experts *observed);
+    void (*input)(void *user, const moe_observed_input *observed);
+} moe_observer;
+
+MOE_API void moe_observer_init(moe_observer *observer);
+
 typedef struct moe_session_options {
     size_t size;
     uint32_t n_ctx;      /* tokens the cache holds. 0: the model's training length, at most 4096 */
@@ -262,6 +296,7 @@ typedef struct moe_session_options {
     const moe_cancel *cancel; /* kept; NULL: cannot be cancelled */
     moe_draft draft;     /* default: off */
     uint32_t n_draft;    /* tokens computed ahead at most, 1..15. Default 8 */
+    const moe_observer *observer; /* copied; NULL: nobody looks on */
 } moe_session_options;
 
 typedef struct moe_session moe_session;

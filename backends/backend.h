@@ -44,7 +44,7 @@ typedef struct moe_matrix {
  * number of rows (n_out), dims[2] the number of matrices. The matrices of a stack of experts may each
  * have a type and a place of their own: then only experts() takes it. */
 typedef struct moe_weight {
-    const char *name;
+    const char *name;   // in the model's file; NULL: made from another weight
     const moe_quant *quant;
     uint64_t dims[3];
     uint64_t row_bytes;

@@ -63,6 +63,11 @@ MOE_API void moe_session_options_init(moe_session_options *options)
                                      .n_draft = 8};
 }
 
+MOE_API void moe_observer_init(moe_observer *observer)
+{
+    *observer = (moe_observer){.size = sizeof *observer};
+}
+
 MOE_API void moe_sampler_options_init(moe_sampler_options *options)
 {
     *options = (moe_sampler_options){

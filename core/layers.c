@@ -5,7 +5,7 @@
 #ifndef MOE_CORE_LAYERS_C
 #define MOE_CORE_LAYERS_C
 
-#include "model.h"
+#include "observe.c"
 
 enum { JOURNAL_TOK = 16 }; /* the most tokens of a batch whose inputs are kept */
 
@@ -22,6 +22,8 @@ struct moe_pass {
      * tokens can be had without computing them anew */
     moe_view journal;
     uint32_t n_tok, pos;
+    uint32_t layer;          // whose work is being recorded
+    moe_observe *observe;    // NULL: nobody looks on
     /* Places of activations, each large enough for the session's batch. */
     moe_view ids;            // int32 [n_tok]
     moe_view rope[2];        // [n_tok][n_rot / 2][2] cos, sin: global, local layers
@@ -51,6 +53,28 @@ static void layer_norm(moe_pass *p, moe_view dst, moe_view src, const moe_weight
     p->be->norm(p->queue, &op);
 }
 
+/* Products of matrices go through the next three, so that an observer sees the input of each. */
+static void layer_matmul(moe_pass *p, const moe_matmul_op *op)
+{
+    p->be->matmul(p->queue, op);
+    if (p->observe)
+        observe_matmul(p->observe, p->be, p->queue, op);
+}
+
+static void layer_expert_matmul(moe_pass *p, const moe_experts_op *op)
+{
+    p->be->experts(p->queue, op);
+    if (p->observe)
+        observe_experts(p->observe, p->be, p->queue, op);
+}
+
+static void layer_head_matmul(moe_pass *p, const moe_heads_op *op)
+{
+    p->be->heads(p->queue, op);
+    if (p->observe)
+        observe_heads(p->observe, p->be, p->queue, op);
+}
+
 /* dst = (add ? dst : 0) + w src + bias */
 static void layer_linear(moe_pass *p, moe_view dst, const moe_weight *w, moe_view src,
                          const moe_weight *bias, bool add)
@@ -61,7 +85,7 @@ static void layer_linear(moe_pass *p, moe_view dst, const moe_weight *w, moe_vie
         .n_out = 1,
         .out = {{w, bias ? bias->data : (moe_view){0}, dst, add}},
     };
-    p->be->matmul(p->queue, &op);
+    layer_matmul(p, &op);
 }
 
 /* ----------------------------------------------------------------------- recurrent layers -- */
@@ -170,7 +194,7 @@ static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
                 {&l->wk, l->bk.data, p->k, false},
                 {&l->wv, l->bv.data, p->v, false}},
     };
-    p->be->matmul(p->queue, &project);
+    layer_matmul(p, &project);
     layer_qk_norm(p, p->q, &l->q_norm, hp->n_head);
     layer_qk_norm(p, p->k, &l->k_norm, hp->n_head_kv);
     layer_rope(p, p->q, hp->n_head, local);
@@ -207,7 +231,7 @@ static void layer_latent_project(moe_pass *p, const moe_layer *l)
         .out = {{.w = direct ? &l->wq : &l->wq_a, .dst = direct ? p->q : p->q_latent},
                 {.w = &l->wkv_a, .dst = p->k}},
     };
-    p->be->matmul(p->queue, &project);
+    layer_matmul(p, &project);
     if (!direct) {
         const moe_norm_op norm = {p->q_latent, p->q_latent, l->wq_a_norm.data, p->n_tok,
                                   hp->n_latent_q, hp->n_latent_q, hp->n_latent_q, hp->eps_latent,
@@ -240,9 +264,11 @@ static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bo
     const moe_cache *cache = &p->k_cache[index];
     const uint32_t row = hp->n_latent + hp->n_rot, n_nope = hp->head_dim - hp->n_rot;
     layer_latent_project(p, l);
+    if (p->observe && weight_present(&l->wkv_b)) // both stacks below are made from it
+        observe_source(p->observe, p->be, p->queue, &l->wkv_b, p->k, p->n_tok, row);
     layer_store(p, cache, p->k);
     const moe_heads_op absorb = {p->q_absorbed, p->q, &l->wk_b, p->n_tok, row, hp->head_dim};
-    p->be->heads(p->queue, &absorb);
+    layer_head_matmul(p, &absorb);
     const moe_copy_op rotated = {view_at(p->q_absorbed, hp->n_latent * sizeof(float)),
                                  view_at(p->q, n_nope * sizeof(float)), p->n_tok * hp->n_head,
                                  hp->n_rot, row, hp->head_dim};
@@ -261,7 +287,7 @@ static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bo
     p->be->attend(p->queue, &attend);
     const moe_heads_op expand = {p->attn, p->attn_latent, &l->wv_b, p->n_tok, hp->head_dim_v,
                                  hp->n_latent};
-    p->be->heads(p->queue, &expand);
+    layer_head_matmul(p, &expand);
     layer_linear(p, dst, &l->wo, p->attn, NULL, add);
 }
 
@@ -282,7 +308,7 @@ static void layer_gated(moe_pass *p, const moe_weight *gate, const moe_weight *u
         .n_out = 2,
         .out = {{.w = gate, .dst = p->gate}, {.w = up, .dst = p->up}},
     };
-    p->be->matmul(p->queue, &project);
+    layer_matmul(p, &project);
     layer_glu(p, p->n_tok * gate->dims[1]);
     layer_linear(p, dst, down, p->gate, NULL, add);
 }
@@ -303,6 +329,8 @@ static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool ad
                                 .logits = p->router, .bias = l->router_choice.data,
                                 .router = *r, .n_tok = p->n_tok};
     p->be->route(p->queue, &route);
+    if (p->observe)
+        observe_route(p->observe, p->be, p->queue, &route, p->layer, p->pos);
     const moe_experts_op project = {
         .src = p->h,
         .ids = p->expert_ids,
@@ -313,7 +341,7 @@ static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool ad
         .out = {{&l->experts_gate, l->experts_gate_bias.data, p->gate},
                 {&l->experts_up, l->experts_up_bias.data, p->up}},
     };
-    p->be->experts(p->queue, &project);
+    layer_expert_matmul(p, &project);
     layer_glu(p, (uint64_t)p->n_tok * r->n_used * hp->n_ff_expert);
     const moe_experts_op down = {
         .src = p->gate,
@@ -323,7 +351,7 @@ static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool ad
         .n_out = 1,
         .out = {{&l->experts_down, l->experts_down_bias.data, p->expert_out}},
     };
-    p->be->experts(p->queue, &down);
+    layer_expert_matmul(p, &down);
     const moe_combine_op combine = {dst, p->expert_out, p->expert_weights, p->n_tok, r->n_used,
                                     hp->n_embd, add};
     p->be->combine(p->queue, &combine);

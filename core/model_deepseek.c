@@ -173,13 +173,13 @@ static uint64_t derive_describe(const moe_hparams *hp, moe_layer *l, uint64_t by
     const moe_weight *f = &l->wkv_b;
     const uint64_t n_nope = hp->head_dim - hp->n_rot, skipped = n_nope * f->row_bytes;
     const moe_quant *quant = derived_quant(f);
-    l->wk_b = (moe_weight){.name = f->name, .quant = quant,
+    l->wk_b = (moe_weight){.quant = quant,
                            .dims = {n_nope, hp->n_latent, hp->n_head},
                            .row_bytes = n_nope * quant->block_bytes,
                            .matrix_bytes = n_nope * hp->n_latent * quant->block_bytes,
                            .data = {NULL, bytes}};
     bytes = align_up(bytes + l->wk_b.matrix_bytes * hp->n_head, MEM_ALIGN);
-    l->wv_b = (moe_weight){.name = f->name, .quant = f->quant,
+    l->wv_b = (moe_weight){.quant = f->quant,
                            .dims = {hp->n_latent, hp->head_dim_v, hp->n_head},
                            .row_bytes = f->row_bytes,
                            .matrix_bytes = skipped + hp->head_dim_v * f->row_bytes,

@@ -54,6 +54,7 @@ struct moe_session {
     moe_token *history;    // [n_ctx]: what to compute anew after going back further, and what guesses
                            // are made from; NULL if neither is needed
     session_ahead ahead;   // of a session that drafts
+    moe_observe *observe;  // NULL: nobody looks on
     moe_error error;
 };
 
@@ -206,6 +207,7 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
                        (uint64_t)o->n_batch * hp->n_rot * sizeof(float) +
                        (plan_history(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
                        (drafts ? (o->n_draft + 1ull) * hp->n_vocab * sizeof(float) : 0) +
+                       observe_bytes(hp, &plan->queue, o->observer) +
                        20 * MEM_ALIGN;
     return checked_add(plan->cache_bytes, plan->work_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->queue_bytes, &plan->total_bytes) &&
@@ -269,6 +271,9 @@ static moe_status session_fill_options(const moe_model *m, const moe_session_opt
     if (options)
         memcpy(o, options, MOE_MIN(options->size, sizeof *o));
     o->size = sizeof *o;
+    if (o->observer && !o->observer->size)
+        return fail(error, MOE_ERR_ARGUMENT, "observer",
+                    "expected one filled by moe_observer_init, got size 0");
     if (!m->device)
         return fail(error, MOE_ERR_ARGUMENT, "model",
                     "it was opened with vocab_only: it has no weights to compute with");
@@ -357,6 +362,7 @@ static void session_lay_out(moe_session *s)
     p->queue = s->queue;
     p->k_cache = s->caches;
     p->v_cache = s->caches + hp->n_layer;
+    p->observe = s->observe;
 }
 
 static moe_status session_allocate(moe_session *s, const session_plan *plan, moe_error *error)
@@ -373,7 +379,12 @@ static moe_status session_allocate(moe_session *s, const session_plan *plan, moe
                                               sizeof *s->ahead.logits);
     s->ahead.drafter.n_max = s->options.n_draft;
     s->ahead.drafter.adaptive = s->options.draft == MOE_DRAFT_AUTO;
-    if (!s->caches || !s->rope_table || (history && !s->history) || (drafts && !s->ahead.logits))
+    const moe_observer *observer = s->options.observer;
+    if (observer)
+        s->observe = observe_open(&m->mem, &m->hp, &plan->queue, observer, &s->error);
+    s->options.observer = NULL; /* the caller's; what was copied stays */
+    if (!s->caches || !s->rope_table || (history && !s->history) || (drafts && !s->ahead.logits) ||
+        (observer && !s->observe))
         return fail_memory(error, &m->mem, "session", plan->host_bytes);
     moe_status status = m->backend->buffer_new(m->device, plan->cache_bytes, &s->cache, error);
     if (!status)
@@ -429,6 +440,7 @@ void moe_session_close(moe_session *s)
         m->backend->queue_close(s->queue);
     m->backend->buffer_free(m->device, s->work);
     m->backend->buffer_free(m->device, s->cache);
+    observe_close(&m->mem, s->observe);
     mem_free(&m->mem, s->ahead.logits);
     mem_free(&m->mem, s->history);
     mem_free(&m->mem, s->rope_table);
@@ -596,6 +608,8 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
     const moe_model *m = s->model;
     p->pos = pos;
     p->n_tok = n_tok;
+    if (p->observe)
+        p->observe->status = MOE_OK;
     session_choose_states(s, pos, n_tok);
     if (s->lookback && pos + n_tok > s->n_slot_local)
         s->held_from = MOE_MAX(s->held_from, pos + n_tok - s->n_slot_local);
@@ -605,8 +619,8 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
         session_write_rope(s, 1, pos, n_tok);
     const moe_embed_op embed = {p->x, p->ids, &m->globals.embedding, m->hp.embed_scale, n_tok};
     p->be->embed(p->queue, &embed);
-    for (uint32_t layer = 0; layer < m->hp.n_layer; layer++)
-        m->family->layer(p, layer);
+    for (p->layer = 0; p->layer < m->hp.n_layer; p->layer++)
+        m->family->layer(p, p->layer);
     for (uint32_t done = 0; done < n_logits;) {
         const uint32_t n = MOE_MIN(s->options.n_logits, n_logits - done);
         moe_status status = session_logits(s, n_tok - n_logits + done, n,
@@ -616,6 +630,8 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
         done += n;
     }
     moe_status status = p->be->submit(p->queue, &s->error);
+    if (!status && p->observe)
+        status = p->observe->status;
     if (!status)
         session_note_states(s, pos, n_tok);
     return status;
@@ -714,11 +730,13 @@ static moe_status session_restore(moe_session *s)
         (!s->lookback || s->n_past + 1 >= (uint64_t)held_from + s->lookback))
         return session_replay(s, s->n_past - from);
     s->held_from = SESSION_NONE; /* while this is not done */
+    s->pass.observe = NULL;      /* these tokens were shown when they came */
     for (uint32_t done = from; done < s->n_past && !status;) {
         const uint32_t n = MOE_MIN(s->options.n_batch, s->n_past - done);
         status = session_forward(s, s->history + done, done, n, 0, NULL);
         done += n;
     }
+    s->pass.observe = s->observe;
     if (!status) {
         const uint32_t lost = s->n_past > s->n_slot_local ? s->n_past - s->n_slot_local : 0;
         s->held_from = from ? MOE_MAX(held_from, lost) : lost;
