@@ -100,7 +100,7 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
     d->simd = cpu_simd_select(d->cpu);
     d->outer = cpu_outer_select(d->cpu);
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
-        d->kernels[quant_table[i]->id] = quant_table[i]->select(d->cpu);
+        d->kernels[i] = quant_table[i]->select(d->cpu);
     snprintf(d->name, sizeof d->name, "CPU (%s)",
              d->cpu & MOE_CPU_AVX512_VNNI ? "AVX-512 VNNI"
              : d->cpu & MOE_CPU_AVX512    ? "AVX-512"

@@ -27,8 +27,7 @@ enum {
     CPU_KEY_BLOCK = 64,     /* positions converted to float at once: they stay in L1/L2 */
     CPU_SCORES = CPU_SEGMENT + 16, /* from one query's scores to the next one's */
     CPU_KEY_ROWS = 16,      /* of them before they are transposed */
-    CPU_QUERIES = 64,       /* queries (tokens x heads) that share converted keys */
-    CPU_MAX_QUANT_ID = 64
+    CPU_QUERIES = 64        /* queries (tokens x heads) that share converted keys */
 };
 
 struct moe_buffer {
@@ -42,7 +41,7 @@ struct moe_device {
     uint32_t cpu; // moe_cpu bits
     const cpu_simd *simd;
     const cpu_outer_kernels *outer;
-    moe_kernels kernels[CPU_MAX_QUANT_ID]; // by quant id
+    moe_kernels kernels[MOE_COUNT(quant_table)];
     char name[48];
 };
 
@@ -189,7 +188,7 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
 {
     const moe_weight *w = o->out[i].w;
     const moe_act act = w->quant->act;
-    const moe_kernels *kernels = &q->device->kernels[w->quant->id];
+    const moe_kernels *kernels = &q->device->kernels[quant_index(w->quant)];
     const size_t n_out = (size_t)w->dims[1];
     const bool direct = !o->out[i].bias.buffer && !o->out[i].add;
     const size_t tok_tile = o->n_tok == 1 ? 1 : MOE_MIN(CPU_TOK_TILE, CPU_TILE / n_row);
@@ -291,7 +290,7 @@ static void cpu_heads(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t th
     const moe_heads_op *o = &op->u.heads;
     const moe_weight *w = o->w;
     const moe_act act = w->quant->act;
-    const moe_kernels *kernels = &q->device->kernels[w->quant->id];
+    const moe_kernels *kernels = &q->device->kernels[quant_index(w->quant)];
     const uint32_t n_chunk = cpu_ceil_div(w->dims[1], op->chunk);
     const size_t head = task / n_chunk, row = (size_t)(task % n_chunk) * op->chunk;
     const size_t y_stride = (size_t)w->dims[2] * o->dst_stride;
@@ -544,7 +543,7 @@ static void cpu_experts(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t 
     const size_t n_row = MOE_MIN(op->chunk, n_out - row);
     const moe_matrix matrix = weight_matrix(w, expert);
     const moe_act act = matrix.quant->act;
-    const moe_kernels *kernels = &q->device->kernels[matrix.quant->id];
+    const moe_kernels *kernels = &q->device->kernels[quant_index(matrix.quant)];
     const float *bias = o->out[i].bias.buffer ? cpu_floats(o->out[i].bias) + expert * n_out + row
                                               : NULL;
     const uint32_t end = q->expert_start[a + 1];

@@ -117,9 +117,7 @@ static void main_sum(const conv_job *job, main_sums sums[MOE_COUNT(quant_table)]
     memset(sums, 0, MOE_COUNT(quant_table) * sizeof *sums);
     for (size_t i = 0; i < job->source.n_tensors; i++) {
         const conv_tensor *t = &job->source.tensors[i];
-        main_sums *sum = sums;
-        while (quant_table[sum - sums] != t->target)
-            sum++;
+        main_sums *sum = &sums[quant_index(t->target)];
         sum->n_tensors++;
         sum->n_weights += t->row_len * t->n_rows;
         sum->bytes += t->bytes;

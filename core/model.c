@@ -616,15 +616,15 @@ static moe_status model_prepare_rope(moe_model *m, moe_error *error)
 static const char *model_main_type(const moe_directory *dir)
 {
     const moe_quant *largest = NULL;
-    uint64_t by_type[64] = {0};
+    uint64_t by_type[MOE_COUNT(quant_table)] = {0};
     for (size_t i = 0; i < directory_n_tensors(dir); i++) {
         const moe_tensor *t = directory_tensor_at(dir, i);
         for (uint64_t k = 0; k < tensor_n_parts(t); k++) {
             const moe_part part = tensor_part(t, k);
-            if (!part.quant || part.quant->id >= MOE_COUNT(by_type))
+            if (!part.quant)
                 continue;
-            by_type[part.quant->id] += part.bytes;
-            if (!largest || by_type[part.quant->id] > by_type[largest->id])
+            by_type[quant_index(part.quant)] += part.bytes;
+            if (!largest || by_type[quant_index(part.quant)] > by_type[quant_index(largest)])
                 largest = part.quant;
         }
     }

@@ -40,6 +40,14 @@ MOE_UNUSED static const moe_quant *quant_by_id(uint32_t id)
     return NULL;
 }
 
+MOE_UNUSED static size_t quant_index(const moe_quant *quant)
+{
+    size_t i = 0;
+    while (i + 1 < MOE_COUNT(quant_table) && quant_table[i] != quant)
+        i++;
+    return i;
+}
+
 static bool quant_name_equal(const char *a, const char *b)
 {
     for (; *a && *b; a++, b++) {

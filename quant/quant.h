@@ -140,6 +140,8 @@ typedef struct moe_quant {
 MOE_UNUSED static const moe_quant *quant_by_id(uint32_t id);
 /* By name, without regard to case. */
 MOE_UNUSED static const moe_quant *quant_by_name(const char *name);
+/* Its place in quant_table, for tables with an entry for each type: ids have gaps. */
+MOE_UNUSED static size_t quant_index(const moe_quant *quant);
 
 /* ------------------------------------------------------------------- numbers in 16 bits -- */
 

@@ -263,7 +263,7 @@ MOE_AVX2_INLINE void tcq_gemm_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
         tcq_gemm_avx2(mm, sizeof(type##_block), type##_load_avx2, type##_step_avx2);               \
     }
 
-/* ------------------------------------------------------------------------- AVX-512 VNNI, gemv -- */
+/* ------------------------------------------------------------------------ AVX-512 VNNI, gemv -- */
 
 /* Doubled codes of a block of 8 rows, k 0..15 and 16..31: a quarter of a vector is a row, in the
  * order 0, 4, 1, 5 and 2, 6, 3, 7, so that halves of it are vectors as x86.h has them. */
@@ -521,7 +521,7 @@ MOE_INLINE void tcq_gemm_arm(const moe_mm *mm, const tcq_arm *f, const arm_engin
 #endif
 
 /* A type's ladder and its entry of the table. */
-#define TCQ_QUANT(type, public_name, disk_id, ...)                                                   \
+#define TCQ_QUANT(type, public_name, disk_id, ...)                                                 \
     static moe_kernels type##_select(uint32_t cpu)                                                 \
     {                                                                                              \
         moe_kernels best = {type##_mm_c, type##_mm_c};                                             \

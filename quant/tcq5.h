@@ -8,7 +8,7 @@
  *                                                                         k + 16
  *     weight = d ((2 c | s & 1) - 32)
  *
- * The lowest bit of a code, which chooses the subset, is as good as random: on disk it costs one bit
+ * The lowest bit of a code, which chooses the subset, is as good as random: on disk it costs a bit
  * whether it stands apart or not, and the others are coded by bytes, two of them at once.
  *
  * The scale, the state s and the product with activations are described in tcq.h. */
