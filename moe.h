@@ -172,6 +172,9 @@ typedef struct moe_model_options {
                                     0: none */
     const moe_cancel *cancel;    /* NULL: cannot be cancelled. Used during open only. */
     const struct moe_backend *backend; /* NULL: the CPU */
+    bool verify;     /* of a .moe file: first compare every byte with its checksum, which reads the
+                        whole file. Otherwise that is done for what is decoded, and `moe verify` does
+                        it for all */
 } moe_model_options;
 
 typedef struct moe_model moe_model;
@@ -185,6 +188,24 @@ MOE_API moe_status moe_model_open(moe_model **out, const moe_model_options *opti
 
 /* Closes a model; its sessions must be closed before. NULL is allowed. */
 MOE_API void moe_model_close(moe_model *model);
+
+/* What was found in a .moe file. */
+typedef struct moe_verify_report {
+    size_t size;
+    uint64_t n_records, n_damaged;
+    uint64_t file_bytes;
+    uint64_t root; /* the checksum of the directory, and so of the whole file */
+} moe_verify_report;
+
+/* Called for each damaged part: its name, such as "layer 3, expert 17 (record 40)", and its place. */
+typedef void moe_damage_fn(void *user, const char *what, uint64_t offset, uint64_t bytes);
+
+/* Compares every byte of a .moe file with its checksum. MOE_ERR_FORMAT if one differs, with the first
+ * damaged part in *error; `damage` (may be NULL) is then called for all, in the order of the file,
+ * unless it is the directory that is damaged. `report` may be NULL; fill report->size. Of the options
+ * only the source, host, memory limit and cancel flag are used. */
+MOE_API moe_status moe_file_verify(const moe_model_options *options, moe_damage_fn *damage,
+                                   void *user, moe_verify_report *report, moe_error *error);
 
 /* Hyperparameters and sizes. Counts that a family does not have are 0. */
 typedef struct moe_model_info {

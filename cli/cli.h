@@ -62,7 +62,8 @@ typedef struct cli_verb {
     int (*run)(int argc, char **argv);
 } cli_verb;
 
-extern const cli_verb verb_run, verb_info, verb_tokenize, verb_logits, verb_eval, verb_bench;
+extern const cli_verb verb_run, verb_info, verb_verify, verb_tokenize, verb_logits, verb_eval,
+    verb_bench;
 
 /* Reads the arguments of a verb: argv[0] is the verb's name. Options and positional arguments may
  * be mixed; "--" ends options. `tables` ends with NULL. False if the verb is over: help was asked

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-static const cli_verb *const verbs[] = {&verb_run,    &verb_info, &verb_tokenize,
+static const cli_verb *const verbs[] = {&verb_run,    &verb_info, &verb_verify, &verb_tokenize,
                                         &verb_logits, &verb_eval, &verb_bench};
 
 static void usage(FILE *out)

@@ -14,6 +14,7 @@
 #include "vocab.c"        /* tokenizer.json -> keys */
 #include "hf.c"           /* a checkpoint -> a source */
 #include "gguf_source.c"  /* a GGUF file -> a source */
+#include "moe_source.c"   /* a .moe file -> a source */
 #include "plan.c"         /* the type of each tensor */
 #include "gguf_write.c"   /* the result */
 #include "encode.c"       /* the work */
@@ -49,7 +50,7 @@ static moe_status conv_open_source(conv_job *job, moe_error *error)
     if (S_ISDIR(info.st_mode))
         return conv_open_hf(s, o->source, o->pre, error);
     if (conv_ends(o->source, ".moe"))
-        return fail(error, MOE_ERR_UNSUPPORTED, o->source, "this version does not read .moe files yet");
+        return conv_open_moe(s, o->source, o->quant != NULL || o->n_keeps, error);
     if (conv_ends(o->source, ".safetensors") || conv_ends(o->source, ".json"))
         return fail(error, MOE_ERR_ARGUMENT, o->source,
                     "expected the folder of the checkpoint: its other files are needed, too");

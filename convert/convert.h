@@ -1,6 +1,6 @@
 /* convert/convert.h - the seams of the converter: source -> plan -> encoder -> writer.
  *
- *     source   convert/hf.c, convert/gguf_source.c: metadata, as GGUF's keys and values, and tensors in
+ *     source   convert/hf.c, convert/gguf_source.c, convert/moe_source.c: metadata, as GGUF's keys and values, and tensors in
  *              GGUF's names and shapes, each a list of places in files (nothing is read yet)
  *     plan     convert/plan.c: the type of each tensor
  *     encoder  convert/encode.c: rows from their places to blocks of that type, on all cores
@@ -43,6 +43,7 @@ typedef struct conv_input {
     const conv_file *scale_file;
     uint64_t scale_offset;     // float [ceil(n_row / block)][ceil(row_len / block)]
     uint32_t scale_block;
+    uint32_t planes;           // of a .moe source: the compressed slice, counted from 1; 0: plain rows
 } conv_input;
 
 /* A tensor of the result. Its rows come from `inputs`, an equal part from each; or from `made`. */
@@ -53,6 +54,7 @@ typedef struct conv_tensor {
     uint64_t row_len, n_rows;  // as they are worked on
     conv_input *inputs;
     uint32_t n_inputs;
+    const moe_quant **source_types; // [n_inputs], if they differ
     const float *made;         // [n_elements]
     uint32_t interleave;       // rows of a head, whose halves become neighbours; 0: order is kept
     bool plus_1;

@@ -15,10 +15,11 @@ static bool gguf_key_dropped(const char *key, bool split, bool new_types)
            (!strcmp(key, "general.file_type") || !strcmp(key, "general.quantization_version"));
 }
 
-static moe_status gguf_source_keys(conv_source *s, bool new_types, moe_error *error)
+/* Copies the first n keys. */
+static moe_status gguf_source_keys(conv_source *s, size_t n, bool new_types, moe_error *error)
 {
     meta_writer w = {&s->kv, &s->n_kv, false};
-    for (size_t i = 0; i < directory_n_meta(s->dir); i++) {
+    for (size_t i = 0; i < n; i++) {
         const moe_meta *m = directory_meta_at(s->dir, i);
         s->has_file_type |= !strcmp(m->key, "general.file_type");
         if (!gguf_key_dropped(m->key, s->dir->n_files > 1, new_types))
@@ -45,6 +46,18 @@ static void gguf_source_shape(conv_source *s)
     s->alignment = alignment;
 }
 
+/* The next tensor, but for where its rows come from. */
+static conv_tensor *gguf_source_tensor(conv_source *s, const moe_tensor *from)
+{
+    conv_tensor *t = &s->tensors[s->n_tensors++];
+    *t = (conv_tensor){.name = from->name, .n_dims = from->n_dims, .row_len = from->dims[0],
+                       .n_rows = from->n_elements / from->dims[0]};
+    memcpy(t->dims, from->dims, sizeof t->dims);
+    t->is_vector = from->n_dims == 1 || strstr(from->name, "_norm.") != NULL;
+    t->is_router = strstr(from->name, "ffn_gate_inp") != NULL;
+    return t;
+}
+
 static moe_status gguf_source_tensors(conv_source *s, moe_error *error)
 {
     const size_t n = directory_n_tensors(s->dir);
@@ -54,13 +67,9 @@ static moe_status gguf_source_tensors(conv_source *s, moe_error *error)
         return fail_memory(error, s->mem, "tensors", n * sizeof *s->tensors);
     for (size_t i = 0; i < n; i++) {
         const moe_tensor *from = directory_tensor_at(s->dir, i);
-        conv_tensor *t = &s->tensors[s->n_tensors++];
-        *t = (conv_tensor){.name = from->name, .n_dims = from->n_dims, .row_len = from->dims[0],
-                           .n_rows = from->n_elements / from->dims[0], .inputs = &inputs[i],
-                           .n_inputs = 1};
-        memcpy(t->dims, from->dims, sizeof t->dims);
-        t->is_vector = from->n_dims == 1 || strstr(from->name, "_norm.") != NULL;
-        t->is_router = strstr(from->name, "ffn_gate_inp") != NULL;
+        conv_tensor *t = gguf_source_tensor(s, from);
+        t->inputs = &inputs[i];
+        t->n_inputs = 1;
         inputs[i] = (conv_input){.file = &s->files[from->file], .name = from->name,
                                  .offset = from->offset, .type = from->quant};
     }
@@ -85,7 +94,7 @@ static moe_status conv_open_gguf(conv_source *s, const char *path, bool new_type
     if (status)
         return status;
     gguf_source_shape(s);
-    status = gguf_source_keys(s, new_types, error);
+    status = gguf_source_keys(s, directory_n_meta(s->dir), new_types, error);
     return status ? status : gguf_source_tensors(s, error);
 }
 

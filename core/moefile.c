@@ -89,7 +89,7 @@ static const char *moefile_slice_name(const moe_directory *dir, const moefile_sl
 }
 
 /* And a record. */
-MOE_UNUSED static const char *moefile_record_name(const moe_directory *dir, uint32_t index, char buf[160])
+static const char *moefile_record_name(const moe_directory *dir, uint32_t index, char buf[160])
 {
     const moefile_record r = moefile_record_at(dir->moe, index);
     char first[128] = "";
@@ -615,6 +615,138 @@ static moe_status moefile_team_run(moefile_team *team, uint32_t n, moe_error *er
     return status;
 }
 
+/* Reads a piece of the file: a pointer into memory that is there, or into `room`. Callbacks are called
+ * by one thread at a time. */
+static moe_status moefile_fetch(const moe_directory *dir, plat_mutex *lock, uint64_t offset,
+                                uint64_t bytes, uint8_t *room, const uint8_t **data,
+                                moe_error *error)
+{
+    const dir_file *file = dir->files;
+    if (file->memory) {
+        *data = file->memory + offset;
+        return MOE_OK;
+    }
+    *data = room;
+    if (file->read)
+        plat_mutex_lock(lock);
+    moe_status status = dir_file_read(dir, file, offset, room, bytes, 0, 0, error);
+    if (file->read)
+        plat_mutex_unlock(lock);
+    return status;
+}
+
+/* ----------------------------------------------------------------------------- verifying -- */
+
+/* Every byte behind the directory: records by their hashes, what is between them by being zero. */
+typedef struct moefile_check {
+    moe_directory *dir;
+    bool *damaged;       // [n_records + 1]; the last: the padding in front of all records
+    plat_mutex lock;
+    /* Under the lock: */
+    uint32_t next;
+    uint64_t checked_bytes;
+    bool stop;
+} moefile_check;
+
+static bool moefile_is_zero(const uint8_t *p, uint64_t n)
+{
+    uint8_t any = 0;
+    for (uint64_t i = 0; i < n; i++)
+        any |= p[i];
+    return !any;
+}
+
+/* The bytes [offset, end) of the file, of which the first `hashed` are hashed; the rest must be 0. */
+static moe_status moefile_check_range(moefile_check *c, const moefile_decoder *d, uint64_t offset,
+                                      uint64_t hashed, uint64_t end, uint64_t hash, bool *good,
+                                      moe_error *error)
+{
+    xxh64_state state;
+    const uint64_t hashed_end = offset + hashed;
+    xxh64_begin(&state);
+    *good = true;
+    for (uint64_t at = offset; at < end;) {
+        const uint8_t *data = NULL;
+        const uint64_t stop = at < hashed_end ? hashed_end : end;
+        const uint64_t n = MOE_MIN(stop - at, MOEFILE_PIECE_BYTES);
+        if (cancelled(c->dir->cancel))
+            return fail(error, MOE_ERR_CANCELLED, NULL, "cancelled while the file was verified");
+        moe_status status = moefile_fetch(c->dir, &c->lock, at, n, d->stored, &data, error);
+        if (status)
+            return status;
+        if (at < hashed_end)
+            xxh64_add(&state, data, n);
+        else
+            *good &= moefile_is_zero(data, n);
+        at += n;
+    }
+    *good &= xxh64_end(&state) == hash || !hashed;
+    return MOE_OK;
+}
+
+static bool moefile_check_run(void *self, moefile_decoder *d, moe_error *error)
+{
+    moefile_check *c = self;
+    const moefile_header *h = &c->dir->moe->header;
+    plat_mutex_lock(&c->lock);
+    const uint32_t i = c->stop || c->next > h->n_records ? UINT32_MAX : c->next++;
+    plat_mutex_unlock(&c->lock);
+    if (i == UINT32_MAX)
+        return false;
+    moefile_record r = {.offset = sizeof *h + h->directory_bytes};
+    uint64_t end = h->data_offset;
+    if (i < h->n_records) {
+        r = moefile_record_at(c->dir->moe, i);
+        end = i + 1 < h->n_records ? moefile_record_at(c->dir->moe, i + 1).offset : h->file_bytes;
+    }
+    bool good = false;
+    moe_status status = moefile_check_range(c, d, r.offset, r.stored_bytes, end, r.hash, &good, error);
+    plat_mutex_lock(&c->lock);
+    c->damaged[i] = !good;
+    c->stop |= status != MOE_OK;
+    c->checked_bytes += end - r.offset;
+    mem_progress(c->dir->mem, "verify", c->checked_bytes, h->file_bytes);
+    plat_mutex_unlock(&c->lock);
+    return !status;
+}
+
+/* Fills damaged [n_records + 1]. */
+static moe_status moefile_check_all(moe_directory *dir, bool *damaged, moe_error *error)
+{
+    moefile_check c = {.dir = dir, .damaged = damaged};
+    moefile_team team = {.dir = dir, .self = &c, .run = moefile_check_run};
+    if (!plat_mutex_init(&c.lock))
+        return fail(error, MOE_ERR_THREAD, NULL, "cannot make a lock");
+    moe_status status = moefile_team_run(&team, plat_n_cores(), error);
+    plat_mutex_destroy(&c.lock);
+    return status;
+}
+
+static moe_status moefile_fail_damaged(const moe_directory *dir, uint32_t index, moe_error *error)
+{
+    char name[160] = "padding";
+    if (index < dir->moe->header.n_records)
+        moefile_record_name(dir, index, name);
+    return fail(error, MOE_ERR_FORMAT, name,
+                "expected the bytes that the checksum was made of, got others: the file is damaged; "
+                "get it again");
+}
+
+/* Before anything is used: all records are as they were written. */
+static moe_status moefile_check_first(moe_directory *dir, moe_error *error)
+{
+    const uint32_t n = dir->moe->header.n_records;
+    bool *damaged = mem_alloc(dir->mem, (uint64_t)n + 1, sizeof *damaged);
+    if (!damaged)
+        return fail_memory(error, dir->mem, "records", n);
+    moe_status status = moefile_check_all(dir, damaged, error);
+    for (uint32_t i = 0; i <= n && !status; i++)
+        if (damaged[i])
+            status = moefile_fail_damaged(dir, i, error);
+    mem_free(dir->mem, damaged);
+    return status;
+}
+
 /* ------------------------------------------------------------------------------- loading -- */
 
 /* What is loaded into memory, piece by piece. A piece is a segment, or about as much of raw rows. */
@@ -682,24 +814,6 @@ static bool moefile_next_piece(moefile_load_state *st, moefile_piece *p)
     return more;
 }
 
-/* Reads a piece of the file: a pointer into memory that is there, or into `room`. Callbacks are called
- * by one thread at a time. */
-static moe_status moefile_fetch(moefile_load_state *st, uint64_t offset, uint64_t bytes,
-                                uint8_t *room, const uint8_t **data, moe_error *error)
-{
-    if (st->file->memory) {
-        *data = st->file->memory + offset;
-        return MOE_OK;
-    }
-    *data = room;
-    if (st->file->read)
-        plat_mutex_lock(&st->lock);
-    moe_status status = dir_file_read(st->dir, st->file, offset, room, bytes, 0, 0, error);
-    if (st->file->read)
-        plat_mutex_unlock(&st->lock);
-    return status;
-}
-
 static moe_status moefile_load_piece(moefile_load_state *st, const moefile_decoder *d,
                                      const moefile_piece *p, moe_error *error)
 {
@@ -708,7 +822,8 @@ static moe_status moefile_load_piece(moefile_load_state *st, const moefile_decod
     const bool raw = p->n_blocks == 0;
     if (cancelled(st->dir->cancel))
         return fail(error, MOE_ERR_CANCELLED, st->file->path, "cancelled while it was being read");
-    moe_status status = moefile_fetch(st, p->offset, p->bytes, raw ? p->dst : d->stored, &data, error);
+    moe_status status = moefile_fetch(st->dir, &st->lock, p->offset, p->bytes,
+                                      raw ? p->dst : d->stored, &data, error);
     if (status)
         return status;
     if (!raw)
@@ -870,6 +985,8 @@ static moe_status moefile_load(moe_directory *dir, const moe_model_options *opti
     moe_status status = moefile_read_directory(dir, dir->files, &dir->moe->header, &bytes, error);
     if (!status)
         status = moefile_parse(dir, bytes, error);
+    if (!status && options->verify)
+        status = moefile_check_first(dir, error);
     if (status)
         return status;
     if (options->vocab_only) {
@@ -923,6 +1040,83 @@ MOE_UNUSED static moe_status directory_open(moe_directory **out, const moe_model
     }
     *out = dir;
     return MOE_OK;
+}
+
+/* Opens a .moe file as far as its directory, and checks the rest. */
+static moe_status moefile_verify(moe_directory *dir, const moe_model_options *options,
+                                 moe_damage_fn *damage, void *user, moe_verify_report *report,
+                                 moe_error *error)
+{
+    char name[160] = "padding";
+    uint8_t magic[8] = {0};
+    dir_file *file = dir->files;
+    const uint8_t *bytes = NULL;
+    moe_status status = dir_file_open(dir->mem, file, options, error);
+    if (!status && file->bytes >= sizeof magic)
+        status = dir_file_read(dir, file, 0, magic, sizeof magic, 0, 0, error);
+    if (!status && memcmp(magic, MOEFILE_MAGIC, sizeof magic))
+        status = fail(error, MOE_ERR_UNSUPPORTED, file->path,
+                      "expected a .moe file, got one of another kind, which has no checksums");
+    if (!status && !(dir->moe = dir_alloc(dir, 1, sizeof *dir->moe)))
+        status = dir_fail_memory(dir, "directory", 1, sizeof *dir->moe, error);
+    if (!status)
+        status = moefile_read_directory(dir, file, &dir->moe->header, &bytes, error);
+    if (!status)
+        status = moefile_parse(dir, bytes, error);
+    if (status)
+        return status;
+    const moefile_header *h = &dir->moe->header;
+    bool *damaged = mem_alloc(dir->mem, (uint64_t)h->n_records + 1, sizeof *damaged);
+    if (!damaged)
+        return fail_memory(error, dir->mem, "records", h->n_records);
+    status = moefile_check_all(dir, damaged, error);
+    *report = (moe_verify_report){.size = sizeof *report, .n_records = h->n_records,
+                                  .file_bytes = h->file_bytes, .root = h->root};
+    uint32_t first = UINT32_MAX;
+    for (uint32_t i = 0; i <= h->n_records && !status; i++) {
+        if (!damaged[i])
+            continue;
+        const bool record = i < h->n_records;
+        const moefile_record r = record ? moefile_record_at(dir->moe, i)
+                                        : (moefile_record){.offset = sizeof *h + h->directory_bytes};
+        first = MOE_MIN(first, i);
+        report->n_damaged++;
+        if (damage)
+            damage(user, record ? moefile_record_name(dir, i, name) : "padding", r.offset,
+                   record ? r.stored_bytes : h->data_offset - r.offset);
+    }
+    mem_free(dir->mem, damaged);
+    return status || first == UINT32_MAX ? status : moefile_fail_damaged(dir, first, error);
+}
+
+moe_status moe_file_verify(const moe_model_options *options, moe_damage_fn *damage, void *user,
+                           moe_verify_report *report, moe_error *error)
+{
+    moe_model_options known;
+    moe_verify_report full = {.size = sizeof full};
+    if (!options || !options->size || (report && !report->size))
+        return fail(error, MOE_ERR_ARGUMENT, "options",
+                    "expected options filled by moe_model_options_init, and the size of the report");
+    moe_model_options_init(&known);
+    memcpy(&known, options, MOE_MIN(options->size, sizeof known));
+    moe_mem mem;
+    mem_init(&mem, known.host, known.memory_limit_bytes);
+    moe_directory *dir = mem_alloc(&mem, 1, sizeof *dir);
+    if (!dir)
+        return fail_memory(error, &mem, "directory", sizeof *dir);
+    dir_init(dir, &mem);
+    dir->cancel = known.cancel;
+    dir->files = mem_alloc(&mem, 1, sizeof *dir->files);
+    dir->n_files = dir->files != NULL;
+    moe_status status = dir->files ? moefile_verify(dir, &known, damage, user, &full, error)
+                                   : fail_memory(error, &mem, "files", sizeof *dir->files);
+    directory_close(dir);
+    if (report) {
+        const size_t size = MOE_MIN(report->size, sizeof full);
+        memcpy(report, &full, size);
+        report->size = size;
+    }
+    return status;
 }
 
 #endif
