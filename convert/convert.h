@@ -130,6 +130,13 @@ typedef struct conv_job {
     double seconds;
 } conv_job;
 
+/* Whether a tensor is a stack of experts, whose matrices may have types of their own in a .moe file. */
+MOE_INLINE bool conv_is_experts(const conv_source *s, const conv_tensor *t)
+{
+    return t->n_dims == 3 && s->n_expert > 1 && t->dims[2] == s->n_expert &&
+           strstr(t->name, "_exps.") != NULL;
+}
+
 /* The type of one matrix of a stack of experts, or of a tensor. */
 MOE_INLINE const moe_quant *conv_part_type(const conv_tensor *t, uint32_t part)
 {

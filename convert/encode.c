@@ -59,6 +59,8 @@ struct encode_worker {
     moe_mem *mem;
     text_buf raw, blocks, scales;
     text_buf floats, back;
+    moefile_decoder *decoder; // of compressed rows of a .moe source
+    uint8_t *segment;       // [MOEFILE_SEGMENT_BYTES]: decoded
     double error_sum, square_sum; // of the task, if they are measured
     void *own;              // the sink's
     moe_error error;
@@ -114,6 +116,22 @@ static uint64_t encode_source_row(const conv_tensor *t, uint64_t r)
     return r - in_head + in_head / 2 + (in_head & 1) * (t->interleave / 2);
 }
 
+/* Rows of a compressed slice. */
+static moe_status encode_read_planes(encode_worker *w, const encode_chunk *c, uint64_t row_bytes)
+{
+    if (!w->decoder) {
+        w->decoder = mem_alloc(w->mem, 1, sizeof *w->decoder);
+        w->segment = mem_alloc_uncleared(w->mem, MOEFILE_SEGMENT_BYTES, 1);
+        if (!w->decoder || !w->segment)
+            return fail_memory(&w->error, w->mem, c->t->name, MOEFILE_SEGMENT_BYTES);
+        moe_status status = moefile_decoder_open(w->mem, w->decoder, &w->error);
+        if (status)
+            return status;
+    }
+    return moe_source_read(w->state->source, c->in, w->decoder, w->segment, c->in_row, c->n_rows,
+                           row_bytes, w->raw.data, &w->error);
+}
+
 static moe_status encode_read(encode_worker *w, const encode_chunk *c)
 {
     const conv_tensor *t = c->t;
@@ -121,6 +139,8 @@ static moe_status encode_read(encode_worker *w, const encode_chunk *c)
     w->raw.n = 0;
     if (!buf_reserve(&w->raw, (size_t)(c->n_rows * row_bytes)))
         return fail_memory(&w->error, w->mem, t->name, c->n_rows * row_bytes);
+    if (c->in->planes)
+        return encode_read_planes(w, c, row_bytes);
     moe_status status = plat_read(&c->in->file->os, c->in->offset + c->in_row * row_bytes, w->raw.data,
                                   c->n_rows * row_bytes, c->in->file->path, &w->error);
     if (status || c->in->type)
@@ -206,7 +226,9 @@ static void encode_measure(encode_worker *w, const encode_chunk *c, const float 
 {
     float *back = (float *)(void *)w->back.data; // [n][row_len]
     double error = 0, square = 0;
-    c->type->dequantize(blocks, back, (size_t)(n * c->t->row_len));
+    for (uint64_t r = 0; r < n; r++)
+        c->type->dequantize(blocks + r * encode_row_bytes(c->type, c->t->row_len),
+                            back + r * c->t->row_len, (size_t)c->t->row_len);
     for (uint64_t i = 0; i < n * c->t->row_len; i++) {
         const double d = (double)x[i] - (double)back[i];
         error = fma(d, d, error);
@@ -320,6 +342,10 @@ static void encode_work(void *arg)
     text_buf *bufs[] = {&w->raw, &w->floats, &w->blocks, &w->scales, &w->back};
     for (size_t i = 0; i < MOE_COUNT(bufs); i++)
         buf_free(bufs[i]);
+    if (w->decoder)
+        moefile_decoder_close(w->mem, w->decoder);
+    mem_free(w->mem, w->decoder);
+    mem_free(w->mem, w->segment);
     if (w->state->sink->leave)
         w->state->sink->leave(w);
 }

@@ -37,6 +37,10 @@ static moe_status gguf_make_header(conv_source *s, text_buf *out, uint64_t *file
     meta_bytes(&w, s->kv.data, s->kv.n);
     for (size_t i = 0; i < s->n_tensors; i++) {
         conv_tensor *t = &s->tensors[i];
+        if (t->part_types)
+            return fail(error, MOE_ERR_ARGUMENT, t->name,
+                        "expected one type for all experts, which is all that GGUF knows, got "
+                        "several; write a .moe file or use --quant");
         if (t->target->id >= QUANT_OWN_ID)
             return fail(error, MOE_ERR_ARGUMENT, t->name,
                         "expected a type that GGUF has, such as Q4_K, got %s, which only .moe files "

@@ -117,10 +117,15 @@ static void main_sum(const conv_job *job, main_sums sums[MOE_COUNT(quant_table)]
     memset(sums, 0, MOE_COUNT(quant_table) * sizeof *sums);
     for (size_t i = 0; i < job->source.n_tensors; i++) {
         const conv_tensor *t = &job->source.tensors[i];
-        main_sums *sum = &sums[quant_index(t->target)];
-        sum->n_tensors++;
-        sum->n_weights += t->row_len * t->n_rows;
-        sum->bytes += t->bytes;
+        const uint32_t n_parts = t->part_types ? job->source.n_expert : 1;
+        for (uint32_t k = 0; k < n_parts; k++) {
+            const moe_quant *type = conv_part_type(t, k);
+            const uint64_t n = t->row_len * t->n_rows / n_parts;
+            main_sums *sum = &sums[quant_index(type)];
+            sum->n_tensors += k == 0;
+            sum->n_weights += n;
+            sum->bytes += n / type->block_len * type->block_bytes;
+        }
     }
 }
 
@@ -168,7 +173,8 @@ static void main_print_plan(const conv_job *job)
         for (uint32_t d = 0; d < t->n_dims; d++)
             used += (size_t)snprintf(shape + used, sizeof shape - used, "%s%llu", d ? " x " : "",
                                      (unsigned long long)t->dims[d]);
-        printf("%-36s %-22s %-7s %14llu\n", t->name, shape, t->target->name,
+        printf("%-36s %-22s %-7s %14llu\n", t->name, shape,
+               t->part_types ? "mixed" : t->target->name,
                (unsigned long long)t->bytes);
     }
 }

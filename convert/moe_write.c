@@ -61,13 +61,6 @@ typedef struct moew_sink {
 
 /* --------------------------------------------------------------------------------- plan -- */
 
-/* Experts of a stack have records of their own. */
-static bool moew_is_experts(const conv_source *s, const conv_tensor *t)
-{
-    return t->n_dims == 3 && s->n_expert > 1 && t->dims[2] == s->n_expert &&
-           strstr(t->name, "_exps.") != NULL;
-}
-
 /* Gate, up, down: the order in which an expert's matrices are needed. */
 static int moew_rank(const char *name)
 {
@@ -139,7 +132,7 @@ static void moew_plan_experts(moew_sink *m, int32_t layer)
         for (int rank = 0; rank < 4; rank++)
             for (size_t i = 0; i < s->n_tensors; i++) {
                 const conv_tensor *t = &s->tensors[i];
-                if (moew_layer(t->name) != layer || !moew_is_experts(s, t) ||
+                if (moew_layer(t->name) != layer || !conv_is_experts(s, t) ||
                     moew_rank(t->name) != rank)
                     continue;
                 if (!r)
@@ -158,7 +151,7 @@ static void moew_plan_layer(moew_sink *m, int32_t layer)
     for (int small = 1; small >= 0; small--)
         for (size_t i = 0; i < s->n_tensors; i++) {
             const conv_tensor *t = &s->tensors[i];
-            if (moew_layer(t->name) != layer || moew_is_experts(s, t) ||
+            if (moew_layer(t->name) != layer || conv_is_experts(s, t) ||
                 (t->bytes < MOEW_SMALL_BYTES) != small)
                 continue;
             if (!any || !small)
@@ -178,7 +171,7 @@ static moe_status moew_plan(moew_sink *m, moe_error *error)
     uint64_t n = 0;
     for (size_t i = 0; i < s->n_tensors; i++) {
         const int32_t layer = moew_layer(s->tensors[i].name);
-        n += moew_is_experts(s, &s->tensors[i]) ? s->n_expert : 1;
+        n += conv_is_experts(s, &s->tensors[i]) ? s->n_expert : 1;
         if (layer != MOEW_LAST)
             n_layer = MOE_MAX(n_layer, layer + 1);
     }
@@ -230,7 +223,7 @@ static void moew_put_tensors(meta_writer *w, const conv_source *s)
         meta_number(w, t->n_dims, 4);
         for (uint32_t d = 0; d < t->n_dims; d++)
             meta_number(w, t->dims[d], 8);
-        meta_number(w, moew_is_experts(s, t) ? s->n_expert : 1, 4);
+        meta_number(w, conv_is_experts(s, t) ? s->n_expert : 1, 4);
     }
 }
 

@@ -174,6 +174,31 @@ static const moe_quant *plan_type(const plan *p, const conv_source *s, const con
 
 /* -------------------------------------------------------------------------------- overrides -- */
 
+/* The types of single experts, whose names are those of their tensor, "#" and the expert. Returns how
+ * many match. */
+static uint32_t plan_keep_parts(conv_source *s, conv_tensor *t, const regex_t *re,
+                                const moe_quant *type, moe_status *status, moe_error *error)
+{
+    uint32_t n = 0;
+    char name[CONVERT_MAX_NAME_BYTES];
+    for (uint32_t i = 0; conv_is_experts(s, t) && i < s->n_expert; i++) {
+        snprintf(name, sizeof name, "%s#%u", t->name, i);
+        if (regexec(re, name, 0, NULL, 0))
+            continue;
+        if (!n++) { // a copy: the source's own types stay what they are
+            const moe_quant **types = arena_alloc(&s->arena, s->n_expert, sizeof *types);
+            for (uint32_t k = 0; types && k < s->n_expert; k++)
+                types[k] = conv_part_type(t, k);
+            if (!(t->part_types = types)) {
+                *status = fail_memory(error, s->mem, t->name, s->n_expert * sizeof *types);
+                return n;
+            }
+        }
+        t->part_types[i] = type;
+    }
+    return n;
+}
+
 static moe_status plan_keep(conv_source *s, const conv_keep *keep, moe_error *error)
 {
     regex_t re;
@@ -188,7 +213,9 @@ static moe_status plan_keep(conv_source *s, const conv_keep *keep, moe_error *er
     moe_status status = MOE_OK;
     for (size_t i = 0; i < s->n_tensors && !status; i++) {
         conv_tensor *t = &s->tensors[i];
-        if (regexec(&re, t->name, 0, NULL, 0))
+        const bool whole = !regexec(&re, t->name, 0, NULL, 0);
+        const uint32_t n_parts = whole ? 0 : plan_keep_parts(s, t, &re, keep->type, &status, error);
+        if (!whole && !n_parts)
             continue;
         n++;
         if (t->dims[0] % keep->type->block_len)
@@ -199,7 +226,10 @@ static moe_status plan_keep(conv_source *s, const conv_keep *keep, moe_error *er
             status = fail(error, MOE_ERR_ARGUMENT, t->name,
                           "expected F32, F16 or BF16 for a norm or a bias, got %s",
                           keep->type->name);
-        t->target = keep->type;
+        if (whole) {
+            t->target = keep->type;
+            t->part_types = NULL;
+        }
     }
     regfree(&re);
     if (!status && !n)
@@ -212,26 +242,31 @@ static moe_status plan_keep(conv_source *s, const conv_keep *keep, moe_error *er
 
 static bool plan_changes(const conv_source *s)
 {
-    for (size_t i = 0; i < s->n_tensors; i++)
-        if (s->tensors[i].made || s->tensors[i].target != s->tensors[i].inputs[0].type)
+    for (size_t i = 0; i < s->n_tensors; i++) {
+        const conv_tensor *t = &s->tensors[i];
+        if (t->made || t->part_types != t->source_types || t->target != t->inputs[0].type)
             return true;
+    }
     return false;
 }
 
 /* The number of the file's type: that of the mix, else of the type that most weights have. */
 static uint32_t plan_file_type(const plan *p, const conv_source *s)
 {
-    uint64_t most = 0, by_type[64] = {0};
+    uint64_t most = 0, by_type[MOE_COUNT(quant_table)] = {0};
     uint32_t type = 0, number = 0;
     if (p->mix)
         return p->mix->file_type;
     for (size_t i = 0; i < s->n_tensors; i++) {
         const conv_tensor *t = &s->tensors[i];
-        uint64_t *sum = &by_type[t->target->id & 63];
-        *sum += t->row_len * t->n_rows;
-        if (*sum > most) {
-            most = *sum;
-            type = t->target->id;
+        const uint32_t n_parts = t->part_types ? s->n_expert : 1;
+        for (uint32_t k = 0; k < n_parts; k++) {
+            uint64_t *sum = &by_type[quant_index(conv_part_type(t, k))];
+            *sum += t->row_len * t->n_rows / n_parts;
+            if (*sum > most) {
+                most = *sum;
+                type = conv_part_type(t, k)->id;
+            }
         }
     }
     for (size_t i = 0; i < MOE_COUNT(plan_file_types); i++)
@@ -240,13 +275,20 @@ static uint32_t plan_file_type(const plan *p, const conv_source *s)
     return number;
 }
 
+static void plan_tensor(const plan *p, const conv_source *s, conv_tensor *t)
+{
+    t->target = plan_type(p, s, t);
+    if (!p->mix && !p->type)
+        t->part_types = t->source_types;
+}
+
 /* Gives each tensor its type and size. */
 static moe_status plan_make(conv_source *s, const conv_options *options, moe_error *error)
 {
     plan p;
     moe_status status = plan_find(&p, options->quant, error);
     for (size_t i = 0; i < s->n_tensors && !status; i++)
-        s->tensors[i].target = plan_type(&p, s, &s->tensors[i]);
+        plan_tensor(&p, s, &s->tensors[i]);
     for (uint32_t i = 0; i < options->n_keeps && !status; i++)
         status = plan_keep(s, &options->keeps[i], error);
     for (size_t i = 0; i < s->n_tensors && !status; i++) {
@@ -254,8 +296,11 @@ static moe_status plan_make(conv_source *s, const conv_options *options, moe_err
         if (t->row_len > CONVERT_MAX_ROW)
             status = fail(error, MOE_ERR_LIMIT, t->name, "expected rows of at most %d, got %llu",
                           CONVERT_MAX_ROW, (unsigned long long)t->row_len);
-        const uint64_t n = t->row_len * t->n_rows;
-        t->bytes = n / t->target->block_len * t->target->block_bytes;
+        const uint32_t n_parts = t->part_types ? s->n_expert : 1;
+        for (uint32_t k = 0; k < n_parts; k++) {
+            const moe_quant *type = conv_part_type(t, k);
+            t->bytes += t->row_len * t->n_rows / n_parts / type->block_len * type->block_bytes;
+        }
     }
     if (status || s->has_file_type || (s->dir && !plan_changes(s)))
         return status;

@@ -32,20 +32,21 @@ static const moe_quant *const quant_table[] = {
 #undef X
 };
 
+/* The place of a type in the table: for sums over all types. */
+MOE_UNUSED static size_t quant_index(const moe_quant *quant)
+{
+    size_t i = 0;
+    while (quant_table[i] != quant)
+        i++;
+    return i;
+}
+
 MOE_UNUSED static const moe_quant *quant_by_id(uint32_t id)
 {
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         if (quant_table[i]->id == id)
             return quant_table[i];
     return NULL;
-}
-
-MOE_UNUSED static size_t quant_index(const moe_quant *quant)
-{
-    size_t i = 0;
-    while (i + 1 < MOE_COUNT(quant_table) && quant_table[i] != quant)
-        i++;
-    return i;
 }
 
 static bool quant_name_equal(const char *a, const char *b)
