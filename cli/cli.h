@@ -63,7 +63,7 @@ typedef struct cli_verb {
 } cli_verb;
 
 extern const cli_verb verb_run, verb_info, verb_verify, verb_tokenize, verb_logits, verb_eval,
-    verb_bench;
+    verb_bench, verb_experts, verb_imatrix;
 
 /* Reads the arguments of a verb: argv[0] is the verb's name. Options and positional arguments may
  * be mixed; "--" ends options. `tables` ends with NULL. False if the verb is over: help was asked
@@ -178,6 +178,31 @@ bool output_write(cli_output *output, const void *data, size_t bytes);
 /* Puts the file into its place, or removes what there is of it. False, with a message, on failure.
  * */
 bool output_close(cli_output *output, bool keep);
+
+/* A text as `moe eval` and `moe imatrix` see it: tokens in windows, each computed alone. What is left
+ * over at the end is dropped. If the tokenizer adds BOS, it takes the place of each window's first
+ * token. */
+typedef struct cli_windows {
+    moe_token *tokens;  /* [n_window][window]; the caller frees it */
+    uint32_t window, n_window;
+    size_t n_text;      /* tokens of the whole text */
+    bool bos;
+} cli_windows;
+
+/* Reads a file ("-": standard input) into windows of `window` tokens, or one that is shorter if the text
+ * is. */
+enum { WINDOW_MIN = 4 };
+int windows_read(cli_windows *w, const moe_tokenizer *tokenizer, const char *path, uint32_t window);
+
+/* ----------------------------------------------------------------------------- experts.c -- */
+
+/* Writes a trace of experts, by way of an observer. */
+typedef struct cli_trace cli_trace;
+
+/* Fills the observer; EXIT_OK, or all has been said. */
+int trace_open(cli_trace **trace, const char *path, const moe_model *model, moe_observer *observer);
+/* After the last evaluation. Without `keep` there is no file. NULL is allowed. */
+int trace_close(cli_trace *trace, bool keep);
 
 /* ---------------------------------------------------------------------------- progress.c -- */
 

@@ -279,6 +279,42 @@ bool output_close(cli_output *output, bool keep)
     return good;
 }
 
+/* ------------------------------------------------------------------------------- windows -- */
+
+static bool adds_bos(const moe_tokenizer *tokenizer)
+{
+    moe_token first[4];
+    size_t n = 0;
+    return moe_tokenizer_encode(tokenizer, "", 0, MOE_ENCODE_ADD_SPECIAL, first, 4, &n, NULL) ==
+               MOE_OK && n && first[0] == moe_tokenizer_bos(tokenizer);
+}
+
+int windows_read(cli_windows *w, const moe_tokenizer *tokenizer, const char *path, uint32_t window)
+{
+    size_t bytes;
+    *w = (cli_windows){.tokens = NULL};
+    char *text = cli_read_all(strcmp(path, "-") ? path : NULL, &bytes);
+    if (!text)
+        return EXIT_FAILED;
+    if (bytes && text[bytes - 1] == '\n')
+        bytes--;
+    w->tokens = cli_encode(tokenizer, text, bytes, MOE_ENCODE_ADD_SPECIAL, &w->n_text);
+    free(text);
+    if (!w->tokens)
+        return EXIT_FAILED;
+    if (w->n_text < WINDOW_MIN)
+        return cli_fail("%s: expected at least %d tokens of text, got %zu", path, WINDOW_MIN,
+                        w->n_text);
+    w->window = w->n_text < window ? (uint32_t)w->n_text : window;
+    if (w->n_text / w->window > UINT32_MAX)
+        return cli_fail("%s: too long: %zu tokens", path, w->n_text);
+    w->n_window = (uint32_t)(w->n_text / w->window);
+    w->bos = adds_bos(tokenizer);
+    for (uint32_t i = 0; w->bos && i < w->n_window; i++)
+        w->tokens[(size_t)i * w->window] = moe_tokenizer_bos(tokenizer);
+    return EXIT_OK;
+}
+
 /* ---------------------------------------------------------------------------------- text -- */
 
 void cli_write_text(const char *text, size_t text_bytes)

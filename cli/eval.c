@@ -19,11 +19,11 @@
 #include <string.h>
 
 /* Rows of logits held at once: enough for a matrix product, small with any vocabulary. */
-enum { ROWS = 64, WINDOW_MIN = 4 };
+enum { ROWS = 64 };
 
 typedef struct eval_options {
     cli_common common;
-    const char *save, *base;
+    const char *save, *base, *trace;
     uint32_t window;
     int cache;
     bool json;
@@ -42,12 +42,11 @@ typedef struct eval_header {
 
 typedef struct eval_state {
     moe_session *session;
-    moe_token *tokens;   /* [n_window][window] */
-    uint32_t window, n_window, n_vocab;
-    size_t n_text;       /* tokens of the whole text */
-    bool bos;
+    cli_windows text;
+    uint32_t n_vocab;
     float *logits, *base_logits; /* [ROWS][n_vocab]; base_logits if there is a base */
     cli_output save;     /* open if file is set */
+    cli_trace *trace;
     FILE *base;
     const char *base_path;
     eval_sum nll, kl;
@@ -108,49 +107,15 @@ static double kl_divergence(const float *base, double base_norm, const float *x,
 
 static uint32_t scored_per_window(const eval_state *e)
 {
-    return e->window - 1 - e->window / 2;
-}
-
-static bool adds_bos(const moe_tokenizer *tokenizer)
-{
-    moe_token first[4];
-    size_t n = 0;
-    return moe_tokenizer_encode(tokenizer, "", 0, MOE_ENCODE_ADD_SPECIAL, first, 4, &n, NULL) ==
-               MOE_OK && n && first[0] == moe_tokenizer_bos(tokenizer);
-}
-
-static int eval_read_text(eval_state *e, const moe_tokenizer *tokenizer, const char *path,
-                          const eval_options *o)
-{
-    size_t bytes;
-    char *text = cli_read_all(strcmp(path, "-") ? path : NULL, &bytes);
-    if (!text)
-        return EXIT_FAILED;
-    if (bytes && text[bytes - 1] == '\n')
-        bytes--;
-    e->tokens = cli_encode(tokenizer, text, bytes, MOE_ENCODE_ADD_SPECIAL, &e->n_text);
-    free(text);
-    if (!e->tokens)
-        return EXIT_FAILED;
-    if (e->n_text < WINDOW_MIN)
-        return cli_fail("%s: expected at least %d tokens of text, got %zu", path, WINDOW_MIN,
-                        e->n_text);
-    e->window = e->n_text < o->window ? (uint32_t)e->n_text : o->window;
-    if (e->n_text / e->window > UINT32_MAX)
-        return cli_fail("%s: too long: %zu tokens", path, e->n_text);
-    e->n_window = (uint32_t)(e->n_text / e->window);
-    e->bos = adds_bos(tokenizer);
-    for (uint32_t i = 0; e->bos && i < e->n_window; i++)
-        e->tokens[(size_t)i * e->window] = moe_tokenizer_bos(tokenizer);
-    return EXIT_OK;
+    return e->text.window - 1 - e->text.window / 2;
 }
 
 /* ----------------------------------------------------------------------------------- files -- */
 
 static eval_header make_header(const eval_state *e)
 {
-    return (eval_header){{'m', 'o', 'e', 'l', 'o', 'g', 'i', 't'}, 1, e->n_vocab, e->window,
-                         e->n_window};
+    return (eval_header){{'m', 'o', 'e', 'l', 'o', 'g', 'i', 't'}, 1, e->n_vocab, e->text.window,
+                         e->text.n_window};
 }
 
 static int save_begin(eval_state *e, const char *path)
@@ -161,8 +126,8 @@ static int save_begin(eval_state *e, const char *path)
         return EXIT_FAILED;
     }
     return output_write(&e->save, &header, sizeof header) &&
-                   output_write(&e->save, e->tokens,
-                                (size_t)e->n_window * e->window * sizeof *e->tokens)
+                   output_write(&e->save, e->text.tokens,
+                                (size_t)e->text.n_window * e->text.window * sizeof *e->text.tokens)
                ? EXIT_OK
                : EXIT_FAILED;
 }
@@ -193,13 +158,13 @@ static int base_begin(eval_state *e, const char *path)
         return cli_fail("%s: expected %u windows of %u tokens, got %u of %u: use the same text and "
                         "the same --ctx", path, want.n_window, want.window, got.n_window,
                         got.window);
-    for (size_t i = 0; i < (size_t)e->n_window * e->window; i++) {
+    for (size_t i = 0; i < (size_t)e->text.n_window * e->text.window; i++) {
         moe_token token;
         if (base_read(e, &token, sizeof token))
             return EXIT_FAILED;
-        if (token != e->tokens[i])
+        if (token != e->text.tokens[i])
             return cli_fail("%s: token %zu: expected %d, got %d: it was made with another text or "
-                            "tokenizer", path, i, (int)e->tokens[i], (int)token);
+                            "tokenizer", path, i, (int)e->text.tokens[i], (int)token);
     }
     return EXIT_OK;
 }
@@ -238,7 +203,7 @@ static int score_rows(eval_state *e, const moe_token *next, size_t n)
 
 static int eval_window(eval_state *e, const moe_token *tokens)
 {
-    uint32_t first = e->window / 2, last = e->window - 1;
+    uint32_t first = e->text.window / 2, last = e->text.window - 1;
     moe_status status = moe_session_rewind(e->session, 0);
     if (!status)
         status = moe_session_eval(e->session, tokens, first, 0, NULL);
@@ -255,9 +220,9 @@ static int eval_windows(eval_state *e)
 {
     double start = system_seconds();
     int result = EXIT_OK;
-    for (uint32_t i = 0; i < e->n_window && result == EXIT_OK; i++) {
-        progress_show("eval", i, e->n_window);
-        result = eval_window(e, e->tokens + (size_t)i * e->window);
+    for (uint32_t i = 0; i < e->text.n_window && result == EXIT_OK; i++) {
+        progress_show("eval", i, e->text.n_window);
+        result = eval_window(e, e->text.tokens + (size_t)i * e->text.window);
     }
     progress_clear();
     e->seconds = system_seconds() - start;
@@ -285,8 +250,8 @@ static void report_text(const eval_state *e)
                e->kl.n > 1 ? 100 * sqrt(same * (1 - same) / (double)(e->kl.n - 1)) : 0);
     }
     printf("scored          %llu tokens, in %u windows of %u, of %zu in the text%s\n",
-           (unsigned long long)e->nll.n, e->n_window, e->window, e->n_text,
-           e->bos ? "; BOS in front" : "");
+           (unsigned long long)e->nll.n, e->text.n_window, e->text.window, e->text.n_text,
+           e->text.bos ? "; BOS in front" : "");
 }
 
 static void report_json(const eval_state *e, const char *model, const char *file)
@@ -296,11 +261,11 @@ static void report_json(const eval_state *e, const char *model, const char *file
     json_open(&json, NULL, '{');
     json_string(&json, "model", model);
     json_string(&json, "file", file);
-    json_uint(&json, "n_tokens", e->n_text);
-    json_uint(&json, "window", e->window);
-    json_uint(&json, "n_window", e->n_window);
+    json_uint(&json, "n_tokens", e->text.n_text);
+    json_uint(&json, "window", e->text.window);
+    json_uint(&json, "n_window", e->text.n_window);
     json_uint(&json, "n_scored", e->nll.n);
-    json_bool(&json, "bos", e->bos);
+    json_bool(&json, "bos", e->text.bos);
     json_number(&json, "perplexity", ppl, 10);
     json_number(&json, "perplexity_error", ppl * error, 6);
     json_number(&json, "nll", mean, 10);
@@ -329,7 +294,7 @@ static int eval_setup(eval_state *e, moe_model *model, const char *path, const e
     const moe_tokenizer *tokenizer = moe_model_tokenizer(model);
     if (!tokenizer)
         return cli_fail("no tokenizer in this model file; `moe logits` takes token ids");
-    int result = eval_read_text(e, tokenizer, path, o);
+    int result = windows_read(&e->text, tokenizer, path, o->window);
     if (result)
         return result;
     moe_model_info info = {.size = sizeof info};
@@ -337,15 +302,22 @@ static int eval_setup(eval_state *e, moe_model *model, const char *path, const e
     e->n_vocab = info.n_vocab;
     moe_session_options so;
     common_session_options(&so, &o->common, o->cache);
-    so.n_ctx = e->window;
+    so.n_ctx = e->text.window;
     so.n_logits = 16;
+    moe_observer observer;
+    if (o->trace) {
+        result = trace_open(&e->trace, o->trace, model, &observer);
+        if (result)
+            return result;
+        so.observer = &observer;
+    }
     result = common_session(&e->session, model, &so);
     if (result)
         return result;
     e->logits = cli_alloc(NULL, (size_t)ROWS * e->n_vocab, sizeof(float));
     if (o->base) {
         e->base_logits = cli_alloc(NULL, (size_t)ROWS * e->n_vocab, sizeof(float));
-        e->kl_values = cli_alloc(NULL, (size_t)e->n_window * scored_per_window(e), sizeof(double));
+        e->kl_values = cli_alloc(NULL, (size_t)e->text.n_window * scored_per_window(e), sizeof(double));
         result = base_begin(e, o->base);
     }
     return result ? result : o->save ? save_begin(e, o->save) : EXIT_OK;
@@ -360,6 +332,8 @@ static int eval_run(moe_model *model, const char *model_path, const char *path,
         result = eval_windows(&e);
     if (e.save.file && !output_close(&e.save, result == EXIT_OK) && result == EXIT_OK)
         result = EXIT_FAILED;
+    const int traced = trace_close(e.trace, result == EXIT_OK);
+    result = result ? result : traced;
     if (result == EXIT_OK) {
         if (e.base)
             qsort(e.kl_values, e.kl.n, sizeof *e.kl_values, cli_compare_doubles);
@@ -373,7 +347,7 @@ static int eval_run(moe_model *model, const char *model_path, const char *path,
     free(e.kl_values);
     free(e.base_logits);
     free(e.logits);
-    free(e.tokens);
+    free(e.text.tokens);
     moe_session_close(e.session);
     return result;
 }
@@ -392,6 +366,8 @@ static int eval_main(int argc, char **argv)
          "compare with such a file: mean KL divergence of this\nmodel from that one, and how often "
          "the best token agrees", NULL},
         {0, "cache", CLI_CHOICE, &o.cache, "TYPE", "type of the key/value cache", cache_names},
+        {0, "trace-experts", CLI_TEXT, &o.trace, "FILE",
+         "write which experts each token used, for `moe experts`", NULL},
         {0, "json", CLI_FLAG, &o.json, NULL, "print one JSON object", NULL},
         {0},
     };

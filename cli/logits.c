@@ -9,7 +9,7 @@ enum { TOP = 10, CHUNK_MAX = 4096 };
 
 typedef struct logits_options {
     cli_common common;
-    const char *tokens, *out;
+    const char *tokens, *out, *trace;
     uint32_t chunk;
     int cache;
 } logits_options;
@@ -148,12 +148,18 @@ static int logits_run(moe_model *model, const logits_options *o)
     so.n_batch = o->chunk;
     so.n_logits = o->chunk < 16 ? o->chunk : 16;
     moe_session *session = NULL;
-    int result = common_session(&session, model, &so);
+    cli_trace *trace = NULL;
+    moe_observer observer;
+    int result = o->trace ? trace_open(&trace, o->trace, model, &observer) : EXIT_OK;
+    so.observer = trace ? &observer : NULL;
+    if (result == EXIT_OK)
+        result = common_session(&session, model, &so);
     if (result == EXIT_OK)
         result = logits_write(model, session, tokens, n, info.n_vocab, o);
+    const int traced = trace_close(trace, result == EXIT_OK);
     moe_session_close(session);
     free(tokens);
-    return result;
+    return result ? result : traced;
 }
 
 static int logits_main(int argc, char **argv)
@@ -168,6 +174,8 @@ static int logits_main(int argc, char **argv)
         {0, "chunk", CLI_U32, &o.chunk, "N", "tokens computed at once; the logits are the same",
          NULL},
         {0, "out", CLI_TEXT, &o.out, "FILE", "write all logits to FILE instead", NULL},
+        {0, "trace-experts", CLI_TEXT, &o.trace, "FILE",
+         "write which experts each token used, for `moe experts`", NULL},
         {0, "cache", CLI_CHOICE, &o.cache, "TYPE", "type of the key/value cache", cache_names},
         {0},
     };

@@ -4,7 +4,8 @@
 #include <string.h>
 
 static const cli_verb *const verbs[] = {&verb_run,    &verb_info, &verb_verify, &verb_tokenize,
-                                        &verb_logits, &verb_eval, &verb_bench};
+                                        &verb_logits, &verb_eval, &verb_bench,  &verb_experts,
+                                        &verb_imatrix};
 
 static void usage(FILE *out)
 {

@@ -7,7 +7,7 @@
 
 typedef struct run_options {
     cli_common common;
-    const char *prompt, *file;
+    const char *prompt, *file, *trace;
     uint32_t n_max, n_ctx, n_batch;
     int cache, draft;
     bool parse_special, echo, json;
@@ -20,6 +20,7 @@ typedef struct run_state {
     moe_model *model;
     const moe_tokenizer *tokenizer; /* the model's */
     moe_session *session;
+    cli_trace *trace;
     moe_sampler *sampler;
     moe_token *prompt;              /* [n_prompt] */
     size_t n_prompt;
@@ -110,6 +111,14 @@ static int run_setup(run_state *run, const char *path, const run_options *o)
     so.n_ctx = run_context(o, run);
     so.n_batch = o->n_batch;
     so.draft = (moe_draft)o->draft;
+    moe_observer observer;
+    if (o->trace) {
+        status = trace_open(&run->trace, o->trace, run->model, &observer);
+        if (status)
+            return status;
+        so.observer = &observer;
+        so.draft = MOE_DRAFT_OFF; /* the experts of tokens that come, not of guesses */
+    }
     status = common_session(&run->session, run->model, &so);
     if (status)
         return status;
@@ -307,6 +316,8 @@ static int run_main(int argc, char **argv)
          NULL},
         {0, "batch", CLI_U32, &o.n_batch, "N", "prompt tokens computed at once", NULL},
         {0, "cache", CLI_CHOICE, &o.cache, "TYPE", "type of the key/value cache", cache_names},
+        {0, "trace-experts", CLI_TEXT, &o.trace, "FILE",
+         "write which experts each token used, for `moe experts`;\nno tokens are drafted then", NULL},
         {0, "draft", CLI_CHOICE, &o.draft, "HOW",
          "compute tokens ahead that are guessed to come: the text is\nthe same, the speed is not. auto: "
          "where it is measured to be\nfaster; ngram: what followed earlier; mtp: what the model's\n"
@@ -340,9 +351,10 @@ static int run_main(int argc, char **argv)
         if (run.finish && !o.json && !o.common.quiet)
             run_report(&run);
     }
+    const int traced = trace_close(run.trace, run.finish != NULL);
     run_free(&run);
     free(o.bias.item);
-    return status;
+    return status ? status : traced;
 }
 
 const cli_verb verb_run = {
