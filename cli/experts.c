@@ -406,10 +406,10 @@ static void report_text(const trace_summary *s, const cache_sizes *sizes)
     const double n = h->n_layer;
     double entropy = 0, overlap = 0, chance = 0, hits[TRACE_MAX_SIZES] = {0};
     printf("%llu tokens, %u layers of %u experts, %u for each token\n\n"
-           "layer  entropy  of most  busiest       idle  overlap  by chance",
+           "layer  entropy  of most  busiest        idle  overlap  by chance",
            (unsigned long long)s->n_token, h->n_layer, h->n_expert, h->n_used);
     for (uint32_t i = 0; i < sizes->n; i++)
-        printf("  LRU %-4u", sizes->size[i]);
+        printf("  LRU %4u", sizes->size[i]);
     printf("\n");
     for (uint32_t l = 0; l < h->n_layer; l++) {
         const trace_layer *layer = &s->layers[l];
@@ -425,15 +425,15 @@ static void report_text(const trace_summary *s, const cache_sizes *sizes)
         overlap += layer_overlap(s, layer) / n;
         chance += layer_chance(s, layer) / n;
         for (uint32_t i = 0; i < sizes->n; i++) {
-            printf("  %5.1f %%", 100 * layer_hits(s, layer, sizes->size[i]));
+            printf("  %6.1f %%", 100 * layer_hits(s, layer, sizes->size[i]));
             hits[i] += layer_hits(s, layer, sizes->size[i]) / n;
         }
         printf("\n");
     }
-    printf("  all           %5.1f %%%*s%5.1f %%  %7.1f %%", 100 * entropy, 22, "", 100 * overlap,
+    printf("  all           %5.1f %%%22s%5.1f %%  %7.1f %%", 100 * entropy, "", 100 * overlap,
            100 * chance);
     for (uint32_t i = 0; i < sizes->n; i++)
-        printf("  %5.1f %%", 100 * hits[i]);
+        printf("  %6.1f %%", 100 * hits[i]);
     printf("\n");
 }
 

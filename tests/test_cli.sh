@@ -404,6 +404,73 @@ run 1 info "$0"
 mkfifo "$work/fifo" && run 1 info "$work/fifo"
 end
 
+# Four tokens of one layer: 0 1, 1 2, 1 2, then a new sequence: 3 0. The figures are worked out by hand.
+begin experts_figures
+trace="$work/hand.trace"
+{
+    printf 'moetrace\1\0\0\0\1\0\0\0\4\0\0\0\2\0\0\0\3\0\0\0'
+    printf '\0\0\0\0\0\0\1\0' && printf '\1\0\0\0\1\0\2\0'
+    printf '\2\0\0\0\1\0\2\0' && printf '\0\0\0\0\3\0\0\0'
+} >"$trace"
+run 0 experts "$trace" --json --cache 1,2,4
+out_has '"n_tokens":4,"n_pairs":2,"n_expert":4,"n_used":2'
+out_has '"layer":3,"entropy":1.90563906,"idle":0,"overlap":0.75,"overlap_by_chance":0.5625'
+out_has '{"experts":1,"hit_rate":0.125},{"experts":2,"hit_rate":0.375},{"experts":4,"hit_rate":0.5}'
+out_has '"load":[2,3,2,1]'
+run 0 experts "$trace"
+out_has "4 tokens, 1 layers of 4 experts, 2 for each token"
+run 2 experts "$trace" --cache 0
+run 2 experts "$trace" --cache 1,x
+end
+
+begin damaged_traces
+size=$(wc -c <"$trace")
+at=0
+while [ $at -lt "$size" ]; do
+    head -c $at "$trace" >"$work/cut"
+    # what ends with a token is whole
+    if [ $at -gt 28 ] && [ $((at % 8)) = 4 ]; then run 0 experts "$work/cut"; else run 1 experts "$work/cut"; fi
+    { head -c $at "$trace"; printf '\377'; tail -c +$((at + 2)) "$trace"; } >"$work/changed"
+    want=1
+    case $at in 16 | 17 | 24 | 25 | 26 | 27) want=0 ;; esac   # more experts; another layer
+    [ $at -ge 28 ] && [ $(((at - 28) % 8)) -lt 4 ] && want=0 # another position
+    run $want experts "$work/changed"
+    at=$((at + 1))
+done
+{ head -c 28 "$trace"; printf '\0\0\0\0\2\0\2\0'; } >"$work/twice"
+run 1 experts "$work/twice"
+err_has "token 0, layer 3: expected 2 different experts below 4"
+{ printf 'moetrace\1\0\0\0\0\20\0\0\0\0\1\0\1\0\0\0'; head -c 50000 /dev/zero; } >"$work/large"
+run 1 experts "$work/large" # a header that asks for 5 GB
+err_has "experts in all layers"
+end
+
+begin trace_experts
+mixture="$root/fixtures/qwen3moe.gguf"
+run 0 logits "$mixture" --tokens 1,2,3,4,5,6,7 --trace-experts "$work/a.trace" -t 1
+run 0 logits "$mixture" --tokens 1,2,3,4,5,6,7 --trace-experts "$work/b.trace" -t 3 --chunk 2
+cmp -s "$work/a.trace" "$work/b.trace" || wrong "another trace in parts"
+run 0 experts "$work/a.trace"
+out_has "7 tokens, 2 layers of 7 experts, 3 for each token"
+run 1 run "$model" -p a -n 1 --trace-experts "$work/none.trace"
+err_has "no experts"
+[ ! -e "$work/none.trace" ] || wrong "a trace of nothing"
+end
+
+begin imatrix
+printf 'abcdefghijklmnopqrstuvwxyzabcdefghijklmnopqrstuvwxyz' >"$work/text"
+run 0 imatrix "$model" "$work/text" -o "$work/a.imatrix" --ctx 16 -t 1
+err_has "windows of 16 tokens"
+run 0 imatrix "$model" "$work/text" -o "$work/b.imatrix" --ctx 16 -t 3 -q
+cmp -s "$work/a.imatrix" "$work/b.imatrix" || wrong "another file with other threads"
+head -c 4 "$work/a.imatrix" | grep -q GGUF || wrong "not a GGUF file"
+run 1 info "$work/a.imatrix"
+run 2 imatrix "$model" "$work/text"
+err_has "-o FILE"
+run 1 imatrix "$work/text" "$work/text" -o "$work/c.imatrix"
+[ ! -e "$work/c.imatrix" ] || wrong "a file without a model"
+end
+
 # Whatever is cut off or changed: an error or a success, never a signal.
 begin damaged_files
 size=$(wc -c <"$model")
