@@ -12,7 +12,8 @@
 #include "convert.h"
 
 enum { Q_F32 = 0, Q_F16 = 1, Q_Q5_0 = 6, Q_Q5_1 = 7, Q_Q8_0 = 8, Q_Q2_K = 10, Q_Q3_K = 11,
-       Q_Q4_K = 12, Q_Q5_K = 13, Q_Q6_K = 14, Q_IQ4_NL = 20, Q_IQ4_XS = 23, Q_BF16 = 30 };
+       Q_Q4_K = 12, Q_Q5_K = 13, Q_Q6_K = 14, Q_IQ4_NL = 20, Q_IQ4_XS = 23, Q_BF16 = 30,
+       Q_TCQ4 = 4096, Q_TCQ5 = 4097, Q_TCQ8 = 4098 };
 
 typedef enum plan_when {
     WHEN_ALWAYS, WHEN_MORE_BITS, WHEN_FIRST_EIGHTH, WHEN_FIRST_16TH, WHEN_FIRST_4, WHEN_FIRST_2,
@@ -116,7 +117,7 @@ static const moe_quant *plan_fit(const moe_quant *type, uint64_t row_len)
 {
     static const struct { uint32_t from, to; } shorter[] = {
         {Q_Q2_K, Q_IQ4_NL}, {Q_Q3_K, Q_IQ4_NL}, {Q_IQ4_XS, Q_IQ4_NL}, {Q_Q4_K, Q_Q5_0},
-        {Q_Q5_K, Q_Q5_1}, {Q_Q6_K, Q_Q8_0}};
+        {Q_Q5_K, Q_Q5_1}, {Q_Q6_K, Q_Q8_0}, {Q_TCQ4, Q_IQ4_NL}, {Q_TCQ5, Q_Q5_0}, {Q_TCQ8, Q_Q8_0}};
     for (size_t i = 0; row_len % type->block_len && i < MOE_COUNT(shorter); i++)
         if (type->id == shorter[i].from)
             type = quant_by_id(shorter[i].to);

@@ -640,7 +640,7 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
 /* --------------------------------------------------------------------------------- evaluate -- */
 
 /* The first of n weights that is not a finite number; n if there is none. Rows are cut: where a block
- * depends on those before it the numbers are other ones, but finite. */
+ * depends on those before it the numbers are other ones, but as finite. */
 static uint64_t session_first_bad(const moe_quant *quant, const uint8_t *data, uint64_t n,
                                   float *bad)
 {

@@ -14,7 +14,7 @@
  *     leads to 0   1  2   3  5   4  7   6  1   0  3   2  4   5  6   7
  *
  * A row of n_in weights is 32 paths side by side: path l has the weights l, l + 32, l + 64, ...
- * Each begins in state 0. A step of all 32 is a shuffle of bytes; a block is one step.
+ * Each begins in state 0. A step of all 32 is a shuffle of bytes; a block of 64 weights is two.
  *
  * The code c of a weight and the lowest bit of its state s give its value and the next state:
  *
@@ -24,15 +24,12 @@
  * Here a state is kept in a byte with a gap, its bits 0, 1, 2 at places 0, 2, 3, where a doubled
  * code 2 c has its lowest bit: (s | 2 c & 2) is the place of the next state in a table.
  *
- * The scale of a block is a byte, a float without sign, 5 bits of exponent and 3 of fraction:
+ * A block has a scale, but an encoder gives most blocks of a tensor the same: at equal error large
+ * weights have long codes and small ones short codes, and scales that are all alike take no room
+ * once they are compressed. A block whose weights reach beyond the range of the codes takes a
+ * larger one.
  *
- *     d = (1 + (b & 7) / 8) 2^((b >> 3) - 22)
- *
- * An encoder gives most blocks of a tensor the same d: at equal error large weights have long codes
- * and small ones short codes, and scales that are all alike take no room once they are compressed.
- * A block whose weights reach beyond the range of the codes takes a larger d.
- *
- * Product with a row of activations, block after block:
+ * Product with a row of activations, step after step:
  *     acc = fmaf(d x_scale, (float)sum(v x_q), acc)
  *
  * What it is good for, and for which rates: docs/quantization.md. */
@@ -45,88 +42,82 @@
 #include "x86.h"
 #include "x86_512.h"
 
-enum { TCQ_LEN = 32 }; /* weights of a block, paths of a row */
+enum {
+    TCQ_PATHS = 32, /* of a row; weights of a step */
+    TCQ_LEN = 64    /* weights of a block */
+};
 
 /* [s | 2 c & 2], as described above */
 static const uint8_t tcq_next[16] = {0, 4, 1, 5, 9, 13, 8, 12, 1, 5, 0, 4, 8, 12, 9, 13};
 
-enum { TCQ_SCALE_EXPONENT = -22 };
-
-MOE_INLINE float tcq_scale(uint8_t byte)
-{
-    return f32_of_bits(((uint32_t)byte << 20) + ((uint32_t)(127 + TCQ_SCALE_EXPONENT) << 23));
-}
-
-/* The byte of the least scale that is not below d. */
-MOE_INLINE uint8_t tcq_scale_byte(float d)
-{
-    const uint32_t least = bits_of_f32(tcq_scale(0)), u = bits_of_f32(d);
-    if (!(d > tcq_scale(0)))
-        return 0;
-    return (uint8_t)(d >= tcq_scale(255) ? 255 : (u - least + (1u << 20) - 1) >> 20);
-}
-
-/* What a type brings: its doubled codes, 2 c, of a block. */
-typedef void tcq_codes_fn(const uint8_t *block, uint8_t doubled[TCQ_LEN]);
+/* What a type brings: the doubled codes, 2 c, of a step (half 0 or 1) of a block; and how codes c
+ * are stored. */
+typedef void tcq_codes_fn(const uint8_t *block, size_t half, uint8_t doubled[TCQ_PATHS]);
+typedef void tcq_put_fn(uint8_t *block, size_t half, const uint8_t code[TCQ_PATHS]);
 
 /* One step of all paths: doubled codes become values plus bias. */
-MOE_INLINE void tcq_step(uint8_t state[TCQ_LEN], uint8_t v[TCQ_LEN])
+MOE_INLINE void tcq_step(uint8_t state[TCQ_PATHS], uint8_t v[TCQ_PATHS])
 {
-    for (size_t l = 0; l < TCQ_LEN; l++) {
+    for (size_t l = 0; l < TCQ_PATHS; l++) {
         const uint8_t s = state[l];
         state[l] = tcq_next[s | (v[l] & 2)];
         v[l] |= s & 1;
     }
 }
 
-MOE_INLINE void tcq_dequantize(const uint8_t *block, float *dst, size_t n, size_t block_bytes,
+MOE_INLINE void tcq_dequantize(const uint8_t *row, float *dst, size_t n, size_t block_bytes,
                                int bias, tcq_codes_fn *codes)
 {
-    uint8_t state[TCQ_LEN] = {0}, v[TCQ_LEN];
-    for (size_t b = 0; b < n / TCQ_LEN; b++, block += block_bytes) {
-        const float d = tcq_scale(block[0]);
-        codes(block, v);
+    uint8_t state[TCQ_PATHS] = {0}, v[TCQ_PATHS];
+    for (size_t t = 0; t < n / TCQ_PATHS; t++) {
+        const uint8_t *block = row + t / 2 * block_bytes;
+        const float d = f32_of_f16(load_u16(block));
+        codes(block, t % 2, v);
         tcq_step(state, v);
-        for (size_t l = 0; l < TCQ_LEN; l++)
+        for (size_t l = 0; l < TCQ_PATHS; l++)
             *dst++ = d * (float)(v[l] - bias);
     }
 }
 
 /* The product of a row with a row of activations. */
-MOE_INLINE float tcq_dot_c(const uint8_t *block, const uint8_t *x_row, size_t n_in,
+MOE_INLINE float tcq_dot_c(const uint8_t *row, const uint8_t *x_row, size_t n_in,
                            size_t block_bytes, int bias, tcq_codes_fn *codes)
 {
     const moe_q8 x = act_q8(MOE_ACT_Q8_32, x_row, n_in);
-    uint8_t state[TCQ_LEN] = {0}, v[TCQ_LEN];
+    uint8_t state[TCQ_PATHS] = {0}, v[TCQ_PATHS];
     float acc = 0;
-    for (size_t b = 0; b < n_in / TCQ_LEN; b++, block += block_bytes) {
+    for (size_t t = 0; t < n_in / TCQ_PATHS; t++) {
+        const uint8_t *block = row + t / 2 * block_bytes;
         int sum = 0;
-        codes(block, v);
+        codes(block, t % 2, v);
         tcq_step(state, v);
-        for (size_t l = 0; l < TCQ_LEN; l++)
-            sum += (v[l] - bias) * x.q[TCQ_LEN * b + l];
-        acc = fmaf(tcq_scale(block[0]) * x.scale[b], (float)sum, acc);
+        for (size_t l = 0; l < TCQ_PATHS; l++)
+            sum += (v[l] - bias) * x.q[TCQ_PATHS * t + l];
+        acc = fmaf(f32_of_f16(load_u16(block)) * x.scale[t], (float)sum, acc);
     }
     return acc;
 }
 
 /* The reference quantizer takes no paths into account: each weight becomes the nearest value that
- * its state offers. `put` writes the codes c of a block. */
+ * its state offers. */
 MOE_INLINE void tcq_quantize(const float *src, uint8_t *block, size_t n, size_t block_bytes,
-                             int bias, void (*put)(uint8_t *block, const uint8_t code[TCQ_LEN]))
+                             int bias, tcq_put_fn *put)
 {
-    uint8_t state[TCQ_LEN] = {0}, code[TCQ_LEN];
-    for (size_t b = 0; b < n / TCQ_LEN; b++, src += TCQ_LEN, block += block_bytes) {
-        block[0] = tcq_scale_byte(fabsf(quant_peak(src, TCQ_LEN)) / (float)(bias - 1));
-        const float d = tcq_scale(block[0]);
-        for (size_t l = 0; l < TCQ_LEN; l++) {
-            const int odd = state[l] & 1;
-            const float v = fminf(fmaxf(src[l] / d, (float)-bias), (float)bias);
-            const int c = (int)lrintf((v + (float)(bias - odd)) * 0.5f);
-            code[l] = (uint8_t)MOE_MIN(c, bias - 1);
-            state[l] = tcq_next[state[l] | (code[l] & 1) << 1];
+    uint8_t state[TCQ_PATHS] = {0}, code[TCQ_PATHS];
+    for (size_t k = 0; k < n; k += TCQ_LEN, block += block_bytes) {
+        const float peak = fabsf(quant_peak(src + k, TCQ_LEN));
+        const uint16_t stored = quant_scale(peak / (float)(bias - 1));
+        const float d = f32_of_f16(stored);
+        memcpy(block, &stored, 2);
+        for (size_t i = 0; i < TCQ_LEN; i++) {
+            uint8_t *s = &state[i % TCQ_PATHS];
+            const float v = d > 0 ? fminf(fmaxf(src[k + i] / d, (float)-bias), (float)bias) : 0;
+            const int c = (int)lrintf((v + (float)(bias - (*s & 1))) * 0.5f);
+            code[i % TCQ_PATHS] = (uint8_t)MOE_MIN(c, bias - 1);
+            *s = tcq_next[*s | (code[i % TCQ_PATHS] & 1) << 1];
+            if (i % TCQ_PATHS == TCQ_PATHS - 1)
+                put(block, i / TCQ_PATHS, code);
         }
-        put(block, code);
     }
 }
 
@@ -157,8 +148,9 @@ typedef struct tcq_paths_avx2 {
     __m256i lo[4], hi[4];
 } tcq_paths_avx2;
 
-/* Doubled codes of block `offset` of 8 rows. */
-typedef void tcq_load_avx2_fn(const uint8_t *const row[8], size_t offset, x86_block *w);
+/* Doubled codes of a step of the block at `offset` of 8 rows. */
+typedef void tcq_load_avx2_fn(const uint8_t *const row[8], size_t offset, size_t half,
+                              x86_block *w);
 
 MOE_AVX2_INLINE void tcq_step_avx2(__m256i *state, __m256i *v)
 {
@@ -170,30 +162,17 @@ MOE_AVX2_INLINE void tcq_step_avx2(__m256i *state, __m256i *v)
     *v = _mm256_or_si256(*v, _mm256_and_si256(s, _mm256_set1_epi8(1)));
 }
 
-/* The scales at `offset` of 8 rows. */
-MOE_AVX2_INLINE __m256 tcq_scales_avx2(const uint8_t *const row[8], size_t offset)
-{
-    uint64_t bytes = row[0][offset];
-    bytes |= (uint64_t)row[1][offset] << 8 | (uint64_t)row[2][offset] << 16;
-    bytes |= (uint64_t)row[3][offset] << 24 | (uint64_t)row[4][offset] << 32;
-    bytes |= (uint64_t)row[5][offset] << 40 | (uint64_t)row[6][offset] << 48;
-    bytes |= (uint64_t)row[7][offset] << 56;
-    const __m256i b = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)bytes));
-    return _mm256_castsi256_ps(_mm256_add_epi32(
-        _mm256_slli_epi32(b, 20), _mm256_set1_epi32((127 + TCQ_SCALE_EXPONENT) << 23)));
-}
-
-/* The next block of 8 rows. */
+/* The next step of 8 rows. */
 MOE_AVX2_INLINE void tcq_unpack_avx2(tcq_paths_avx2 *paths, const uint8_t *const row[8],
-                                     size_t offset, tcq_load_avx2_fn *load, x86_block *w)
+                                     size_t offset, size_t half, tcq_load_avx2_fn *load,
+                                     x86_block *w)
 {
-    load(row, offset, w);
+    load(row, offset, half, w);
     X86_512_UNROLL
     for (size_t r = 0; r < 4; r++) {
         tcq_step_avx2(&paths->lo[r], &w->lo[r]);
         tcq_step_avx2(&paths->hi[r], &w->hi[r]);
     }
-    w->d = tcq_scales_avx2(row, offset);
 }
 
 /* As x86_gemv32 and x86_gemm32, whose comments hold here, with paths that run through the row. */
@@ -211,9 +190,13 @@ MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
         for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
             x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
             x86_block w;
-            tcq_unpack_avx2(&paths, row, b * block_bytes, load, &w);
-            const x86_x32 xb = x86_load_x32(&x, b);
-            acc = step(&w, &xb, acc);
+            w.d = x86_f16x8(row, b * block_bytes);
+            X86_512_UNROLL
+            for (size_t half = 0; half < 2; half++) {
+                tcq_unpack_avx2(&paths, row, b * block_bytes, half, load, &w);
+                const x86_x32 xb = x86_load_x32(&x, 2 * b + half);
+                acc = step(&w, &xb, acc);
+            }
         }
         x86_store_rows(mm->y + r, acc, mm->n_row - r);
     }
@@ -240,10 +223,13 @@ MOE_AVX2_INLINE void tcq_gemm_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
             for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
                 x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
                 x86_block w;
-                tcq_unpack_avx2(&paths, row, b * block_bytes, load, &w);
-                for (size_t t = 0; t < n_tok; t++) {
-                    const x86_x32 xb = x86_load_x32(&x[t], b);
-                    acc[t] = step(&w, &xb, acc[t]);
+                w.d = x86_f16x8(row, b * block_bytes);
+                for (size_t half = 0; half < 2; half++) {
+                    tcq_unpack_avx2(&paths, row, b * block_bytes, half, load, &w);
+                    for (size_t t = 0; t < n_tok; t++) {
+                        const x86_x32 xb = x86_load_x32(&x[t], 2 * b + half);
+                        acc[t] = step(&w, &xb, acc[t]);
+                    }
                 }
             }
             for (size_t t = 0; t < n_tok; t++)
@@ -265,13 +251,14 @@ MOE_AVX2_INLINE void tcq_gemm_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
 
 /* ------------------------------------------------------------------------ AVX-512 VNNI, gemv -- */
 
-/* Doubled codes of a block of 8 rows, k 0..15 and 16..31: a quarter of a vector is a row, in the
+/* Doubled codes of a step of 8 rows, k 0..15 and 16..31: a quarter of a vector is a row, in the
  * order 0, 4, 1, 5 and 2, 6, 3, 7, so that halves of it are vectors as x86.h has them. */
-typedef struct tcq_block_512 {
+typedef struct tcq_codes_512 {
     __m512i lo[2], hi[2];
-} tcq_block_512;
+} tcq_codes_512;
 
-typedef void tcq_load_512_fn(const uint8_t *const row[8], size_t offset, tcq_block_512 *w);
+typedef void tcq_load_512_fn(const uint8_t *const row[8], size_t offset, size_t half,
+                             tcq_codes_512 *w);
 
 /* 16 bytes at `offset` of 4 rows. */
 MOE_VNNI512_INLINE __m512i tcq_load_rows_512(const uint8_t *const row[8], size_t offset, int first)
@@ -291,37 +278,44 @@ MOE_VNNI512_INLINE void tcq_step_512(__m512i *state, __m512i *v)
     *v = _mm512_ternarylogic_epi32(*v, s, _mm512_set1_epi8(1), 0xf8);       /* v | s & 1 */
 }
 
+/* The sums of products of one step of 8 rows. */
+MOE_VNNI512_INLINE __m256i tcq_dot_512(tcq_codes_512 *state, tcq_codes_512 *w, const x86_x32 *x)
+{
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i x0 = _mm512_broadcast_i64x4(x->lo), x1 = _mm512_broadcast_i64x4(x->hi);
+    tcq_step_512(&state->lo[0], &w->lo[0]);
+    tcq_step_512(&state->lo[1], &w->lo[1]);
+    tcq_step_512(&state->hi[0], &w->hi[0]);
+    tcq_step_512(&state->hi[1], &w->hi[1]);
+    const __m512i a = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w->lo[0], x0), w->hi[0], x1);
+    const __m512i b = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w->lo[1], x0), w->hi[1], x1);
+    return x86_sum4_i32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1),
+                        _mm512_castsi512_si256(b), _mm512_extracti64x4_epi64(b, 1));
+}
+
 MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
                                          tcq_load_512_fn *load, int bias)
 {
     const moe_q8 x = act_q8(MOE_ACT_Q8_32, mm->x, mm->n_in);
-    const __m512i zero = _mm512_setzero_si512();
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
         x86_rows(mm, r, row);
-        __m512i lo0 = zero, lo1 = zero, hi0 = zero, hi1 = zero; /* the states */
+        tcq_codes_512 state;
+        memset(&state, 0, sizeof state);
         __m256 acc = _mm256_setzero_ps();
         const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
         for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
             x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
-            tcq_block_512 w;
-            load(row, b * block_bytes, &w);
-            tcq_step_512(&lo0, &w.lo[0]);
-            tcq_step_512(&lo1, &w.lo[1]);
-            tcq_step_512(&hi0, &w.hi[0]);
-            tcq_step_512(&hi1, &w.hi[1]);
-            const x86_x32 xb = x86_load_x32(&x, b);
-            const __m512i x0 = _mm512_broadcast_i64x4(xb.lo), x1 = _mm512_broadcast_i64x4(xb.hi);
-            const __m512i sum0 =
-                _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w.lo[0], x0), w.hi[0], x1);
-            const __m512i sum1 =
-                _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w.lo[1], x0), w.hi[1], x1);
-            const __m256i sum = x86_sum4_i32(
-                _mm512_castsi512_si256(sum0), _mm512_extracti64x4_epi64(sum0, 1),
-                _mm512_castsi512_si256(sum1), _mm512_extracti64x4_epi64(sum1, 1));
-            const __m256i dot = _mm256_add_epi32(sum, x86_sum_times(&xb, (int16_t)-bias));
-            acc = _mm256_fmadd_ps(_mm256_mul_ps(tcq_scales_avx2(row, b * block_bytes), xb.d),
-                                  _mm256_cvtepi32_ps(dot), acc);
+            const __m256 d = x86_f16x8(row, b * block_bytes);
+            X86_512_UNROLL
+            for (size_t half = 0; half < 2; half++) {
+                tcq_codes_512 w;
+                load(row, b * block_bytes, half, &w);
+                const x86_x32 xb = x86_load_x32(&x, 2 * b + half);
+                const __m256i dot = _mm256_add_epi32(tcq_dot_512(&state, &w, &xb),
+                                                     x86_sum_times(&xb, (int16_t)-bias));
+                acc = _mm256_fmadd_ps(_mm256_mul_ps(d, xb.d), _mm256_cvtepi32_ps(dot), acc);
+            }
         }
         x86_store_rows(mm->y + r, acc, mm->n_row - r);
     }
@@ -341,18 +335,18 @@ MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
 /* As arm32_gemv and arm32_gemm, whose comments hold here, with paths that run through the row. */
 typedef struct tcq_arm {
     size_t block_bytes;
-    /* Doubled codes of a block: k 0..15, k 16..31. */
-    void (*codes)(const uint8_t *block, uint8x16_t v[2]);
+    /* Doubled codes of a step of a block: k 0..15, k 16..31. */
+    void (*codes)(const uint8_t *block, size_t half, uint8x16_t v[2]);
     uint8_t bias;
 } tcq_arm;
 
-/* The next block of a row, as signed values. */
-MOE_INLINE void tcq_unpack_arm(const uint8_t *block, const tcq_arm *f, uint8x16_t state[2],
-                               int8x16_t value[2])
+/* The next step of a row, as signed values. */
+MOE_INLINE void tcq_unpack_arm(const uint8_t *block, size_t half, const tcq_arm *f,
+                               uint8x16_t state[2], int8x16_t value[2])
 {
     const uint8x16_t next = vld1q_u8(tcq_next);
     uint8x16_t v[2];
-    f->codes(block, v);
+    f->codes(block, half, v);
     ARM_UNROLL
     for (size_t i = 0; i < 2; i++) {
         const uint8x16_t s = state[i];
@@ -362,19 +356,11 @@ MOE_INLINE void tcq_unpack_arm(const uint8_t *block, const tcq_arm *f, uint8x16_
     }
 }
 
-/* The scales at `offset` of 4 rows. */
-MOE_INLINE float32x4_t tcq_scales_arm(const uint8_t *const row[4], size_t offset)
-{
-    const uint32_t byte[4] = {row[0][offset], row[1][offset], row[2][offset], row[3][offset]};
-    return vreinterpretq_f32_u32(vaddq_u32(vshlq_n_u32(vld1q_u32(byte), 20),
-                                           vdupq_n_u32((127 + TCQ_SCALE_EXPONENT) << 23)));
-}
-
-/* acc + the part of one block of 4 rows: the expression of the formats. */
-MOE_INLINE float32x4_t tcq_add_arm(int32x4_t dot, float32x4_t d, const moe_q8 *x, size_t b,
+/* acc + the part of one step of 4 rows: the expression of the formats. */
+MOE_INLINE float32x4_t tcq_add_arm(int32x4_t dot, float32x4_t d, const moe_q8 *x, size_t t,
                                    float32x4_t acc)
 {
-    return vfmaq_f32(acc, vmulq_f32(d, vld1q_dup_f32(x->scale + b)), vcvtq_f32_s32(dot));
+    return vfmaq_f32(acc, vmulq_f32(d, vld1q_dup_f32(x->scale + t)), vcvtq_f32_s32(dot));
 }
 
 MOE_INLINE void tcq_gemv_arm(const moe_mm *mm, const tcq_arm *f, arm_dot_fn *dot)
@@ -387,26 +373,27 @@ MOE_INLINE void tcq_gemv_arm(const moe_mm *mm, const tcq_arm *f, arm_dot_fn *dot
         memset(state, 0, sizeof state);
         float32x4_t acc = vdupq_n_f32(0);
         const uintptr_t next = (uintptr_t)row[0] + 4 * mm->w_stride;
-        for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
-            const size_t at = b * f->block_bytes;
-            const int8x16_t x0 = vld1q_s8(x.q + 32 * b), x1 = vld1q_s8(x.q + 32 * b + 16);
+        for (size_t t = 0; t < mm->n_in / TCQ_PATHS; t++) {
+            const size_t at = t / 2 * f->block_bytes;
+            const int8x16_t x0 = vld1q_s8(x.q + 32 * t), x1 = vld1q_s8(x.q + 32 * t + 16);
             int32x4_t sum[4];
-            arm_prefetch(next + 4 * at, 4 * f->block_bytes);
+            if (t % 2 == 0)
+                arm_prefetch(next + 4 * at, 4 * f->block_bytes);
             ARM_UNROLL
             for (size_t i = 0; i < 4; i++) {
                 int8x16_t v[2];
-                tcq_unpack_arm(row[i] + at, f, state[i], v);
+                tcq_unpack_arm(row[i] + at, t % 2, f, state[i], v);
                 sum[i] = dot(dot(vdupq_n_s32(0), v[0], x0), v[1], x1);
             }
-            acc = tcq_add_arm(arm_sum4(sum[0], sum[1], sum[2], sum[3]), tcq_scales_arm(row, at), &x,
-                              b, acc);
+            acc = tcq_add_arm(arm_sum4(sum[0], sum[1], sum[2], sum[3]), arm_f16x4(row, at), &x, t,
+                              acc);
         }
         arm_store_rows(mm->y + r, acc, mm->n_row - r);
     }
 }
 
-/* acc[t] += a block of 8 rows (two slices, packed) times block b of token t, for n_tok (constant,
- * <= 4) tokens. */
+/* acc[t] += step b of 8 rows (two slices, packed) times that of token t, for n_tok (constant, <= 4)
+ * tokens. */
 MOE_INLINE void tcq_tile_arm(const int8x16_t code[16], const float32x4_t d[2], const moe_q8 *x,
                              size_t b, size_t n_tok, const arm_engine *e, float32x4_t (*acc)[2])
 {
@@ -441,19 +428,20 @@ MOE_INLINE void tcq_gemm_tokens_arm(const moe_mm *mm, size_t t0, size_t n_tok, c
         memset(state, 0, sizeof state);
         memset(acc, 0, (n_tok + 1) * sizeof acc[0]);
         const uintptr_t next = (uintptr_t)row[0] + 8 * mm->w_stride;
-        for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
-            const size_t at = b * f->block_bytes;
+        for (size_t b = 0; b < mm->n_in / TCQ_PATHS; b++) {
+            const size_t at = b / 2 * f->block_bytes;
             int8x16_t low[8], high[8], code[16];
-            arm_prefetch(next + 8 * at, 8 * f->block_bytes);
+            if (b % 2 == 0)
+                arm_prefetch(next + 8 * at, 8 * f->block_bytes);
             for (size_t i = 0; i < 8; i++) {
                 int8x16_t v[2];
-                tcq_unpack_arm(row[i] + at, f, state[i], v);
+                tcq_unpack_arm(row[i] + at, b % 2, f, state[i], v);
                 low[i] = v[0];
                 high[i] = v[1];
             }
             e->pack(low, code);
             e->pack(high, code + 8);
-            const float32x4_t d[2] = {tcq_scales_arm(row, at), tcq_scales_arm(row + 4, at)};
+            const float32x4_t d[2] = {arm_f16x4(row, at), arm_f16x4(row + 4, at)};
             size_t t = 0;
             for (; t + e->n_tok <= n_tok; t += e->n_tok)
                 tcq_tile_arm(code, d, x + t, b, e->n_tok, e, acc + t);

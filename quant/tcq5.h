@@ -1,48 +1,49 @@
-/* quant/tcq5.h - TCQ5: blocks of 32 trellis-coded weights with codes of 5 bits. For rates of 3.2 to
+/* quant/tcq5.h - TCQ5: blocks of 64 trellis-coded weights with codes of 5 bits. For rates of 3.2 to
  * 4.3 bits per weight on disk.
  *
- *     byte 0   1                                17          21
- *          | d | q[16]                          | low[4]    |
- *            ^   low nibbles: k 0..15             one bit     c[k]      = 2 (q[k] & 15) | low bit k
- *        scale   high nibbles: k 16..31           of each     c[k + 16] = 2 (q[k] >> 4) | low bit
- *                                                                         k + 16
+ *     byte 0   2         18        34       38       42
+ *          | d | q[0]    | q[1]    | low[0] | low[1] |   half h = 0, 1: weights 32 h .. 32 h + 31
+ *          f16   low nibbles: k 0..15   one bit of each      c[32 h + k] = 2 nibble k + bit k
+ *                high nibbles: k 16..31
+ *
  *     weight = d ((2 c | s & 1) - 32)
  *
  * The lowest bit of a code, which chooses the subset, is as good as random: on disk it costs a bit
  * whether it stands apart or not, and the others are coded by bytes, two of them at once.
  *
- * The scale, the state s and the product with activations are described in tcq.h. */
+ * The state s and the product with activations are described in tcq.h. */
 #ifndef MOE_QUANT_TCQ5_H
 #define MOE_QUANT_TCQ5_H
 
 #include "tcq.h"
 
 typedef struct tcq5_block {
-    uint8_t d;
-    uint8_t q[16];
-    uint8_t low[4];
+    uint8_t d[2]; // f16
+    uint8_t q[2][16];
+    uint8_t low[2][4];
 } tcq5_block;
-_Static_assert(sizeof(tcq5_block) == 21, "as in .moe files");
+_Static_assert(sizeof(tcq5_block) == 42, "as in .moe files");
 
 enum { TCQ5_BIAS = 32 };
 
-MOE_INLINE void tcq5_codes(const uint8_t *block, uint8_t doubled[32])
+MOE_INLINE void tcq5_codes(const uint8_t *block, size_t half, uint8_t doubled[32])
 {
-    const tcq5_block *w = (const tcq5_block *)block;
+    const uint8_t *q = ((const tcq5_block *)block)->q[half];
+    const uint8_t *low = ((const tcq5_block *)block)->low[half];
     for (size_t k = 0; k < 16; k++) {
-        doubled[k] = (uint8_t)(4 * (w->q[k] & 15) | (w->low[k / 8] >> k % 8 & 1) << 1);
-        doubled[k + 16] = (uint8_t)(4 * (w->q[k] >> 4) | (w->low[k / 8 + 2] >> k % 8 & 1) << 1);
+        doubled[k] = (uint8_t)(4 * (q[k] & 15) | (low[k / 8] >> k % 8 & 1) << 1);
+        doubled[k + 16] = (uint8_t)(4 * (q[k] >> 4) | (low[k / 8 + 2] >> k % 8 & 1) << 1);
     }
 }
 
-static void tcq5_put(uint8_t *block, const uint8_t code[32])
+static void tcq5_put(uint8_t *block, size_t half, const uint8_t code[32])
 {
-    tcq5_block *w = (tcq5_block *)block;
-    memset(w->low, 0, sizeof w->low);
+    uint8_t *q = ((tcq5_block *)block)->q[half], *low = ((tcq5_block *)block)->low[half];
+    memset(low, 0, 4);
     for (size_t k = 0; k < 16; k++)
-        w->q[k] = (uint8_t)(code[k] >> 1 | code[k + 16] >> 1 << 4);
+        q[k] = (uint8_t)(code[k] >> 1 | code[k + 16] >> 1 << 4);
     for (size_t k = 0; k < 32; k++)
-        w->low[k / 8] |= (uint8_t)((code[k] & 1) << k % 8);
+        low[k / 8] |= (uint8_t)((code[k] & 1) << k % 8);
 }
 
 TCQ_C(tcq5, TCQ5_BIAS)
@@ -60,11 +61,12 @@ MOE_AVX2_INLINE __m256i tcq5_low_avx2(__m256i words, int at)
     return _mm256_and_si256(v, _mm256_set1_epi8(2));
 }
 
-MOE_AVX2_INLINE void tcq5_load_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
+MOE_AVX2_INLINE void tcq5_load_avx2(const uint8_t *const row[8], size_t offset, size_t half,
+                                    x86_block *w)
 {
     const __m256i mask = _mm256_set1_epi8(60);
-    const __m256i low = x86_u32x8(row, offset + offsetof(tcq5_block, low));
-    const size_t q = offset + offsetof(tcq5_block, q);
+    const __m256i low = x86_u32x8(row, offset + offsetof(tcq5_block, low) + 4 * half);
+    const size_t q = offset + offsetof(tcq5_block, q) + 16 * half;
     X86_512_UNROLL
     for (int r = 0; r < 4; r++) {
         const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q);
@@ -93,23 +95,24 @@ TCQ_AVX2(tcq5)
 
 /* Bit i of a mask says whether the lowest bit of byte i is set: its rows are those of a vector. */
 MOE_VNNI512_INLINE __m512i tcq5_low_512(__m512i v, const uint8_t *const row[8], size_t offset,
-                                        int first, int half)
+                                        int first, size_t part)
 {
-    const uint64_t bits = (uint64_t)load_u16(row[first] + offset + 2 * half) |
-                          (uint64_t)load_u16(row[first + 4] + offset + 2 * half) << 16 |
-                          (uint64_t)load_u16(row[first + 1] + offset + 2 * half) << 32 |
-                          (uint64_t)load_u16(row[first + 5] + offset + 2 * half) << 48;
+    const uint64_t bits = (uint64_t)load_u16(row[first] + offset + 2 * part) |
+                          (uint64_t)load_u16(row[first + 4] + offset + 2 * part) << 16 |
+                          (uint64_t)load_u16(row[first + 1] + offset + 2 * part) << 32 |
+                          (uint64_t)load_u16(row[first + 5] + offset + 2 * part) << 48;
     return _mm512_mask_add_epi8(v, (__mmask64)bits, v, _mm512_set1_epi8(2));
 }
 
 MOE_VNNI512_INLINE void tcq5_load_512(const uint8_t *const row[8], size_t offset,
-                                      tcq_block_512 *w)
+                                      size_t half, tcq_codes_512 *w)
 {
     const __m512i mask = _mm512_set1_epi8(60);
-    const size_t low = offset + offsetof(tcq5_block, low);
+    const size_t low = offset + offsetof(tcq5_block, low) + 4 * half;
+    const size_t q = offset + offsetof(tcq5_block, q) + 16 * half;
     X86_512_UNROLL
     for (int i = 0; i < 2; i++) {
-        const __m512i v = tcq_load_rows_512(row, offset + offsetof(tcq5_block, q), 2 * i);
+        const __m512i v = tcq_load_rows_512(row, q, 2 * i);
         w->lo[i] = _mm512_and_si512(_mm512_slli_epi16(v, 2), mask);
         w->hi[i] = _mm512_and_si512(_mm512_srli_epi16(v, 2), mask);
         w->lo[i] = tcq5_low_512(w->lo[i], row, low, 2 * i, 0);
@@ -122,11 +125,11 @@ TCQ_VNNI512(tcq5, TCQ5_BIAS)
 #endif
 
 #if MOE_ARM64
-MOE_INLINE void tcq5_codes_arm(const uint8_t *block, uint8x16_t v[2])
+MOE_INLINE void tcq5_codes_arm(const uint8_t *block, size_t half, uint8x16_t v[2])
 {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
-    const uint8x16_t q = vld1q_u8(block + offsetof(tcq5_block, q));
-    const uint8_t *low = block + offsetof(tcq5_block, low);
+    const uint8x16_t q = vld1q_u8(block + offsetof(tcq5_block, q) + 16 * half);
+    const uint8_t *low = block + offsetof(tcq5_block, low) + 4 * half;
     const uint8x16_t four[2] = {vandq_u8(q, vdupq_n_u8(15)), vshrq_n_u8(q, 4)};
     ARM_UNROLL
     for (int i = 0; i < 2; i++) {
@@ -138,6 +141,6 @@ MOE_INLINE void tcq5_codes_arm(const uint8_t *block, uint8x16_t v[2])
 TCQ_ARM(tcq5, TCQ5_BIAS)
 #endif
 
-TCQ_QUANT(tcq5, "TCQ5", QUANT_OWN_ID + 1, 1, 16, 4)
+TCQ_QUANT(tcq5, "TCQ5", QUANT_OWN_ID + 1, 1, 1, 32, 8)
 
 #endif

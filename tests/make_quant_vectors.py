@@ -36,27 +36,30 @@ def blocks_of(block_bytes, n, rng):
 
 # The next state, if the code is even and if it is odd.
 TRELLIS = {0: (0, 1), 1: (2, 3), 2: (5, 4), 3: (7, 6), 4: (1, 0), 5: (3, 2), 6: (4, 5), 7: (6, 7)}
-# Own types: block bytes, values of a weight.
-TCQ = {4096: (17, 32), 4097: (21, 64), 4098: (33, 256)}
+# Own types: bytes of a block of 64, values of a weight.
+TCQ = {4096: (34, 32), 4097: (42, 64), 4098: (66, 256)}
 
 
 def tcq_codes(id, block):
+    """The codes of 64 weights."""
     if id == 4098:
-        return [int(b) & 127 for b in block[1:]]
-    nibbles = [int(b) & 15 for b in block[1:17]] + [int(b) >> 4 for b in block[1:17]]
-    if id == 4096:
-        return nibbles
-    low = int.from_bytes(bytes(block[17:21]), "little")
-    return [2 * q + (low >> k & 1) for k, q in enumerate(nibbles)]
+        return [int(b) & 127 for b in block[2:]]
+    codes = []
+    for h in range(2):
+        half = block[2 + 16 * h:18 + 16 * h]
+        nibbles = [int(b) & 15 for b in half] + [int(b) >> 4 for b in half]
+        low = int.from_bytes(bytes(block[34 + 4 * h:38 + 4 * h]), "little")
+        codes += [2 * q + (low >> k & 1) if id == 4097 else q for k, q in enumerate(nibbles)]
+    return codes
 
 
 def tcq_dequantize(id, rows):
     state, out = [0] * 32, []
     for block in rows:
-        d = (1 + (int(block[0]) & 7) / 8) * 2.0 ** ((int(block[0]) >> 3) - 22)
+        d = block[:2].view("<f2").astype("<f4")[0]
         for k, code in enumerate(tcq_codes(id, block)):
-            out.append(d * (2 * code + state[k] % 2 - TCQ[id][1] // 2))
-            state[k] = TRELLIS[state[k]][code % 2]
+            out.append(d * np.float32(2 * code + state[k % 32] % 2 - TCQ[id][1] // 2))
+            state[k % 32] = TRELLIS[state[k % 32]][code % 2]
     return np.array(out, dtype="<f4")
 
 
@@ -65,18 +68,18 @@ def main():
     out = [b"MQV1", struct.pack("<I", len(types()))]
     for id in types():
         if id in TCQ:
-            block_len, block_bytes = 32, TCQ[id][0]
+            block_len, block_bytes = 64, TCQ[id][0]
         else:
             quant = gguf.GGMLQuantizationType(id)
             block_len, block_bytes = gguf.GGML_QUANT_SIZES[quant]
         n = 2048 // block_len if block_len > 1 else 512
         n = max(n, 16)
         rows = blocks_of(block_bytes, n, rng)
-        if id in TCQ:
-            floats = tcq_dequantize(id, rows)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if id in TCQ:
+                floats = tcq_dequantize(id, rows)
+            else:
                 floats = gguf.quants.dequantize(rows, quant).astype("<f4").reshape(-1)
         assert floats.size == n * block_len
         out += [struct.pack("<4I", id, block_len, block_bytes, n), rows.tobytes(), floats.tobytes()]

@@ -302,8 +302,8 @@ static void bf16_conversion_rounds_to_even(void)
  *         end at +7/8 and +15/16 of the largest; 14 / 127 of IQ4_NL (127 becomes 113); 8 becomes 6
  *         in MXFP4. Plus the rounding of scales and offsets to 11 bits. 0: not bounded (searches
  *         for the least squares may give up single weights).
- * A state of TCQ4, TCQ5 and TCQ8 offers 16, 32 and 128 values; their scales are rounded up by an
- * eighth at most, and the largest weight may be a step and a half beyond the range. */
+ * A state of TCQ4, TCQ5 and TCQ8 offers 16, 32 and 128 values; the largest weight may be a step
+ * beyond the range. */
 static const struct {
     const char *name;
     double rms, max;
@@ -324,9 +324,9 @@ static const struct {
     {"Q5_K", 1.3 * 2 / 31 / 3.4641, 0},
     {"Q6_K", 1.3 / 32 / 3.4641, 0},
     {"IQ4_XS", 1.3 * 2 / 15 / 3.4641, 0},
-    {"TCQ4", 1.125 * 2 / 15 / 3.4641, 1.125 * 2 / 15},
-    {"TCQ5", 1.125 * 2 / 31 / 3.4641, 1.125 * 2 / 31},
-    {"TCQ8", 1.125 * 2 / 127 / 3.4641, 1.125 * 2 / 127},
+    {"TCQ4", 1.3 * 2 / 15 / 3.4641, 2.0 / 15 + 0x1p-11},
+    {"TCQ5", 1.3 * 2 / 31 / 3.4641, 2.0 / 31 + 0x1p-11},
+    {"TCQ8", 1.3 * 2 / 127 / 3.4641, 2.0 / 127 + 0x1p-11},
 };
 
 static void quantizers_stay_within_their_error(void)
