@@ -7,9 +7,10 @@
  *     code[i]   bytes    row 0 k 4i..4i+3 | row 1 k 4i..4i+3 | ... | row 15 k 4i..4i+3
  *
  * A vector of weights meets 4 activations of a token, broadcast, and the sums of 16 rows grow in
- * the lanes of one vector; nothing is added across lanes. Two tiles, 32 rows, and 8 tokens are
- * multiplied at once, 16 sums: fewer are held up by loads and by the latency of vpdpbusd (Zen 5,
- * one core: 2 x 4 reach 84 % of its peak of 943 Gop/s, 2 x 6 and more 99 %).
+ * the lanes of one vector; nothing is added across lanes. Four tiles, 64 rows, and 4 tokens are
+ * multiplied at once: 16 sums hide the latency of vpdpbusd, and 16 products take 8 loads. The
+ * tiles stay in L1, activations stream through it. Zen 5, one core, Q4_K: 770 Gop/s of a peak of
+ * 1020, of which scales and minima take 19 %; two tiles times 8 tokens reach 735.
  *
  * Codes are unsigned: what a format subtracts from them (`offset`) is a multiple of the sum of the
  * activations, with which the sum of a group starts instead of 0.
@@ -38,11 +39,12 @@
 
 enum {
     X86_512_K = 256,     /* weights of a row in a tile */
-    X86_512_ROWS = 32,   /* rows computed at once: two tiles */
+    X86_512_TILES = 4,   /* tiles computed at once */
+    X86_512_ROWS = 16 * X86_512_TILES,
     X86_512_TOKENS = 64, /* tokens computed on a tile before the next is unpacked */
-    X86_512_FEW = 8,     /* up to so many tokens are computed as fast as memory is read */
-    X86_512_L1 = 48 << 10,
-    X86_512_AHEAD = 2    /* tiles */
+    X86_512_FEW = 8,     /* fewer tokens are computed as fast as memory is read */
+    X86_512_MANY = 48,   /* from here on all tiles are computed at once */
+    X86_512_L1 = 48 << 10
 };
 
 /* 256 weights of 16 rows: one superblock, or up to 8 blocks of 32. */
@@ -68,12 +70,18 @@ typedef struct x86_512_x {
     size_t stride;
     size_t n_tok;
     size_t n_block;     // blocks of 32, where that is the format's block
+    uintptr_t next;     // what is fetched during the next steps: next_bytes for each 4 tokens
+    size_t next_bytes;
     x86_512_token token[X86_512_TOKENS];
 } x86_512_x;
 
-/* Where 16 rows begin, and what is fetched while they are loaded: as many bytes of the rows that
- * come next, in the order in which they lie in memory. Zen 5, Q4_K from memory, 8 tokens: 13.6 GB/s
- * instead of 11.6 with the prefetches of a tile in one piece, 5.2 without. */
+/* Where 16 rows begin, and what is fetched while they are loaded; 0: nothing. What is fetched are the
+ * rows that come next, as many bytes and in the order in which they lie in memory: as 16 to 64
+ * streams they would be too short for any prefetcher. Weights from memory, Zen 5, one core: Q4_K
+ * times 8 tokens reads 13.6 GB/s instead of 11.6 with the prefetches of a tile in one piece, 5.2
+ * without. From X86_512_FEW tokens on they are spread over the products instead, where memory would
+ * be idle (Q8_0, 32 tokens: 518 Gop/s instead of 393), and made for the first tokens only: later
+ * ones find the rows in L2. Neither a hint past the end of a matrix nor a wrong one does harm. */
 typedef struct x86_512_rows {
     const uint8_t *row[16];
     uintptr_t next;
@@ -82,9 +90,9 @@ typedef struct x86_512_rows {
 /* Unpacks 256 weights at `offset` of 16 rows. */
 typedef void x86_512_load_fn(x86_512_rows *rows, size_t offset, x86_512_tile *tile);
 
-/* acc[token][X86_512_ROWS] += one or two tiles times 1, 2, 4 or 8 tokens, from token t on. */
-typedef void x86_512_step_fn(const x86_512_tile *tile, const x86_512_x *x, size_t t, float *acc);
-typedef x86_512_step_fn *const x86_512_steps[2][4]; // [tiles - 1][log2 of the tokens]
+/* acc[token][X86_512_ROWS] += 1, 2 or 4 tiles times all tokens of x. */
+typedef void x86_512_step_fn(const x86_512_tile *tile, const x86_512_x *x, float *acc);
+typedef x86_512_step_fn *const x86_512_steps[3]; // [log2 of the tiles]
 
 typedef struct x86_512_format {
     size_t block_len, block_bytes;
@@ -107,12 +115,20 @@ MOE_VNNI512_INLINE void x86_512_transpose(const __m512i in[4], __m512i out[4])
     out[3] = _mm512_unpackhi_epi64(c, d);
 }
 
+/* Fetches `bytes` bytes of the next rows. */
+MOE_VNNI512_INLINE void x86_512_next(x86_512_rows *rows, size_t bytes)
+{
+    if (!rows->next)
+        return;
+    x86_prefetch(rows->next, bytes);
+    rows->next += bytes;
+}
+
 /* 16 bytes of 16 rows, to 4 vectors that hold 4 bytes of each row, in row order. */
 MOE_VNNI512_INLINE void x86_512_load16(x86_512_rows *rows, size_t offset, __m512i out[4])
 {
     const uint8_t *const *row = rows->row;
-    x86_prefetch(rows->next, 256);
-    rows->next += 256;
+    x86_512_next(rows, 256);
     __m512i in[4]; /* rows i, i + 4, i + 8, i + 12 */
     X86_512_UNROLL
     for (int i = 0; i < 4; i++) {
@@ -127,8 +143,7 @@ MOE_VNNI512_INLINE void x86_512_load16(x86_512_rows *rows, size_t offset, __m512
 MOE_VNNI512_INLINE void x86_512_load32(x86_512_rows *rows, size_t offset, __m512i out[8])
 {
     const uint8_t *const *row = rows->row;
-    x86_prefetch(rows->next, 512);
-    rows->next += 512;
+    x86_512_next(rows, 512);
     __m512i half[2][4]; /* rows 0..3 | 4..7 and 8..11 | 12..15, both 16 bytes of each */
     X86_512_UNROLL
     for (int h = 0; h < 2; h++) {
@@ -278,26 +293,34 @@ MOE_VNNI512_INLINE void x86_512_load_header(x86_512_rows *rows, size_t offset,
 
 /* ------------------------------------------------------------------------------- multiplying -- */
 
-/* sum[8 r + t] += the products of vectors first .. first + n - 1 of tile r with token t. n, n_tile
- * and n_tok are constants; q are the activations that belong to the first. */
+/* sum[t * n_tile + r] += the products of vectors first .. first + n - 1 of tile r with token t. n,
+ * n_tile and n_tok are constants; q are the activations that belong to the first. */
 MOE_VNNI512_INLINE void x86_512_dot(const x86_512_tile *tile, size_t first, size_t n,
                                     const int8_t *q, size_t stride, __m512i sum[16], size_t n_tile,
                                     size_t n_tok)
 {
     X86_512_UNROLL
     for (size_t i = 0; i < n; i++) {
-        const __m512i w0 = tile[0].code[first + i];
-        const __m512i w1 = n_tile == 2 ? tile[1].code[first + i] : w0;
+        __m512i w[X86_512_TILES];
+        X86_512_UNROLL
+        for (size_t r = 0; r < n_tile; r++)
+            w[r] = tile[r].code[first + i];
         X86_512_UNROLL
         for (size_t t = 0; t < n_tok; t++) {
             int32_t four;
             memcpy(&four, q + t * stride + 4 * i, 4);
             const __m512i x = _mm512_set1_epi32(four);
-            sum[t] = _mm512_dpbusd_epi32(sum[t], w0, x);
-            if (n_tile == 2)
-                sum[8 + t] = _mm512_dpbusd_epi32(sum[8 + t], w1, x);
+            X86_512_UNROLL
+            for (size_t r = 0; r < n_tile; r++)
+                sum[t * n_tile + r] = _mm512_dpbusd_epi32(sum[t * n_tile + r], w[r], x);
         }
     }
+}
+
+/* Where the sum i of a step belongs. */
+MOE_INLINE float *x86_512_at(float *acc, size_t t0, size_t i, size_t n_tile)
+{
+    return acc + (t0 + i / n_tile) * X86_512_ROWS + i % n_tile * 16;
 }
 
 /* Blocks of 32 weights: acc = fma(d x_scale, sum, acc), then, if affine,
@@ -310,33 +333,32 @@ MOE_VNNI512_INLINE void x86_512_step_32(const x86_512_tile *tile, const x86_512_
     const x86_512_token *token = x->token + t0;
     __m512 total[16];
     X86_512_UNROLL
-    for (size_t i = 0; i < 8 * n_tile; i++)
-        if (i % 8 < n_tok)
-            total[i] = _mm512_loadu_ps(acc + (t0 + i % 8) * X86_512_ROWS + i / 8 * 16);
+    for (size_t i = 0; i < n_tile * n_tok; i++)
+        total[i] = _mm512_loadu_ps(x86_512_at(acc, t0, i, n_tile));
     for (size_t b = 0; b < x->n_block; b++, q += 32, scale += 4) {
         __m512i sum[16];
         X86_512_UNROLL
-        for (size_t i = 0; i < 8 * n_tile; i++)
-            if (i % 8 < n_tok)
-                sum[i] = affine ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i % 8].init[b]);
+        for (size_t i = 0; i < n_tile * n_tok; i++)
+            sum[i] = affine ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i / n_tile].init[b]);
         x86_512_dot(tile, 8 * b, 8, q, x->stride, sum, n_tile, n_tok);
         X86_512_UNROLL
-        for (size_t i = 0; i < 8 * n_tile; i++) {
-            if (i % 8 >= n_tok)
-                continue;
+        for (size_t t = 0; t < n_tok; t++) {
             float one;
-            memcpy(&one, scale + i % 8 * x->stride, sizeof one);
-            const __m512 x_scale = _mm512_set1_ps(one), dot = _mm512_cvtepi32_ps(sum[i]);
-            total[i] = _mm512_fmadd_ps(_mm512_mul_ps(tile[i / 8].d[b], x_scale), dot, total[i]);
-            if (affine)
-                total[i] = _mm512_fmadd_ps(_mm512_mul_ps(tile[i / 8].m[b], x_scale),
-                                           _mm512_set1_ps(token[i % 8].fsum[b]), total[i]);
+            memcpy(&one, scale + t * x->stride, sizeof one);
+            const __m512 x_scale = _mm512_set1_ps(one), x_sum = _mm512_set1_ps(token[t].fsum[b]);
+            X86_512_UNROLL
+            for (size_t r = 0; r < n_tile; r++) {
+                __m512 *y = &total[t * n_tile + r];
+                const __m512 dot = _mm512_cvtepi32_ps(sum[t * n_tile + r]);
+                *y = _mm512_fmadd_ps(_mm512_mul_ps(tile[r].d[b], x_scale), dot, *y);
+                if (affine)
+                    *y = _mm512_fmadd_ps(_mm512_mul_ps(tile[r].m[b], x_scale), x_sum, *y);
+            }
         }
     }
     X86_512_UNROLL
-    for (size_t i = 0; i < 8 * n_tile; i++)
-        if (i % 8 < n_tok)
-            _mm512_storeu_ps(acc + (t0 + i % 8) * X86_512_ROWS + i / 8 * 16, total[i]);
+    for (size_t i = 0; i < n_tile * n_tok; i++)
+        _mm512_storeu_ps(x86_512_at(acc, t0, i, n_tile), total[i]);
 }
 
 /* A superblock's part of a sum of 16 rows; `min` is NULL for formats without minima. */
@@ -363,10 +385,10 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
     const int8_t *q = x->q + t0 * x->stride;
     const char *scale = (const char *)x->scale + t0 * x->stride;
     const x86_512_token *token = x->token + t0;
-    __m512i total[16], min[16];
+    __m512i total[16];
     X86_512_UNROLL
-    for (size_t i = 0; i < 8 * n_tile; i++)
-        total[i] = min[i] = _mm512_setzero_si512();
+    for (size_t i = 0; i < n_tile * n_tok; i++)
+        total[i] = _mm512_setzero_si512();
     const size_t n = group == 16 ? 4 : 8; /* vectors of codes at a time */
     for (size_t g = 0; g < X86_512_K / 4 / n; g++, q += 4 * n) {
         __m512i sum[16];
@@ -375,52 +397,58 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
             continue;
         }
         X86_512_UNROLL
-        for (size_t i = 0; i < 8 * n_tile; i++)
-            if (i % 8 < n_tok)
-                sum[i] = n_min ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i % 8].init[g]);
+        for (size_t i = 0; i < n_tile * n_tok; i++)
+            sum[i] = n_min ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i / n_tile].init[g]);
         x86_512_dot(tile, n * g, n, q, x->stride, sum, n_tile, n_tok);
         X86_512_UNROLL
-        for (size_t i = 0; i < 8 * n_tile; i++)
-            if (i % 8 < n_tok)
-                total[i] = _mm512_add_epi32(total[i],
-                                            _mm512_mullo_epi32(sum[i], tile[i / 8].scale[g]));
+        for (size_t i = 0; i < n_tile * n_tok; i++)
+            total[i] = _mm512_add_epi32(total[i],
+                                        _mm512_mullo_epi32(sum[i], tile[i % n_tile].scale[g]));
     }
     X86_512_UNROLL
-    for (size_t i = 0; i < 8 * n_tile; i++) {
-        if (i % 8 >= n_tok)
-            continue;
+    for (size_t t = 0; t < n_tok; t++) {
+        __m512i min[X86_512_TILES];
+        X86_512_UNROLL
+        for (size_t r = 0; r < n_tile; r++)
+            min[r] = _mm512_setzero_si512();
         X86_512_UNROLL
         for (size_t p = 0; p < n_min; p++) {
             int32_t two;
-            memcpy(&two, token[i % 8].sum + 2 * p, 4);
-            min[i] = _mm512_dpwssd_epi32(min[i], tile[i / 8].min[p], _mm512_set1_epi32(two));
+            memcpy(&two, token[t].sum + 2 * p, 4);
+            X86_512_UNROLL
+            for (size_t r = 0; r < n_tile; r++)
+                min[r] = _mm512_dpwssd_epi32(min[r], tile[r].min[p], _mm512_set1_epi32(two));
         }
         float x_scale;
-        memcpy(&x_scale, scale + i % 8 * x->stride, sizeof x_scale);
-        x86_512_add(tile + i / 8, total[i], n_min ? &min[i] : NULL, x_scale,
-                    acc + (t0 + i % 8) * X86_512_ROWS + i / 8 * 16);
+        memcpy(&x_scale, scale + t * x->stride, sizeof x_scale);
+        X86_512_UNROLL
+        for (size_t r = 0; r < n_tile; r++)
+            x86_512_add(tile + r, total[t * n_tile + r], n_min ? &min[r] : NULL, x_scale,
+                        acc + (t0 + t) * X86_512_ROWS + 16 * r);
     }
 }
 
-/* The eight functions of a step, and their table. */
-#define X86_512_STEP(name, body, n_tile, n_tok, ...)                                               \
-    MOE_VNNI512 static void name##_##n_tile##x##n_tok(const x86_512_tile *tile,                    \
-                                                      const x86_512_x *x, size_t t, float *acc)    \
+/* The three functions of a step, and their table. `body` is a step for a constant number of tokens
+ * from t on. */
+#define X86_512_STEP(name, body, n_tile, ...)                                                      \
+    MOE_VNNI512 static void name##_##n_tile(const x86_512_tile *tile, const x86_512_x *x,          \
+                                            float *acc)                                            \
     {                                                                                              \
-        body(tile, x, t, acc, n_tile, n_tok, __VA_ARGS__);                                         \
+        size_t t = 0;                                                                              \
+        for (; t + 4 <= x->n_tok; t += 4) {                                                        \
+            x86_prefetch(x->next + t / 4 * x->next_bytes, x->next_bytes);                          \
+            body(tile, x, t, acc, n_tile, 4, __VA_ARGS__);                                         \
+        }                                                                                          \
+        if (x->n_tok & 2)                                                                          \
+            body(tile, x, t, acc, n_tile, 2, __VA_ARGS__);                                         \
+        if (x->n_tok & 1)                                                                          \
+            body(tile, x, x->n_tok - 1, acc, n_tile, 1, __VA_ARGS__);                              \
     }
 #define X86_512_STEPS(name, body, ...)                                                             \
-    X86_512_STEP(name, body, 1, 1, __VA_ARGS__)                                                    \
-    X86_512_STEP(name, body, 1, 2, __VA_ARGS__)                                                    \
-    X86_512_STEP(name, body, 1, 4, __VA_ARGS__)                                                    \
-    X86_512_STEP(name, body, 1, 8, __VA_ARGS__)                                                    \
-    X86_512_STEP(name, body, 2, 1, __VA_ARGS__)                                                    \
-    X86_512_STEP(name, body, 2, 2, __VA_ARGS__)                                                    \
-    X86_512_STEP(name, body, 2, 4, __VA_ARGS__)                                                    \
-    X86_512_STEP(name, body, 2, 8, __VA_ARGS__)                                                    \
-    MOE_UNUSED static x86_512_steps name = {                                                       \
-        {name##_1x1, name##_1x2, name##_1x4, name##_1x8},                                          \
-        {name##_2x1, name##_2x2, name##_2x4, name##_2x8}};
+    X86_512_STEP(name, body, 1, __VA_ARGS__)                                                       \
+    X86_512_STEP(name, body, 2, __VA_ARGS__)                                                       \
+    X86_512_STEP(name, body, 4, __VA_ARGS__)                                                       \
+    MOE_UNUSED static x86_512_steps name = {name##_1, name##_2, name##_4};
 
 X86_512_STEPS(x86_512_block, x86_512_step_32, false)
 X86_512_STEPS(x86_512_affine, x86_512_step_32, true)
@@ -470,75 +498,75 @@ MOE_VNNI512 static void x86_512_load(x86_512_rows *rows, size_t offset, size_t n
     f->load(&from, 0, tile);
 }
 
-/* Fetches what the first rows of a call need X86_512_AHEAD tiles later. The call before may have
- * been another thread's: without this, every other 64 rows of Q4_K times 8 tokens reach 186 Gop/s,
- * with it 265; rows in sequence 398 and 355. */
-MOE_VNNI512 static void x86_512_fetch(const x86_512_rows *rows, size_t n_tile, size_t offset,
-                                      size_t bytes)
-{
-    for (size_t i = 0; i < 16 * n_tile; i++)
-        x86_prefetch((uintptr_t)rows[i / 16].row[i % 16] + offset, bytes);
-}
-
-/* acc = 32 rows (n_tile 2) or 16 times the tokens of x, which stands at their beginning. */
+/* acc = 16 n_tile rows, n_tile 1, 2 or 4, times the tokens of x, which stands at their
+ * beginning. */
 MOE_VNNI512 static void x86_512_gemm_rows(const moe_mm *mm, x86_512_rows *rows, size_t n_tile,
-                                          x86_512_x *x, const x86_512_format *f, float *acc,
-                                          bool first)
+                                          x86_512_x *x, const x86_512_format *f, float *acc)
 {
     const size_t n_block = mm->n_in / f->block_len, tile_blocks = X86_512_K / f->block_len;
-    x86_512_step_fn *const *step = (*f->steps)[n_tile - 1];
+    x86_512_step_fn *const step = (*f->steps)[n_tile / 2];
     for (size_t b = 0; b < n_block; b += tile_blocks) {
-        x86_512_tile tile[2];
+        x86_512_tile tile[X86_512_TILES];
         x->n_block = MOE_MIN(tile_blocks, n_block - b);
-        if (first && b == 0)
-            x86_512_fetch(rows, n_tile, 0, X86_512_AHEAD * tile_blocks * f->block_bytes);
-        if (first && b + X86_512_AHEAD * tile_blocks < n_block)
-            x86_512_fetch(rows, n_tile, (b + X86_512_AHEAD * tile_blocks) * f->block_bytes,
-                          tile_blocks * f->block_bytes);
         for (size_t i = 0; i < n_tile; i++)
             x86_512_load(&rows[i], b * f->block_bytes, x->n_block, f, &tile[i]);
         x86_512_prepare(x, f);
-        size_t t = 0;
-        for (; t + 8 <= x->n_tok; t += 8)
-            step[3](tile, x, t, acc);
-        for (int log = 2; log >= 0; log--)
-            if (x->n_tok >> log & 1) {
-                step[log](tile, x, t, acc);
-                t += (size_t)1 << log;
-            }
+        step(tile, x, acc);
+        x->next += x->n_tok / 4 * x->next_bytes;
         x->q += X86_512_K;
         x->sum += X86_512_K / 16;
         x->scale += f->block_len == X86_512_K ? 1 : X86_512_K / 32;
     }
 }
 
-/* With few tokens, rows of which the next 32 would not stay in L1 are computed 16 at a time (Q8_0,
- * 4 tokens, rows of 2048 from memory: 158 Gop/s instead of 128); with one token all are. */
+/* How many tiles are computed at once: with few tokens, as many as have their next rows in L1 too
+ * (Q8_0, 4 tokens, rows of 2048 from memory: 158 Gop/s instead of 128); with many, all. */
+MOE_INLINE size_t x86_512_n_tile(const moe_mm *mm, size_t n_row)
+{
+    if (mm->n_tok == 1 || n_row <= 16)
+        return 1;
+    if (mm->n_tok < X86_512_FEW)
+        return 32 * mm->w_stride > X86_512_L1 ? 1 : 2;
+    return mm->n_tok >= X86_512_MANY && n_row > 32 ? 4 : 2;
+}
+
+/* Rows r .. r + 16 n_tile - 1; those past the end are the last row once more. */
+MOE_INLINE void x86_512_start(const moe_mm *mm, size_t r, size_t n_tile, size_t tile_bytes,
+                              bool fetch, x86_512_rows *rows, x86_512_x *x)
+{
+    const uintptr_t next = (uintptr_t)mm->w + (r + 16 * n_tile) * mm->w_stride;
+    const size_t n_step = x->n_tok / 4;
+    const bool few = x->n_tok < X86_512_FEW;
+    for (size_t i = 0; i < 16 * n_tile; i++)
+        rows[i / 16].row[i % 16] = mm->w + MOE_MIN(r + i, mm->n_row - 1) * mm->w_stride;
+    for (size_t i = 0; i < n_tile; i++)
+        rows[i].next = fetch && few ? next + 16 * i * mm->w_stride : 0;
+    x->next = next;
+    x->next_bytes = fetch && !few ? (size_t)align_up(16 * n_tile * tile_bytes / n_step, 64) : 0;
+}
+
 MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
 {
     const moe_act act = f->block_len == X86_512_K ? MOE_ACT_Q8_256 : MOE_ACT_Q8_32;
-    const bool long_rows = X86_512_ROWS * mm->w_stride > X86_512_L1;
-    const size_t n_tile = mm->n_tok == 1 || (mm->n_tok <= X86_512_FEW && long_rows) ? 1 : 2;
+    const size_t tile_bytes = X86_512_K / f->block_len * f->block_bytes;
     for (size_t t0 = 0; t0 < mm->n_tok; t0 += X86_512_TOKENS) {
         const moe_q8 first = act_q8(act, mm->x + t0 * mm->x_stride, mm->n_in);
         x86_512_x x;
         x.stride = mm->x_stride;
         x.n_tok = MOE_MIN(mm->n_tok - t0, X86_512_TOKENS);
-        for (size_t r = 0; r < mm->n_row; r += 16 * n_tile) {
-            const size_t n_row = MOE_MIN(mm->n_row - r, 16 * n_tile);
-            x86_512_rows rows[2];
-            for (size_t i = 0; i < 16 * n_tile; i++)
-                rows[i / 16].row[i % 16] = mm->w + (r + MOE_MIN(i, n_row - 1)) * mm->w_stride;
-            rows[0].next = (uintptr_t)mm->w + (r + 16 * n_tile) * mm->w_stride;
-            rows[1].next = rows[0].next + 16 * mm->w_stride;
+        for (size_t r = 0, n_tile; r < mm->n_row; r += 16 * n_tile) {
+            x86_512_rows rows[X86_512_TILES];
             float acc[X86_512_TOKENS][X86_512_ROWS];
-            memset(acc, 0, x.n_tok * sizeof acc[0]);
+            n_tile = x86_512_n_tile(mm, mm->n_row - r);
+            x86_512_start(mm, r, n_tile, tile_bytes, t0 == 0, rows, &x);
             x.q = first.q;
             x.scale = first.scale;
             x.sum = first.sum;
-            x86_512_gemm_rows(mm, rows, n_row > 16 ? 2 : 1, &x, f, acc[0], r == 0);
+            memset(acc, 0, x.n_tok * sizeof acc[0]);
+            x86_512_gemm_rows(mm, rows, n_tile, &x, f, acc[0]);
             for (size_t t = 0; t < x.n_tok; t++)
-                memcpy(mm->y + (t0 + t) * mm->y_stride + r, acc[t], n_row * sizeof(float));
+                memcpy(mm->y + (t0 + t) * mm->y_stride + r, acc[t],
+                       MOE_MIN(mm->n_row - r, 16 * n_tile) * sizeof(float));
         }
     }
 }
