@@ -64,14 +64,16 @@ static moe_status conv_write_gguf(conv_job *job, moe_error *error)
     moe_status status = gguf_make_header(&job->source, &header, &job->file_bytes, error);
     job->header_bytes = header.n;
     if (!status && !job->options.dry_run) {
-        status = writer_open(&writer, job->options.out, job->file_bytes, error);
+        status = writer_open(&writer, job->options.out, error);
+        if (!status)
+            status = writer_begin(&writer, job->file_bytes, error);
         if (!status)
             status = writer_put(&writer, header.data, header.n, 0, error);
         if (!status)
             status = encode_gguf(job, &writer, error);
         if (!status)
             status = conv_files_check(&job->source, error);
-        status = writer_close(&writer, status, error);
+        status = writer_close(&writer, status, false, error);
     }
     buf_free(&header);
     return status;

@@ -82,21 +82,10 @@ static moe_status writer_put(const conv_writer *w, const void *data, uint64_t by
     return MOE_OK;
 }
 
-/* Makes PATH.partial with its final size, so that a drive that is too small is known at once. */
-static moe_status writer_open(conv_writer *w, const char *path, uint64_t bytes, moe_error *error)
+/* Gives the file its final size, so that a drive that is too small is known at once. */
+static moe_status writer_reserve(conv_writer *w, uint64_t bytes, moe_error *error)
 {
-    const size_t n = strlen(path) + sizeof ".partial";
-    w->path = malloc(n);
-    w->partial = malloc(n);
-    if (!w->path || !w->partial)
-        return fail(error, MOE_ERR_MEMORY, path, "cannot allocate %zu bytes", n);
-    snprintf(w->path, n, "%s", path);
-    snprintf(w->partial, n, "%s.partial", path);
     w->bytes = bytes;
-    w->fd = open(w->partial, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
-    if (w->fd < 0)
-        return fail(error, MOE_ERR_IO, w->partial, "cannot create it: %s", writer_why(errno));
-    w->open = true;
 #ifdef __linux__ // other systems find out later
     if (bytes && fallocate(w->fd, 0, 0, (off_t)bytes) != 0 &&
         (errno == ENOSPC || errno == EDQUOT || errno == EFBIG))
@@ -107,6 +96,31 @@ static moe_status writer_open(conv_writer *w, const char *path, uint64_t bytes, 
         return fail(error, MOE_ERR_IO, w->partial, "cannot make it %llu bytes long: %s",
                     (unsigned long long)bytes, writer_why(errno));
     return MOE_OK;
+}
+
+/* Opens PATH.partial, with what an earlier run has left in it. */
+static moe_status writer_open(conv_writer *w, const char *path, moe_error *error)
+{
+    const size_t n = strlen(path) + sizeof ".partial";
+    w->path = malloc(n);
+    w->partial = malloc(n);
+    if (!w->path || !w->partial)
+        return fail(error, MOE_ERR_MEMORY, path, "cannot allocate %zu bytes", n);
+    snprintf(w->path, n, "%s", path);
+    snprintf(w->partial, n, "%s.partial", path);
+    w->fd = open(w->partial, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+    if (w->fd < 0)
+        return fail(error, MOE_ERR_IO, w->partial, "cannot create it: %s", writer_why(errno));
+    w->open = true;
+    return MOE_OK;
+}
+
+/* Empties the file, then gives it its final size. */
+static moe_status writer_begin(conv_writer *w, uint64_t bytes, moe_error *error)
+{
+    if (ftruncate(w->fd, 0) != 0)
+        return fail(error, MOE_ERR_IO, w->partial, "cannot empty it: %s", writer_why(errno));
+    return writer_reserve(w, bytes, error);
 }
 
 /* What was renamed must survive a power failure, too. */
@@ -122,8 +136,9 @@ static void writer_sync_folder(const char *path)
     free(folder);
 }
 
-/* Puts the file into its place, or removes it if `status` is a failure. */
-static moe_status writer_close(conv_writer *w, moe_status status, moe_error *error)
+/* Puts the file into its place, or removes it if `status` is a failure; `keep`: leaves it for a run that
+ * goes on. */
+static moe_status writer_close(conv_writer *w, moe_status status, bool keep, moe_error *error)
 {
     if (w->open) {
         if (!status && fsync(w->fd) != 0)
@@ -133,9 +148,9 @@ static moe_status writer_close(conv_writer *w, moe_status status, moe_error *err
         if (!status && rename(w->partial, w->path) != 0)
             status = fail(error, MOE_ERR_IO, w->path, "cannot give the file its name: %s",
                           writer_why(errno));
-        if (status)
+        if (status && !keep)
             unlink(w->partial);
-        else
+        else if (!status)
             writer_sync_folder(w->path);
     }
     free(w->path);

@@ -11,6 +11,7 @@
 
 #include "encode.c"
 #include "planes.c"
+#include "sha256.c"
 
 enum {
     MOEW_SMALL_BYTES = 1 << 14 // tensors below share their layer's first record, and stay raw
@@ -38,7 +39,9 @@ typedef struct moew_sink {
     conv_writer writer;
     moefile_header header;
     text_buf front;         // header, keys, receipt, tensors, and room for the tables
+    uint64_t sha256_at;     // where the hashes of the source's files stand in it, as strings
     uint64_t records_at, slices_at, segments_at; // where the tables stand in the file
+    uint64_t plan;          // hash of all that the result depends on
     moefile_record *records; // [n_records], as are the other tables
     moefile_slice *tables;   // [n_slices]
     moew_slice *slices;      // [n_slices]
@@ -213,6 +216,16 @@ static void moew_put_receipt(meta_writer *w, const conv_job *job)
     meta_put_array(w, "receipt.source.bytes", META_U64, job->source.n_files);
     for (uint32_t i = 0; i < job->source.n_files; i++)
         meta_number(w, job->source.files[i].bytes, 8);
+    meta_put_array(w, "receipt.source.sha256", META_STRING, job->source.n_files);
+}
+
+/* Room for the hashes, which are known at the end. */
+static void moew_put_sha256(meta_writer *w, const conv_job *job)
+{
+    char digits[64];
+    memset(digits, '0', sizeof digits);
+    for (uint32_t i = 0; i < job->source.n_files; i++)
+        meta_text(w, digits, sizeof digits);
 }
 
 static void moew_put_tensors(meta_writer *w, const conv_source *s)
@@ -239,6 +252,8 @@ static moe_status moew_make_front(moew_sink *m, moe_error *error)
     meta_bytes(&w, s->kv.data, s->kv.n);
     h->keys_bytes = s->kv.n;
     moew_put_receipt(&w, m->job);
+    m->sha256_at = m->front.n;
+    moew_put_sha256(&w, m->job);
     h->receipt_bytes = m->front.n - sizeof *h - s->kv.n;
     moew_put_tensors(&w, s);
     h->tensors_bytes = m->front.n - sizeof *h - s->kv.n - h->receipt_bytes;
@@ -371,6 +386,18 @@ static moe_status moew_append(moew_sink *m, const void *data, uint64_t bytes, mo
     return status;
 }
 
+/* The entries of a finished record, which stand in the file before the record's own. */
+static uint64_t moew_hash_entries(const moefile_record *r, const moefile_slice *slices,
+                                  const uint32_t *segments, uint32_t n_segments)
+{
+    xxh64_state state;
+    xxh64_begin(&state);
+    xxh64_add(&state, r, offsetof(moefile_record, reserved));
+    xxh64_add(&state, slices, r->n_slices * sizeof *slices);
+    xxh64_add(&state, segments, n_segments * sizeof *segments);
+    return xxh64_end(&state);
+}
+
 /* Enters a finished record into the tables of the file: from here on it is not made again. */
 static moe_status moew_finish_record(moew_sink *m, uint32_t index, moe_error *error)
 {
@@ -378,6 +405,9 @@ static moe_status moew_finish_record(moew_sink *m, uint32_t index, moe_error *er
     r->stored_bytes = m->at - r->offset;
     r->hash = xxh64_end(&m->hash);
     const uint32_t first = m->tables[r->first_slice].first_segment;
+    moefile_record entry = *r;
+    entry.reserved = moew_hash_entries(r, m->tables + r->first_slice, m->segments + first,
+                                       m->n_segments - first);
     moe_status status;
     if ((status = writer_put(&m->writer, m->segments + first,
                              (m->n_segments - first) * sizeof *m->segments,
@@ -386,7 +416,7 @@ static moe_status moew_finish_record(moew_sink *m, uint32_t index, moe_error *er
                              r->n_slices * sizeof *m->tables,
                              m->slices_at + r->first_slice * sizeof *m->tables, error)))
         return status;
-    return writer_put(&m->writer, r, sizeof *r, m->records_at + index * sizeof *r, error);
+    return writer_put(&m->writer, &entry, sizeof entry, m->records_at + index * sizeof entry, error);
 }
 
 static moe_status moew_begin_slice(moew_sink *m, uint32_t index, moew_choice choice,
@@ -454,6 +484,165 @@ static moe_status moew_put(void *self, encode_worker *w, const encode_task *task
     return status;
 }
 
+/* ----------------------------------------------------------------------------- going on -- */
+
+/* All that the result depends on: the plan, the program, and the source as far as it can be seen. */
+static uint64_t moew_hash_plan(const moew_sink *m)
+{
+    const conv_source *s = &m->job->source;
+    const uint32_t options[] = {m->job->options.store, m->job->options.allow_nonfinite};
+    xxh64_state state;
+    xxh64_begin(&state);
+    xxh64_add(&state, &m->header, sizeof m->header);
+    xxh64_add(&state, m->front.data + sizeof m->header, m->records_at - sizeof m->header);
+    xxh64_add(&state, m->records, m->n_records * sizeof *m->records);
+    xxh64_add(&state, m->tables, m->n_slices * sizeof *m->tables);
+    xxh64_add(&state, options, sizeof options);
+    for (uint32_t i = 0; i < s->n_files; i++) {
+        const conv_file *f = &s->files[i];
+        xxh64_add(&state, f->path, strlen(f->path));
+        xxh64_add(&state, (const uint64_t[]){f->bytes, f->inode, (uint64_t)f->mtime_s,
+                                             (uint64_t)f->mtime_ns}, 4 * sizeof(uint64_t));
+    }
+    return xxh64_end(&state);
+}
+
+static uint32_t moew_count_segments(const moew_sink *m, const moefile_record *r,
+                                    const moefile_slice *slices)
+{
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < r->n_slices; i++) {
+        const moew_slice *s = &m->slices[r->first_slice + i];
+        if (slices[i].encoding == MOEFILE_PLANES && s->segment_rows)
+            n += (s->n_rows + s->segment_rows - 1) / s->segment_rows;
+    }
+    return (uint32_t)MOE_MIN(n, m->max_segments - m->n_segments);
+}
+
+/* Takes over a record of an earlier run, if it is whole. */
+static bool moew_resume_record(moew_sink *m, uint32_t index, uint8_t *room)
+{
+    moefile_record *planned = &m->records[index], r;
+    const plat_file file = {.handle = m->writer.fd};
+    const char *path = m->writer.partial;
+    xxh64_state state;
+    if (plat_read(&file, m->records_at + index * sizeof r, &r, sizeof r, path, NULL) ||
+        r.first_slice != planned->first_slice || r.n_slices != planned->n_slices ||
+        r.decoded_bytes != planned->decoded_bytes ||
+        r.offset != align_up(m->at, MOEFILE_RECORD_ALIGN))
+        return false;
+    moefile_slice *slices = m->tables + r.first_slice;
+    const size_t slice_bytes = r.n_slices * sizeof *slices;
+    if (plat_read(&file, m->slices_at + r.first_slice * sizeof *slices, slices, slice_bytes, path,
+                  NULL))
+        return false;
+    const uint32_t n = moew_count_segments(m, &r, slices);
+    uint32_t *segments = m->segments + m->n_segments;
+    if (plat_read(&file, m->segments_at + m->n_segments * sizeof *segments, segments,
+                  n * sizeof *segments, path, NULL) ||
+        moew_hash_entries(&r, slices, segments, n) != r.reserved)
+        return false;
+    xxh64_begin(&state);
+    for (uint64_t at = 0; at < r.stored_bytes;) {
+        const uint64_t some = MOE_MIN(r.stored_bytes - at, MOEFILE_SEGMENT_BYTES);
+        if (plat_read(&file, r.offset + at, room, some, path, NULL))
+            return false;
+        xxh64_add(&state, room, some);
+        at += some;
+    }
+    if (xxh64_end(&state) != r.hash)
+        return false;
+    r.reserved = 0;
+    *planned = r;
+    m->at = r.offset + r.stored_bytes;
+    m->n_segments += n;
+    return true;
+}
+
+/* Takes over what an earlier run of the same conversion has left. *done: its weights. */
+static moe_status moew_resume(moew_sink *m, uint64_t *done, moe_error *error)
+{
+    moefile_header h;
+    const plat_file file = {.handle = m->writer.fd};
+    *done = 0;
+    if (plat_read(&file, 0, &h, sizeof h, m->writer.partial, NULL) ||
+        memcmp(h.magic, moew_partial_magic, sizeof h.magic) || h.root != m->plan)
+        return MOE_OK;
+    uint8_t *room = mem_alloc_uncleared(&m->job->mem, MOEFILE_SEGMENT_BYTES, 1);
+    moefile_slice *planned = mem_alloc(&m->job->mem, m->n_slices, sizeof *planned);
+    if (!room || !planned) {
+        mem_free(&m->job->mem, room);
+        mem_free(&m->job->mem, planned);
+        return fail_memory(error, &m->job->mem, "records", MOEFILE_SEGMENT_BYTES);
+    }
+    memcpy(planned, m->tables, m->n_slices * sizeof *planned);
+    uint32_t i = 0;
+    while (i < m->n_records && moew_resume_record(m, i, room))
+        i++;
+    const uint32_t next = i < m->n_records ? m->records[i].first_slice : m->n_slices;
+    memcpy(m->tables + next, planned + next, (m->n_slices - next) * sizeof *planned);
+    mem_free(&m->job->mem, room);
+    mem_free(&m->job->mem, planned);
+    for (uint32_t k = 0; k < next; k++)
+        *done += m->slices[k].n_rows * m->slices[k].t->row_len;
+    m->next_slice = next;
+    return MOE_OK;
+}
+
+/* Empties the file behind what is taken over, and says in it what it is going to be. */
+static moe_status moew_begin(moew_sink *m, uint64_t *done, moe_error *error)
+{
+    moefile_header h = m->header;
+    memcpy(h.magic, moew_partial_magic, sizeof h.magic);
+    h.root = m->plan;
+    moe_status status = moew_resume(m, done, error);
+    if (status)
+        return status;
+    if (!m->next_slice)
+        status = writer_begin(&m->writer, m->job->file_bytes, error);
+    else if (ftruncate(m->writer.fd, (off_t)m->at) != 0)
+        status = fail(error, MOE_ERR_IO, m->writer.partial, "cannot shorten it: %s",
+                      writer_why(errno));
+    else
+        status = writer_reserve(&m->writer, m->job->file_bytes, error);
+    return status ? status : writer_put(&m->writer, &h, sizeof h, 0, error);
+}
+
+/* ------------------------------------------------------------------------------- source -- */
+
+/* A thread that hashes the source's files while the others encode. */
+typedef struct moew_hasher {
+    const conv_source *source;
+    const moe_cancel *cancel;
+    _Atomic bool stop;
+    char *digits;           // in the directory: strings of 64, 72 bytes apart
+    moe_status status;
+    moe_error error;
+} moew_hasher;
+
+static void moew_hash_source(void *arg)
+{
+    enum { PIECE = 1 << 16 };
+    moew_hasher *h = arg;
+    uint8_t piece[PIECE];
+    for (uint32_t i = 0; i < h->source->n_files && !h->status; i++) {
+        const conv_file *f = &h->source->files[i];
+        sha256 state;
+        sha256_begin(&state);
+        for (uint64_t at = 0; at < f->bytes && !h->status; at += PIECE) {
+            const uint64_t n = MOE_MIN(f->bytes - at, PIECE);
+            if (cancelled(h->cancel) || atomic_load(&h->stop))
+                h->status = fail(&h->error, MOE_ERR_CANCELLED, NULL, "cancelled");
+            else
+                h->status = plat_read(&f->os, at, piece, n, f->path, &h->error);
+            if (!h->status)
+                sha256_add(&state, piece, (size_t)n);
+        }
+        if (!h->status)
+            sha256_end(&state, h->digits + i * (64 + sizeof(uint64_t)));
+    }
+}
+
 /* ----------------------------------------------------------------------------- the file -- */
 
 /* Directory and header, which make the file one. */
@@ -499,7 +688,27 @@ static moe_status moew_open(moew_sink *m, conv_job *job, moe_error *error)
         status = moew_make_front(m, error);
     job->header_bytes = m->header.data_offset;
     job->file_bytes = status ? 0 : moew_raw_bytes(m);
+    m->plan = status ? 0 : moew_hash_plan(m);
     return status;
+}
+
+/* Encodes all that is left, and hashes the source meanwhile. */
+static moe_status moew_encode(moew_sink *m, const encode_sink *sink, uint64_t done,
+                              moe_error *error)
+{
+    plat_thread thread;
+    moew_hasher hasher = {.source = &m->job->source, .cancel = m->job->options.cancel};
+    hasher.digits = (char *)m->front.data + m->sha256_at + sizeof(uint64_t);
+    const bool started = plat_thread_start(&thread, moew_hash_source, &hasher);
+    moe_status status = encode_all(m->job, sink, done, error);
+    atomic_store(&hasher.stop, status != MOE_OK);
+    if (started)
+        plat_thread_join(&thread);
+    else if (!status)
+        moew_hash_source(&hasher);
+    if (!status && hasher.status && error)
+        *error = hasher.error;
+    return status ? status : hasher.status;
 }
 
 static moe_status moew_write(moew_sink *m, moe_error *error)
@@ -511,14 +720,20 @@ static moe_status moew_write(moew_sink *m, moe_error *error)
     m->has_cond = m->has_lock && plat_cond_init(&m->changed);
     if (!m->has_cond)
         return fail(error, MOE_ERR_THREAD, NULL, "cannot make a lock");
-    moe_status status = writer_open(&m->writer, job->options.out, job->file_bytes, error);
+    uint64_t done = 0;
+    moe_status status = writer_open(&m->writer, job->options.out, error);
     if (!status)
-        status = encode_all(job, &sink, 0, error);
+        status = moew_begin(m, &done, error);
+    if (!status)
+        status = moew_encode(m, &sink, done, error);
     if (!status)
         status = conv_files_check(&job->source, error);
     if (!status)
         status = moew_write_front(m, error);
-    return writer_close(&m->writer, status, error);
+    // What a cancelled run has made is kept, without the room for the rest.
+    const bool keep = status == MOE_ERR_CANCELLED && m->at > m->header.data_offset &&
+                      ftruncate(m->writer.fd, (off_t)m->at) == 0;
+    return writer_close(&m->writer, status, keep, error);
 }
 
 #endif
