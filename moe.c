@@ -43,6 +43,7 @@
 #include "core/model_deepseek.c" /* deepseek2: V2, V3, R1 and kin */
 #include "core/model_gpt_oss.c" /* gpt-oss */
 #include "core/model_lfm2.c"  /* lfm2moe */
+#include "core/model_qwen35.c" /* qwen35, qwen35moe, qwen3next */
 #include "core/models.c"      /* the table of families */
 #include "core/draft.c"       /* guesses of the tokens that come next */
 #include "core/session.c"     /* cache, batches, logits */

@@ -47,9 +47,9 @@ static void describe_router(const moe_model *m, char *text, size_t bytes)
 static void describe_attention(const moe_model *m, char *text, size_t bytes)
 {
     const moe_hparams *hp = &m->hp;
-    uint32_t n_conv = 0, attention = 0;
+    uint32_t n_recurrent = 0, attention = 0;
     for (uint32_t i = hp->n_layer; i-- > 0;)
-        layer_is_recurrent(hp, i) ? n_conv++ : (attention = i);
+        layer_is_recurrent(hp, i) ? n_recurrent++ : (attention = i);
     const moe_layer *first = &m->layers[attention];
     text[0] = 0;
     if (hparams_latent(hp)) {
@@ -74,9 +74,15 @@ static void describe_attention(const moe_model *m, char *text, size_t bytes)
                      hp->window_period - 1, hp->window_period);
     else if (hp->window)
         describe_add(text, bytes, ", window of %u", hp->window);
-    if (n_conv)
+    if (hp->q_gated)
+        describe_add(text, bytes, ", gated");
+    if (hp->delta.n_head)
+        describe_add(text, bytes, "; %u of %u layers have a gated delta rule instead: %u heads on %u, "
+                     "states of %u x %u", n_recurrent, hp->n_layer, hp->delta.n_head,
+                     hp->delta.n_head_k, hp->delta.dim_k, hp->delta.dim_v);
+    else if (n_recurrent)
         describe_add(text, bytes, "; %u of %u layers have a convolution over %u positions instead",
-                     n_conv, hp->n_layer, hp->n_conv);
+                     n_recurrent, hp->n_layer, hp->n_conv);
     if (hp->rope.scaling != ROPE_PLAIN)
         describe_add(text, bytes, ", %s x%g", hp->rope.scaling == ROPE_YARN ? "YaRN" : "linear RoPE",
                      (double)hp->rope.factor);

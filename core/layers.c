@@ -31,11 +31,15 @@ struct moe_pass {
     moe_view h;              // [n_tok][n_embd] normed, or a block's output
     moe_view q;              // [n_tok][n_head][head_dim]
     moe_view k, v;           // [n_tok][n_head_kv][row of the cache]
-    moe_view attn;           // [n_tok][n_head][head_dim_v]
+    moe_view attn;           // [n_tok][n_head][head_dim_v], or [n_tok][delta.n_head][dim_v]
     moe_view q_latent;       // [n_tok][n_latent_q]
     moe_view q_absorbed;     // [n_tok][n_head][n_latent + n_rot]
     moe_view attn_latent;    // [n_tok][n_head][n_latent]
     moe_view inputs;         // [n_tok][...] of a recurrent layer, before its state takes part
+    moe_view q_gated;        // [n_tok][n_head][2][head_dim]
+    moe_view delta_qk;       // [n_tok][2][delta.n_head_k][dim_k]
+    moe_view delta_v, delta_z; // [n_tok][delta.n_head][dim_v]
+    moe_view delta_decay, delta_beta; // [n_tok][delta.n_head]
     moe_view gate, up;       // [n_tok][n_ff or n_ff_shared], or [n_tok][n_used][n_ff_expert]
     moe_view router;         // [n_tok][n_expert]
     moe_view expert_ids;     // int32 [n_tok][n_used]
@@ -132,10 +136,77 @@ static void layer_short_conv_mix(moe_pass *p, uint32_t index)
     p->be->conv(p->queue, &conv);
 }
 
-/* The part of a recurrent layer that changes its state. */
+/* A convolution over some of the elements of a layer with a delta rule, from `first` on. */
+static void layer_delta_conv(moe_pass *p, uint32_t index, moe_view dst, uint64_t first, uint64_t dim)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const uint64_t n = hparams_conv_dim(hp);
+    const uint64_t past = (hparams_delta_floats(hp) + (hp->n_conv - 1) * first) * sizeof(float);
+    const moe_view before = layer_state(p, p->before, index);
+    uint64_t capacity;
+    const moe_conv_op conv = {
+        .dst = dst,
+        .x = view_at(layer_inputs(p, index, &capacity), first * sizeof(float)),
+        .weight = view_at(p->model->layers[index].conv.data, first * hp->n_conv * sizeof(float)),
+        .before = before.buffer ? view_at(before, past) : before,
+        .after = view_at(layer_state(p, p->after, index), past),
+        .n_tok = p->n_tok,
+        .dim = (uint32_t)dim,
+        .n_tap = hp->n_conv,
+        .src_stride = (uint32_t)n,
+        .silu = true,
+    };
+    p->be->conv(p->queue, &conv);
+}
+
+/* Gated delta rule, from a layer's inputs to p->attn [n_tok][n_head][dim_v]. The inputs: [n_tok][...]
+ * queries, keys and values in front of the convolution; a and b [n_tok][n_head] of the gates. */
+static void layer_delta_mix(moe_pass *p, uint32_t index)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_layer *l = &p->model->layers[index];
+    const moe_delta_shape *d = &hp->delta;
+    const uint64_t n_keys = 2ull * d->n_head_k * d->dim_k, n = hparams_conv_dim(hp);
+    uint64_t capacity;
+    const moe_view inputs = layer_inputs(p, index, &capacity);
+    const moe_view a = view_at(inputs, capacity * n * sizeof(float));
+    layer_delta_conv(p, index, p->delta_qk, 0, n_keys);
+    layer_delta_conv(p, index, p->delta_v, n_keys, n - n_keys);
+    const moe_norm_op norm = {.dst = p->delta_qk, .src = p->delta_qk,
+                              .n_row = p->n_tok * 2 * d->n_head_k, .dim = d->dim_k,
+                              .dst_stride = d->dim_k, .src_stride = d->dim_k,
+                              .eps = 1e-6f, .l2 = true};
+    p->be->norm(p->queue, &norm);
+    const moe_gates_op gates = {p->delta_decay, p->delta_beta, a,
+                                view_at(a, capacity * d->n_head * sizeof(float)),
+                                l->delta_rate.data, l->delta_bias.data, p->n_tok, d->n_head};
+    p->be->gates(p->queue, &gates);
+    const moe_delta_op delta = {
+        .dst = p->attn,
+        .qk = p->delta_qk,
+        .v = p->delta_v,
+        .decay = p->delta_decay,
+        .beta = p->delta_beta,
+        .before = layer_state(p, p->before, index),
+        .after = layer_state(p, p->after, index),
+        .n_tok = p->n_tok,
+        .n_head = d->n_head,
+        .n_head_k = d->n_head_k,
+        .dim_k = d->dim_k,
+        .dim_v = d->dim_v,
+        .tiled = d->tiled,
+        .scale = (float)(1.0 / sqrt((double)d->dim_k)),
+    };
+    p->be->delta(p->queue, &delta);
+}
+
+/* The part of a recurrent layer that changes its state: from its inputs on. */
 static void layer_recur(moe_pass *p, uint32_t index)
 {
-    layer_short_conv_mix(p, index);
+    if (p->model->hp.delta.n_head)
+        layer_delta_mix(p, index);
+    else
+        layer_short_conv_mix(p, index);
 }
 
 /* Short gated convolution: p->h in, added to dst. p->h is used up. */
@@ -146,6 +217,33 @@ static void layer_short_conv(moe_pass *p, uint32_t index, moe_view dst)
     layer_linear(p, layer_inputs(p, index, &capacity), &l->conv_in, p->h, NULL, false);
     layer_recur(p, index);
     layer_linear(p, dst, &l->conv_out, p->h, NULL, true);
+}
+
+/* Linear attention by a gated delta rule: p->h in, added to dst. */
+static void layer_delta(moe_pass *p, uint32_t index, moe_view dst)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_layer *l = &p->model->layers[index];
+    const uint32_t n_head = hp->delta.n_head, dim = hp->delta.dim_v;
+    uint64_t capacity;
+    const moe_view inputs = layer_inputs(p, index, &capacity);
+    const moe_view a = view_at(inputs, capacity * hparams_conv_dim(hp) * sizeof(float));
+    const moe_matmul_op project = {
+        .src = p->h,
+        .n_tok = p->n_tok,
+        .n_out = 4,
+        .out = {{.w = &l->conv_in, .dst = inputs},
+                {.w = &l->delta_z, .dst = p->delta_z},
+                {.w = &l->delta_a, .dst = a},
+                {.w = &l->delta_b, .dst = view_at(a, capacity * n_head * sizeof(float))}},
+    };
+    layer_matmul(p, &project);
+    layer_recur(p, index);
+    layer_norm(p, p->attn, p->attn, &l->delta_norm, p->n_tok * n_head, dim);
+    const moe_glu_op gate = {.dst = p->attn, .gate = p->delta_z, .up = p->attn,
+                             .n = (uint64_t)p->n_tok * n_head * dim, .kind = MOE_GLU_SILU};
+    p->be->glu(p->queue, &gate);
+    layer_linear(p, dst, &l->conv_out, p->attn, NULL, true);
 }
 
 /* ------------------------------------------------------------------------------ attention -- */
@@ -178,6 +276,26 @@ static void layer_store(moe_pass *p, const moe_cache *cache, moe_view src)
     p->be->store(p->queue, &op);
 }
 
+/* The queries out of p->q_gated, or their gates, which stand `first` elements behind. */
+static void layer_copy_gated(moe_pass *p, moe_view dst, uint32_t first)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_copy_op op = {dst, view_at(p->q_gated, first * sizeof(float)), p->n_tok * hp->n_head,
+                            hp->head_dim, hp->head_dim, 2 * hp->head_dim};
+    p->be->copy(p->queue, &op);
+}
+
+/* p->attn *= sigmoid(gate); p->q is used up. */
+static void layer_gate_heads(moe_pass *p)
+{
+    const moe_hparams *hp = &p->model->hp;
+    layer_copy_gated(p, p->q, hp->head_dim);
+    const moe_glu_op op = {.dst = p->attn, .gate = p->q, .up = p->attn,
+                           .n = (uint64_t)p->n_tok * hp->n_head * hp->head_dim,
+                           .kind = MOE_GLU_SIGMOID};
+    p->be->glu(p->queue, &op);
+}
+
 /* Grouped-query attention: p->h in; the output projection is written to dst, or added to it. Vaswani
  * et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245. */
 static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
@@ -190,11 +308,13 @@ static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
         .src = p->h,
         .n_tok = p->n_tok,
         .n_out = 3,
-        .out = {{&l->wq, l->bq.data, p->q, false},
+        .out = {{&l->wq, l->bq.data, hp->q_gated ? p->q_gated : p->q, false},
                 {&l->wk, l->bk.data, p->k, false},
                 {&l->wv, l->bv.data, p->v, false}},
     };
     layer_matmul(p, &project);
+    if (hp->q_gated)
+        layer_copy_gated(p, p->q, 0);
     layer_qk_norm(p, p->q, &l->q_norm, hp->n_head);
     layer_qk_norm(p, p->k, &l->k_norm, hp->n_head_kv);
     layer_rope(p, p->q, hp->n_head, local);
@@ -214,6 +334,8 @@ static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
         .scale = hp->attn_scale,
     };
     p->be->attend(p->queue, &attend);
+    if (hp->q_gated)
+        layer_gate_heads(p);
     layer_linear(p, dst, &l->wo, p->attn, &l->bo, add);
 }
 

@@ -284,6 +284,12 @@ static uint64_t dim_value(const moe_hparams *hp, moe_dim dim)
     case DIM_HEAD_V: return hp->head_dim_v;
     case DIM_CONV: return hp->n_conv;
     case DIM_EMBD_3: return 3 * (uint64_t)hp->n_embd;
+    case DIM_Q_GATED: return 2ull * hp->n_head * hp->head_dim;
+    case DIM_DELTA_CONV: return hparams_conv_dim(hp);
+    case DIM_DELTA_HEADS: return hp->delta.n_head;
+    case DIM_DELTA_HEADS_2: return 2ull * hp->delta.n_head;
+    case DIM_DELTA_HEAD: return hp->delta.dim_v;
+    case DIM_DELTA_V: return (uint64_t)hp->delta.n_head * hp->delta.dim_v;
     case DIM_NOPE: return hp->head_dim - hp->n_rot;
     case DIM_LATENT: return hp->n_latent;
     case DIM_LATENT_Q: return hp->n_latent_q;

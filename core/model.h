@@ -48,6 +48,7 @@ typedef struct moe_hparams {
     moe_delta_shape delta;    // what stands behind it; n_head 0: nothing
     uint32_t recurrent_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i has these, and a state, in the
                                                       // place of attention, keys and values
+    bool q_gated;             // each head of q is followed by a gate for the head's output
     uint32_t n_ff;
     uint32_t n_rot;           // elements of a head that are rotated
     bool rope_interleaved;
@@ -81,8 +82,15 @@ typedef struct moe_layer {
     moe_weight wk_b;                             // [n_head][n_latent][head_dim - n_rot]
     moe_weight wv_b;                             // [n_head][head_dim_v][n_latent]
     moe_weight sinks;                            // [n_head]
-    moe_weight conv_in, conv_out;                // [3 * n_embd][n_embd], [n_embd][n_embd]
-    moe_weight conv;                             // [n_embd][n_conv], the oldest position first
+    /* Recurrent layers; n: elements of the convolution. */
+    moe_weight conv_in;                          // [3 * n_embd, or n][n_embd]
+    moe_weight conv;                             // [n][n_conv], the oldest position first
+    moe_weight conv_out;                         // [n_embd][n_embd, or delta.n_head * dim_v]
+    moe_weight delta_z;                          // [delta.n_head * dim_v][n_embd]
+    moe_weight delta_a, delta_b;                 // [delta.n_head][n_embd]
+    moe_weight delta_ba;                         // both, in turns of the heads of one key head
+    moe_weight delta_rate, delta_bias;           // [delta.n_head]
+    moe_weight delta_norm;                       // [delta.dim_v]
     moe_weight q_norm, k_norm;                   // [head_dim], or [n_head * head_dim]
     moe_weight wo;                               // [n_embd][n_head * head_dim_v]
     moe_weight attn_post_norm;                   // [n_embd], on the attention's output
@@ -110,7 +118,8 @@ typedef struct moe_globals {
 typedef enum moe_dim {
     DIM_NONE, DIM_VOCAB, DIM_EMBD, DIM_Q, DIM_K, DIM_V, DIM_O, DIM_HEAD, DIM_HALF_ROT, DIM_FF,
     DIM_EXPERT, DIM_FF_EXPERT, DIM_FF_SHARED, DIM_Q_HEADS, DIM_NOPE, DIM_LATENT, DIM_LATENT_Q,
-    DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V, DIM_CONV, DIM_EMBD_3
+    DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V, DIM_CONV, DIM_EMBD_3, DIM_Q_GATED, DIM_DELTA_CONV,
+    DIM_DELTA_HEADS, DIM_DELTA_HEADS_2, DIM_DELTA_HEAD, DIM_DELTA_V
 } moe_dim;
 
 enum {
@@ -180,7 +189,8 @@ typedef struct moe_config_key {
 /* What GGUF's convention for a family changes in the weights. */
 enum {
     CONVERT_INTERLEAVE_QK = 1, /* rows of q and k within a head: rotary pairs become neighbours */
-    CONVERT_NORM_PLUS_1 = 2    /* checkpoints hold norm weights less 1 */
+    CONVERT_NORM_PLUS_1 = 2,   /* checkpoints hold norm weights less 1 */
+    CONVERT_DELTA = 4          /* the delta rule's heads and rates: convert/hf.c */
 };
 
 typedef struct moe_pass moe_pass;

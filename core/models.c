@@ -7,6 +7,7 @@
 #include "model_gpt_oss.c"
 #include "model_lfm2.c"
 #include "model_llama.c"
+#include "model_qwen35.c"
 
 static const moe_family *const family_table[] = {
 #define X(name) &family_##name,

@@ -83,6 +83,8 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
     const uint64_t n_dense = MOE_MAX(hparams_dense_width(hp), hp->n_ff_shared);
     const uint64_t n_ff = MOE_MAX(n_dense, used_experts * hp->n_ff_expert);
     const uint64_t n_row = hparams_cache_dim(hp, false), n_head = hp->n_head;
+    const uint64_t n_delta = (uint64_t)hp->delta.n_head * hp->delta.dim_v;
+    const uint64_t n_attn = MOE_MAX(n_head * hp->head_dim_v, n_delta);
     *used = 0;
     return plan_take(used, &p->ids, n, sizeof(int32_t)) &&
            plan_take(used, &p->rope[0], n * hp->n_rot, f) &&
@@ -96,7 +98,13 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->q_absorbed, hp->n_latent ? n * n_head * n_row : 0, f) &&
            plan_take(used, &p->attn_latent, n * n_head * hp->n_latent, f) &&
            plan_take(used, &p->inputs, n * hparams_input_floats(hp), f) &&
-           plan_take(used, &p->attn, n * hp->n_head * hp->head_dim_v, f) &&
+           plan_take(used, &p->q_gated, hp->q_gated ? 2 * n * n_head * hp->head_dim : 0, f) &&
+           plan_take(used, &p->delta_qk, 2 * n * hp->delta.n_head_k * hp->delta.dim_k, f) &&
+           plan_take(used, &p->delta_v, n * n_delta, f) &&
+           plan_take(used, &p->delta_z, n * n_delta, f) &&
+           plan_take(used, &p->delta_decay, n * hp->delta.n_head, f) &&
+           plan_take(used, &p->delta_beta, n * hp->delta.n_head, f) &&
+           plan_take(used, &p->attn, n * n_attn, f) &&
            plan_take(used, &p->gate, n * n_ff, f) && plan_take(used, &p->up, n * n_ff, f) &&
            plan_take(used, &p->router, n * hp->router.n_expert, f) &&
            plan_take(used, &p->expert_ids, n * used_experts, sizeof(int32_t)) &&
@@ -176,6 +184,7 @@ static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_opt
 {
     uint32_t n_in = MOE_MAX(hp->n_embd, MOE_MAX(hparams_dense_width(hp), hp->n_ff_shared));
     n_in = MOE_MAX(n_in, MOE_MAX(hp->n_latent_q, hp->n_head * hp->head_dim_v));
+    n_in = MOE_MAX(n_in, hp->delta.n_head * hp->delta.dim_v);
     const bool experts = hp->router.n_expert > 0;
     return (moe_queue_options){
         .n_threads = o->n_threads,
@@ -339,6 +348,8 @@ static void session_lay_out(moe_session *s)
     moe_view *const views[] = {&p->ids,  &p->rope[0], &p->rope[1], &p->x,    &p->h,
                                &p->q,    &p->k,       &p->v,       &p->attn, &p->gate,
                                &p->q_latent, &p->q_absorbed, &p->attn_latent, &p->inputs,
+                               &p->q_gated, &p->delta_qk, &p->delta_v, &p->delta_z,
+                               &p->delta_decay, &p->delta_beta,
                                &p->up,   &p->router,  &p->expert_ids, &p->expert_weights,
                                &p->expert_out, &p->logits};
     for (size_t i = 0; i < MOE_COUNT(views); i++)

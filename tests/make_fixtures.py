@@ -49,7 +49,12 @@ from transformers import (DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Con
                           MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM,
                           Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM,
                           Qwen3Config, Qwen3ForCausalLM,
-                          Qwen3MoeConfig, Qwen3MoeForCausalLM)
+                          Qwen3MoeConfig, Qwen3MoeForCausalLM,
+                          Qwen3NextConfig, Qwen3NextForCausalLM)
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeTextConfig
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.4.6"}
 
@@ -186,6 +191,28 @@ MODELS = {
         family="lfm2moe", vocab=95, embd=36, head=6, kv=3, dim=6, ff=21, ff_exp=10, layer=3, dense=0,
         tied=False, tok=44, expert=5, used=2, group=1, group_used=1, conv=4, renorm=True, scale=1.5,
         rope=dict(rope_type="default", rope_theta=1000.0), ctx=256),
+    # Qwen3.5: four value heads on two keys; longer than the reference's chunks of 64
+    "qwen35moe": dict(
+        family="qwen35moe", vocab=93, embd=30, head=3, kv=1, dim=12, rot=6, ff=0, ff_exp=9,
+        ff_shared=11, layer=4, tied=False, tok=75, expert=7, used=3, renorm=True, conv=4,
+        delta=dict(head=4, head_k=2, dim=10, period=4),
+        rope=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5), ctx=256),
+    # one head per key; values in two blocks of columns, the last not full
+    "qwen35moe-wide": dict(
+        family="qwen35moe", vocab=85, embd=22, head=4, kv=2, dim=10, rot=4, ff=0, ff_exp=7,
+        ff_shared=8, layer=3, tied=True, tok=40, expert=5, used=2, renorm=True, conv=3,
+        delta=dict(head=3, head_k=3, dim=7, dim_v=39, period=2),
+        rope=dict(rope_type="default", rope_theta=1000000.0, partial_rotary_factor=0.4), ctx=256),
+    "qwen35": dict(
+        family="qwen35", vocab=89, embd=26, head=2, kv=2, dim=12, rot=6, ff=31, layer=3, tied=True,
+        tok=50, conv=2, delta=dict(head=6, head_k=2, dim=9, period=3),
+        rope=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5), ctx=256),
+    # Qwen3-Next: heads in another order
+    "qwen3next": dict(
+        family="qwen3next", vocab=91, embd=28, head=5, kv=1, dim=10, rot=4, ff=20, ff_exp=8,
+        ff_shared=13, layer=4, tied=False, tok=68, expert=5, used=2, renorm=True, conv=4,
+        delta=dict(head=6, head_k=2, dim=8, period=4),
+        rope=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.4), ctx=256),
     "gemma3-27b": dict(  # 62 layers: the one size whose attention scale is n_embd / n_head
         family="gemma3", vocab=97, embd=12, head=2, kv=1, dim=4, ff=7, layer=62, tied=True, tok=41,
         window=7, rope=dict(rope_type="default", rope_theta=1000000.0), rope_local=100.0,
@@ -231,6 +258,19 @@ def randomize(m, rng):
         m["layer"] = int(rng.integers(2, 7))
         m["dense"] = int(rng.integers(0, m["layer"]))
         m["conv"] = int(rng.integers(2, 7))
+    if "delta" in m:
+        m["layer"] = int(rng.integers(2, 8))
+        m["conv"] = int(rng.integers(1, 7))
+        m["rot"] = 2 * int(rng.integers(1, m["dim"] // 2 + 1))
+        m["rope"] = dict(m["rope"], partial_rotary_factor=(m["rot"] + 0.5) / m["dim"])
+        head_k = int(rng.integers(1, 4))
+        step = 32 if "types" in m else 1
+        m["delta"] = dict(head_k=head_k, head=head_k * int(rng.integers(1, 4)),
+                          dim=step * int(rng.integers(1, 3 if step > 1 else 80)),
+                          period=int(rng.integers(2, 5)))
+        m["ff_shared"] = step * int(rng.integers(1, 3 if step > 1 else 100))
+        if m["family"] != "qwen3next" and step == 1:
+            m["delta"]["dim_v"] = int(rng.integers(1, 100))
     if "expert" in m and "latent" not in m:
         m["expert"] = int(rng.integers(3, 20))
         m["used"] = int(rng.integers(1, min(6, m["expert"])))
@@ -268,6 +308,11 @@ def lfm2_kinds(m):
     return ["full_attention" if i % 3 == 1 else "conv" for i in range(m["layer"])]
 
 
+def delta_kinds(m):
+    return ["full_attention" if (i + 1) % m["delta"]["period"] == 0 else "linear_attention"
+            for i in range(m["layer"])]
+
+
 def build(m):
     """The configuration and the class of a model, and its GGUF architecture."""
     c = dict(vocab_size=m["vocab"], hidden_size=m["embd"], intermediate_size=m["ff"],
@@ -300,6 +345,23 @@ def build(m):
                                num_experts_per_tok=m["used"], moe_intermediate_size=m["ff_exp"],
                                shared_expert_intermediate_size=m["ff_shared"], **c),
                 Qwen2MoeForCausalLM, "qwen2moe")
+    if "delta" in m:
+        d = m["delta"]
+        c.update(head_dim=m["dim"], layer_types=delta_kinds(m), linear_conv_kernel_dim=m["conv"],
+                 linear_key_head_dim=d["dim"], linear_value_head_dim=d.get("dim_v", d["dim"]),
+                 linear_num_key_heads=d["head_k"], linear_num_value_heads=d["head"])
+        if "expert" in m:
+            c.update(num_experts=m["expert"], num_experts_per_tok=m["used"],
+                     moe_intermediate_size=m["ff_exp"],
+                     shared_expert_intermediate_size=m["ff_shared"])
+    if f == "qwen35moe":
+        del c["intermediate_size"]
+        return (Qwen3_5MoeTextConfig(**c), modeling_qwen3_5_moe.Qwen3_5MoeForCausalLM,
+                "qwen35moe")
+    if f == "qwen35":
+        return Qwen3_5TextConfig(**c), modeling_qwen3_5.Qwen3_5ForCausalLM, "qwen35"
+    if f == "qwen3next":
+        return (Qwen3NextConfig(norm_topk_prob=True, **c), Qwen3NextForCausalLM, "qwen3next")
     if f in ("deepseek2", "deepseek3", "glm4lite"):
         c.update(kv_lora_rank=m["latent"], q_lora_rank=m.get("latent_q"), v_head_dim=m["dim_v"],
                  qk_nope_head_dim=m["nope"], qk_rope_head_dim=m["rot"],
@@ -342,7 +404,9 @@ def build(m):
 GAIN = {"q_proj": 1.7, "k_proj": 1.7, "v_proj": 1.0, "o_proj": 1.0, "gate_proj": 1.4, "up_proj": 1.2,
         "gate_up_proj": 1.3, "down_proj": 1.3, "gate": 2.0, "lm_head": 2.0, "shared_expert_gate": 2.0,
         "q_a_proj": 1.0, "q_b_proj": 1.7, "kv_a_proj_with_mqa": 1.7, "kv_b_proj": 1.2, "router": 2.0,
-        "w1": 1.4, "w2": 1.3, "w3": 1.2, "in_proj": 1.3, "out_proj": 1.0, "conv": 1.5}
+        "w1": 1.4, "w2": 1.3, "w3": 1.2, "in_proj": 1.3, "out_proj": 1.0, "conv": 1.5,
+        "in_proj_qkv": 1.3, "in_proj_z": 1.5, "in_proj_a": 1.0, "in_proj_b": 1.5, "conv1d": 3.0,
+        "in_proj_qkvz": 1.3, "in_proj_ba": 1.2}
 CLAMPED_GAIN = 5.0  # of gpt-oss' gates: enough of them must reach the limit of 7
 
 
@@ -357,6 +421,10 @@ def random_weights(model, m, rng):
             w = rng.normal(0, 0.6, shape)
         elif part in ("e_score_correction_bias", "expert_bias"):
             w = rng.normal(0, 0.2, shape)
+        elif part == "A_log":
+            w = np.log(rng.uniform(0.01, 0.5, shape))
+        elif part == "dt_bias":
+            w = rng.normal(-0.5, 0.7, shape)
         elif part == "sinks":
             w = rng.normal(0, 1.5, shape)
         elif m["family"] == "gpt-oss" and ".experts." in name:  # transposed: [expert][in][out]
@@ -369,7 +437,7 @@ def random_weights(model, m, rng):
                 w = np.round(w * 4096) / 4096
             if part.startswith("post_") and "post_norm" in m:  # keeps a deep model well conditioned
                 w = np.round(w * m["post_norm"] * 4096) / 4096
-            if m["family"] == "gemma3":
+            if m["family"] == "gemma3" or ("delta" in m and ".linear_attn." not in name):
                 w = w - 1
         elif part == "embed_tokens":
             w = rng.normal(0, 1 / np.sqrt(shape[-1]) if m["family"] == "gemma3" else 0.8, shape)
@@ -406,6 +474,8 @@ for _kind in ("gate", "up", "down"):
 GEMMA_NAMES = {"post_attention_layernorm": "post_attention_norm",
                "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm"}
 FAMILY_NAMES = {"gemma3": GEMMA_NAMES,
+                **{f: {"post_attention_layernorm": "post_attention_norm"}
+                   for f in ("qwen35", "qwen35moe", "qwen3next")},
                 "gpt-oss": {"post_attention_layernorm": "post_attention_norm"},
                 "lfm2moe": {"operator_norm": "attn_norm", "ffn_norm": "ffn_norm",
                             "self_attn.out_proj": "attn_output",
@@ -421,6 +491,46 @@ GPT_OSS_NAMES = {"mlp.experts.gate_up_proj": None, "mlp.experts.gate_up_proj_bia
                  "self_attn.sinks": "attn_sinks.weight"}
 
 
+def tile_heads(w, m, dim):
+    """Rows of value heads, `dim` each: from those of one key head together to turns of key heads."""
+    d = m["delta"]
+    return (w.reshape(d["head_k"], d["head"] // d["head_k"], dim, *w.shape[1:]).swapaxes(0, 1)
+            .reshape(w.shape))
+
+
+DELTA_NAMES = {"in_proj_qkv.weight": "attn_qkv.weight", "in_proj_z.weight": "attn_gate.weight",
+               "in_proj_a.weight": "ssm_alpha.weight", "in_proj_b.weight": "ssm_beta.weight",
+               "conv1d.weight": "ssm_conv1d.weight", "A_log": "ssm_a", "dt_bias": "ssm_dt.bias",
+               "norm.weight": "ssm_norm.weight", "out_proj.weight": "ssm_out.weight",
+               "in_proj_ba.weight": "ssm_ba.weight"}
+
+
+def delta_tensors(name, w, m):
+    """A tensor of linear_attn as those of a GGUF file."""
+    d = m["delta"]
+    dim_v, tiled = d.get("dim_v", d["dim"]), m["family"] != "qwen3next"
+    keys = 2 * d["head_k"] * d["dim"]
+    if name == "in_proj_qkvz.weight":  # for each key head: q, k, values, z
+        each = d["head"] // d["head_k"] * dim_v
+        heads = w.reshape(d["head_k"], -1, w.shape[1])
+        parts = np.split(heads, [d["dim"], 2 * d["dim"], 2 * d["dim"] + each], axis=1)
+        flat = [p.reshape(-1, w.shape[1]) for p in parts]
+        return [("attn_qkv.weight", np.concatenate(flat[:3])), ("attn_gate.weight", flat[3])]
+    if name == "A_log":
+        w = -np.exp(w)
+    if name == "conv1d.weight":
+        w = w[:, 0]
+    if tiled and name in ("in_proj_qkv.weight", "conv1d.weight"):
+        w = np.concatenate([w[:keys], tile_heads(w[keys:], m, dim_v)])
+    elif tiled and name == "in_proj_z.weight":
+        w = tile_heads(w, m, dim_v)
+    elif tiled and name == "out_proj.weight":
+        w = tile_heads(w.T, m, dim_v).T
+    elif tiled and name != "norm.weight":
+        w = tile_heads(w, m, 1)
+    return [(DELTA_NAMES[name], w)]
+
+
 def gguf_tensors(weights, m, arch):
     """[(GGUF name, float32 array)], in llama.cpp's names, orders and conventions."""
     out = []
@@ -429,7 +539,7 @@ def gguf_tensors(weights, m, arch):
             if not m["tied"]:
                 out.append(("output.weight", w))
             continue
-        if arch == "gemma3" and "norm" in name:
+        if (arch == "gemma3" or "delta" in m) and "norm" in name and ".linear_attn." not in name:
             w = w + np.float32(1)
         if name == "model.embedding_norm.weight":
             out.append(("token_embd_norm.weight", w))
@@ -440,6 +550,9 @@ def gguf_tensors(weights, m, arch):
         _, _, layer, rest = name.split(".", 3)
         blk = f"blk.{layer}."
         rest = rest.replace("feed_forward.experts", "mlp.experts")
+        if rest.startswith("linear_attn."):
+            out += [(blk + n, t) for n, t in delta_tensors(rest[len("linear_attn."):], w, m)]
+            continue
         if "conv.conv" in rest:
             w = w[:, 0]
         if arch == "gpt-oss" and rest in GPT_OSS_NAMES:
@@ -559,6 +672,20 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
         w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
         if m["scale"] != 1:
             w.add_expert_weights_scale(m["scale"])
+    if "delta" in m:
+        d = m["delta"]
+        w.add_rope_dimension_count(m["rot"])
+        w.add_ssm_conv_kernel(m["conv"])
+        w.add_ssm_state_size(d["dim"])
+        w.add_ssm_group_count(d["head_k"])
+        w.add_ssm_time_step_rank(d["head"])
+        w.add_ssm_inner_size(d["head"] * d.get("dim_v", d["dim"]))
+        w.add_full_attention_interval(d["period"])
+        if "expert" in m:
+            w.add_expert_feed_forward_length(m["ff_exp"])
+            w.add_expert_shared_feed_forward_length(m["ff_shared"])
+        if arch != "qwen3next":
+            w.add_rope_dimension_sections([11, 11, 10, 0])
     if m["family"] == "gpt-oss":
         w.add_sliding_window(m["window"])
         w.add_expert_feed_forward_length(m["ff"])
@@ -687,6 +814,12 @@ class RoundingCache(DynamicCache):
 
     def update_conv_state(self, states, *_args, **_kwargs):
         return states
+
+    def get_recurrent_state(self, *_args, **_kwargs):
+        return None
+
+    def update_recurrent_state(self, *_args, **_kwargs):
+        pass
 
 
 CACHES = {"F16": round_f16, "Q8_0": lambda x: round_groups(x, round_f16), "F32": lambda x: x}

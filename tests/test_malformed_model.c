@@ -13,7 +13,8 @@
 static const char *const family_files[] = {"llama-tied", "llama-llama3", "mixtral", "qwen2",
                                            "qwen3",      "qwen3moe",     "olmoe",   "gemma3",
                                            "qwen2moe",   "deepseek2-lite", "deepseek2-groups",
-                                           "deepseek3",  "gpt-oss"};
+                                           "deepseek3",  "gpt-oss",      "qwen35moe",
+                                           "qwen3next"};
 
 enum { N_FAMILIES = MOE_COUNT(family_files) };
 
@@ -558,13 +559,57 @@ static void m6_m8_convolutions(void)
     edit_free(f->valid);
 }
 
+/* The shape of a delta rule, and which layers have it. */
+static void m6_m8_delta_rule(void)
+{
+    uint32_t n = 0;
+    FOR_EACH_FAMILY(f)
+    {
+        static const char *const keys[] = {"ssm.conv_kernel", "ssm.state_size", "ssm.group_count",
+                                           "ssm.time_step_rank", "ssm.inner_size"};
+        if (!has_key(f, keys[0]))
+            continue;
+        n++;
+        for (size_t i = 0; i < MOE_COUNT(keys); i++) {
+            refuse_missing(f, keys[i]);
+            refuse_u32(f, keys[i], 0);
+            refuse_u32(f, keys[i], UINT32_MAX);
+        }
+        refuse_u32(f, "ssm.conv_kernel", 65);
+        refuse_u32(f, "ssm.time_step_rank", number_of(f, "ssm.group_count") + 1);
+        refuse_u32(f, "ssm.inner_size", number_of(f, "ssm.inner_size") + 1);
+        refuse_u32(f, "full_attention_interval", 0);
+        refuse_u32(f, "expert_count", 0);
+        refuse_u32(f, "attention.value_length", number_of(f, "attention.value_length") + 2);
+        refuse_u32(f, "nextn_predict_layers", number_of(f, "block_count"));
+        moe_error error;
+        gguf_edit *e = edit_copy(f->valid);
+        const char *layers = key_of(f, "attention.recurrent_layers");
+        const uint32_t lists[][4] = {{1, 1, 2, 0}, {1, 1, 1, UINT32_MAX}};
+        for (size_t i = 0; i < MOE_COUNT(lists); i++) {
+            edit_set_array(e, layers, META_U32, lists[i], 4, 16);
+            refused(e, f, layers, "neither recurrent nor not");
+        }
+        edit_set_array(e, layers, META_U32, lists[0], 2, 8);
+        refused(e, f, layers, "too short a list");
+        const uint32_t other[] = {1, 0, 1, 0}, same[] = {1, 1, 1, 0};
+        edit_set_array(e, layers, META_U32, same, 4, 16);
+        CHECK(outcome(e, "the same layers", &error) == MOE_OK, "%s", error.message);
+        edit_set_array(e, layers, META_U32, other, 4, 16);
+        CHECK(outcome(e, "another layer", &error) == MOE_ERR_MODEL &&
+                  strstr(error.subject, "blk.1.attn"), "%s", error.message);
+        edit_free(e);
+    }
+    CHECK(n == 2, "%u", n);
+}
+
 /* The last layers may be there to draft tokens only: the model is the one without them. */
 static void draft_layers_are_left_out(void)
 {
     FOR_EACH_FAMILY(f)
     {
         moe_error error;
-        if (!number_of(f, "attention.kv_lora_rank"))
+        if (!has_key(f, "attention.kv_lora_rank") && !has_key(f, "ssm.state_size"))
             continue;
         gguf_edit *e = edit_copy(f->valid);
         char extra[64];
@@ -871,6 +916,7 @@ int main(int argc, char **argv)
     RUN(m13_m15_groups_and_shared);
     RUN(m6_m10_latent_attention);
     RUN(m6_m8_convolutions);
+    RUN(m6_m8_delta_rule);
     RUN(draft_layers_are_left_out);
     RUN(m5_sliding_window);
     RUN(m16_context_length);
