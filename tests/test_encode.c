@@ -1,0 +1,271 @@
+/* The quantizers of the converter: the same bytes on every instruction set, and less error than the
+ * reference quantizers leave. */
+#include "test.h"
+
+#include "../convert/encoders.h"
+
+enum { N_IN = 768, N_ROW = 5, N = N_IN * N_ROW };
+
+static bool has_own_encoder(const moe_quant *quant)
+{
+    return quant->block_len > 1;
+}
+
+/* About normal: the sum of four uniform numbers. */
+static float random_normal(void)
+{
+    return (test_random_float() + test_random_float() + test_random_float() + test_random_float()) *
+           0.866f;
+}
+
+typedef enum data_kind {
+    DATA_NORMAL, DATA_HEAVY, DATA_ZERO, DATA_CONSTANT, DATA_POSITIVE, DATA_NEGATIVE, DATA_TINY,
+    DATA_HUGE, DATA_SPARSE, DATA_MIXED, N_DATA
+} data_kind;
+
+static void fill(float *x, size_t n, data_kind kind)
+{
+    test_random_state = 20260101 + kind;
+    for (size_t i = 0; i < n; i++) {
+        const float v = random_normal();
+        switch (kind) {
+        case DATA_NORMAL: x[i] = v * 0.02f; break;
+        case DATA_HEAVY: x[i] = v * v * v * v * v; break;
+        case DATA_ZERO: x[i] = 0; break;
+        case DATA_CONSTANT: x[i] = 0.7f; break;
+        case DATA_POSITIVE: x[i] = fabsf(v) + 1; break;
+        case DATA_NEGATIVE: x[i] = -fabsf(v) - 3; break;
+        case DATA_TINY: x[i] = v * (i / 256 % 2 ? 1e-7f : 1e-42f); break;
+        case DATA_HUGE: x[i] = v * 30000; break;
+        case DATA_SPARSE: x[i] = test_random() % 40 ? 0 : v; break;
+        default: x[i] = ldexpf(v, -(int)(i / 32 % 23)); break;
+        }
+    }
+}
+
+static size_t blocks_bytes(const moe_quant *quant, size_t n)
+{
+    return n / quant->block_len * quant->block_bytes;
+}
+
+static double error_of(const moe_quant *quant, const uint8_t *blocks, const float *x,
+                       const float *importance, size_t n_in, size_t n)
+{
+    float *y = malloc(n * sizeof *y);
+    double sum = 0;
+    quant->dequantize(blocks, y, n);
+    for (size_t i = 0; i < n; i++) {
+        const double e = (double)x[i] - (double)y[i];
+        sum += e * e * (importance ? (double)importance[i % n_in] : 1);
+    }
+    free(y);
+    return sum;
+}
+
+static double encoded_error(const moe_quant *quant, encode_fn *encode, const float *x,
+                            const float *importance, const float *judge)
+{
+    uint8_t *blocks = malloc(blocks_bytes(quant, N));
+    encode(x, importance, blocks, N_ROW, N_IN);
+    const double error = error_of(quant, blocks, x, judge, N_IN, N);
+    free(blocks);
+    return error;
+}
+
+/* Importance of columns over two decades, some of them 0. */
+static void fill_importance(float *w, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        w[i] = test_random() % 16 ? expf(2 * random_normal()) : 0;
+}
+
+/* ---------------------------------------------------------------------------------- tests -- */
+
+static void vectors_give_the_bytes_of_plain_c(void)
+{
+    static float x[N], w[N_IN];
+    if (!(cpu_detect() & MOE_CPU_AVX2))
+        SKIP("needs AVX2");
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
+        for (int kind = 0; kind < N_DATA; kind++)
+            for (int mode = 0; mode < 3; mode++) {
+                const moe_quant *quant = quant_table[i];
+                const size_t bytes = blocks_bytes(quant, N);
+                uint8_t *a = malloc(bytes), *b = malloc(bytes);
+                fill(x, N, kind);
+                fill_importance(w, N_IN);
+                for (size_t k = 0; k < N_IN / 2 && mode == 2; k++)
+                    w[k] = 0; // whole groups that do not matter
+                encoder_select(quant, 0)(x, mode ? w : NULL, a, N_ROW, N_IN);
+                encoder_select(quant, MOE_CPU_AVX2)(x, mode ? w : NULL, b, N_ROW, N_IN);
+                size_t k = 0;
+                while (k < bytes && a[k] == b[k])
+                    k++;
+                CHECK(k == bytes, "%s, data %d, mode %d: byte %zu", quant->name, kind, mode, k);
+                free(a);
+                free(b);
+            }
+}
+
+/* Rows alone, or in calls of several, with n_in that leaves a part of a tile. */
+static void cutting_rows_changes_nothing(void)
+{
+    static float x[7 * 96 * 8], w[96 * 8];
+    fill(x, MOE_COUNT(x), DATA_MIXED);
+    fill_importance(w, MOE_COUNT(w));
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        const moe_quant *quant = quant_table[i];
+        encode_fn *encode = encoder_for(quant);
+        const size_t n_in = quant->block_len == 256 ? 768 : 96, row = blocks_bytes(quant, n_in);
+        for (int weighted = 0; weighted < 2; weighted++) {
+            uint8_t *all = malloc(7 * row), *one = malloc(row);
+            encode(x, weighted ? w : NULL, all, 7, n_in);
+            for (size_t r = 0; r < 7; r++) {
+                encode(x + r * n_in, weighted ? w : NULL, one, 1, n_in);
+                CHECK(!memcmp(one, all + r * row, row), "%s, row %zu", quant->name, r);
+            }
+            free(all);
+            free(one);
+        }
+    }
+}
+
+/* On normal weights, as a part of what the reference quantizers leave: those of Q3_K, Q6_K and IQ4_XS
+ * try as many scales, in a tenth of the speed or less. */
+static void error_is_below_the_reference(void)
+{
+    static const struct { const char *name; double part; } bounds[] = {
+        {"Q4_0", 0.95}, {"Q4_1", 0.92}, {"Q5_0", 0.97}, {"Q5_1", 0.92}, {"Q8_0", 0.98},
+        {"Q2_K", 0.99}, {"Q3_K", 1.001}, {"Q4_K", 0.99}, {"Q5_K", 0.99}, {"Q6_K", 1.001},
+        {"IQ4_NL", 0.95}, {"IQ4_XS", 1.001}, {"MXFP4", 0.999}};
+    static float x[N];
+    for (size_t i = 0; i < MOE_COUNT(bounds); i++) {
+        const moe_quant *quant = quant_by_name(bounds[i].name);
+        uint8_t *blocks = malloc(blocks_bytes(quant, N));
+        fill(x, N, DATA_NORMAL);
+        quant->quantize(x, blocks, N);
+        const double reference = error_of(quant, blocks, x, NULL, N_IN, N);
+        const double error = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
+        CHECK(error <= bounds[i].part * reference, "%s: %.4f of the reference", quant->name,
+              error / reference);
+        free(blocks);
+    }
+}
+
+/* On everything else it may be equal, never clearly worse. Where weights are equal, or so small that
+ * scales are subnormal, the error is that of the scale's own rounding. */
+static void error_is_never_far_above_the_reference(void)
+{
+    static float x[N];
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
+        for (int kind = 0; kind < N_DATA; kind++) {
+            const moe_quant *quant = quant_table[i];
+            if (!has_own_encoder(quant))
+                continue;
+            uint8_t *blocks = malloc(blocks_bytes(quant, N));
+            fill(x, N, kind);
+            quant->quantize(x, blocks, N);
+            const double reference = error_of(quant, blocks, x, NULL, N_IN, N);
+            const double error = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
+            const bool luck = kind == DATA_CONSTANT || kind == DATA_TINY;
+            CHECK(error <= reference * (luck ? 1.5 : 1.02), "%s, data %d: %g, reference %g", quant->name, kind,
+                  error, reference);
+            free(blocks);
+        }
+}
+
+static void importance_lowers_the_weighted_error(void)
+{
+    static float x[N], w[N_IN], ones[N_IN];
+    fill(x, N, DATA_NORMAL);
+    fill_importance(w, N_IN);
+    for (size_t i = 0; i < N_IN; i++)
+        ones[i] = 1;
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        const moe_quant *quant = quant_table[i];
+        if (!has_own_encoder(quant))
+            continue;
+        const double blind = encoded_error(quant, encoder_for(quant), x, NULL, w);
+        const double aware = encoded_error(quant, encoder_for(quant), x, w, w);
+        CHECK(aware < 0.99 * blind, "%s: %.4f of the error without importance", quant->name,
+              aware / blind);
+        // importance that is the same everywhere says nothing; a wider search may find more
+        const double plain = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
+        const double even = encoded_error(quant, encoder_for(quant), x, ones, NULL);
+        CHECK(even <= 1.001 * plain, "%s: %.4f", quant->name, even / plain);
+    }
+}
+
+/* Weights that a type can represent come back as they were. */
+static void what_fits_is_exact(void)
+{
+    static float x[N];
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        const moe_quant *quant = quant_table[i];
+        const int low = quant->id == 2 || quant->id == 11 || quant->id == 10 ? -1 : -2;
+        for (size_t k = 0; k < N; k++) // a scale of 1/4 and the codes -2..1 or -1..1
+            x[k] = 0.25f * (float)((int)(test_random() % (low == -1 ? 3 : 4)) + low);
+        if (!has_own_encoder(quant))
+            continue;
+        uint8_t *blocks = malloc(blocks_bytes(quant, N));
+        quant->quantize(x, blocks, N);
+        const double reference = error_of(quant, blocks, x, NULL, N_IN, N);
+        const double error = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
+        CHECK(error <= fmax(reference, 1e-4), "%s: %g, reference %g", quant->name, error,
+              reference);
+        free(blocks);
+    }
+}
+
+/* The bytes for one set of weights, on every machine. To change them on purpose, print them anew. */
+static void bytes_are_the_recorded_ones(void)
+{
+    static const struct { const char *name; uint64_t plain, weighted; } recorded[] = {
+        {"Q4_0", 0x51053463ebd8ae7f, 0x5b7d5f56796e9559},
+        {"Q4_1", 0x94c84065564ce4f8, 0x15872ba84d13e7cc},
+        {"Q5_0", 0x8b643e9242cc4d92, 0x16a93cbc71c03422},
+        {"Q5_1", 0x8b8df32df5879510, 0x2366fe77ac638091},
+        {"Q8_0", 0x5e509d518f57779b, 0x1ed74f53cd4a6cd6},
+        {"Q2_K", 0xc99b29b2f59d3a03, 0x965844aa2d4b1a63},
+        {"Q3_K", 0x76225301fa68b36b, 0x3cbb40cf0ea96814},
+        {"Q4_K", 0xebbaf69173f12800, 0x1c0837195e839c96},
+        {"Q5_K", 0xa8af2fa42f53d367, 0xddec18711e7871d2},
+        {"Q6_K", 0x3d66a84b7dbb0f80, 0x38736a01d33f544e},
+        {"IQ4_NL", 0x7dcec7135705e99a, 0xf4def45610a0b496},
+        {"IQ4_XS", 0xccdbb3032e9d9e35, 0x378abdfb4b93add1},
+        {"MXFP4", 0x288e3f7e62d84339, 0xad7e0fb6dfa9137d},
+    };
+    static float x[N], w[N_IN];
+    test_random_state = 20260101;
+    for (size_t i = 0; i < N; i++)
+        x[i] = test_random_float() * test_random_float() * (i / N_IN == 3 ? 1e-3f : 1);
+    for (size_t i = 0; i < N_IN; i++)
+        w[i] = test_random() % 16 ? (float)(1 + test_random() % 1000) : 0;
+    for (size_t i = 0; i < MOE_COUNT(recorded); i++) {
+        const moe_quant *quant = quant_by_name(recorded[i].name);
+        uint64_t hash[2] = {14695981039346656037u, 14695981039346656037u};
+        uint8_t *blocks = malloc(blocks_bytes(quant, N));
+        for (int weighted = 0; weighted < 2; weighted++) {
+            encoder_for(quant)(x, weighted ? w : NULL, blocks, N_ROW, N_IN);
+            for (size_t k = 0; k < blocks_bytes(quant, N); k++)
+                hash[weighted] = (hash[weighted] ^ blocks[k]) * 1099511628211u;
+        }
+        CHECK(hash[0] == recorded[i].plain && hash[1] == recorded[i].weighted,
+              "{\"%s\", 0x%016llx, 0x%016llx},", quant->name, (unsigned long long)hash[0],
+              (unsigned long long)hash[1]);
+        free(blocks);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(vectors_give_the_bytes_of_plain_c);
+    RUN(cutting_rows_changes_nothing);
+    RUN(error_is_below_the_reference);
+    RUN(error_is_never_far_above_the_reference);
+    RUN(importance_lowers_the_weighted_error);
+    RUN(what_fits_is_exact);
+    RUN(bytes_are_the_recorded_ones);
+    return test_end();
+}
