@@ -79,7 +79,7 @@ static encode_fn *encoder_select(const moe_quant *quant, uint32_t cpu)
     return NULL; // not reached: the table has every type
 }
 
-static encode_fn *encoder_for(const moe_quant *quant)
+MOE_UNUSED static encode_fn *encoder_for(const moe_quant *quant)
 {
     return encoder_select(quant, cpu_detect());
 }

@@ -6,9 +6,16 @@
 
 enum { N_IN = 768, N_ROW = 5, N = N_IN * N_ROW };
 
+/* The types whose quantizers convert/encode_32.h and encode_k.h are. */
 static bool has_own_encoder(const moe_quant *quant)
 {
-    return quant->block_len > 1;
+    static const char *const names[] = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K",
+                                        "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+                                        "MXFP4"};
+    for (size_t i = 0; i < MOE_COUNT(names); i++)
+        if (!strcmp(names[i], quant->name))
+            return true;
+    return false;
 }
 
 /* About normal: the sum of four uniform numbers. */
@@ -87,7 +94,7 @@ static void vectors_give_the_bytes_of_plain_c(void)
     if (!(cpu_detect() & MOE_CPU_AVX2))
         SKIP("needs AVX2");
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
-        for (int kind = 0; kind < N_DATA; kind++)
+        for (int kind = 0; kind < N_DATA && has_own_encoder(quant_table[i]); kind++)
             for (int mode = 0; mode < 3; mode++) {
                 const moe_quant *quant = quant_table[i];
                 const size_t bytes = blocks_bytes(quant, N);
@@ -110,13 +117,13 @@ static void vectors_give_the_bytes_of_plain_c(void)
 /* Rows alone, or in calls of several, with n_in that leaves a part of a tile. */
 static void cutting_rows_changes_nothing(void)
 {
-    static float x[7 * 96 * 8], w[96 * 8];
+    static float x[7 * N_IN], w[N_IN];
     fill(x, MOE_COUNT(x), DATA_MIXED);
     fill_importance(w, MOE_COUNT(w));
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
         const moe_quant *quant = quant_table[i];
         encode_fn *encode = encoder_for(quant);
-        const size_t n_in = quant->block_len == 256 ? 768 : 96, row = blocks_bytes(quant, n_in);
+        const size_t n_in = 3 * MOE_MAX(quant->block_len, 32u), row = blocks_bytes(quant, n_in);
         for (int weighted = 0; weighted < 2; weighted++) {
             uint8_t *all = malloc(7 * row), *one = malloc(row);
             encode(x, weighted ? w : NULL, all, 7, n_in);
