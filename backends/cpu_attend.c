@@ -110,7 +110,6 @@ static void cpu_gather_queries(const moe_queue *q, const cpu_queries *a, const c
 static void cpu_scores(const moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
                        uint32_t n, const cpu_scratch *s)
 {
-    const size_t n_col = (size_t)align_up(n, CPU_KEY_ROWS);
     const cpu_outer o = {
         .c = s->scores + (first - start),
         .c_stride = CPU_SCORES,
@@ -120,11 +119,10 @@ static void cpu_scores(const moe_queue *q, const cpu_queries *a, uint32_t start,
         .b_stride = CPU_KEY_BLOCK,
         .n_row = a->n_tok * a->group,
         .n_k = a->k->dim,
-        .n_col = n_col,
+        .n_col = (size_t)align_up(n, CPU_KEY_ROWS),
+        .fresh = true,
     };
     cpu_cache_transposed(q, a->k, a->kv_head, first, n, s->rows, s->block);
-    for (size_t i = 0; i < o.n_row; i++)
-        memset(o.c + i * CPU_SCORES, 0, n_col * sizeof *o.c);
     q->device->outer->outer(&o);
 }
 

@@ -23,7 +23,7 @@ enum {
     CPU_TILE = 4096,        /* floats of a task's result tile; the most rows of a decode task */
     CPU_DECODE_BYTES = 1 << 16, /* weights per decode task */
     CPU_ELEMENTS = 8192,    /* elements per task of the element-wise operations */
-    CPU_SEGMENT = 512,      /* positions over which a softmax is computed in one piece */
+    CPU_SEGMENT = 256,      /* positions over which a softmax is computed in one piece */
     CPU_KEY_BLOCK = 64,     /* positions converted to float at once: they stay in L1/L2 */
     CPU_SCORES = CPU_SEGMENT + 16, /* from one query's scores to the next one's */
     CPU_KEY_ROWS = 16,      /* of them before they are transposed */
@@ -239,7 +239,7 @@ static uint32_t cpu_chunk_rows(const moe_queue *q, uint64_t total_rows, uint64_t
 
 static void cpu_rope(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
-    (void)q, (void)thread;
+    (void)thread;
     const moe_rope_op *o = &op->u.rope;
     const uint32_t half = o->n_rot / 2;
     const uint32_t step = o->interleaved ? 2 : 1, mate = o->interleaved ? 1 : half;
@@ -248,14 +248,7 @@ static void cpu_rope(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thr
         const float *table = cpu_floats(o->table) + (size_t)t * o->n_rot;
         for (uint32_t h = 0; h < o->n_head; h++) {
             float *x = cpu_floats(o->x) + ((size_t)t * o->n_head + h) * o->head_dim + o->first;
-            for (uint32_t i = 0; i < half; i++) {
-                float *a = x + i * step, *b = a + mate;
-                const float cosine = table[2 * i], sine = table[2 * i + 1];
-                const float minus = *b * sine, plus = *b * cosine;
-                const float turned = fmaf(*a, cosine, -minus);
-                *b = fmaf(*a, sine, plus);
-                *a = turned;
-            }
+            q->device->simd->rope(x, table, half, step, mate);
         }
     }
 }
@@ -572,8 +565,6 @@ static void cpu_combine(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thr
     (void)thread;
     const moe_combine_op *o = &op->u.combine;
     float *dst = cpu_floats(o->dst) + (size_t)t * o->dim;
-    if (!o->add)
-        memset(dst, 0, o->dim * sizeof *dst);
     q->device->outer->outer(&(cpu_outer){
         .c = dst,
         .a = cpu_floats(o->weights) + (size_t)t * o->n_used,
@@ -582,6 +573,7 @@ static void cpu_combine(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thr
         .n_row = 1,
         .n_k = o->n_used,
         .n_col = o->dim,
+        .fresh = !o->add,
     });
 }
 

@@ -15,14 +15,15 @@
 #include <arm_neon.h>
 #endif
 
-/* c[i][x] = fmaf(a[i][k], b[k][x], c[i][x]), k = 0 .. n_k - 1 in this order, for i < n_row, x < n_col.
- * The strides are in floats. */
+/* c[i][x] = fmaf(a[i][k], b[k][x], c[i][x]), k = 0 .. n_k - 1 in this order, for i < n_row, x < n_col;
+ * from 0 on if `fresh`, whatever c held. The strides are in floats. */
 typedef struct cpu_outer {
     float *c;       // [n_row][c_stride]
     const float *a; // [n_row][a_stride]
     const float *b; // [n_k][b_stride]
     size_t c_stride, a_stride, b_stride;
     size_t n_row, n_k, n_col;
+    bool fresh;
 } cpu_outer;
 
 typedef struct cpu_outer_kernels {
@@ -36,13 +37,16 @@ typedef struct cpu_outer_kernels {
 
 static void outer_c(const cpu_outer *o)
 {
-    for (size_t i = 0; i < o->n_row; i++)
+    for (size_t i = 0; i < o->n_row; i++) {
+        float *c = o->c + i * o->c_stride;
+        if (o->fresh)
+            memset(c, 0, o->n_col * sizeof *c);
         for (size_t k = 0; k < o->n_k; k++) {
             const float a = o->a[i * o->a_stride + k], *b = o->b + k * o->b_stride;
-            float *c = o->c + i * o->c_stride;
             for (size_t x = 0; x < o->n_col; x++)
                 c[x] = fmaf(a, b[x], c[x]);
         }
+    }
 }
 
 static void transpose_c(float *dst, size_t dst_stride, const float *src, size_t src_stride,
@@ -105,7 +109,8 @@ AVX2 MOE_INLINE void outer_tile_avx2(const cpu_outer *o, size_t n_row, size_t n_
     for (size_t i = 0; i < n_row; i++)
         MOE_UNROLL
         for (size_t v = 0; v < n_vec; v++)
-            c[i][v] = _mm256_loadu_ps(o->c + i * o->c_stride + 8 * v);
+            c[i][v] = o->fresh ? _mm256_setzero_ps()
+                                : _mm256_loadu_ps(o->c + i * o->c_stride + 8 * v);
     for (size_t k = 0; k < o->n_k; k++) {
         const float *row = o->b + k * o->b_stride;
         __m256 b[2];
@@ -198,7 +203,8 @@ AVX512 MOE_INLINE void outer_tile_avx512(const cpu_outer *o, size_t n_row, size_
     for (size_t i = 0; i < n_row; i++)
         MOE_UNROLL
         for (size_t v = 0; v < n_vec; v++)
-            c[i][v] = _mm512_loadu_ps(o->c + i * o->c_stride + 16 * v);
+            c[i][v] = o->fresh ? _mm512_setzero_ps()
+                                : _mm512_loadu_ps(o->c + i * o->c_stride + 16 * v);
     for (size_t k = 0; k < o->n_k; k++) {
         const float *row = o->b + k * o->b_stride;
         __m512 b[4];
@@ -254,7 +260,8 @@ MOE_INLINE void outer_tile_neon(const cpu_outer *o, size_t n_row, size_t n_vec)
     for (size_t i = 0; i < n_row; i++)
         MOE_UNROLL
         for (size_t v = 0; v < n_vec; v++)
-            c[i][v] = vld1q_f32(o->c + i * o->c_stride + 4 * v);
+            c[i][v] = o->fresh ? vdupq_n_f32(0)
+                                : vld1q_f32(o->c + i * o->c_stride + 4 * v);
     for (size_t k = 0; k < o->n_k; k++) {
         const float *row = o->b + k * o->b_stride;
         float32x4_t b[4];

@@ -32,6 +32,8 @@ typedef struct cpu_simd {
     void (*gelu)(float *dst, const float *gate, const float *up, size_t n);
     /* dst = a + scale * b */
     void (*add)(float *dst, const float *a, const float *b, float scale, size_t n);
+    /* Turns n pairs (x[i * step], x[i * step + mate]) by the angles of table: cosine, sine, ... */
+    void (*rope)(float *x, const float *table, size_t n, size_t step, size_t mate);
     void (*f32_of_f16)(float *dst, const uint8_t *src, size_t n);
     void (*f16_of_f32)(uint8_t *dst, const float *src, size_t n);
 } cpu_simd;
@@ -144,6 +146,23 @@ static void add_c(float *dst, const float *a, const float *b, float scale, size_
         dst[i] = fmaf(scale, b[i], a[i]);
 }
 
+MOE_INLINE void rope_pairs(float *x, const float *table, size_t n, size_t step, size_t mate)
+{
+    for (size_t i = 0; i < n; i++) {
+        float *a = x + i * step, *b = a + mate;
+        const float cosine = table[2 * i], sine = table[2 * i + 1];
+        const float minus = *b * sine, plus = *b * cosine;
+        const float turned = fmaf(*a, cosine, -minus);
+        *b = fmaf(*a, sine, plus);
+        *a = turned;
+    }
+}
+
+static void rope_c(float *x, const float *table, size_t n, size_t step, size_t mate)
+{
+    rope_pairs(x, table, n, step, mate);
+}
+
 static void f32_of_f16_c(float *dst, const uint8_t *src, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -167,6 +186,7 @@ static const cpu_simd cpu_simd_c = {
     .sigmoid = sigmoid_c,
     .gelu = gelu_c,
     .add = add_c,
+    .rope = rope_c,
     .f32_of_f16 = f32_of_f16_c,
     .f16_of_f32 = f16_of_f32_c,
 };
@@ -318,6 +338,12 @@ AVX2 static void add_avx2(float *dst, const float *a, const float *b, float scal
     add_c(dst + i, a + i, b + i, scale, n - i);
 }
 
+/* The C function, compiled with instructions for fmaf. */
+AVX2 static void rope_avx2(float *x, const float *table, size_t n, size_t step, size_t mate)
+{
+    rope_pairs(x, table, n, step, mate);
+}
+
 AVX2 static void f32_of_f16_avx2(float *dst, const uint8_t *src, size_t n)
 {
     size_t i = 0;
@@ -345,9 +371,99 @@ static const cpu_simd cpu_simd_avx2 = {
     .sigmoid = sigmoid_rows_avx2,
     .gelu = gelu_avx2,
     .add = add_avx2,
+    .rope = rope_avx2,
     .f32_of_f16 = f32_of_f16_avx2,
     .f16_of_f32 = f16_of_f32_avx2,
 };
+
+/* ------------------------------------------------------------------------------- AVX-512 -- */
+
+/* What a long context spends its time with. The rest gains nothing from longer vectors. */
+#define AVX512 MOE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+AVX512 MOE_INLINE __m512 exp_avx512(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(EXP_MIN), x); /* the order keeps NaN */
+    x = _mm512_min_ps(_mm512_set1_ps(EXP_MAX), x);
+    const __m512 magic = _mm512_set1_ps(EXP_MAGIC);
+    __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(EXP_LOG2E), magic);
+    __m512 n = _mm512_sub_ps(shifted, magic);
+    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-EXP_LN2_HIGH), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(-EXP_LN2_LOW), r);
+    __m512 p = _mm512_set1_ps(exp_taylor[7]);
+    MOE_UNROLL
+    for (int i = 6; i >= 0; i--)
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp_taylor[i]));
+    __m512i power = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
+    return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(power, 23)));
+}
+
+/* 16 at a time; the 8 lanes take the lower half, then the upper one. */
+AVX512 static float exp_sum_avx512(float *x, size_t n, float max)
+{
+    const __m512 m = _mm512_set1_ps(max);
+    __m256 sum = _mm256_setzero_ps();
+    size_t i = 0;
+    for (; i < n; i += 16) {
+        const __mmask16 some = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : (__mmask16)0xffff;
+        __m512 e = exp_avx512(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, x + i), m));
+        e = _mm512_maskz_mov_ps(some, e);
+        _mm512_mask_storeu_ps(x + i, some, e);
+        sum = _mm256_add_ps(sum, _mm512_castps512_ps256(e));
+        sum = _mm256_add_ps(sum, _mm512_extractf32x8_ps(e, 1));
+    }
+    return reduce8_avx2(sum);
+}
+
+AVX512 static float max_avx512(const float *x, size_t n)
+{
+    const __m512 least = _mm512_set1_ps(-INFINITY);
+    __m512 max = least;
+    for (size_t i = 0; i < n; i += 16) {
+        const __mmask16 some = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : (__mmask16)0xffff;
+        max = _mm512_max_ps(_mm512_mask_loadu_ps(least, some, x + i), max); /* passes over NaN */
+    }
+    float lane[16];
+    _mm512_storeu_ps(lane, max);
+    return max_avx2(lane, 16);
+}
+
+AVX512 static void silu_avx512(float *dst, const float *gate, const float *up, size_t n)
+{
+    const __m512 one = _mm512_set1_ps(1.0f);
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m512 g = _mm512_loadu_ps(gate + i);
+        __m512 e = exp_avx512(_mm512_xor_ps(g, _mm512_set1_ps(-0.0f)));
+        __m512 s = _mm512_mul_ps(g, _mm512_div_ps(one, _mm512_add_ps(one, e)));
+        _mm512_storeu_ps(dst + i, _mm512_mul_ps(s, _mm512_loadu_ps(up + i)));
+    }
+    silu_avx2(dst + i, gate + i, up + i, n - i);
+}
+
+AVX512 static void f32_of_f16_avx512(float *dst, const uint8_t *src, size_t n)
+{
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(dst + i,
+                         _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(src + 2 * i))));
+    f32_of_f16_avx2(dst + i, src + 2 * i, n - i);
+}
+
+static const cpu_simd cpu_simd_avx512 = {
+    .sum_squares = sum_squares_avx2,
+    .scale_rows = scale_rows_avx2,
+    .max = max_avx512,
+    .exp_sum = exp_sum_avx512,
+    .silu = silu_avx512,
+    .sigmoid = sigmoid_rows_avx2,
+    .gelu = gelu_avx2,
+    .add = add_avx2,
+    .rope = rope_avx2,
+    .f32_of_f16 = f32_of_f16_avx512,
+    .f16_of_f32 = f16_of_f32_avx2,
+};
+#undef AVX512
 #undef AVX2
 #endif
 
@@ -530,6 +646,7 @@ static const cpu_simd cpu_simd_neon = {
     .sigmoid = sigmoid_rows_neon,
     .gelu = gelu_neon,
     .add = add_neon,
+    .rope = rope_c,
     .f32_of_f16 = f32_of_f16_neon,
     .f16_of_f32 = f16_of_f32_neon,
 };
@@ -542,6 +659,8 @@ static const cpu_simd *cpu_simd_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = &cpu_simd_avx2;
+    if (cpu & MOE_CPU_AVX2 && cpu & MOE_CPU_AVX512)
+        best = &cpu_simd_avx512;
 #endif
 #if MOE_ARM64
     if (cpu & MOE_CPU_NEON)

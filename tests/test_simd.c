@@ -99,6 +99,8 @@ static void elementwise_equals_c(void)
                 CHECK_SAME("silu", c->silu(out, v.a, v.b, n), m->silu(out, v.a, v.b, n));
                 CHECK_SAME("gelu", c->gelu(out, v.a, v.b, n), m->gelu(out, v.a, v.b, n));
                 CHECK_SAME("add", c->add(out, v.a, v.b, -1.7f, n), m->add(out, v.a, v.b, -1.7f, n));
+                CHECK_SAME("rope", c->rope(out, v.a, n / 2, 1, n / 2), m->rope(out, v.a, n / 2, 1, n / 2));
+                CHECK_SAME("rope, pairs", c->rope(out, v.a, n / 2, 2, 1), m->rope(out, v.a, n / 2, 2, 1));
                 CHECK_SAME("f32_of_f16", c->f32_of_f16(out, (uint8_t *)v.a + 1, n),
                            m->f32_of_f16(out, (uint8_t *)v.a + 1, n));
                 CHECK_SAME("f16_of_f32", c->f16_of_f32((uint8_t *)out + 1, v.a, n),
@@ -144,7 +146,7 @@ static void products_equal_c(void)
                     fill(b, MOE_COUNT(b), i % 3);
                     fill(c[0], MOE_COUNT(c[0]), i % 3);
                     memcpy(c[1], c[0], sizeof c[0]);
-                    cpu_outer o = {c[0] + 1, a, b, STRIDE, STRIDE, STRIDE, n_row, n_k, cols[i]};
+                    cpu_outer o = {c[0] + 1, a, b, STRIDE, STRIDE, STRIDE, n_row, n_k, cols[i], i % 2};
                     outer_c(&o);
                     o.c = c[1] + 1;
                     m->outer(&o);
