@@ -13,8 +13,18 @@
 #include "planes.c"
 #include "sha256.c"
 
+/* Tests set both so low that small models have compressed slices of many segments. */
+#ifndef MOE_CONVERT_SMALL_BYTES
+#define MOE_CONVERT_SMALL_BYTES (1 << 14)
+#endif
+#ifndef MOE_CONVERT_SEGMENT_BYTES
+#define MOE_CONVERT_SEGMENT_BYTES MOEFILE_SEGMENT_BYTES
+#endif
+
 enum {
-    MOEW_SMALL_BYTES = 1 << 14 // tensors below share their layer's first record, and stay raw
+    MOEW_SMALL_BYTES = MOE_CONVERT_SMALL_BYTES, // tensors below share their layer's first record, and
+                                                // slices below stay raw
+    MOEW_SEGMENT_BYTES = MOE_CONVERT_SEGMENT_BYTES
 };
 
 /* In the place of the magic, until the file is whole. */
@@ -100,7 +110,7 @@ static uint64_t moew_common_divisor(uint64_t a, uint64_t b)
 static void moew_cut(moew_slice *s)
 {
     const uint64_t heads = s->t->interleave ? s->t->interleave : 1;
-    s->segment_rows = MOEFILE_SEGMENT_BYTES / s->row_bytes;
+    s->segment_rows = MOEW_SEGMENT_BYTES / s->row_bytes;
     if (s->segment_rows > heads)
         s->segment_rows -= s->segment_rows % heads;
     const uint64_t rows = MOE_MAX(s->segment_rows, 1);
@@ -550,7 +560,9 @@ static bool moew_resume_record(moew_sink *m, uint32_t index, uint8_t *room)
         xxh64_add(&state, room, some);
         at += some;
     }
-    if (xxh64_end(&state) != r.hash)
+    static const uint8_t zeros[MOEFILE_RECORD_ALIGN];
+    if (xxh64_end(&state) != r.hash ||
+        writer_put(&m->writer, zeros, r.offset - m->at, m->at, NULL)) // the padding has no hash
         return false;
     r.reserved = 0;
     *planned = r;
@@ -663,6 +675,10 @@ static moe_status moew_write_front(moew_sink *m, moe_error *error)
     h->file_bytes = m->job->file_bytes = m->at;
     h->root = moefile_root(h, m->front.data + sizeof *h);
     memcpy(m->front.data, h, sizeof *h);
+    while (m->front.n < h->data_offset && !w.failed)
+        meta_number(&w, 0, sizeof(uint32_t));
+    if (w.failed)
+        return fail_memory(error, &m->job->mem, "directory", m->front.n);
     if (ftruncate(m->writer.fd, (off_t)m->at) != 0)
         return fail(error, MOE_ERR_IO, m->writer.partial, "cannot make it %llu bytes long: %s",
                     (unsigned long long)m->at, writer_why(errno));

@@ -802,7 +802,10 @@ static bool moefile_next_piece(moefile_load_state *st, moefile_piece *p)
     bool more = false;
     while (!st->stop && !more && st->slice < f->header.n_slices) {
         p->slice = moefile_slice_at(f, st->slice);
-        more = st->places[st->slice] && st->done_bytes < p->slice.stored_bytes;
+        const moe_part *part = moefile_part_of(f, &p->slice);
+        more = st->places[st->slice] && (p->slice.encoding == MOEFILE_PLANES
+                                             ? st->done_blocks < moefile_n_blocks(part)
+                                             : st->done_bytes < part->bytes);
         if (!more) {
             st->slice++;
             st->done_bytes = st->done_blocks = st->segment = 0;

@@ -972,8 +972,6 @@ static void nothing_is_left_after_a_failure(void)
     setrlimit(RLIMIT_FSIZE, &old);
     o.out = scratch_path("no/such/folder.gguf");
     refused(&o, MOE_ERR_IO, "no such folder");
-    o.out = scratch_path("x.moe");
-    refused(&o, MOE_ERR_UNSUPPORTED, ".moe");
     o.out = scratch_path("x.bin");
     refused(&o, MOE_ERR_ARGUMENT, ".gguf");
     o.out = scratch_path("x.gguf");

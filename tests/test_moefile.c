@@ -1,0 +1,1082 @@
+/* tests/test_moefile.c - .moe files: what goes in comes out again, for every type; the same logits as
+ * from GGUF, however the file is opened; damage and lies are found; a killed conversion goes on.
+ *
+ * Everything is written into a folder of its own below $TMPDIR, which is removed at the end. */
+
+/* Small enough that the little models here have compressed slices of many segments. */
+#define MOE_CONVERT_SMALL_BYTES 512
+#define MOE_CONVERT_SEGMENT_BYTES 3000
+
+#include "test.h"
+
+#if defined MOE_NO_TEXT || defined MOE_NO_ZSTD
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    return test_end();
+}
+#else
+
+#include "../convert/convert.c"
+#include "fenced_backend.h"
+#include "gguf_walk.h"
+
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <utime.h>
+
+static char scratch[200];
+
+/* ------------------------------------------------------------------------------- helpers -- */
+
+/* A path below the scratch folder; eight at a time. */
+static const char *scratch_path(const char *name)
+{
+    static char paths[8][600];
+    static int next;
+    char *path = paths[next++ % 8];
+    snprintf(path, sizeof paths[0], "%s/%s", scratch, name);
+    return path;
+}
+
+static void write_file(const char *path, const void *data, size_t bytes)
+{
+    FILE *f = fopen(path, "wb");
+    CHECK(f && fwrite(data, 1, bytes, f) == bytes, "%s", path);
+    if (f)
+        fclose(f);
+}
+
+static bool exists(const char *path)
+{
+    struct stat info;
+    return !lstat(path, &info);
+}
+
+static moe_status convert_with(const conv_options *options, moe_error *error)
+{
+    conv_job job;
+    moe_status status = conv_run(&job, options, error);
+    conv_close(&job);
+    CHECK(!atomic_load(&job.mem.used_bytes), "memory is left");
+    return status;
+}
+
+static bool convert(const char *source, const char *out, conv_store store)
+{
+    moe_error error = {0};
+    const conv_options o = {.source = source, .out = out, .store = store, .n_threads = 2};
+    const moe_status status = convert_with(&o, &error);
+    CHECK(!status, "%s -> %s: %s", source, out, error.message);
+    return !status;
+}
+
+static bool same_files(const char *a, const char *b)
+{
+    size_t n = 0, m = 0;
+    char *x = test_read_file(a, &n), *y = test_read_file(b, &m);
+    const bool same = x && y && n == m && !memcmp(x, y, n);
+    free(x);
+    free(y);
+    return same;
+}
+
+static const char *checkpoint(const char *name)
+{
+    static char path[500];
+    snprintf(path, sizeof path, "%s/checkpoints/%s", test_root(), name);
+    return path;
+}
+
+/* --------------------------------------------------------------------------------- hashes -- */
+
+static void xxh64_is_the_public_one(void)
+{
+    static const struct { const char *text; uint64_t hash; } known[] = {
+        {"", 0xef46db3751d8e999u}, {"a", 0xd24ec4f1a98c6e5bu}, {"abc", 0x44bc2cf5ad770999u},
+        {"Nobody inspects the spammish repetition", 0xfbcea83c8a378bf1u}};
+    uint8_t data[300];
+    for (size_t i = 0; i < MOE_COUNT(known); i++)
+        CHECK(xxh64(known[i].text, strlen(known[i].text)) == known[i].hash, "\"%s\"", known[i].text);
+    for (size_t i = 0; i < sizeof data; i++)
+        data[i] = (uint8_t)test_random();
+    for (size_t cut = 0; cut < sizeof data; cut += 7) { // the state does not depend on the calls
+        xxh64_state s;
+        xxh64_begin(&s);
+        xxh64_add(&s, data, cut);
+        xxh64_add(&s, data + cut, sizeof data - cut);
+        CHECK(xxh64_end(&s) == xxh64(data, sizeof data), "cut at %zu", cut);
+    }
+}
+
+static void sha256_is_the_public_one(void)
+{
+    static const struct { const char *text, *hash; } known[] = {
+        {"", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"},
+        {"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"},
+        {"abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq",
+         "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1"}};
+    for (size_t i = 0; i < MOE_COUNT(known); i++) {
+        char digits[64];
+        sha256 s;
+        sha256_begin(&s);
+        for (const char *p = known[i].text; *p; p++)
+            sha256_add(&s, p, 1);
+        sha256_end(&s, digits);
+        CHECK(!memcmp(digits, known[i].hash, 64), "\"%s\": %.64s", known[i].text, digits);
+    }
+}
+
+/* ------------------------------------------------------------------------------ transcode -- */
+
+/* Fields are what a block consists of. */
+static void fields_cover_the_block(void)
+{
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        uint32_t sum = 0;
+        for (size_t k = 0; k < QUANT_MAX_FIELDS && quant_table[i]->fields[k]; k++)
+            sum += quant_table[i]->fields[k];
+        CHECK(sum == quant_table[i]->block_bytes, "%s: %u of %u bytes", quant_table[i]->name, sum,
+              quant_table[i]->block_bytes);
+    }
+}
+
+/* A GGUF file with a tensor of each of GGUF's types, of weights that look like weights, and a key of
+ * each kind. */
+static void write_all_types(const char *path, uint32_t alignment)
+{
+    enum { ROW = 512, ROWS = 24, FLOATS = ROW * ROWS };
+    static float x[FLOATS];
+    moe_mem mem;
+    mem_init(&mem, NULL, 0);
+    text_buf file = {.mem = &mem}, keys = {.mem = &mem};
+    uint64_t n_keys = 0, unused = 0, at = 0, n_tensors = 0;
+    meta_writer k = {&keys, &n_keys, false}, w = {&file, &unused, false};
+    meta_put_string(&k, "general.architecture", "none");
+    meta_put_u32(&k, "general.alignment", alignment);
+    meta_put_f32(&k, "a.float", 0.1f);
+    meta_put_bool(&k, "a.bool", true);
+    meta_put_array(&k, "some.strings", META_STRING, 2);
+    meta_text(&k, "one", 3);
+    meta_text(&k, "", 0);
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
+        n_tensors += quant_table[i]->id < QUANT_OWN_ID;
+    meta_bytes(&w, "GGUF", 4);
+    meta_number(&w, 3, 4);
+    meta_number(&w, n_tensors, 8);
+    meta_number(&w, n_keys, 8);
+    meta_bytes(&w, keys.data, keys.n);
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        const moe_quant *type = quant_table[i];
+        if (type->id >= QUANT_OWN_ID)
+            continue;
+        meta_text(&w, type->name, strlen(type->name));
+        meta_number(&w, 2, 4);
+        meta_number(&w, ROW, 8);
+        meta_number(&w, ROWS, 8);
+        meta_number(&w, type->id, 4);
+        meta_number(&w, at, 8);
+        at = align_up(at + FLOATS / type->block_len * type->block_bytes, alignment);
+    }
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        const moe_quant *type = quant_table[i];
+        static uint8_t blocks[FLOATS * 4];
+        if (type->id >= QUANT_OWN_ID)
+            continue;
+        for (size_t j = 0; j < FLOATS; j++)
+            x[j] = (test_random_float() + test_random_float() + test_random_float()) * 0.02f;
+        type->quantize(x, blocks, FLOATS);
+        while (file.n % alignment)
+            meta_number(&w, 0, 1);
+        meta_bytes(&w, blocks, FLOATS / type->block_len * type->block_bytes);
+    }
+    while (file.n % alignment)
+        meta_number(&w, 0, 1);
+    write_file(path, file.data, file.n);
+    buf_free(&file);
+    buf_free(&keys);
+}
+
+static void every_type_comes_back_from_moe(void)
+{
+    static const conv_store stores[] = {CONV_STORE_AUTO, CONV_STORE_RAW, CONV_STORE_ZSTD};
+    const char *gguf = scratch_path("types.gguf"), *moe = scratch_path("types.moe");
+    const char *again = scratch_path("again.moe"), *back = scratch_path("back.gguf");
+    for (uint32_t alignment = 32; alignment <= 256; alignment *= 8) {
+        write_all_types(gguf, alignment);
+        for (size_t i = 0; i < MOE_COUNT(stores); i++) {
+            if (!convert(gguf, moe, stores[i]) || !convert(moe, back, CONV_STORE_AUTO))
+                return;
+            CHECK(same_files(gguf, back), "store %d, alignment %u", stores[i], alignment);
+            // from one way of storing to another and back
+            CHECK(convert(moe, again, stores[(i + 1) % 3]) && convert(again, back, CONV_STORE_AUTO) &&
+                  same_files(gguf, back), "through two .moe files, %d", stores[i]);
+        }
+    }
+}
+
+/* Compression loses nothing and pays, by type, on what looks like weights. */
+static void planes_pay(void)
+{
+    static const struct { const char *type; double at_most; } pays[] = {
+        {"BF16", 0.70}, {"F16", 0.88}, {"Q8_0", 0.97}, {"Q4_0", 0.955}, {"Q4_K", 0.975}};
+    enum { N = 1 << 18 };
+    moe_mem mem;
+    mem_init(&mem, NULL, 0);
+    float *x = mem_alloc(&mem, N, sizeof *x);
+    uint8_t *blocks = mem_alloc(&mem, N, 4), *out = mem_alloc(&mem, N, 4);
+    planes_packer *p = planes_open(&mem);
+    moefile_decoder d;
+    moe_error error = {0};
+    REQUIRE(x && blocks && out && p && !moefile_decoder_open(&mem, &d, &error), "no memory");
+    for (size_t i = 0; i < N; i++) { // nearly Gaussian
+        x[i] = 0;
+        for (int k = 0; k < 6; k++)
+            x[i] += test_random_float() * 0.02f;
+    }
+    for (size_t i = 0; i < MOE_COUNT(pays); i++) {
+        const moe_quant *type = quant_by_name(pays[i].type);
+        const size_t n = MOEFILE_SEGMENT_BYTES / type->block_bytes < N / type->block_len
+                             ? MOEFILE_SEGMENT_BYTES / type->block_bytes : N / type->block_len;
+        type->quantize(x, blocks, n * type->block_len);
+        p->out.n = p->n_segments = 0;
+        CHECK(!planes_pack(p, type, blocks, n, "x", &error), "%s", error.message);
+        const double ratio = (double)p->out.n / (double)(n * type->block_bytes);
+        CHECK(ratio <= pays[i].at_most, "%s: %.4f", type->name, ratio);
+        CHECK(!moefile_decode_segment(&d, type, p->out.data, p->out.n, out, n, "x", &error) &&
+              !memcmp(out, blocks, n * type->block_bytes), "%s: %s", type->name, error.message);
+    }
+    moefile_decoder_close(&mem, &d);
+    planes_close(p);
+    mem_free(&mem, x);
+    mem_free(&mem, blocks);
+    mem_free(&mem, out);
+    CHECK(!atomic_load(&mem.used_bytes), "memory is left");
+}
+
+/* -------------------------------------------------------------------------------- logits -- */
+
+enum { N_TOK = 9 };
+
+typedef struct opening {
+    bool copy, verify;
+    int source; // 0 path, 1 memory, 2 callback
+    const moe_backend *backend;
+} opening;
+
+static int read_memory(void *user, uint64_t offset, void *dst, size_t bytes)
+{
+    memcpy(dst, (const char *)user + offset, bytes);
+    return 0;
+}
+
+/* A checksum of the logits of a file; 0, with a failure, if it does not run. */
+static uint64_t logits_of(const char *path, opening way)
+{
+    moe_model *model = NULL;
+    moe_session *session = NULL;
+    moe_model_options mo;
+    moe_session_options so;
+    moe_error error = {0};
+    static const moe_token tokens[N_TOK] = {3, 1, 4, 1, 5, 9, 2, 6, 5};
+    size_t bytes = 0;
+    char *data = test_read_file(path, &bytes);
+    moe_model_options_init(&mo);
+    mo.copy = way.copy;
+    mo.verify = way.verify;
+    mo.backend = way.backend;
+    if (way.source == 0) {
+        mo.path = path;
+    } else if (way.source == 1) {
+        mo.data = data;
+        mo.data_bytes = bytes;
+    } else {
+        mo.read = read_memory;
+        mo.read_user = data;
+        mo.read_bytes = bytes;
+    }
+    moe_session_options_init(&so);
+    so.n_ctx = 16;
+    so.n_threads = 2;
+    uint64_t hash = 0;
+    moe_status status = moe_model_open(&model, &mo, &error);
+    if (!status)
+        status = moe_session_open(&session, model, &so, &error);
+    if (!status) {
+        moe_model_info info = {.size = sizeof info};
+        moe_model_get_info(model, &info);
+        float *logits = malloc((size_t)N_TOK * info.n_vocab * sizeof *logits);
+        status = moe_session_eval(session, tokens, N_TOK, N_TOK, logits);
+        hash = xxh64(logits, (uint64_t)N_TOK * info.n_vocab * sizeof *logits);
+        free(logits);
+        if (status)
+            error = *moe_session_error(session);
+    }
+    CHECK(!status, "%s: %s", path, error.message);
+    moe_session_close(session);
+    moe_model_close(model);
+    free(data);
+    return status ? 0 : hash;
+}
+
+static void logits_are_those_of_gguf(void)
+{
+    static const char *const names[] = {"llama", "gemma3", "olmoe", "qwen3moe", "mixtral-shards",
+                                        "deepseek3", "glm4-moe-lite", "lfm2moe"};
+    const char *gguf = scratch_path("m.gguf"), *moe = scratch_path("m.moe");
+    for (size_t i = 0; i < MOE_COUNT(names); i++) {
+        REQUIRE(convert(checkpoint(names[i]), gguf, CONV_STORE_AUTO), "%s", names[i]);
+        const uint64_t want = logits_of(gguf, (opening){0});
+        for (conv_store store = CONV_STORE_RAW; store <= CONV_STORE_ZSTD; store++) {
+            REQUIRE(convert(gguf, moe, store), "%s", names[i]);
+            for (int source = 0; source < 3; source++)
+                CHECK(logits_of(moe, (opening){.source = source}) == want, "%s, store %d, source %d",
+                      names[i], store, source);
+            CHECK(logits_of(moe, (opening){.copy = true, .verify = true}) == want, "%s, copy", names[i]);
+            CHECK(logits_of(moe, (opening){.backend = fenced_backend()}) == want, "%s, fenced", names[i]);
+        }
+    }
+}
+
+/* A checkpoint and its conversion give the same file. */
+static void checkpoints_become_moe(void)
+{
+    const char *gguf = scratch_path("m.gguf"), *a = scratch_path("a.moe");
+    const char *back = scratch_path("back.gguf");
+    static const char *const names[] = {"llama-fp8", "qwen3moe-fused"};
+    for (size_t i = 0; i < MOE_COUNT(names); i++) {
+        REQUIRE(convert(checkpoint(names[i]), gguf, CONV_STORE_AUTO) &&
+                convert(checkpoint(names[i]), a, CONV_STORE_ZSTD) &&
+                convert(a, back, CONV_STORE_AUTO), "%s", names[i]);
+        CHECK(same_files(gguf, back), "%s", names[i]);
+    }
+}
+
+/* Experts of one tensor in several types. BF16 weights are the same numbers in F32, and both are
+ * computed with in the same order: the logits must be the same bits. */
+static void experts_have_types_of_their_own(void)
+{
+    static const conv_keep keeps[] = {
+        {"blk.0.ffn_up_exps.weight#[135]$", &quant_f32}, {"ffn_down_exps.weight#0", &quant_f32},
+        {"blk.1.ffn_gate_exps.weight#2", &quant_f32}};
+    const char *gguf = scratch_path("m.gguf"), *moe = scratch_path("mixed.moe");
+    const char *again = scratch_path("again.moe");
+    moe_error error = {0};
+    conv_options o = {.source = checkpoint("qwen3moe"), .out = gguf, .quant = "bf16"};
+    REQUIRE(!convert_with(&o, &error), "%s", error.message);
+    const uint64_t want = logits_of(gguf, (opening){0});
+    for (conv_store store = CONV_STORE_RAW; store <= CONV_STORE_ZSTD; store++) {
+        o = (conv_options){.source = gguf, .out = moe, .keeps = keeps, .n_keeps = 3, .store = store};
+        REQUIRE(!convert_with(&o, &error), "%s", error.message);
+        for (int source = 0; source < 3; source++)
+            CHECK(logits_of(moe, (opening){.source = source}) == want, "store %d, source %d", store,
+                  source);
+        CHECK(logits_of(moe, (opening){.copy = true}) == want, "store %d, copy", store);
+        CHECK(logits_of(moe, (opening){.backend = fenced_backend()}) == want, "store %d, fenced", store);
+        REQUIRE(convert(moe, again, store), "again");
+        CHECK(logits_of(again, (opening){0}) == want, "types are lost on the way");
+    }
+    o = (conv_options){.source = moe, .out = scratch_path("x.gguf")};
+    CHECK(convert_with(&o, &error) == MOE_ERR_ARGUMENT && strstr(error.message, "one type"), "%s",
+          error.message);
+    moe_model *model = NULL;
+    moe_model_options mo;
+    moe_model_options_init(&mo);
+    mo.path = moe;
+    REQUIRE(!moe_model_open(&model, &mo, &error), "%s", error.message);
+    int n_mixed = 0;
+    for (size_t i = 0; i < moe_model_tensor_count(model); i++) {
+        moe_tensor_info info = {.size = sizeof info};
+        n_mixed += !moe_model_tensor(model, i, &info) && !strcmp(info.type, "mixed");
+    }
+    CHECK(n_mixed >= 3, "%d", n_mixed);
+    moe_model_close(model);
+}
+
+/* Bytes do not depend on threads; nothing is larger than it must be in memory. */
+static void files_and_memory_are_as_promised(void)
+{
+    static const uint32_t n_threads[3] = {1, 2, 5};
+    const char *source = scratch_path("types.gguf");
+    write_all_types(source, 32);
+    for (int i = 0; i < 3; i++) {
+        moe_error error = {0};
+        const conv_options o = {.source = source, .out = scratch_path(i ? "t.moe" : "t0.moe"),
+                                .n_threads = n_threads[i], .store = CONV_STORE_ZSTD};
+        CHECK(!convert_with(&o, &error), "%s", error.message);
+        CHECK(same_files(o.out, scratch_path("t0.moe")), "%u threads", n_threads[i]);
+    }
+    moe_mem mem;
+    moe_directory *dir = NULL;
+    moe_model_options mo;
+    moe_error error = {0};
+    moe_model_options_init(&mo);
+    mem_init(&mem, NULL, 0);
+    mo.path = scratch_path("t0.moe");
+    REQUIRE(!directory_open(&dir, &mo, &mem, &error), "%s", error.message);
+    uint64_t weights = 0;
+    for (size_t i = 0; i < directory_n_tensors(dir); i++)
+        weights += directory_tensor_at(dir, i)->bytes;
+    CHECK(mem.peak_bytes <= weights + (64 << 20), "%llu", (unsigned long long)mem.peak_bytes);
+    directory_close(dir);
+    CHECK(!mem.used_bytes, "memory is left");
+}
+
+/* -------------------------------------------------------------------------------- damage -- */
+
+/* A file in memory, which tests change. */
+typedef struct image {
+    uint8_t *data;
+    size_t bytes;
+} image;
+
+static image image_read(const char *path)
+{
+    image m = {0};
+    m.data = (uint8_t *)test_read_file(path, &m.bytes);
+    return m;
+}
+
+static moe_status image_verify(const image *m, moe_damage_fn *damage, void *user,
+                               moe_verify_report *report, moe_error *error)
+{
+    moe_model_options o;
+    moe_model_options_init(&o);
+    o.data = m->data;
+    o.data_bytes = m->bytes;
+    return moe_file_verify(&o, damage, user, report, error);
+}
+
+/* Opens it as a directory of tensors, and reads all there is. */
+static moe_status image_open(const image *m, moe_error *error)
+{
+    moe_model_options o;
+    moe_mem mem;
+    moe_directory *dir = NULL;
+    moe_model_options_init(&o);
+    mem_init(&mem, NULL, 0);
+    uint8_t *exact = malloc(m->bytes ? m->bytes : 1); // a sanitizer sees the byte behind it
+    memcpy(exact, m->data, m->bytes);
+    o.data = exact;
+    o.data_bytes = m->bytes;
+    moe_status status = directory_open(&dir, &o, &mem, error);
+    if (dir) {
+        bool ok;
+        gguf_walk(dir, &ok);
+        CHECK(ok, "entries are not found by their names");
+        directory_close(dir);
+    }
+    CHECK(!mem.used_bytes, "memory is left");
+    CHECK(mem.peak_bytes <= (64u << 20) + 16 * m->bytes, "too much memory");
+    free(exact);
+    return status;
+}
+
+static moefile_header *image_header(const image *m)
+{
+    return (moefile_header *)(void *)m->data;
+}
+
+static size_t image_tables(const image *m)
+{
+    const moefile_header *h = image_header(m);
+    return sizeof *h + (size_t)align_up(h->keys_bytes + h->receipt_bytes + h->tensors_bytes,
+                                        MOEFILE_TABLE_ALIGN);
+}
+
+static moefile_record *image_record(const image *m, uint32_t i)
+{
+    return (moefile_record *)(void *)(m->data + image_tables(m)) + i;
+}
+
+static moefile_slice *image_slice(const image *m, uint32_t i)
+{
+    return (moefile_slice *)(void *)image_record(m, image_header(m)->n_records) + i;
+}
+
+static uint32_t *image_segment(const image *m, uint32_t i)
+{
+    return (uint32_t *)(void *)image_slice(m, image_header(m)->n_slices) + i;
+}
+
+/* Makes the checksums right again, so that only the lie is wrong. */
+static void image_seal(const image *m)
+{
+    moefile_header *h = image_header(m);
+    for (uint32_t i = 0; i < h->n_records; i++) {
+        moefile_record *r = image_record(m, i);
+        if (r->offset <= m->bytes && r->stored_bytes <= m->bytes - r->offset)
+            r->hash = xxh64(m->data + r->offset, r->stored_bytes);
+    }
+    h->root = moefile_root(h, m->data + sizeof *h);
+}
+
+static image make_image(conv_store store)
+{
+    const char *path = scratch_path("image.moe");
+    const char *source = scratch_path("image.gguf");
+    if (!convert(checkpoint("qwen3moe"), source, CONV_STORE_AUTO) || !convert(source, path, store))
+        return (image){0};
+    return image_read(path);
+}
+
+typedef struct found {
+    uint32_t n;
+    uint64_t offset, bytes;
+    char what[160];
+} found;
+
+static void on_damage(void *user, const char *what, uint64_t offset, uint64_t bytes)
+{
+    found *f = user;
+    f->n++;
+    f->offset = offset;
+    f->bytes = bytes;
+    snprintf(f->what, sizeof f->what, "%s", what);
+}
+
+/* Every bit counts: those of the directory, of records, and of the padding between them. */
+static void every_flipped_bit_is_found(void)
+{
+    enum { FLIPS = 300 };
+    image m = make_image(CONV_STORE_ZSTD);
+    REQUIRE(m.data, "no image");
+    moe_error error = {0};
+    moe_verify_report report = {.size = sizeof report};
+    CHECK(!image_verify(&m, NULL, NULL, &report, &error), "%s", error.message);
+    CHECK(report.n_records > 10 && report.file_bytes == m.bytes && !report.n_damaged, "%llu records",
+          (unsigned long long)report.n_records);
+    const moefile_header h = *image_header(&m);
+    for (int i = 0; i < FLIPS; i++) {
+        // a third each: anywhere, directory, behind the directory
+        const size_t front = sizeof h + (size_t)h.directory_bytes;
+        const size_t at = i % 3 == 0   ? test_random() % m.bytes
+                          : i % 3 == 1 ? test_random() % front
+                                       : front + test_random() % (m.bytes - front);
+        const uint8_t bit = (uint8_t)(1u << (test_random() & 7));
+        found f = {0};
+        m.data[at] ^= bit;
+        const moe_status status = image_verify(&m, on_damage, &f, &report, &error);
+        const bool magic = at < sizeof h.magic;
+        CHECK(status == MOE_ERR_FORMAT || (status == MOE_ERR_UNSUPPORTED && at < 24),
+              "byte %zu, bit %u: %s", at, bit, moe_status_name(status));
+        if (at >= front) {
+            CHECK(f.n == 1 && report.n_damaged == 1, "byte %zu: %u parts", at, f.n);
+            CHECK(at >= f.offset && at < align_up(f.offset + f.bytes, MOEFILE_RECORD_ALIGN),
+                  "byte %zu is not in %s", at, f.what);
+        } else {
+            CHECK(magic || image_open(&m, &error), "byte %zu: the directory was used", at);
+        }
+        m.data[at] ^= bit;
+    }
+    free(m.data);
+}
+
+/* What is decoded at load is checked then; the rest if it is asked for. */
+static void damage_is_named_at_load(void)
+{
+    image m = make_image(CONV_STORE_ZSTD);
+    moe_error error = {0};
+    moe_model *model = NULL;
+    const char *path = scratch_path("damaged.moe");
+    int tried = 0;
+    REQUIRE(m.data, "no image");
+    const moefile_header *h = image_header(&m);
+    for (uint32_t i = 0; i < h->n_slices; i++) {
+        const moefile_slice s = *image_slice(&m, i);
+        uint32_t r = 0;
+        while (image_record(&m, r)->first_slice + image_record(&m, r)->n_slices <= i)
+            r++;
+        uint8_t *byte = m.data + image_record(&m, r)->offset + s.offset + s.stored_bytes / 2;
+        *byte ^= 0x10;
+        const moe_status status = image_open(&m, &error);
+        CHECK(status == (s.encoding == MOEFILE_PLANES ? MOE_ERR_FORMAT : MOE_OK), "slice %u: %s", i,
+              moe_status_name(status));
+        if (image_record(&m, r)->kind == MOEFILE_EXPERT && !tried++) {
+            moe_model_options o;
+            write_file(path, m.data, m.bytes);
+            moe_model_options_init(&o);
+            o.path = path;
+            o.verify = true;
+            CHECK(moe_model_open(&model, &o, &error) == MOE_ERR_FORMAT &&
+                  strstr(error.subject, "expert"), "%s", error.message);
+        }
+        *byte ^= 0x10;
+    }
+    CHECK(tried, "no experts");
+    free(m.data);
+}
+
+static void a_file_that_is_cut_is_refused(void)
+{
+    image m = make_image(CONV_STORE_ZSTD);
+    moe_error error = {0};
+    REQUIRE(m.data, "no image");
+    const size_t whole = m.bytes;
+    for (m.bytes = 0; m.bytes < whole; m.bytes += m.bytes < 200 ? 1 : 997) {
+        const moe_status status = image_open(&m, &error);
+        CHECK(status == MOE_ERR_FORMAT && error.message[0], "%zu bytes: %s", m.bytes,
+              moe_status_name(status));
+    }
+    free(m.data);
+}
+
+/* A number of the directory that is changed to a lie, all checksums right. */
+typedef enum lie_place {
+    IN_HEADER, IN_RECORD, IN_SLICE, IN_SEGMENT,
+    IN_EXPERT, // the first record of an expert
+    IN_DOWN,   // its third slice
+    IN_RAW,    // the first raw slice
+    IN_PLANES  // the first compressed one
+} lie_place;
+
+#define LIE(place, index, type, field, lie)                                                        \
+    {#place ": " #field " = " #lie, place, index, offsetof(type, field),                           \
+     sizeof(((type *)0)->field), (uint64_t)(lie)}
+#define HEADER_LIE(field, lie) LIE(IN_HEADER, 0, moefile_header, field, lie)
+#define RECORD_LIE(index, field, lie) LIE(IN_RECORD, index, moefile_record, field, lie)
+#define SLICE_LIE(place, index, field, lie) LIE(place, index, moefile_slice, field, lie)
+
+static const struct {
+    const char *name;
+    lie_place place;
+    uint32_t index;
+    size_t offset, bytes;
+    uint64_t value;
+} lies[] = {
+    HEADER_LIE(magic, 0x0a1a0a0d454e4f89), HEADER_LIE(major, 2), HEADER_LIE(major, 0),
+    HEADER_LIE(features, 1u << 31), HEADER_LIE(header_bytes, 64), HEADER_LIE(file_bytes, 1000),
+    HEADER_LIE(directory_bytes, UINT64_MAX), HEADER_LIE(directory_bytes, 1000),
+    HEADER_LIE(n_keys, UINT32_MAX), HEADER_LIE(n_keys, 0), HEADER_LIE(n_receipt, UINT32_MAX),
+    HEADER_LIE(n_tensors, UINT32_MAX), HEADER_LIE(n_tensors, 1), HEADER_LIE(n_records, UINT32_MAX),
+    HEADER_LIE(n_records, 0), HEADER_LIE(n_slices, UINT32_MAX), HEADER_LIE(n_slices, 0),
+    HEADER_LIE(n_segments, UINT32_MAX), HEADER_LIE(keys_bytes, UINT64_MAX),
+    HEADER_LIE(keys_bytes, 8), HEADER_LIE(receipt_bytes, UINT64_MAX - 1000),
+    HEADER_LIE(tensors_bytes, 0), HEADER_LIE(data_offset, 0), HEADER_LIE(data_offset, 4097),
+    HEADER_LIE(data_offset, 1ull << 63), HEADER_LIE(reserved, 1),
+    RECORD_LIE(0, kind, 7), RECORD_LIE(0, offset, 0), RECORD_LIE(1, offset, 4096),
+    RECORD_LIE(0, offset, UINT64_MAX), RECORD_LIE(2, stored_bytes, UINT64_MAX),
+    RECORD_LIE(2, stored_bytes, 0), RECORD_LIE(0, first_slice, 1), RECORD_LIE(0, n_slices, 0),
+    RECORD_LIE(0, n_slices, UINT32_MAX), RECORD_LIE(1, decoded_bytes, 1),
+    LIE(IN_EXPERT, 0, moefile_record, expert, 99),
+    SLICE_LIE(IN_SLICE, 0, tensor, 999999), SLICE_LIE(IN_SLICE, 0, tensor, 1),
+    SLICE_LIE(IN_SLICE, 0, part, 1), SLICE_LIE(IN_SLICE, 0, type, 999),
+    SLICE_LIE(IN_SLICE, 0, layout, 1), SLICE_LIE(IN_SLICE, 0, encoding, 2),
+    SLICE_LIE(IN_SLICE, 0, offset, 64), SLICE_LIE(IN_SLICE, 0, stored_bytes, 1),
+    SLICE_LIE(IN_SLICE, 0, stored_bytes, UINT64_MAX), SLICE_LIE(IN_SLICE, 0, first_segment, 1),
+    SLICE_LIE(IN_DOWN, 0, offset, 0), SLICE_LIE(IN_DOWN, 0, part, 3),
+    SLICE_LIE(IN_DOWN, 0, type, 2), SLICE_LIE(IN_RAW, 0, encoding, 1),
+    SLICE_LIE(IN_RAW, 0, segment_blocks, 5), SLICE_LIE(IN_PLANES, 0, encoding, 0),
+    SLICE_LIE(IN_PLANES, 0, segment_blocks, 0), SLICE_LIE(IN_PLANES, 0, segment_blocks, 1),
+    SLICE_LIE(IN_PLANES, 0, segment_blocks, 1 << 20), SLICE_LIE(IN_PLANES, 0, stored_bytes, 100),
+    SLICE_LIE(IN_PLANES, 0, first_segment, 77),
+    {"segment 0: 0", IN_SEGMENT, 0, 0, 4, 0}, {"segment 0: all", IN_SEGMENT, 0, 0, 4, UINT32_MAX},
+};
+
+static uint8_t *lie_find(const image *m, lie_place place, uint32_t index)
+{
+    const moefile_header *h = image_header(m);
+    uint32_t r = 0, s = 0;
+    while (r + 1 < h->n_records && image_record(m, r)->kind != MOEFILE_EXPERT)
+        r++;
+    while (s + 1 < h->n_slices &&
+           image_slice(m, s)->encoding != (place == IN_RAW ? MOEFILE_RAW : MOEFILE_PLANES))
+        s++;
+    switch (place) {
+    case IN_HEADER: return m->data;
+    case IN_RECORD: return (uint8_t *)image_record(m, index);
+    case IN_EXPERT: return (uint8_t *)image_record(m, r);
+    case IN_DOWN: return (uint8_t *)image_slice(m, image_record(m, r)->first_slice + 2);
+    case IN_SEGMENT: return (uint8_t *)image_segment(m, index);
+    case IN_SLICE: return (uint8_t *)image_slice(m, index);
+    case IN_RAW:
+    case IN_PLANES: break;
+    }
+    return (uint8_t *)image_slice(m, s);
+}
+
+static void directories_that_lie_are_refused(void)
+{
+    image good = make_image(CONV_STORE_ZSTD);
+    REQUIRE(good.data, "no image");
+    const uint64_t directory_bytes = image_header(&good)->directory_bytes;
+    moe_error error = {0};
+    image m = {malloc(good.bytes), good.bytes};
+    image_seal(&good);
+    CHECK(!image_open(&good, &error), "%s", error.message);
+    for (size_t i = 0; i < MOE_COUNT(lies); i++) {
+        memcpy(m.data, good.data, good.bytes);
+        uint8_t *at = lie_find(&m, lies[i].place, lies[i].index) + lies[i].offset;
+        CHECK(memcmp(at, &lies[i].value, MOE_MIN(lies[i].bytes, 8)), "%s: it is no lie", lies[i].name);
+        memcpy(at, &lies[i].value, MOE_MIN(lies[i].bytes, 8));
+        xxh64_state root;
+        xxh64_begin(&root);
+        xxh64_add(&root, m.data, offsetof(moefile_header, root));
+        xxh64_add(&root, m.data + sizeof(moefile_header), directory_bytes);
+        image_header(&m)->root = xxh64_end(&root);
+        error = (moe_error){0};
+        const moe_status status = image_open(&m, &error);
+        CHECK(status == MOE_ERR_FORMAT || status == MOE_ERR_UNSUPPORTED || status == MOE_ERR_LIMIT,
+              "%s: %s", lies[i].name, moe_status_name(status));
+        CHECK(error.message[0] && !strstr(error.message, "checksum"), "%s: %s", lies[i].name,
+              error.message);
+    }
+    free(m.data);
+    free(good.data);
+}
+
+/* A compressed slice with only one segment, in the last record: its frames can be replaced. */
+static bool one_segment_image(image *m, uint8_t **frames)
+{
+    enum { ROW = 256, ROWS = 4 };
+    float x[ROW * ROWS];
+    uint8_t blocks[ROW * ROWS * 2];
+    moe_mem mem;
+    mem_init(&mem, NULL, 0);
+    text_buf file = {.mem = &mem};
+    uint64_t n = 0;
+    meta_writer w = {&file, &n, false};
+    meta_bytes(&w, "GGUF", 4);
+    meta_number(&w, 3, 4);
+    meta_number(&w, 1, 8);
+    meta_number(&w, 1, 8);
+    meta_put_string(&w, "general.architecture", "none");
+    meta_text(&w, "w", 1);
+    meta_number(&w, 2, 4);
+    meta_number(&w, ROW, 8);
+    meta_number(&w, ROWS, 8);
+    meta_number(&w, quant_bf16.id, 4);
+    meta_number(&w, 0, 8);
+    while (file.n % 32)
+        meta_number(&w, 0, 1);
+    for (size_t i = 0; i < ROW * ROWS; i++)
+        x[i] = (test_random_float() + test_random_float()) * 0.02f;
+    quant_bf16.quantize(x, blocks, ROW * ROWS);
+    meta_bytes(&w, blocks, sizeof blocks);
+    write_file(scratch_path("one.gguf"), file.data, file.n);
+    buf_free(&file);
+    if (!convert(scratch_path("one.gguf"), scratch_path("one.moe"), CONV_STORE_ZSTD))
+        return false;
+    *m = image_read(scratch_path("one.moe"));
+    *frames = m->data + image_record(m, 0)->offset;
+    return m->data && image_header(m)->n_segments == 1;
+}
+
+/* Replaces the segment, all sizes and checksums right. */
+static void replace_segment(image *m, const uint8_t *data, size_t bytes)
+{
+    const size_t offset = (size_t)image_record(m, 0)->offset;
+    m->data = realloc(m->data, offset + bytes);
+    m->bytes = offset + bytes;
+    memcpy(m->data + offset, data, bytes);
+    image_record(m, 0)->stored_bytes = image_slice(m, 0)->stored_bytes = bytes;
+    *image_segment(m, 0) = (uint32_t)bytes;
+    image_header(m)->file_bytes = m->bytes;
+    image_seal(m);
+}
+
+/* A frame of n bytes, each `value`, with a parameter of zstd set. */
+static size_t make_frame(uint8_t *dst, size_t room, size_t n, int value, ZSTD_cParameter name,
+                         int to)
+{
+    uint8_t *src = malloc(n + 1);
+    memset(src, value, n);
+    ZSTD_CCtx *c = ZSTD_createCCtx();
+    ZSTD_CCtx_setParameter(c, ZSTD_c_checksumFlag, 1);
+    ZSTD_CCtx_setParameter(c, name, to);
+    const size_t bytes = ZSTD_compress2(c, dst, room, src, n);
+    ZSTD_freeCCtx(c);
+    free(src);
+    CHECK(!ZSTD_isError(bytes), "%s", ZSTD_getErrorName(bytes));
+    return bytes;
+}
+
+static void frames_that_lie_are_refused(void)
+{
+    enum { PLANE = 1024, ROOM = 8192 };
+    image m = {0};
+    uint8_t *frames = NULL, one[ROOM], two[2 * ROOM];
+    moe_error error = {0};
+    REQUIRE(one_segment_image(&m, &frames), "no image");
+    CHECK(!image_open(&m, &error), "%s", error.message);
+    const size_t n = make_frame(one, ROOM, PLANE, 'x', ZSTD_c_contentSizeFlag, 1);
+    memcpy(two, one, n);
+    memcpy(two + n, one, n);
+    replace_segment(&m, two, 2 * n); // the control: two frames that are right
+    CHECK(!image_open(&m, &error), "%s", error.message);
+    const uint8_t skippable[8 + 4] = {0x50, 0x2a, 0x4d, 0x18, 4};
+    struct { const char *name; size_t bytes; } cases[16];
+    uint8_t *data[16];
+    size_t count = 0;
+#define CASE(text, length) \
+    (cases[count].name = (text), cases[count].bytes = (length), data[count] = malloc((length) + 1), \
+     memcpy(data[count], two, (length)), data[count++])
+    memcpy(two, one, n);
+    uint8_t *p;
+    CASE("one frame is missing", n);
+    CASE("nothing", 0);
+    p = CASE("bytes behind the frames", 2 * n + 3), memset(p + 2 * n, 7, 3);
+    p = CASE("a third frame", 3 * n), memcpy(p + 2 * n, one, n);
+    p = CASE("a bad checksum", 2 * n), p[n - 1] ^= 1;
+    p = CASE("reserved bit", 2 * n), p[4] |= 8;
+    p = CASE("not a frame", 2 * n), p[0] ^= 1;
+    p = CASE("cut", 2 * n - 1);
+    uint8_t other[ROOM];
+    size_t k = make_frame(other, ROOM, PLANE + 1, 'x', ZSTD_c_contentSizeFlag, 1);
+    p = CASE("a plane too large", n + k), memcpy(p + n, other, k);
+    k = make_frame(other, ROOM, PLANE - 1, 'x', ZSTD_c_contentSizeFlag, 1);
+    p = CASE("a plane too small", n + k), memcpy(p + n, other, k);
+    k = make_frame(other, ROOM, PLANE, 'x', ZSTD_c_contentSizeFlag, 0);
+    p = CASE("no size", n + k), memcpy(p + n, other, k);
+    k = make_frame(other, ROOM, (size_t)1 << 20, 'x', ZSTD_c_contentSizeFlag, 1);
+    p = CASE("a bomb", n + k), memcpy(p + n, other, k);
+    p = CASE("a frame to skip", n + sizeof skippable), memcpy(p + n, skippable, sizeof skippable);
+    p = CASE("a dictionary", 2 * n + 1); // the flag for one byte, and the byte
+    memmove(p + n + 6, p + n + 5, n - 5), p[n + 4] |= 1, p[n + 5] = 1;
+#undef CASE
+    for (size_t i = 0; i < count; i++) {
+        replace_segment(&m, data[i], cases[i].bytes);
+        const moe_status status = image_open(&m, &error);
+        CHECK(status == MOE_ERR_FORMAT && !strcmp(error.subject, "w"), "%s: %s", cases[i].name,
+              moe_status_name(status));
+        free(data[i]);
+    }
+    // more than a file of this size may become
+    image_header(&m)->root = 0;
+    free(m.data);
+}
+
+/* Optional records of kinds that nobody knows yet are skipped; others are not. */
+static void unknown_records_are_skipped_if_they_may(void)
+{
+    image m = {0};
+    uint8_t *frames = NULL;
+    moe_error error = {0};
+    REQUIRE(one_segment_image(&m, &frames), "no image");
+    const size_t at = (size_t)align_up(m.bytes, MOEFILE_RECORD_ALIGN);
+    const size_t tables = image_tables(&m), data_offset = (size_t)image_header(&m)->data_offset;
+    m.data = realloc(m.data, at + 10);
+    memset(m.data + m.bytes, 0, at + 10 - m.bytes);
+    memcpy(m.data + at, "from later", 10);
+    m.bytes = at + 10;
+    moefile_header *h = image_header(&m);
+    REQUIRE(sizeof *h + h->directory_bytes + sizeof(moefile_record) <= data_offset, "no room");
+    memmove(m.data + tables + 2 * sizeof(moefile_record), m.data + tables + sizeof(moefile_record),
+            h->n_slices * sizeof(moefile_slice) + h->n_segments * sizeof(uint32_t));
+    h->n_records = 2;
+    h->directory_bytes += sizeof(moefile_record);
+    h->file_bytes = m.bytes;
+    *image_record(&m, 1) = (moefile_record){.kind = 77, .flags = MOEFILE_OPTIONAL, .first_slice = 1,
+                                            .offset = at, .stored_bytes = 10};
+    image_seal(&m);
+    CHECK(!image_open(&m, &error), "%s", error.message);
+    CHECK(!image_verify(&m, NULL, NULL, NULL, &error), "%s", error.message);
+    image_record(&m, 1)->flags = 0;
+    image_seal(&m);
+    CHECK(image_open(&m, &error) == MOE_ERR_UNSUPPORTED, "%s", error.message);
+    free(m.data);
+}
+
+/* ------------------------------------------------------------------------------ going on -- */
+
+typedef struct stopper {
+    uint64_t at_percent, first_done;
+    moe_cancel cancel;
+    bool kill;
+} stopper;
+
+static void stop_at(void *user, const conv_progress *p)
+{
+    stopper *s = user;
+    if (!s->first_done)
+        s->first_done = p->done;
+    if (s->at_percent && p->done * 100 >= p->total * s->at_percent) {
+        if (s->kill)
+            kill(getpid(), SIGKILL);
+        moe_cancel_set(&s->cancel);
+    }
+}
+
+static void a_killed_conversion_goes_on(void)
+{
+    const char *source = scratch_path("types.gguf"), *whole = scratch_path("whole.moe");
+    const char *out = scratch_path("killed.moe"), *partial = scratch_path("killed.moe.partial");
+    write_all_types(source, 32);
+    REQUIRE(convert(source, whole, CONV_STORE_ZSTD), "the whole");
+    for (int round = 0; round < 4; round++) {
+        stopper s = {.at_percent = 50, .kill = round < 2};
+        moe_error error = {0};
+        conv_options o = {.source = source, .out = out, .store = CONV_STORE_ZSTD, .n_threads = 1,
+                          .progress = stop_at, .user = &s, .cancel = &s.cancel};
+        if (s.kill) {
+            const pid_t child = fork();
+            if (!child) {
+                convert_with(&o, &error);
+                _exit(1);
+            }
+            int state = 0;
+            waitpid(child, &state, 0);
+            CHECK(WIFSIGNALED(state), "it was not killed");
+        } else {
+            CHECK(convert_with(&o, &error) == MOE_ERR_CANCELLED, "%s", error.message);
+        }
+        CHECK(exists(partial) && !exists(out), "round %d", round);
+        if (round % 2) { // what is damaged meanwhile is made again
+            image m = image_read(partial);
+            m.data[m.bytes / 5] ^= 4;
+            write_file(partial, m.data, m.bytes);
+            free(m.data);
+        }
+        s = (stopper){0};
+        CHECK(!convert_with(&o, &error), "%s", error.message);
+        CHECK(same_files(out, whole) && !exists(partial), "round %d: other bytes", round);
+        uint64_t total = 0;
+        stopper fresh = {0};
+        o.user = &fresh;
+        CHECK(!convert_with(&o, &error), "%s", error.message);
+        total = fresh.first_done;
+        CHECK(round % 2 || s.first_done > 2 * total, "round %d: %llu weights were made again", round,
+              (unsigned long long)s.first_done);
+        unlink(out);
+    }
+}
+
+/* What is left of another conversion is not taken over. */
+static void another_conversion_starts_anew(void)
+{
+    const char *source = scratch_path("types.gguf"), *out = scratch_path("other.moe");
+    const char *whole = scratch_path("whole.moe");
+    write_all_types(source, 32);
+    stopper s = {.at_percent = 50};
+    moe_error error = {0};
+    conv_options o = {.source = source, .out = out, .n_threads = 1, .progress = stop_at, .user = &s,
+                      .cancel = &s.cancel, .store = CONV_STORE_RAW};
+    CHECK(convert_with(&o, &error) == MOE_ERR_CANCELLED, "%s", error.message);
+    REQUIRE(convert(source, out, CONV_STORE_ZSTD) && convert(source, whole, CONV_STORE_ZSTD), "zstd");
+    CHECK(same_files(out, whole), "something of the raw file is in it");
+    s.cancel.flag = 0;
+    CHECK(convert_with(&o, &error) == MOE_ERR_CANCELLED, "%s", error.message);
+    write_all_types(source, 32); // the source is another one now
+    REQUIRE(convert(source, out, CONV_STORE_RAW) && convert(source, whole, CONV_STORE_RAW), "raw");
+    CHECK(same_files(out, whole), "something of the old source is in it");
+}
+
+static void touch_source(void *user, const conv_progress *p)
+{
+    (void)p;
+    utime(user, &(struct utimbuf){1, 1});
+}
+
+static void failures_leave_nothing(void)
+{
+    const char *source = scratch_path("types.gguf"), *out = scratch_path("fail.moe");
+    const char *partial = scratch_path("fail.moe.partial");
+    write_all_types(source, 32);
+    moe_error error = {0};
+    conv_options o = {.source = source, .out = out, .n_threads = 2, .store = CONV_STORE_RAW};
+    struct rlimit old, small = {20000, 20000};
+    signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &old);
+    small.rlim_max = old.rlim_max;
+    setrlimit(RLIMIT_FSIZE, &small);
+    CHECK(convert_with(&o, &error) == MOE_ERR_IO && strstr(error.message, "fail.moe.partial"), "%s",
+          error.message);
+    setrlimit(RLIMIT_FSIZE, &old);
+    CHECK(!exists(out) && !exists(partial), "something is left");
+    o.progress = touch_source;
+    o.user = (void *)(uintptr_t)source;
+    CHECK(convert_with(&o, &error) == MOE_ERR_IO && strstr(error.message, "was changed"), "%s",
+          error.message);
+    CHECK(!exists(out) && !exists(partial), "something is left");
+    o = (conv_options){.source = scratch_path("none.moe"), .out = out};
+    write_all_types(o.source, 32); // a GGUF under another name
+    CHECK(convert_with(&o, &error) == MOE_ERR_FORMAT, "%s", error.message);
+    CHECK(!exists(out) && !exists(partial), "something is left");
+}
+
+/* The receipt says what the file was made from, and how well. */
+static void the_receipt_is_there(void)
+{
+    const char *source = scratch_path("types.gguf"), *out = scratch_path("receipt.moe");
+    write_all_types(source, 32);
+    moe_error error = {0};
+    const conv_keep keep = {"^(Q5|Q6)", &quant_q8_0};
+    const conv_options o = {.source = source, .out = out, .keeps = &keep, .n_keeps = 1};
+    REQUIRE(!convert_with(&o, &error), "%s", error.message);
+    image m = image_read(source), made = image_read(out);
+    char digits[65] = "", got[80];
+    sha256 s;
+    sha256_begin(&s);
+    sha256_add(&s, m.data, m.bytes);
+    sha256_end(&s, digits);
+    moe_model *model = NULL;
+    moe_model_options mo;
+    moe_model_options_init(&mo);
+    mo.path = out;
+    mo.vocab_only = true;
+    REQUIRE(!moe_model_open(&model, &mo, &error), "%s", error.message);
+    bool there = false;
+    for (size_t i = 0; i < moe_model_meta_count(model); i++)
+        if (!strcmp(moe_model_meta_key(model, i), "receipt.source.sha256")) {
+            moe_model_meta_value(model, i, got, sizeof got);
+            there = strstr(got, digits) != NULL;
+        }
+    CHECK(there, "no hash %s", digits);
+    moe_model_close(model);
+    double worst = 0;
+    for (uint32_t i = 0; i < image_header(&made)->n_slices; i++) {
+        const moefile_slice *slice = image_slice(&made, i);
+        CHECK(slice->error >= 0 && slice->error < 1e-3f, "slice %u: %g", i, (double)slice->error);
+        worst = fmax(worst, (double)slice->error);
+    }
+    CHECK(worst > 1e-6, "no error was measured");
+    free(m.data);
+    free(made.data);
+}
+
+static void remove_scratch(void)
+{
+    DIR *dir = opendir(scratch);
+    char name[600];
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        snprintf(name, sizeof name, "%s/%s", scratch, e->d_name);
+        unlink(name);
+    }
+    if (dir)
+        closedir(dir);
+    rmdir(scratch);
+}
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    const char *tmp = getenv("TMPDIR");
+    snprintf(scratch, sizeof scratch, "%s/moefile-XXXXXX", tmp ? tmp : "/tmp");
+    if (!mkdtemp(scratch)) {
+        printf("cannot make %s\n", scratch);
+        return 1;
+    }
+    RUN(xxh64_is_the_public_one);
+    RUN(sha256_is_the_public_one);
+    RUN(fields_cover_the_block);
+    RUN(every_type_comes_back_from_moe);
+    RUN(planes_pay);
+    RUN(logits_are_those_of_gguf);
+    RUN(checkpoints_become_moe);
+    RUN(experts_have_types_of_their_own);
+    RUN(files_and_memory_are_as_promised);
+    RUN(every_flipped_bit_is_found);
+    RUN(damage_is_named_at_load);
+    RUN(a_file_that_is_cut_is_refused);
+    RUN(directories_that_lie_are_refused);
+    RUN(frames_that_lie_are_refused);
+    RUN(unknown_records_are_skipped_if_they_may);
+    RUN(a_killed_conversion_goes_on);
+    RUN(another_conversion_starts_anew);
+    RUN(failures_leave_nothing);
+    RUN(the_receipt_is_there);
+    remove_scratch();
+    return test_end();
+}
+#endif
