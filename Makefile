@@ -62,6 +62,7 @@ SHARED_LIB := $(B)/libmoe.so
 T ?=
 pick = $(if $(T),$(foreach t,$(T),$(foreach f,$(1),$(if $(findstring $(t),$(f)),$(f)))),$(1))
 TESTS := $(sort $(patsubst tests/%.c,$(B)/tests/%,$(call pick,$(wildcard tests/test_*.c))))
+JOINED := $(if $(word 2,$(TESTS)),$(TESTS))
 TEST_SCRIPTS := $(call pick,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,$(B)/bench/%,$(wildcard bench/*.c))
 CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))
@@ -71,11 +72,12 @@ CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))
 all: $(PROGRAM) $(CONVERTER) lib
 lib: $(STATIC_LIB) $(SHARED_LIB)
 
-# The flags, so that a change of them rebuilds. The shell line touches the file only if it differs.
-FLAGS := $(CC) $(BUILD_CFLAGS) $(LDFLAGS) $(LIBS)
+# The flags, and the tests that are joined, so that a change rebuilds. A file is touched only if it
+# differs.
 $(shell mkdir -p $(B)/cli $(B)/tests $(B)/bench)
-$(file >$(B)/flags.new,$(FLAGS))
-$(shell cmp -s $(B)/flags.new $(B)/flags && rm $(B)/flags.new || mv $(B)/flags.new $(B)/flags)
+keep = $(file >$1.new,$2)$(shell cmp -s $1.new $1 && rm $1.new || mv $1.new $1)
+$(call keep,$(B)/flags,$(CC) $(BUILD_CFLAGS) $(LDFLAGS) $(LIBS))
+$(if $(JOINED),$(call keep,$(B)/tests/list,$(JOINED)))
 
 $(B)/moe.o: $(CORE_SOURCE) $(B)/flags
 	$(CC) $(BUILD_CFLAGS) -fPIC -fvisibility=hidden -MMD -MP -c $< -o $@
@@ -99,14 +101,29 @@ $(PROGRAM): $(CLI_OBJECTS) $(STATIC_LIB)
 $(B)/moe-convert: convert/main.c $(B)/flags
 	$(CC) $(BUILD_CFLAGS) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) -o $@
 
-# A test or bench is one file that includes the whole library, internals and all.
+# A test or bench is one file that includes the whole library, internals and all. To compile the
+# library once instead of once per test, several tests are joined into one program, to which each has
+# a link.
+$(JOINED): $(B)/tests/joined
+	ln -sf $(<F) $@
+
+$(B)/tests/joined: $(B)/tests/joined.c $(B)/flags | $(if $(CORE),$(CORE_SOURCE))
+	$(CC) $(BUILD_CFLAGS) $(TEST_CORE) -iquote . -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) \
+		$(TEST_LIBS) -o $@
+
+$(B)/tests/joined.c: $(JOINED:$(B)/%=%.c) $(wildcard tests/*.h convert/*.[ch]) tests/join.awk \
+	$(B)/tests/list
+	awk -f tests/join.awk $(filter %.c %.h,$^) >$@
+
 $(B)/tests/%: tests/%.c $(B)/flags | $(if $(CORE),$(CORE_SOURCE))
+	rm -f $@
 	$(CC) $(BUILD_CFLAGS) $(TEST_CORE) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
 
 $(B)/bench/%: bench/%.c $(B)/flags
 	$(CC) $(BUILD_CFLAGS) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
 
--include $(B)/moe.d $(B)/moe-convert.d $(CLI_OBJECTS:.o=.d) $(addsuffix .d,$(TESTS) $(BENCHES))
+-include $(B)/moe.d $(B)/moe-convert.d $(CLI_OBJECTS:.o=.d) $(addsuffix .d,$(B)/tests/joined \
+	$(TESTS) $(BENCHES))
 
 # ----------------------------------------------------------------------------------- runs --
 
