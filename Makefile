@@ -67,7 +67,7 @@ TEST_SCRIPTS := $(call pick,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,$(B)/bench/%,$(wildcard bench/*.c))
 CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))
 
-.PHONY: all lib demo models test tests bench fuzz dist install uninstall clean help
+.PHONY: all lib demo models test tests bench bench-report fuzz dist install uninstall clean help
 .DELETE_ON_ERROR:
 all: $(PROGRAM) $(CONVERTER) lib
 lib: $(STATIC_LIB) $(SHARED_LIB)
@@ -159,11 +159,18 @@ build/fuzz/%: tests/fuzz_%.c
 bench: $(BENCHES)
 	@for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done
 
+# How throughput scales, for docs/performance.md. REPORT: options of bench/report.sh.
+MODELS_DIR ?= $(MODELS)
+REPORT ?=
+bench-report: $(PROGRAM) $(B)/bench/roofline
+	MOE="$(PROGRAM)" ROOFLINE="$(B)/bench/roofline" bench/report.sh $(REPORT) \
+		$(wildcard $(MODELS_DIR)/*.gguf $(MODELS_DIR)/*.moe)
+
 # ------------------------------------------------------------------- distribution, install --
 
 dist: dist/moe.c dist/moe.h
 CORE_PARTS := moe.c moe.h $(wildcard $(foreach d,core quant backends,$d/*.[ch] $d/*.def))
-dist/moe.c: $(CORE_PARTS) core/amalgamate.awk
+dist/moe.c: $(CORE_PARTS) core/amalgamate.awk | dist/moe.h
 	@mkdir -p dist
 	awk -f core/amalgamate.awk moe.c >$@
 dist/moe.h: moe.h
@@ -201,6 +208,7 @@ help:
 	@echo 'make test CORE=dist                  the same on the two-file form'
 	@echo 'make models      both models that the tests use; kept in $(MODELS)'
 	@echo 'make bench       the benchmarks in bench/'
+	@echo 'make bench-report MODELS_DIR=FOLDER    tables and a plot into docs/performance.md'
 	@echo 'make fuzz        build/fuzz/*, fuzzers; needs clang'
 	@echo 'make dist        dist/moe.c and dist/moe.h'
 	@echo 'make install     PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)'

@@ -3,8 +3,9 @@
  * The context is filled with `depth` tokens once. A repetition goes back to them, computes `n_prompt`
  * tokens in one call (prefill; timed), goes back again, then computes `n_gen` tokens one by one
  * (decode; timed). Before the first there is a warm-up that is not counted: one token, which reads
- * the weights into memory and tells the time to the first token, and one prefill. The tokens are
- * pseudo-random: with a mixture of experts, text from one subject would use fewer of them. */
+ * the weights into memory and tells the time to the first token, and one batch of the prompt. The
+ * tokens are pseudo-random: with a mixture of experts, text from one subject would use fewer of
+ * them. */
 #include "cli.h"
 
 #include <stdlib.h>
@@ -53,12 +54,13 @@ static moe_status bench_to_depth(bench_state *b, const bench_options *o)
     return status ? status : moe_session_eval(b->session, b->tokens + depth - 1, 1, 0, NULL);
 }
 
-static moe_status bench_prefill(bench_state *b, const bench_options *o, double *seconds)
+static moe_status bench_prefill(bench_state *b, const bench_options *o, uint32_t n_prompt,
+                                double *seconds)
 {
     moe_status status = bench_to_depth(b, o);
     const double start = system_seconds();
-    if (!status && o->n_prompt)
-        status = moe_session_eval(b->session, b->tokens + o->depth, o->n_prompt, 1, b->logits);
+    if (!status && n_prompt)
+        status = moe_session_eval(b->session, b->tokens + o->depth, n_prompt, 1, b->logits);
     *seconds = system_seconds() - start;
     return status;
 }
@@ -78,7 +80,8 @@ static moe_status bench_warm_up(bench_state *b, const bench_options *o)
     moe_status status = moe_session_eval(b->session, b->tokens, 1, 1, b->logits);
     b->first_token_s = system_seconds() - b->start;
     double unused;
-    return status ? status : bench_prefill(b, o, &unused);
+    const uint32_t n_prompt = o->n_prompt < o->n_batch ? o->n_prompt : o->n_batch;
+    return status ? status : bench_prefill(b, o, n_prompt, &unused);
 }
 
 static int bench_measure(bench_state *b, const bench_options *o)
@@ -87,7 +90,7 @@ static int bench_measure(bench_state *b, const bench_options *o)
     moe_status status = bench_warm_up(b, o);
     for (uint32_t i = 0; !status && i < o->n_repeat; i++) {
         progress_show("bench", (uint64_t)i + 1, (uint64_t)o->n_repeat + 1);
-        status = bench_prefill(b, o, &b->prefill_s[i]);
+        status = bench_prefill(b, o, o->n_prompt, &b->prefill_s[i]);
         if (!status)
             status = bench_decode(b, o, &b->decode_s[i]);
     }
