@@ -193,10 +193,11 @@ END {
     printf("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"820\" height=\"%d\" " \
            "font-family=\"sans-serif\" font-size=\"12\">\n" \
            "<rect width=\"820\" height=\"%d\" fill=\"white\"/>\n", height, height)
+    text(410, 18, "middle", "Fraction of what the hardware can do at most, all cores")
     for (p = 1; p <= 3; p++) {
         left[p] = 50 + (p - 1) * 260
         if (high[p] == low[p]) high[p] = low[p] + 1
-        text(left[p] + 110, 30, "middle", "Fraction of the limit, by " title[p])
+        text(left[p] + 110, 38, "middle", "by " title[p])
         for (i = 0; i <= 4; i++) {
             y = y_of(top * i / 4)
             printf("<path d=\"M%d %.1fh220\" stroke=\"#ddd\"/>\n", left[p], y)
