@@ -36,18 +36,21 @@ static void cpu_store(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t threa
     }
 }
 
-/* Positions [first, first + n) of a head as floats: dst[i][stride]. */
+/* Positions [first, first + n) of a head as floats: dst[i][stride], stride = dim rounded up to 32. */
 static void cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t head, uint32_t first,
-                             uint32_t n, float *dst, size_t stride)
+                             uint32_t n, float *dst)
 {
-    for (uint32_t i = 0; i < n; i++, dst += stride) {
+    const size_t stride = (size_t)align_up(c->dim, 32);
+    for (uint32_t i = 0, n_run; i < n; i += n_run, dst += n_run * stride) {
         const uint8_t *src = cpu_cache_row(c, head, first + i);
+        /* Rows that are neighbours here and there, up to where the ring begins anew, are one. */
+        n_run = stride == c->dim ? MOE_MIN(n - i, c->n_slot - (first + i) % c->n_slot) : 1;
         if (c->type == MOE_CACHE_F16)
-            q->device->simd->f32_of_f16(dst, src, c->dim);
+            q->device->simd->f32_of_f16(dst, src, n_run * (size_t)c->dim);
         else if (c->type == MOE_CACHE_Q8_0)
-            quant_q8_0.dequantize(src, dst, (size_t)align_up(c->dim, 32));
+            quant_q8_0.dequantize(src, dst, n_run * stride);
         else
-            memcpy(dst, src, c->dim * sizeof *dst);
+            memcpy(dst, src, n_run * (size_t)c->dim * sizeof *dst);
     }
 }
 
@@ -59,7 +62,7 @@ static void cpu_cache_transposed(const moe_queue *q, const moe_cache *c, uint32_
     const size_t stride = (size_t)align_up(c->dim, 32);
     for (uint32_t i = 0; i < n; i += CPU_KEY_ROWS) {
         const uint32_t n_row = MOE_MIN(CPU_KEY_ROWS, n - i);
-        cpu_cache_floats(q, c, head, first + i, n_row, rows, stride);
+        cpu_cache_floats(q, c, head, first + i, n_row, rows);
         memset(rows + n_row * stride, 0, (CPU_KEY_ROWS - n_row) * stride * sizeof *rows);
         q->device->outer->transpose(dst + i, CPU_KEY_BLOCK, rows, stride, CPU_KEY_ROWS, c->dim);
     }
@@ -152,7 +155,7 @@ static void cpu_values(const moe_queue *q, const cpu_queries *a, uint32_t start,
                        uint32_t n, const cpu_scratch *s)
 {
     const size_t dim = cpu_value_dim(a->o, a->v), stride = (size_t)align_up(a->v->dim, 32);
-    cpu_cache_floats(q, a->v, a->kv_head, first, n, s->block, stride);
+    cpu_cache_floats(q, a->v, a->kv_head, first, n, s->block);
     q->device->outer->outer(&(cpu_outer){
         .c = s->partial,
         .c_stride = dim + 2,
@@ -196,9 +199,10 @@ static void cpu_merge(const moe_queue *q, float *total, const float *partial, si
         return;
     }
     const float max = total[dim] > partial[dim] ? total[dim] : partial[dim];
-    const float old = cpu_exp(total[dim] - max), new = cpu_exp(partial[dim] - max);
-    q->device->simd->scale_rows(total, total, old, NULL, dim + 2);
-    q->device->simd->add(total, total, partial, new, dim + 2);
+    float factor[2] = {total[dim], partial[dim]};
+    q->device->simd->exp_sum(factor, 2, max);
+    q->device->simd->scale_rows(total, total, factor[0], NULL, dim + 2);
+    q->device->simd->add(total, total, partial, factor[1], dim + 2);
     total[dim] = max;
 }
 

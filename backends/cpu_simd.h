@@ -398,14 +398,26 @@ AVX512 MOE_INLINE __m512 exp_avx512(__m512 x)
     return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(power, 23)));
 }
 
+/* The first n < 16 lanes. */
+AVX512 MOE_INLINE __mmask16 first_lanes_avx512(size_t n)
+{
+    return (__mmask16)((1u << n) - 1);
+}
+
 /* 16 at a time; the 8 lanes take the lower half, then the upper one. */
 AVX512 static float exp_sum_avx512(float *x, size_t n, float max)
 {
     const __m512 m = _mm512_set1_ps(max);
     __m256 sum = _mm256_setzero_ps();
     size_t i = 0;
-    for (; i < n; i += 16) {
-        const __mmask16 some = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : (__mmask16)0xffff;
+    for (; i + 16 <= n; i += 16) {
+        __m512 e = exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), m));
+        _mm512_storeu_ps(x + i, e);
+        sum = _mm256_add_ps(sum, _mm512_castps512_ps256(e));
+        sum = _mm256_add_ps(sum, _mm512_extractf32x8_ps(e, 1));
+    }
+    if (i < n) {
+        const __mmask16 some = first_lanes_avx512(n - i);
         __m512 e = exp_avx512(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, x + i), m));
         e = _mm512_maskz_mov_ps(some, e);
         _mm512_mask_storeu_ps(x + i, some, e);
@@ -418,13 +430,18 @@ AVX512 static float exp_sum_avx512(float *x, size_t n, float max)
 AVX512 static float max_avx512(const float *x, size_t n)
 {
     const __m512 least = _mm512_set1_ps(-INFINITY);
-    __m512 max = least;
-    for (size_t i = 0; i < n; i += 16) {
-        const __mmask16 some = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : (__mmask16)0xffff;
-        max = _mm512_max_ps(_mm512_mask_loadu_ps(least, some, x + i), max); /* passes over NaN */
+    __m512 even = least, odd = least;
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        even = _mm512_max_ps(_mm512_loadu_ps(x + i), even); /* the order passes over NaN */
+        odd = _mm512_max_ps(_mm512_loadu_ps(x + i + 16), odd);
+    }
+    for (; i < n; i += 16) {
+        const __mmask16 some = n - i < 16 ? first_lanes_avx512(n - i) : (__mmask16)0xffff;
+        even = _mm512_max_ps(_mm512_mask_loadu_ps(least, some, x + i), even);
     }
     float lane[16];
-    _mm512_storeu_ps(lane, max);
+    _mm512_storeu_ps(lane, _mm512_max_ps(even, odd));
     return max_avx2(lane, 16);
 }
 
