@@ -9,6 +9,7 @@
 #ifndef MOE_CONVERT_ENCODE_C
 #define MOE_CONVERT_ENCODE_C
 
+#include "encode_input.h"
 #include "encoders.h"
 #include "gguf_write.c"
 #include "plan.c"
@@ -44,6 +45,8 @@ typedef struct encode_state {
     const conv_options *options;
     const encode_sink *sink;
     uint64_t total;         // weights
+    input_ops input;
+    uint32_t cpu;           // moe_cpu bits of this machine
     float fp8[256];         // the value of each code
     plat_mutex lock;
     /* Under the lock, as is the sink's cursor: */
@@ -95,8 +98,9 @@ static float fp8_value(uint8_t code)
 static void fp8_decode(const float table[256], const uint8_t *src, const float *scales,
                        uint32_t block, float *dst, uint64_t n)
 {
-    for (uint64_t i = 0; i < n; i++)
-        dst[i] = table[src[i]] * scales[i / block];
+    for (uint64_t first = 0; first < n; first += block)
+        for (uint64_t i = first; i < MOE_MIN(first + block, n); i++)
+            dst[i] = table[src[i]] * scales[first / block];
 }
 
 /* --------------------------------------------------------------------------------- rows -- */
@@ -166,7 +170,7 @@ static void encode_row_floats(const encode_worker *w, const encode_chunk *c, uin
     }
     const uint8_t *src = w->raw.data + from * encode_row_bytes(c->in->type, n);
     if (c->in->type) {
-        c->in->type->dequantize(src, dst, (size_t)n);
+        input_floats(&w->state->input, c->in->type, src, dst, (size_t)n);
     } else {
         const uint32_t block = c->in->scale_block;
         const uint64_t in_row = c->in_row + from;
@@ -184,11 +188,9 @@ static moe_status encode_check(encode_worker *w, const encode_chunk *c, uint64_t
     const conv_tensor *t = c->t;
     const float max = c->type->id == Q_F32 || c->type->id == Q_BF16 ? FLT_MAX : 65504.0f;
     const bool floats = c->type->block_len == 1;
-    uint64_t i = 0;
-    // one compare for a run of good numbers; NaN compares false
-    for (; i < t->row_len && fabsf(x[i]) <= max; i++)
-        ;
-    for (; i < t->row_len; i++) {
+    if (w->state->input.within(x, (size_t)t->row_len, max))
+        return MOE_OK;
+    for (uint64_t i = 0; i < t->row_len; i++) {
         if (fabsf(x[i]) <= max)
             continue;
         const unsigned long long row = (unsigned long long)(c->row + r), column = i;
@@ -258,7 +260,7 @@ static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t 
         memcpy(dst + r * row_bytes, w->raw.data + encode_source_row(t, first + r) * row_bytes,
                (size_t)row_bytes);
     if (!copy && !status) {
-        encoder_for(c->type)(x, NULL, dst, (size_t)n, (size_t)t->row_len);
+        encoder_select(c->type, w->state->cpu)(x, NULL, dst, (size_t)n, (size_t)t->row_len);
         if (w->state->sink->measure)
             encode_measure(w, c, x, dst, n);
     }
@@ -362,6 +364,8 @@ static moe_status encode_all(conv_job *job, const encode_sink *sink, uint64_t do
     encode_worker *workers = mem_alloc(&job->mem, n, sizeof *workers);
     plat_thread *threads = mem_alloc(&job->mem, n, sizeof *threads);
     uint32_t started = 1;
+    st.cpu = cpu_detect();
+    st.input = input_select(st.cpu);
     for (int i = 0; i < 256; i++)
         st.fp8[i] = fp8_value((uint8_t)i);
     if (!workers || !threads || !plat_mutex_init(&st.lock)) {

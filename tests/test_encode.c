@@ -2,6 +2,7 @@
  * reference quantizers leave. */
 #include "test.h"
 
+#include "../convert/encode_input.h"
 #include "../convert/encoders.h"
 
 enum { N_IN = 768, N_ROW = 5, N = N_IN * N_ROW };
@@ -264,6 +265,41 @@ static void bytes_are_the_recorded_ones(void)
     }
 }
 
+/* All numbers of 16 bits, NaN's payload too. */
+static void inputs_are_the_same_floats(void)
+{
+    static uint16_t half[65536 + 3];
+    static float a[65536 + 3], b[65536 + 3];
+    const input_ops ops = input_select(cpu_detect());
+    for (size_t i = 0; i < MOE_COUNT(half); i++)
+        half[i] = (uint16_t)i;
+    for (int type = 0; type < 2; type++) {
+        const moe_quant *quant = type ? &quant_bf16 : &quant_f16;
+        input_floats(&ops, quant, half, a, MOE_COUNT(half));
+        quant->dequantize(half, b, MOE_COUNT(half));
+        CHECK(!memcmp(a, b, sizeof a), "%s", quant->name);
+    }
+}
+
+static void unusable_numbers_are_found_anywhere(void)
+{
+    const input_ops ops = input_select(cpu_detect());
+    const float bad[] = {NAN, -NAN, INFINITY, -INFINITY, 65505, -65505};
+    float x[21] = {0};
+    for (size_t n = 1; n <= MOE_COUNT(x); n++) {
+        for (size_t i = 0; i < n; i++)
+            x[i] = i % 2 ? 65504 : -65504;
+        CHECK(ops.within(x, n, 65504), "%zu", n);
+        for (size_t i = 0; i < n * MOE_COUNT(bad); i++) {
+            const float old = x[i / MOE_COUNT(bad)];
+            x[i / MOE_COUNT(bad)] = bad[i % MOE_COUNT(bad)];
+            CHECK(!ops.within(x, n, 65504), "%g at %zu of %zu", (double)bad[i % MOE_COUNT(bad)],
+                  i / MOE_COUNT(bad), n);
+            x[i / MOE_COUNT(bad)] = old;
+        }
+    }
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -274,5 +310,7 @@ int main(int argc, char **argv)
     RUN(importance_lowers_the_weighted_error);
     RUN(what_fits_is_exact);
     RUN(bytes_are_the_recorded_ones);
+    RUN(inputs_are_the_same_floats);
+    RUN(unusable_numbers_are_found_anywhere);
     return test_end();
 }
