@@ -40,6 +40,7 @@
 #include "core/layers.c"      /* attention, feed-forward, experts, built from operations */
 #include "core/model_llama.c" /* families: llama, qwen2, qwen3, mixtral, olmoe, ... */
 #include "core/model_gemma.c" /* gemma3 */
+#include "core/model_gemma4.c" /* gemma4 */
 #include "core/model_deepseek.c" /* deepseek2: V2, V3, R1 and kin */
 #include "core/model_gpt_oss.c" /* gpt-oss */
 #include "core/model_lfm2.c"  /* lfm2moe */

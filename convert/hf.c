@@ -294,7 +294,7 @@ static moe_status hf_new_tensor(hf_source *h, const moe_binding *b, uint32_t lay
     t->name = conv_text(s, "%s", binding_name(b, layer, name, sizeof name));
     uint64_t n = 1;
     for (uint32_t d = 0; d < 3 && b->dims[d] != DIM_NONE; d++) {
-        t->dims[t->n_dims++] = dim_value(&h->hp, (moe_dim)b->dims[d]);
+        t->dims[t->n_dims++] = dim_value(&h->hp, layer, (moe_dim)b->dims[d]);
         if (!checked_mul(n, t->dims[d], &n) || n > INT64_MAX / 8)
             return fail(h->error, MOE_ERR_LIMIT, t->name, "expected fewer elements");
     }

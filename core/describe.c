@@ -47,9 +47,13 @@ static void describe_router(const moe_model *m, char *text, size_t bytes)
 static void describe_attention(const moe_model *m, char *text, size_t bytes)
 {
     const moe_hparams *hp = &m->hp;
-    uint32_t n_recurrent = 0, attention = 0;
+    uint32_t n_recurrent = 0, n_local = 0, attention = 0, global = 0;
     for (uint32_t i = hp->n_layer; i-- > 0;)
         layer_is_recurrent(hp, i) ? n_recurrent++ : (attention = i);
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        global = layer_is_local(hp, i) || layer_is_recurrent(hp, i) ? global : i;
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        n_local += layer_is_local(hp, i);
     const moe_layer *first = &m->layers[attention];
     text[0] = 0;
     if (hparams_latent(hp)) {
@@ -69,11 +73,16 @@ static void describe_attention(const moe_model *m, char *text, size_t bytes)
         describe_add(text, bytes, ", norms of q and k");
     if (weight_present(&first->sinks))
         describe_add(text, bytes, ", sinks");
-    if (hp->window && hp->window_period)
-        describe_add(text, bytes, ", window of %u in %u of %u layers", hp->window,
-                     hp->window_period - 1, hp->window_period);
-    else if (hp->window)
+    if (n_local && n_local < hp->n_layer)
+        describe_add(text, bytes, ", window of %u in %u of %u layers", hp->window, n_local,
+                     hp->n_layer);
+    else if (n_local)
         describe_add(text, bytes, ", window of %u", hp->window);
+    if (hp->local.n_kv != hp->n_head_kv || hp->local.dim != hp->head_dim)
+        describe_add(text, bytes, ", there on %u of %u elements, elsewhere %u", hp->local.n_kv,
+                     hp->local.dim, hp->head_dim);
+    if (hp->v_norm && !weight_present(&m->layers[global].wv))
+        describe_add(text, bytes, ", values from keys in global layers");
     if (hp->q_gated)
         describe_add(text, bytes, ", gated");
     if (hp->delta.n_head)

@@ -36,6 +36,7 @@ struct moe_pass {
     moe_view q_absorbed;     // [n_tok][n_head][n_latent + n_rot]
     moe_view attn_latent;    // [n_tok][n_head][n_latent]
     moe_view inputs;         // [n_tok][...] of a recurrent layer, before its state takes part
+    moe_view mixed;          // [n_tok][n_embd] what experts beside a dense feed-forward give
     moe_view q_gated;        // [n_tok][n_head][2][head_dim]
     moe_view delta_qk;       // [n_tok][2][delta.n_head_k][dim_k]
     moe_view delta_v, delta_z; // [n_tok][delta.n_head][dim_v]
@@ -248,24 +249,20 @@ static void layer_delta(moe_pass *p, uint32_t index, moe_view dst)
 
 /* ------------------------------------------------------------------------------ attention -- */
 
-/* A layer attends locally if the family has a window and the layer is not its period's last. */
-static bool layer_is_local(const moe_hparams *hp, uint32_t index)
-{
-    return hp->window && (!hp->window_period || (index + 1) % hp->window_period != 0);
-}
-
 /* Norm of each head, or, where the weight is longer, of all heads as one row (OLMoE). */
-static void layer_qk_norm(moe_pass *p, moe_view x, const moe_weight *weight, uint32_t n_head)
+static void layer_qk_norm(moe_pass *p, moe_view x, const moe_weight *weight, uint32_t n_head,
+                          uint32_t head_dim)
 {
     const uint32_t dim = (uint32_t)weight->dims[0];
     if (weight_present(weight))
-        layer_norm(p, x, x, weight, p->n_tok * (n_head * p->model->hp.head_dim / dim), dim);
+        layer_norm(p, x, x, weight, p->n_tok * (n_head * head_dim / dim), dim);
 }
 
 static void layer_rope(moe_pass *p, moe_view x, uint32_t n_head, bool local)
 {
     const moe_hparams *hp = &p->model->hp;
-    const moe_rope_op op = {x, p->rope[local], p->n_tok, n_head, hp->head_dim, 0, hp->n_rot,
+    const moe_head_shape heads = hparams_heads(hp, local);
+    const moe_rope_op op = {x, p->rope[local], p->n_tok, n_head, heads.dim, 0, heads.n_rot,
                             hp->rope_interleaved};
     p->be->rope(p->queue, &op);
 }
@@ -300,14 +297,17 @@ static void layer_gate_heads(moe_pass *p)
  * et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245. */
 static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
 {
+    static const moe_weight no_weight = {0};
     const moe_hparams *hp = &p->model->hp;
     const moe_layer *l = &p->model->layers[index];
     const moe_cache *k = &p->k_cache[index], *v = &p->v_cache[index];
     const bool local = layer_is_local(hp, index);
+    const moe_head_shape heads = hparams_heads(hp, local);
+    const bool values = weight_present(&l->wv); /* else they are the keys, before their norm */
     const moe_matmul_op project = {
         .src = p->h,
         .n_tok = p->n_tok,
-        .n_out = 3,
+        .n_out = values ? 3 : 2,
         .out = {{&l->wq, l->bq.data, hp->q_gated ? p->q_gated : p->q, false},
                 {&l->wk, l->bk.data, p->k, false},
                 {&l->wv, l->bv.data, p->v, false}},
@@ -315,10 +315,12 @@ static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
     layer_matmul(p, &project);
     if (hp->q_gated)
         layer_copy_gated(p, p->q, 0);
-    layer_qk_norm(p, p->q, &l->q_norm, hp->n_head);
-    layer_qk_norm(p, p->k, &l->k_norm, hp->n_head_kv);
+    if (hp->v_norm)
+        layer_norm(p, p->v, values ? p->v : p->k, &no_weight, p->n_tok * heads.n_kv, heads.dim_v);
+    layer_qk_norm(p, p->q, &l->q_norm, hp->n_head, heads.dim);
+    layer_qk_norm(p, p->k, &l->k_norm, heads.n_kv, heads.dim);
     layer_rope(p, p->q, hp->n_head, local);
-    layer_rope(p, p->k, hp->n_head_kv, local);
+    layer_rope(p, p->k, heads.n_kv, local);
     layer_store(p, k, p->k);
     layer_store(p, v, p->v);
     const moe_attend_op attend = {
@@ -440,19 +442,25 @@ static void layer_feed_forward(moe_pass *p, const moe_layer *l, moe_view dst, bo
     layer_gated(p, &l->gate, &l->up, &l->down, dst, add);
 }
 
-/* Routed experts: p->h in. The router's logits choose n_used experts for each token; their outputs are
- * summed with the router's weights. Shazeer et al. 2017, arXiv:1701.06538. */
-static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
+/* The experts of each token, and their weights, by the router's logits of src. */
+static void layer_route(moe_pass *p, const moe_layer *l, moe_view src)
 {
-    const moe_hparams *hp = &p->model->hp;
-    const moe_router *r = &hp->router;
-    layer_linear(p, p->router, &l->router, p->h, &l->router_bias, false);
+    layer_linear(p, p->router, &l->router, src, &l->router_bias, false);
     const moe_route_op route = {.ids = p->expert_ids, .weights = p->expert_weights,
                                 .logits = p->router, .bias = l->router_choice.data,
-                                .router = *r, .n_tok = p->n_tok};
+                                .factor = l->experts_factor.data,
+                                .router = p->model->hp.router, .n_tok = p->n_tok};
     p->be->route(p->queue, &route);
     if (p->observe)
         observe_route(p->observe, p->be, p->queue, &route, p->layer, p->pos);
+}
+
+/* Routed experts: p->h in. n_used experts have been chosen for each token; their outputs are summed with
+ * the router's weights. Shazeer et al. 2017, arXiv:1701.06538. */
+static void layer_routed_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_router *r = &hp->router;
     const moe_experts_op project = {
         .src = p->h,
         .ids = p->expert_ids,
@@ -498,6 +506,13 @@ static void layer_shared_experts(moe_pass *p, const moe_layer *l, moe_view dst)
     p->be->combine(p->queue, &combine);
 }
 
+/* The same experts: p->h in, for the router too. */
+static void layer_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
+{
+    layer_route(p, l, p->h);
+    layer_routed_experts(p, l, dst, add);
+}
+
 /* What stands behind the attention: experts, with the shared ones if there are any, or a dense
  * feed-forward. p->h in, added to dst. */
 static void layer_mixture(moe_pass *p, const moe_layer *l, moe_view dst)
@@ -508,6 +523,16 @@ static void layer_mixture(moe_pass *p, const moe_layer *l, moe_view dst)
         layer_feed_forward(p, l, dst, true);
     if (weight_present(&l->shared_gate))
         layer_shared_experts(p, l, dst);
+}
+
+/* x *= the layer's factor. */
+static void layer_output_scale(moe_pass *p, const moe_layer *l)
+{
+    const moe_model *m = p->model;
+    const float scale = m->vectors[l->layer_scale.data.offset / sizeof(float)];
+    const moe_add_op op = {.dst = p->x, .b = p->x, .n = (uint64_t)p->n_tok * m->hp.n_embd,
+                           .scale = scale};
+    p->be->add(p->queue, &op);
 }
 
 /* dst += src, n_embd elements of each token. */

@@ -174,7 +174,22 @@ static void hparam_experts(hparam_reader *r, moe_hparams *hp)
                               &router->renormalize, r->error);
 }
 
-/* Layers with 0 have no attention, but a state; the others must be alike. */
+/* Which layers have the sliding window, where the file says it for each. */
+static void hparam_local_layers(hparam_reader *r, moe_hparams *hp)
+{
+    char buf[160];
+    uint32_t list[MODEL_MAX_LAYERS];
+    const char *key = hparam_key(r, "attention.sliding_window_pattern", buf);
+    const moe_meta *meta = r->status ? NULL : directory_meta(r->dir, key);
+    if (!meta || meta->type != META_ARRAY)
+        return;
+    r->status = meta_u32_list(r->dir, key, true, 0, 1, list, hp->n_layer, r->error);
+    for (uint32_t i = 0; i < hp->n_layer && !r->status; i++)
+        hp->local_layers[i / 32] |= list[i] << i % 32;
+}
+
+/* Layers with 0 have no attention, but a state; the others must be alike, local ones, where the file
+ * says which those are, and global ones each for themselves. */
 static void hparam_heads_kv(hparam_reader *r, moe_hparams *hp)
 {
     char buf[160];
@@ -185,17 +200,20 @@ static void hparam_heads_kv(hparam_reader *r, moe_hparams *hp)
         list[i] = hp->n_head;
     r->status = meta_u32_list(r->dir, hparam_key(r, "attention.head_count_kv", buf), false, 0,
                               MODEL_MAX_HEADS, list, hp->n_layer, r->error);
-    hp->n_head_kv = 0;
+    hp->n_head_kv = hp->local.n_kv = 0;
     for (uint32_t i = 0; i < hp->n_layer && !r->status; i++) {
+        uint32_t *n = layer_is_local(hp, i) ? &hp->local.n_kv : &hp->n_head_kv;
         if (!list[i])
             hp->recurrent_layers[i / 32] |= 1u << i % 32;
-        else if (!hp->n_head_kv)
-            hp->n_head_kv = list[i];
-        else if (list[i] != hp->n_head_kv)
+        else if (!*n)
+            *n = list[i];
+        else if (list[i] != *n)
             r->status = fail(r->error, MOE_ERR_UNSUPPORTED, buf,
-                             "expected the same value in all layers with attention, got %u and, in "
-                             "layer %u, %u", hp->n_head_kv, i, list[i]);
+                             "expected the same value in all layers with attention of one kind, got "
+                             "%u and, in layer %u, %u", *n, i, list[i]);
     }
+    hp->n_head_kv = hp->n_head_kv ? hp->n_head_kv : hp->local.n_kv;
+    hp->local.n_kv = hp->local.n_kv ? hp->local.n_kv : hp->n_head_kv;
     hparam_require(r, hp->n_head_kv, "attention.head_count_kv",
                    "expected 1 to %u in a layer, got %u in all", hp->n_head, 0);
 }
@@ -211,10 +229,13 @@ static void hparam_check_recurrent(hparam_reader *r, const moe_hparams *hp)
 static void hparam_attention(hparam_reader *r, moe_hparams *hp)
 {
     hparam_uniform(r, "attention.head_count", true, 1, MODEL_MAX_HEADS, hp->n_layer, &hp->n_head);
+    hparam_local_layers(r, hp);
     hparam_heads_kv(r, hp);
     hparam_require(r, !r->status && hp->n_head_kv <= hp->n_head && hp->n_head % hp->n_head_kv == 0,
                    "attention.head_count_kv", "expected a divisor of the %u heads, got %u",
                    hp->n_head, hp->n_head_kv);
+    hparam_require(r, r->status || hp->n_head % hp->local.n_kv == 0, "attention.head_count_kv",
+                   "expected a divisor of the %u heads, got %u", hp->n_head, hp->local.n_kv);
     if (r->status)
         return;
     hp->head_dim = 0;
@@ -234,6 +255,16 @@ static void hparam_attention(hparam_reader *r, moe_hparams *hp)
     hparam_f32(r, "attention.scale", false, 0, 1e6, &hp->attn_scale);
     if (hp->attn_scale == 0)
         hp->attn_scale = (float)(1.0 / sqrt((double)hp->head_dim));
+}
+
+/* Local layers, where the file does not describe them by themselves. */
+static void hparam_fill_local(moe_hparams *hp)
+{
+    if (!hp->local.dim)
+        hp->local = hparams_heads(hp, false);
+    for (uint32_t i = 0; hp->window && i < hp->n_layer; i++)
+        if (!hp->window_period || (i + 1) % hp->window_period != 0)
+            hp->local_layers[i / 32] |= 1u << i % 32;
 }
 
 /* The keys that all families share; then the family's own. */
@@ -256,6 +287,7 @@ static moe_status model_read_hparams(moe_model *m, moe_error *error)
     hp->router.renormalize = true;
     if (!r->status)
         m->family->hparams(hp, r);
+    hparam_fill_local(hp);
     hparam_check_recurrent(r, hp);
     hparam_experts(r, hp);
     hparam_require(r, hp->n_ff > 0 || hp->router.n_expert > 0, "feed_forward_length",
@@ -265,20 +297,24 @@ static moe_status model_read_hparams(moe_model *m, moe_error *error)
 
 /* -------------------------------------------------------------------------------- binding -- */
 
-static uint64_t dim_value(const moe_hparams *hp, moe_dim dim)
+/* The length that a symbol stands for in a layer. */
+static uint64_t dim_value(const moe_hparams *hp, uint32_t layer, moe_dim dim)
 {
+    const moe_head_shape heads = hparams_heads(hp, layer_is_local(hp, layer));
     switch (dim) {
     case DIM_VOCAB: return hp->n_vocab;
     case DIM_EMBD: return hp->n_embd;
-    case DIM_Q: return (uint64_t)hp->n_head * hp->head_dim;
-    case DIM_K: return (uint64_t)hp->n_head_kv * hp->head_dim;
-    case DIM_V: return (uint64_t)hp->n_head_kv * hp->head_dim_v;
-    case DIM_O: return (uint64_t)hp->n_head * hp->head_dim_v;
-    case DIM_HEAD: return hp->head_dim;
+    case DIM_ONE: return 1;
+    case DIM_Q: return (uint64_t)hp->n_head * heads.dim;
+    case DIM_K: return (uint64_t)heads.n_kv * heads.dim;
+    case DIM_V: return (uint64_t)heads.n_kv * heads.dim_v;
+    case DIM_O: return (uint64_t)hp->n_head * heads.dim_v;
+    case DIM_HEAD: return heads.dim;
     case DIM_HALF_ROT: return hp->n_rot / 2;
     case DIM_FF: return hp->n_ff;
     case DIM_EXPERT: return hp->router.n_expert;
     case DIM_FF_EXPERT: return hp->n_ff_expert;
+    case DIM_FF_EXPERT_2: return 2ull * hp->n_ff_expert;
     case DIM_FF_SHARED: return hp->n_ff_shared;
     case DIM_Q_HEADS: return hp->n_head;
     case DIM_HEAD_V: return hp->head_dim_v;
@@ -331,14 +367,14 @@ static bool binding_applies(const moe_hparams *hp, const moe_binding *b, uint32_
            !(b->flags & BIND_LATENT_FUSED && hp->latent_split);
 }
 
-static moe_status binding_check(const moe_model *m, const moe_binding *b, const moe_tensor *t,
-                                moe_error *error)
+static moe_status binding_check(const moe_model *m, const moe_binding *b, uint32_t layer,
+                                const moe_tensor *t, moe_error *error)
 {
     char expected[96], got[96];
     int e = 0, g = 0;
     bool same = true;
     for (uint32_t i = 0; i < 4; i++) {
-        const uint64_t want = i < 3 ? dim_value(&m->hp, (moe_dim)b->dims[i]) : 1;
+        const uint64_t want = i < 3 ? dim_value(&m->hp, layer, (moe_dim)b->dims[i]) : 1;
         same &= t->dims[i] == want;
         if (i < 3 && b->dims[i] != DIM_NONE)
             e += snprintf(expected + e, sizeof expected - (size_t)e, "%s%llu", i ? ", " : "",
@@ -365,7 +401,7 @@ typedef struct bind_walk {
     moe_status (*visit)(struct bind_walk *walk, const moe_binding *b, const moe_tensor *t,
                         moe_weight *w);
     uint64_t n_vector_floats;
-    uint32_t n_tensor, n_buffer, n_matrix;
+    uint32_t layer, n_tensor, n_buffer, n_matrix;
 } bind_walk;
 
 static moe_status bind_one(bind_walk *walk, const moe_binding *b, uint32_t layer, void *base)
@@ -378,6 +414,7 @@ static moe_status bind_one(bind_walk *walk, const moe_binding *b, uint32_t layer
         return fail(walk->error, MOE_ERR_MODEL, name,
                     "expected this tensor in a model of architecture %s, got none",
                     walk->m->family->arch);
+    walk->layer = layer;
     walk->n_tensor++;
     return walk->visit(walk, b, t, (moe_weight *)(void *)((char *)base + b->field));
 }
@@ -412,7 +449,7 @@ static moe_status bind_count(bind_walk *walk, const moe_binding *b, const moe_te
         walk->n_buffer += (uint32_t)tensor_n_parts(t);
     if (t->parts)
         walk->n_matrix += (uint32_t)t->dims[2];
-    return binding_check(walk->m, b, t, walk->error);
+    return binding_check(walk->m, b, walk->layer, t, walk->error);
 }
 
 /* Norms and biases as floats, checked for NaN and infinities, which would reach every token. */
@@ -598,10 +635,10 @@ static void rope_frequencies(const moe_rope_params *p, uint32_t n_rot, const flo
 
 static moe_status model_prepare_rope(moe_model *m, moe_error *error)
 {
-    const uint32_t n = m->hp.n_rot / 2;
-    double *freqs = mem_alloc(&m->mem, 2 * (uint64_t)n, sizeof *freqs);
+    const uint32_t n = m->hp.n_rot / 2, n_local = m->hp.local.n_rot / 2;
+    double *freqs = mem_alloc(&m->mem, (uint64_t)n + n_local, sizeof *freqs);
     if (!freqs)
-        return fail_memory(error, &m->mem, "rope", 2 * n * sizeof *freqs);
+        return fail_memory(error, &m->mem, "rope", (n + n_local) * sizeof *freqs);
     m->rope_freqs[0] = freqs;
     m->rope_freqs[1] = freqs + n;
     const moe_weight *w = &m->globals.rope_freqs;
@@ -611,7 +648,7 @@ static moe_status model_prepare_rope(moe_model *m, moe_error *error)
             return fail(error, MOE_ERR_MODEL, w->name, "expected positive numbers, got %f",
                         (double)divisors[i]);
     rope_frequencies(&m->hp.rope, m->hp.n_rot, divisors, m->rope_freqs[0], &m->rope_magnitude[0]);
-    rope_frequencies(&m->hp.rope_local, m->hp.n_rot, NULL, m->rope_freqs[1],
+    rope_frequencies(&m->hp.rope_local, m->hp.local.n_rot, NULL, m->rope_freqs[1],
                      &m->rope_magnitude[1]);
     return MOE_OK;
 }
@@ -684,15 +721,17 @@ static void model_fill_info(moe_model *m)
     info->n_ff_expert = hp->n_ff_expert;
     info->n_expert_shared = hp->n_expert_shared;
     info->sliding_window = hp->window;
-    uint64_t n_attention = 0;
-    for (uint32_t i = 0; i < hp->n_layer; i++)
-        n_attention += !layer_is_recurrent(hp, i);
-    info->kv_bytes_per_token = n_attention * hp->n_head_kv *
-                               (cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, false)) +
-                                cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, true)));
-    info->kv_bytes_per_token_plain = n_attention * hp->n_head *
-                                     (cache_row_bytes(MOE_CACHE_F16, hp->head_dim) +
-                                      cache_row_bytes(MOE_CACHE_F16, hp->head_dim_v));
+    for (uint32_t i = 0; i < hp->n_layer; i++) {
+        const bool local = layer_is_local(hp, i);
+        const moe_head_shape heads = hparams_heads(hp, local);
+        if (layer_is_recurrent(hp, i))
+            continue;
+        info->kv_bytes_per_token +=
+            heads.n_kv * (cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, local, false)) +
+                          cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, local, true)));
+        info->kv_bytes_per_token_plain += hp->n_head * (cache_row_bytes(MOE_CACHE_F16, heads.dim) +
+                                                        cache_row_bytes(MOE_CACHE_F16, heads.dim_v));
+    }
     model_count(m);
 }
 

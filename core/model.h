@@ -38,6 +38,11 @@ typedef struct moe_delta_shape {
     bool tiled; // head h reads key head h mod n_head_k, else h / (n_head / n_head_k)
 } moe_delta_shape;
 
+/* Heads of attention: n_kv keys and values of dim and dim_v elements, of which n_rot are rotated. */
+typedef struct moe_head_shape {
+    uint32_t n_kv, dim, dim_v, n_rot;
+} moe_head_shape;
+
 typedef struct moe_hparams {
     uint32_t n_vocab, n_ctx_train, n_embd, n_layer;
     uint32_t n_head, n_head_kv, head_dim, head_dim_v;
@@ -58,7 +63,10 @@ typedef struct moe_hparams {
     float attn_scale;         // of q . k
     float logit_cap;          // soft cap; 0: none
     uint32_t window;          // sliding window of local layers; 0: none
-    uint32_t window_period;   // of this many layers the last is global; 0: all are global
+    uint32_t window_period;   // of this many layers the last is global; 0: no layer is
+    uint32_t local_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i has the window
+    moe_head_shape local;     // heads of local layers
+    bool v_norm;              // values are normed, without a weight
     moe_rope_params rope;       // of global layers
     moe_rope_params rope_local; // of layers with a sliding window
     moe_glu_kind glu;
@@ -67,6 +75,7 @@ typedef struct moe_hparams {
     uint32_t n_layer_dense;   // leading layers without experts
     uint32_t n_layer_draft;   // layers behind the last one, for multi-token prediction: not used
     uint32_t n_ff_expert;
+    bool parallel_dense;      // a dense feed-forward beside the experts
     uint32_t n_expert_shared, n_ff_shared; // experts that every token uses; width of all of them
 } moe_hparams;
 
@@ -95,10 +104,16 @@ typedef struct moe_layer {
     moe_weight wo;                               // [n_embd][n_head * head_dim_v]
     moe_weight attn_post_norm;                   // [n_embd], on the attention's output
     moe_weight ffn_norm;                         // [n_embd]
+    moe_weight ffn_norm_2;                       // [n_embd], in front of experts beside a dense
+    moe_weight ffn_post_norm_1, ffn_post_norm_2; // feed-forward; on the latter's output, on theirs
+    moe_weight layer_scale;                      // [1], of the layer's output
     moe_weight gate, up, down;                   // [n_ff][n_embd], [n_ff][n_embd], [n_embd][n_ff]
     moe_weight ffn_post_norm;                    // [n_embd], on the feed-forward's output
     moe_weight router, router_bias;              // [n_expert][n_embd], [n_expert]
     moe_weight router_choice;                    // [n_expert], added for the selection only
+    moe_weight router_scale;                     // [n_embd], of the router's input, which has unit length
+    moe_weight experts_factor;                   // [n_expert], of their outputs
+    moe_weight experts_gate_up;                  // gate and up of each expert in one
     moe_weight experts_gate, experts_up;         // [n_expert][n_ff_expert][n_embd]
     moe_weight experts_down;                     // [n_expert][n_embd][n_ff_expert]
     moe_weight experts_gate_bias, experts_up_bias, experts_down_bias; // [n_expert][...]
@@ -119,7 +134,7 @@ typedef enum moe_dim {
     DIM_NONE, DIM_VOCAB, DIM_EMBD, DIM_Q, DIM_K, DIM_V, DIM_O, DIM_HEAD, DIM_HALF_ROT, DIM_FF,
     DIM_EXPERT, DIM_FF_EXPERT, DIM_FF_SHARED, DIM_Q_HEADS, DIM_NOPE, DIM_LATENT, DIM_LATENT_Q,
     DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V, DIM_CONV, DIM_EMBD_3, DIM_Q_GATED, DIM_DELTA_CONV,
-    DIM_DELTA_HEADS, DIM_DELTA_HEADS_2, DIM_DELTA_HEAD, DIM_DELTA_V
+    DIM_ONE, DIM_FF_EXPERT_2, DIM_DELTA_HEADS, DIM_DELTA_HEADS_2, DIM_DELTA_HEAD, DIM_DELTA_V
 } moe_dim;
 
 enum {
@@ -290,16 +305,38 @@ MOE_INLINE bool hparams_latent(const moe_hparams *hp)
 /* Width of the feed-forward of layers without experts; 0 if there are none, whatever the file says. */
 MOE_INLINE uint32_t hparams_dense_width(const moe_hparams *hp)
 {
-    return hp->router.n_expert && !hp->n_layer_dense ? 0 : hp->n_ff;
+    return hp->router.n_expert && !hp->n_layer_dense && !hp->parallel_dense ? 0 : hp->n_ff;
 }
 
-/* Length of a head's row in the cache of keys, and in that of values. With latent attention the latent
- * and the rotated part stand in the one, and nothing in the other. */
-MOE_INLINE uint32_t hparams_cache_dim(const moe_hparams *hp, bool values)
+/* Whether a layer attends within the sliding window only. */
+MOE_INLINE bool layer_is_local(const moe_hparams *hp, uint32_t index)
 {
+    return hp->local_layers[index / 32] >> index % 32 & 1;
+}
+
+/* The heads of global layers, or of local ones. */
+MOE_INLINE moe_head_shape hparams_heads(const moe_hparams *hp, bool local)
+{
+    return local ? hp->local
+                 : (moe_head_shape){hp->n_head_kv, hp->head_dim, hp->head_dim_v, hp->n_rot};
+}
+
+/* The larger of both, in each respect. */
+MOE_INLINE moe_head_shape hparams_most_heads(const moe_hparams *hp)
+{
+    return (moe_head_shape){
+        MOE_MAX(hp->n_head_kv, hp->local.n_kv), MOE_MAX(hp->head_dim, hp->local.dim),
+        MOE_MAX(hp->head_dim_v, hp->local.dim_v), MOE_MAX(hp->n_rot, hp->local.n_rot)};
+}
+
+/* Length of a head's row in the cache of keys, or in that of values. With latent attention the latent
+ * and the rotated part stand in the one, and nothing in the other. */
+MOE_INLINE uint32_t hparams_cache_dim(const moe_hparams *hp, bool local, bool values)
+{
+    const moe_head_shape heads = hparams_heads(hp, local);
     if (hparams_latent(hp))
         return values ? 0 : hp->n_latent + hp->n_rot;
-    return values ? hp->head_dim_v : hp->head_dim;
+    return values ? heads.dim_v : heads.dim;
 }
 
 /* Prints a binding's GGUF name for a layer into buf. */

@@ -4,6 +4,7 @@
 
 #include "model_deepseek.c"
 #include "model_gemma.c"
+#include "model_gemma4.c"
 #include "model_gpt_oss.c"
 #include "model_lfm2.c"
 #include "model_llama.c"

@@ -75,6 +75,12 @@ static bool plan_take(uint64_t *used, moe_view *view, uint64_t n, uint64_t item_
            checked_align(*used, MEM_ALIGN, used);
 }
 
+/* The longest row of a cache of keys, or of values. */
+static uint32_t plan_row(const moe_hparams *hp, bool values)
+{
+    return MOE_MAX(hparams_cache_dim(hp, false, values), hparams_cache_dim(hp, true, values));
+}
+
 /* Lays out the activations; the views' offsets are set. */
 static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_pass *p,
                       uint64_t *used)
@@ -82,22 +88,24 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
     const uint64_t n = o->n_batch, f = sizeof(float), used_experts = hp->router.n_used;
     const uint64_t n_dense = MOE_MAX(hparams_dense_width(hp), hp->n_ff_shared);
     const uint64_t n_ff = MOE_MAX(n_dense, used_experts * hp->n_ff_expert);
-    const uint64_t n_row = hparams_cache_dim(hp, false), n_head = hp->n_head;
+    const moe_head_shape most = hparams_most_heads(hp);
+    const uint64_t n_row = plan_row(hp, false), n_head = hp->n_head;
     const uint64_t n_delta = (uint64_t)hp->delta.n_head * hp->delta.dim_v;
-    const uint64_t n_attn = MOE_MAX(n_head * hp->head_dim_v, n_delta);
+    const uint64_t n_attn = MOE_MAX(n_head * most.dim_v, n_delta);
     *used = 0;
     return plan_take(used, &p->ids, n, sizeof(int32_t)) &&
            plan_take(used, &p->rope[0], n * hp->n_rot, f) &&
-           plan_take(used, &p->rope[1], n * hp->n_rot, f) &&
+           plan_take(used, &p->rope[1], n * hp->local.n_rot, f) &&
            plan_take(used, &p->x, n * hp->n_embd, f) &&
            plan_take(used, &p->h, n * hp->n_embd, f) &&
-           plan_take(used, &p->q, n * hp->n_head * hp->head_dim, f) &&
-           plan_take(used, &p->k, n * hp->n_head_kv * n_row, f) &&
-           plan_take(used, &p->v, n * hp->n_head_kv * hparams_cache_dim(hp, true), f) &&
+           plan_take(used, &p->q, n * hp->n_head * most.dim, f) &&
+           plan_take(used, &p->k, n * most.n_kv * n_row, f) &&
+           plan_take(used, &p->v, n * most.n_kv * plan_row(hp, true), f) &&
            plan_take(used, &p->q_latent, n * hp->n_latent_q, f) &&
            plan_take(used, &p->q_absorbed, hp->n_latent ? n * n_head * n_row : 0, f) &&
            plan_take(used, &p->attn_latent, n * n_head * hp->n_latent, f) &&
            plan_take(used, &p->inputs, n * hparams_input_floats(hp), f) &&
+           plan_take(used, &p->mixed, hp->parallel_dense ? n * hp->n_embd : 0, f) &&
            plan_take(used, &p->q_gated, hp->q_gated ? 2 * n * n_head * hp->head_dim : 0, f) &&
            plan_take(used, &p->delta_qk, 2 * n * hp->delta.n_head_k * hp->delta.dim_k, f) &&
            plan_take(used, &p->delta_v, n * n_delta, f) &&
@@ -126,9 +134,10 @@ static moe_cache plan_cache(const moe_hparams *hp, const moe_session_options *o,
 {
     if (layer_is_recurrent(hp, layer))
         return (moe_cache){{NULL, 0}, o->cache_type, 0, 0, 0};
-    return (moe_cache){{NULL, 0}, o->cache_type, hp->n_head_kv,
-                       plan_slots(o, layer_is_local(hp, layer) ? hp->window : 0),
-                       hparams_cache_dim(hp, values)};
+    const bool local = layer_is_local(hp, layer);
+    return (moe_cache){{NULL, 0}, o->cache_type, hparams_heads(hp, local).n_kv,
+                       plan_slots(o, local ? hp->window : 0),
+                       hparams_cache_dim(hp, local, values)};
 }
 
 /* Bytes of a cache, rounded up. */
@@ -183,7 +192,7 @@ static bool plan_history(const moe_hparams *hp, const moe_session_options *o)
 static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
 {
     uint32_t n_in = MOE_MAX(hp->n_embd, MOE_MAX(hparams_dense_width(hp), hp->n_ff_shared));
-    n_in = MOE_MAX(n_in, MOE_MAX(hp->n_latent_q, hp->n_head * hp->head_dim_v));
+    n_in = MOE_MAX(n_in, MOE_MAX(hp->n_latent_q, hp->n_head * hparams_most_heads(hp).dim_v));
     n_in = MOE_MAX(n_in, hp->delta.n_head * hp->delta.dim_v);
     const bool experts = hp->router.n_expert > 0;
     return (moe_queue_options){
@@ -197,7 +206,7 @@ static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_opt
         .n_head_max = hp->n_head,
         .n_in_head_max = hp->n_latent ? MOE_MAX(hp->n_latent, hp->head_dim - hp->n_rot) : 0,
         .n_slot_max = o->n_ctx,
-        .dim_max = MOE_MAX(hparams_cache_dim(hp, false), hparams_cache_dim(hp, true)),
+        .dim_max = MOE_MAX(plan_row(hp, false), plan_row(hp, true)),
     };
 }
 
@@ -213,7 +222,7 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
     plan->queue_bytes = m->backend->queue_bytes(m->device, &plan->queue);
     const bool drafts = o->draft != MOE_DRAFT_OFF;
     plan->host_bytes = sizeof(moe_session) + 2ull * hp->n_layer * sizeof(moe_cache) +
-                       (uint64_t)o->n_batch * hp->n_rot * sizeof(float) +
+                       (uint64_t)o->n_batch * hparams_most_heads(hp).n_rot * sizeof(float) +
                        (plan_history(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
                        (drafts ? (o->n_draft + 1ull) * hp->n_vocab * sizeof(float) : 0) +
                        observe_bytes(hp, &plan->queue, o->observer) +
@@ -348,7 +357,7 @@ static void session_lay_out(moe_session *s)
     moe_view *const views[] = {&p->ids,  &p->rope[0], &p->rope[1], &p->x,    &p->h,
                                &p->q,    &p->k,       &p->v,       &p->attn, &p->gate,
                                &p->q_latent, &p->q_absorbed, &p->attn_latent, &p->inputs,
-                               &p->q_gated, &p->delta_qk, &p->delta_v, &p->delta_z,
+                               &p->mixed, &p->q_gated, &p->delta_qk, &p->delta_v, &p->delta_z,
                                &p->delta_decay, &p->delta_beta,
                                &p->up,   &p->router,  &p->expert_ids, &p->expert_weights,
                                &p->expert_out, &p->logits};
@@ -380,7 +389,8 @@ static moe_status session_allocate(moe_session *s, const session_plan *plan, moe
 {
     moe_model *m = s->model;
     s->caches = mem_alloc(&m->mem, 2 * (uint64_t)m->hp.n_layer, sizeof *s->caches);
-    s->rope_table = mem_alloc(&m->mem, (uint64_t)s->options.n_batch * m->hp.n_rot, sizeof(float));
+    s->rope_table = mem_alloc(&m->mem, (uint64_t)s->options.n_batch *
+                              hparams_most_heads(&m->hp).n_rot, sizeof(float));
     const bool history = plan_history(&m->hp, &s->options);
     const bool drafts = s->options.draft != MOE_DRAFT_OFF;
     if (history)
@@ -576,7 +586,7 @@ static uint32_t session_resume_at(const moe_session *s, uint32_t n_tok, uint32_t
 static void session_write_rope(moe_session *s, uint32_t kind, uint32_t pos, uint32_t n_tok)
 {
     const moe_model *m = s->model;
-    const uint32_t half = m->hp.n_rot / 2;
+    const uint32_t half = hparams_heads(&m->hp, kind).n_rot / 2;
     float *dst = s->rope_table;
     for (uint32_t t = 0; t < n_tok; t++) {
         for (uint32_t i = 0; i < half; i++) {
@@ -586,7 +596,7 @@ static void session_write_rope(moe_session *s, uint32_t kind, uint32_t pos, uint
         }
     }
     m->backend->write(s->queue, s->pass.rope[kind], s->rope_table,
-                      (uint64_t)n_tok * m->hp.n_rot * sizeof(float));
+                      (uint64_t)n_tok * 2 * half * sizeof(float));
 }
 
 /* Final norm and output matrix for n_row tokens of the batch, from row `row` on. */

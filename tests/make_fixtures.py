@@ -42,7 +42,8 @@ import transformers
 from gguf import GGMLQuantizationType as GT
 from transformers import (DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config,
                           DeepseekV3ForCausalLM, DynamicCache, Gemma3ForCausalLM,
-                          Gemma3TextConfig, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM,
+                          Gemma3TextConfig, Gemma4ForCausalLM, Gemma4TextConfig,
+                          Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM,
                           GptOssConfig, GptOssForCausalLM, Lfm2MoeConfig, Lfm2MoeForCausalLM,
                           LlamaConfig,
                           LlamaForCausalLM,
@@ -213,6 +214,19 @@ MODELS = {
         ff_shared=13, layer=4, tied=False, tok=68, expert=5, used=2, renorm=True, conv=4,
         delta=dict(head=6, head_k=2, dim=8, period=4),
         rope=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.4), ctx=256),
+    # Gemma 4: experts beside a dense feed-forward; values from keys in global layers, whose heads are
+    # longer and fewer; gate and up of the experts in one tensor
+    "gemma4": dict(
+        family="gemma4", vocab=95, embd=28, head=4, kv=2, dim=10, ff=19, ff_exp=9, layer=4, tied=True,
+        tok=60, expert=6, used=2, renorm=True, window=5, window_period=3, softcap=4.0,
+        heads_global=dict(kv=1, dim=16, share=0.5), rope_local=100.0,
+        rope=dict(rope_type="proportional", rope_theta=10000.0, partial_rotary_factor=0.5), ctx=256),
+    # without experts, values of their own
+    "gemma4-dense": dict(
+        family="gemma4", vocab=91, embd=26, head=2, kv=2, dim=8, ff=23, layer=3, tied=True, tok=44,
+        window=7, window_period=2, heads_global=dict(kv=2, dim=12, share=0.25, values=True),
+        rope_local=200.0,
+        rope=dict(rope_type="proportional", rope_theta=5000.0, partial_rotary_factor=0.25), ctx=256),
     "gemma3-27b": dict(  # 62 layers: the one size whose attention scale is n_embd / n_head
         family="gemma3", vocab=97, embd=12, head=2, kv=1, dim=4, ff=7, layer=62, tied=True, tok=41,
         window=7, rope=dict(rope_type="default", rope_theta=1000000.0), rope_local=100.0,
@@ -252,6 +266,15 @@ def randomize(m, rng):
             m["layer"] = int(rng.integers(6, 14))
     else:
         m["layer"] = int(rng.integers(1, 5))
+    if m["family"] == "gemma4":
+        m["window"] = int(rng.integers(1, 20))
+        m["window_period"] = int(rng.integers(2, 5))
+        m["layer"] = int(rng.integers(2, 7))
+        m["heads_global"] = dict(m["heads_global"], dim=2 * int(rng.integers(2, 40)),
+                                 kv=int(rng.choice([d for d in (1, m["kv"], m["head"])])),
+                                 share=float(rng.uniform(0.1, 1)))
+        if m["heads_global"].get("values"):  # transformers does not take another number then
+            m["heads_global"]["kv"] = m["kv"]
     m["vocab"] = int(rng.integers(60, 400))
     m["tok"] = int(rng.integers(30, 90))
     if m["family"] == "lfm2moe":
@@ -306,6 +329,12 @@ def randomize_latent(m, rng, step):
 
 def lfm2_kinds(m):
     return ["full_attention" if i % 3 == 1 else "conv" for i in range(m["layer"])]
+
+
+def gemma4_kinds(m):
+    """The last layer is always global."""
+    return ["full_attention" if (i + 1) % m["window_period"] == 0 or i + 1 == m["layer"]
+            else "sliding_attention" for i in range(m["layer"])]
 
 
 def delta_kinds(m):
@@ -391,6 +420,20 @@ def build(m):
         return (GptOssConfig(head_dim=m["dim"], num_local_experts=m["expert"],
                              num_experts_per_tok=m["used"], sliding_window=m["window"], **c),
                 GptOssForCausalLM, "gpt-oss")
+    if f == "gemma4":
+        g, kinds = m["heads_global"], gemma4_kinds(m)
+        c["rope_parameters"] = {"full_attention": dict(m["rope"], partial_rotary_factor=g["share"]),
+                                "sliding_attention": dict(rope_type="default",
+                                                          rope_theta=m["rope_local"])}
+        if "expert" in m:
+            c.update(enable_moe_block=True, num_experts=m["expert"], top_k_experts=m["used"],
+                     moe_intermediate_size=m["ff_exp"])
+        return (Gemma4TextConfig(head_dim=m["dim"], global_head_dim=g["dim"], layer_types=kinds,
+                                 num_global_key_value_heads=g["kv"],
+                                 attention_k_eq_v=not g.get("values"), sliding_window=m["window"],
+                                 hidden_size_per_layer_input=0,
+                                 final_logit_softcapping=m.get("softcap"), **c),
+                Gemma4ForCausalLM, "gemma4")
     c["rope_parameters"] = {"full_attention": dict(m["rope"]),
                             "sliding_attention": dict(rope_type="default",
                                                       rope_theta=m["rope_local"])}
@@ -406,7 +449,7 @@ GAIN = {"q_proj": 1.7, "k_proj": 1.7, "v_proj": 1.0, "o_proj": 1.0, "gate_proj":
         "q_a_proj": 1.0, "q_b_proj": 1.7, "kv_a_proj_with_mqa": 1.7, "kv_b_proj": 1.2, "router": 2.0,
         "w1": 1.4, "w2": 1.3, "w3": 1.2, "in_proj": 1.3, "out_proj": 1.0, "conv": 1.5,
         "in_proj_qkv": 1.3, "in_proj_z": 1.5, "in_proj_a": 1.0, "in_proj_b": 1.5, "conv1d": 3.0,
-        "in_proj_qkvz": 1.3, "in_proj_ba": 1.2}
+        "proj": 2.0, "in_proj_qkvz": 1.3, "in_proj_ba": 1.2}
 CLAMPED_GAIN = 5.0  # of gpt-oss' gates: enough of them must reach the limit of 7
 
 
@@ -421,6 +464,10 @@ def random_weights(model, m, rng):
             w = rng.normal(0, 0.6, shape)
         elif part in ("e_score_correction_bias", "expert_bias"):
             w = rng.normal(0, 0.2, shape)
+        elif part in ("scale", "per_expert_scale", "layer_scalar"):
+            w = np.round(rng.uniform(0.6, 1.4, shape) * 4096) / 4096
+            if part == "scale":  # of the router, whose input has unit length
+                w *= 4
         elif part == "A_log":
             w = np.log(rng.uniform(0.01, 0.5, shape))
         elif part == "dt_bias":
@@ -433,14 +480,14 @@ def random_weights(model, m, rng):
         elif "norm" in part:
             w = np.round(rng.uniform(0.4, 1.7, shape) * 4096) / 4096
             if part in ("q_norm", "k_norm"):
-                w *= 1.25
+                w *= 0.5 if m["family"] == "gemma4" else 1.25  # q . k is not scaled
                 w = np.round(w * 4096) / 4096
             if part.startswith("post_") and "post_norm" in m:  # keeps a deep model well conditioned
                 w = np.round(w * m["post_norm"] * 4096) / 4096
             if m["family"] == "gemma3" or ("delta" in m and ".linear_attn." not in name):
                 w = w - 1
         elif part == "embed_tokens":
-            w = rng.normal(0, 1 / np.sqrt(shape[-1]) if m["family"] == "gemma3" else 0.8, shape)
+            w = rng.normal(0, 1 / np.sqrt(shape[-1]) if "gemma" in m["family"] else 0.8, shape)
         else:
             w = rng.normal(0, GAIN[part] / np.sqrt(shape[-1]), shape)
         out[name] = w.astype(np.float32)
@@ -473,7 +520,16 @@ for _kind in ("gate", "up", "down"):
         LAYER_NAMES[f"mlp.{_shared}.{_kind}_proj"] = f"ffn_{_kind}_shexp"
 GEMMA_NAMES = {"post_attention_layernorm": "post_attention_norm",
                "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm"}
-FAMILY_NAMES = {"gemma3": GEMMA_NAMES,
+GEMMA4_NAMES = dict(GEMMA_NAMES, **{
+    "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+    "post_feedforward_layernorm_1": "post_ffw_norm_1",
+    "post_feedforward_layernorm_2": "post_ffw_norm_2", "router.proj": "ffn_gate_inp"})
+GEMMA4_TENSORS = {"router.scale": "ffn_gate_inp.scale",
+                  "router.per_expert_scale": "ffn_down_exps.scale",
+                  "layer_scalar": "layer_output_scale.weight",
+                  "experts.gate_up_proj": "ffn_gate_up_exps.weight",
+                  "experts.down_proj": "ffn_down_exps.weight"}
+FAMILY_NAMES = {"gemma3": GEMMA_NAMES, "gemma4": GEMMA4_NAMES,
                 **{f: {"post_attention_layernorm": "post_attention_norm"}
                    for f in ("qwen35", "qwen35moe", "qwen3next")},
                 "gpt-oss": {"post_attention_layernorm": "post_attention_norm"},
@@ -550,6 +606,9 @@ def gguf_tensors(weights, m, arch):
         _, _, layer, rest = name.split(".", 3)
         blk = f"blk.{layer}."
         rest = rest.replace("feed_forward.experts", "mlp.experts")
+        if arch == "gemma4" and rest in GEMMA4_TENSORS:
+            out.append((blk + GEMMA4_TENSORS[rest], w))
+            continue
         if rest.startswith("linear_attn."):
             out += [(blk + n, t) for n, t in delta_tensors(rest[len("linear_attn."):], w, m)]
             continue
@@ -589,6 +648,11 @@ def gguf_tensors(weights, m, arch):
             w = interleave(w, m["kv"])
         names = dict(LAYER_NAMES, **FAMILY_NAMES.get(arch, {}))
         out.append((f"{blk}{names[rest]}.{kind}", w))
+    if m["rope"]["rope_type"] == "proportional":  # pairs that are not rotated
+        half = m["heads_global"]["dim"] // 2
+        turned = int(m["heads_global"]["share"] * m["heads_global"]["dim"] // 2)
+        out.append(("rope_freqs.weight",
+                    np.array([1] * turned + [1e30] * (half - turned), np.float32)))
     if m["rope"]["rope_type"] == "llama3":
         out.append(("rope_freqs.weight", llama3_factors(m)))
     return [(n, np.ascontiguousarray(w)) for n, w in out]
@@ -634,6 +698,24 @@ def write_latent_keys(w, m):
         w.add_rope_scaling_yarn_log_mul(0.1 * m["rope"]["mscale_all_dim"])
 
 
+def write_gemma4_keys(w, m):
+    w.add_key_length(m["heads_global"]["dim"])
+    w.add_value_length(m["heads_global"]["dim"])
+    w.add_key_length_swa(m["dim"])
+    w.add_value_length_swa(m["dim"])
+    w.add_rope_dimension_count(m["heads_global"]["dim"])
+    w.add_rope_dimension_count_swa(m["dim"])
+    w.add_rope_freq_base_swa(m["rope_local"])
+    w.add_sliding_window(m["window"])
+    w.add_sliding_window_pattern([kind == "sliding_attention" for kind in gemma4_kinds(m)])
+    w.add_shared_kv_layers(0)
+    w.add_embedding_length_per_layer_input(0)
+    if "expert" in m:
+        w.add_expert_feed_forward_length(m["ff_exp"])
+    if "softcap" in m:
+        w.add_final_logit_softcapping(m["softcap"])
+
+
 def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     w = gguf.GGUFWriter(path, arch)
     w.add_name(name)
@@ -646,12 +728,17 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     latent = "latent" in m
     if m["family"] == "lfm2moe":
         w.add_head_count_kv([0 if kind == "conv" else m["kv"] for kind in lfm2_kinds(m)])
+    elif m["family"] == "gemma4":
+        w.add_head_count_kv([m["kv"] if kind == "sliding_attention" else m["heads_global"]["kv"]
+                             for kind in gemma4_kinds(m)])
     else:
         w.add_head_count_kv(1 if latent and not m.get("fused") else m["kv"])
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(m["rope"]["rope_theta"])
     if latent:
         write_latent_keys(w, m)
+    elif m["family"] == "gemma4":
+        write_gemma4_keys(w, m)
     elif m["family"] not in NO_HEAD_DIM:
         w.add_key_length(m["dim"])
         w.add_value_length(m["dim"])
@@ -873,6 +960,11 @@ class Oracle:
         self.routers, self.biases, expert_bias = [], [], None
         for module in self.model.modules():
             expert_bias = getattr(module, "expert_bias", expert_bias)
+            if type(module).__name__ == "Gemma4TextRouter":
+                self.routers.append(module.proj.weight)
+                self.biases.append(None)
+                module.proj.register_forward_hook(
+                    lambda _m, _i, o: self.router_logits.append(o.detach()))
             if type(module).__name__.lower().endswith("topkrouter"):
                 self.routers.append(module.weight)
                 self.biases.append(getattr(module, "e_score_correction_bias", expert_bias))
