@@ -284,9 +284,10 @@ MOE_AVX2_INLINE void x86_k_pin(__m256i *v)
     __asm__("" : "+x"(*v));
 }
 
-/* sum[t] += the scaled products of k 32 p .. 32 p + 31, for n_tok (constant) tokens. */
+/* sum[i] += the scaled products of k 32 p .. 32 p + 31 of tile i % n_tile with token i / n_tile.
+ * n_tile and n_tok are constants, n_tile * n_tok <= 8. */
 MOE_AVX2_INLINE void x86_k_dot32(const x86_k_tile *tile, size_t p, const int8_t *const *q,
-                                 __m256i *sum, size_t n_tok, const x86_k_format *f)
+                                 __m256i *sum, size_t n_tile, size_t n_tok, const x86_k_format *f)
 {
     const __m256i even = _mm256_set1_epi32(0x01000100), odd = _mm256_set1_epi32(0x03020302);
     const __m256i row = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c,
@@ -294,55 +295,67 @@ MOE_AVX2_INLINE void x86_k_dot32(const x86_k_tile *tile, size_t p, const int8_t 
     const size_t n_fold = (size_t)f->n_fold, n_part = 8 / n_fold;
     X86_K_UNROLL
     for (size_t i = 0; i < n_part; i++) {
-        __m256i part[4], scale = tile->scale[p];
-        if (f->group == 16)
-            scale = _mm256_shuffle_epi8(scale, _mm256_add_epi8(row, i * n_fold < 4 ? even : odd));
+        __m256i part[8];
         X86_K_UNROLL
         for (size_t k = 0; k < n_fold; k++) {
-            const __m256i code = tile->code[8 * p + i * n_fold + k];
+            const size_t at = i * n_fold + k;
             X86_K_UNROLL
-            for (size_t t = 0; t < n_tok; t++) {
-                __m256i v = x86_k_quad(code, q[t] + 32 * p + 4 * (i * n_fold + k), f);
-                part[t] = k == 0 ? v : _mm256_add_epi16(part[t], v);
-                x86_k_pin(&part[t]);
+            for (size_t j = 0; j < n_tile * n_tok; j++) {
+                const __m256i code = tile[j % n_tile].code[8 * p + at];
+                const __m256i v = x86_k_quad(code, q[j / n_tile] + 32 * p + 4 * at, f);
+                part[j] = k == 0 ? v : _mm256_add_epi16(part[j], v);
+                x86_k_pin(&part[j]);
             }
         }
         X86_K_UNROLL
-        for (size_t t = 0; t < n_tok; t++) {
-            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(part[t], scale));
-            x86_k_pin(&sum[t]);
+        for (size_t j = 0; j < n_tile * n_tok; j++) {
+            __m256i scale = tile[j % n_tile].scale[p];
+            if (f->group == 16)
+                scale = _mm256_shuffle_epi8(scale,
+                                            _mm256_add_epi8(row, i * n_fold < 4 ? even : odd));
+            sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(part[j], scale));
+            x86_k_pin(&sum[j]);
         }
     }
 }
 
-/* acc[t] += tile * superblock b of token t, for n_tok (constant, <= 4) tokens. */
-MOE_AVX2_INLINE void x86_k_step(const x86_k_tile *tile, const moe_q8 *x, size_t b, __m256 *acc,
-                                size_t n_tok, const x86_k_format *f)
+/* The tokens' sums of the rows computed at once. */
+enum { X86_K_TILES = 2 };
+typedef __m256 x86_k_acc[X86_K_TILES];
+
+/* acc[t] += n_tile tiles times superblock b of token t, for n_tok tokens; n_tile and n_tok are
+ * constants, n_tile * n_tok <= 8. */
+MOE_AVX2_INLINE void x86_k_step(const x86_k_tile *tile, const moe_q8 *x, size_t b, x86_k_acc *acc,
+                                size_t n_tile, size_t n_tok, const x86_k_format *f)
 {
     const int8_t *q[4];
-    __m256i sum[4];
+    __m256i sum[8];
     X86_K_UNROLL
-    for (size_t t = 0; t < n_tok; t++) {
+    for (size_t t = 0; t < n_tok; t++)
         q[t] = x[t].q + K_LEN * b;
-        sum[t] = _mm256_setzero_si256();
-    }
-    for (size_t p = 0; p < 8; p++)
-        x86_k_dot32(tile, p, q, sum, n_tok, f);
     X86_K_UNROLL
-    for (size_t t = 0; t < n_tok; t++) {
+    for (size_t j = 0; j < n_tile * n_tok; j++)
+        sum[j] = _mm256_setzero_si256();
+    for (size_t p = 0; p < 8; p++)
+        x86_k_dot32(tile, p, q, sum, n_tile, n_tok, f);
+    X86_K_UNROLL
+    for (size_t j = 0; j < n_tile * n_tok; j++) {
+        const size_t t = j / n_tile, r = j % n_tile;
         __m256i min = _mm256_setzero_si256();
         const __m256 x_scale = _mm256_broadcast_ss(x[t].scale + b);
-        if (f->min != X86_K_NO_MIN)
+        if (f->min != X86_K_NO_MIN) {
+            X86_K_UNROLL
             for (size_t p = 0; p < 8; p++) {
                 int32_t two;
                 memcpy(&two, x[t].sum + 16 * b + 2 * p, 4);
-                min = _mm256_add_epi32(min,
-                                       _mm256_madd_epi16(tile->min[p], _mm256_set1_epi32(two)));
+                min = _mm256_add_epi32(min, _mm256_madd_epi16(tile[r].min[p],
+                                                              _mm256_set1_epi32(two)));
             }
-        x86_k_sums s = {sum[t], min, tile->d, tile->dmin};
+        }
+        x86_k_sums s = {sum[j], min, tile[r].d, tile[r].dmin};
         if (f->min == X86_K_INT_MIN)
-            s.dot = _mm256_sub_epi32(sum[t], min);
-        acc[t] = x86_k_add(&s, f->min, x_scale, acc[t]);
+            s.dot = _mm256_sub_epi32(sum[j], min);
+        acc[t][r] = x86_k_add(&s, f->min, x_scale, acc[t][r]);
     }
 }
 
@@ -350,31 +363,54 @@ MOE_AVX2_INLINE void x86_k_step(const x86_k_tile *tile, const moe_q8 *x, size_t 
  * worth its unpacking. */
 enum { X86_K_TOKENS = 64, X86_K_TOKENS_MIN = 4 };
 
-/* Up to X86_K_TOKENS tokens from t0 on. */
+/* 8 n_tile rows from r on, n_tile constant, times the tokens of x, n_tok <= X86_K_TOKENS. The rows
+ * that come next are fetched, in the order in which they lie in memory, if `fetch`. */
+MOE_AVX2_INLINE void x86_k_gemm_rows(const moe_mm *mm, size_t r, size_t n_tile, const moe_q8 *x,
+                                     size_t n_tok, bool fetch, x86_k_acc *acc,
+                                     const x86_k_format *f, x86_k_load_fn *load)
+{
+    const size_t n_block = mm->n_in / K_LEN, panel_bytes = 8 * n_tile * f->block_bytes;
+    const size_t step_bytes = fetch ? (size_t)align_up(4 * panel_bytes / n_tok, 64) : 0;
+    uintptr_t next = (uintptr_t)mm->w + (r + 8 * n_tile) * mm->w_stride;
+    const uint8_t *row[X86_K_TILES][8];
+    for (size_t i = 0; i < n_tile; i++)
+        x86_rows(mm, r + 8 * i, row[i]);
+    memset(acc, 0, n_tok * sizeof *acc);
+    for (size_t b = 0; b < n_block; b++) {
+        x86_k_tile tile[X86_K_TILES];
+        for (size_t i = 0; i < n_tile; i++)
+            load(row[i], b * f->block_bytes, &tile[i]);
+        size_t t = 0;
+        for (; t + 4 <= n_tok; t += 4) {
+            x86_prefetch(next, step_bytes);
+            next += step_bytes;
+            x86_k_step(tile, x + t, b, acc + t, n_tile, 4, f);
+        }
+        for (; t < n_tok; t++)
+            x86_k_step(tile, x + t, b, acc + t, n_tile, 1, f);
+    }
+}
+
+/* Up to X86_K_TOKENS tokens from t0 on. Two tiles times 4 tokens take 6 loads for 8 products, one
+ * takes 5 for 4, which is more than there is time for; but two leave no registers for the sums,
+ * which matters where few products are added in 16 bits. */
 MOE_AVX2_INLINE void x86_k_gemm_tokens(const moe_mm *mm, size_t t0, size_t n_tok,
                                        const x86_k_format *f, x86_k_load_fn *load)
 {
-    const size_t n_block = mm->n_in / K_LEN;
     moe_q8 x[X86_K_TOKENS];
+    x86_k_acc acc[X86_K_TOKENS];
     for (size_t t = 0; t < n_tok; t++)
         x[t] = act_q8(MOE_ACT_Q8_256, mm->x + (t0 + t) * mm->x_stride, mm->n_in);
-    for (size_t r = 0; r < mm->n_row; r += 8) {
-        const uint8_t *row[8];
-        x86_rows(mm, r, row);
-        __m256 acc[X86_K_TOKENS];
+    const size_t n_tile = f->n_fold >= 4 ? X86_K_TILES : 1;
+    for (size_t r = 0; r < mm->n_row; r += 8 * n_tile) {
+        const size_t n_row = MOE_MIN(mm->n_row - r, 8 * n_tile);
+        if (n_tile == 2 && n_row > 8)
+            x86_k_gemm_rows(mm, r, 2, x, n_tok, t0 == 0, acc, f, load);
+        else
+            x86_k_gemm_rows(mm, r, 1, x, n_tok, t0 == 0, acc, f, load);
         for (size_t t = 0; t < n_tok; t++)
-            acc[t] = _mm256_setzero_ps();
-        for (size_t b = 0; b < n_block; b++) {
-            x86_k_tile tile;
-            load(row, b * f->block_bytes, &tile);
-            size_t t = 0;
-            for (; t + 4 <= n_tok; t += 4)
-                x86_k_step(&tile, x + t, b, acc + t, 4, f);
-            for (; t < n_tok; t++)
-                x86_k_step(&tile, x + t, b, acc + t, 1, f);
-        }
-        for (size_t t = 0; t < n_tok; t++)
-            x86_store_rows(mm->y + (t0 + t) * mm->y_stride + r, acc[t], mm->n_row - r);
+            for (size_t i = 0; i < n_row; i += 8)
+                x86_store_rows(mm->y + (t0 + t) * mm->y_stride + r + i, acc[t][i / 8], n_row - i);
     }
 }
 
