@@ -48,4 +48,5 @@
 #include "core/models.c"      /* the table of families */
 #include "core/draft.c"       /* guesses of the tokens that come next */
 #include "core/session.c"     /* cache, batches, logits */
+#include "core/mtp.c"         /* guesses by a layer for multi-token prediction */
 #include "core/sample.c"      /* logits -> token */

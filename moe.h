@@ -226,6 +226,7 @@ typedef struct moe_model_info {
     uint64_t kv_bytes_per_token_plain; /* the same if each head kept its own keys and values */
     const char *router;    /* in words: how experts are chosen; "" in a dense model */
     const char *attention; /* in words */
+    uint32_t n_layer_draft; /* layers for multi-token prediction that sessions can draft with */
 } moe_model_info;
 
 MOE_API void moe_model_get_info(const moe_model *model, moe_model_info *info);

@@ -154,6 +154,7 @@ static void text_model(const info_file *file, const char *path)
     text_weights("parameters", m->n_param);
     text_weights("  active per token", m->n_param_active);
     text_count("layers", m->n_layer);
+    text_count("  that draft", m->n_layer_draft);
     text_count("embedding width", m->n_embd);
     text_words("attention", m->attention);
     text_count("heads", m->n_head);
@@ -261,7 +262,7 @@ static void json_model(cli_json *json, const info_file *file)
     json_string(json, "attention", m->attention);
     const struct { const char *key; uint64_t value; } number[] = {
         {"n_vocab", m->n_vocab}, {"n_ctx_train", m->n_ctx_train}, {"n_embd", m->n_embd},
-        {"n_layer", m->n_layer}, {"n_head", m->n_head}, {"n_head_kv", m->n_head_kv},
+        {"n_layer", m->n_layer}, {"n_layer_draft", m->n_layer_draft}, {"n_head", m->n_head}, {"n_head_kv", m->n_head_kv},
         {"head_dim", m->head_dim}, {"n_ff", m->n_ff}, {"n_expert", m->n_expert},
         {"n_expert_used", m->n_expert_used}, {"n_expert_shared", m->n_expert_shared},
         {"n_ff_expert", m->n_ff_expert}, {"sliding_window", m->sliding_window},

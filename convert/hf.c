@@ -409,7 +409,7 @@ static moe_status hf_reserve(hf_source *h)
     uint64_t n = 0;
     for (uint32_t i = 0; h->family->bindings[i]; i++)
         for (const moe_binding *b = h->family->bindings[i]; b->gguf; b++)
-            n += b->flags & BIND_GLOBAL ? 1 : h->hp.n_layer;
+            n += b->flags & BIND_GLOBAL ? 1 : h->hp.n_layer_all;
     h->source->tensors = arena_alloc(&h->source->arena, n, sizeof *h->source->tensors);
     return h->source->tensors ? MOE_OK : fail_memory(h->error, h->source->mem, "tensors", n);
 }
@@ -427,12 +427,15 @@ static bool hf_ignored(const hf_source *h, const char *name)
     if (h->root.node != h->whole.node && strncmp(name, h->prefix, strlen(h->prefix)) &&
         !strstr(name, "lm_head"))
         return true;
-    // layers behind the last: multi-token prediction
+    // multi-token prediction: layers behind the first, and what that one shares with the model
     char start[128];
     const int bytes = snprintf(start, sizeof start, "%slayers.", h->prefix);
-    return json_double(config_path(h->root, "num_nextn_predict_layers"), 0) > 0 &&
-           !strncmp(name, start, (size_t)bytes) &&
-           strtoul(name + bytes, NULL, 10) >= h->hp.n_layer;
+    if (!h->hp.n_layer_draft || strncmp(name, start, (size_t)bytes))
+        return false;
+    const unsigned long layer = strtoul(name + bytes, NULL, 10);
+    return layer >= h->hp.n_layer_all ||
+           (layer >= h->hp.n_layer &&
+            (strstr(name, ".embed_tokens.weight") || strstr(name, ".shared_head.head.weight")));
 }
 
 static moe_status hf_check_unused(hf_source *h)
@@ -454,6 +457,19 @@ static moe_status hf_check_unused(hf_source *h)
     return MOE_OK;
 }
 
+/* Whether the checkpoint has the layer for multi-token prediction that config.json tells of. */
+static bool hf_has_draft(hf_source *h)
+{
+    char name[CONVERT_MAX_NAME_BYTES];
+    if (!h->hp.n_layer_draft)
+        return false;
+    if (st_find(&h->table, hf_name(h, "model.layers.%u.eh_proj.weight", h->hp.n_layer, 0, name)))
+        return true;
+    conv_note(h->source, "the layer for multi-token prediction, of which config.json tells, is not in "
+              "the checkpoint");
+    return false;
+}
+
 static moe_status hf_find_tensors(hf_source *h)
 {
     moe_status status = hf_find_prefix(h);
@@ -469,10 +485,11 @@ static moe_status hf_find_tensors(hf_source *h)
                     "expected %.0f rows, the vocab_size of config.json, got %llu", vocab,
                     (unsigned long long)(embedding->n_dims ? embedding->dims[0] : 0));
     h->hp.n_vocab = (uint32_t)embedding->dims[0];
+    h->hp.n_layer_all = h->hp.n_layer + hf_has_draft(h);
     status = hf_reserve(h);
     if (!status)
         status = hf_add_all(h, 0, true, true);
-    for (uint32_t i = 0; i < h->hp.n_layer && !status; i++)
+    for (uint32_t i = 0; i < h->hp.n_layer_all && !status; i++)
         status = hf_add_all(h, i, false, false);
     if (!status)
         status = hf_add_all(h, 0, true, false);

@@ -118,6 +118,8 @@ static double draft_time_of(const moe_drafter *d, draft_source source, uint32_t 
 {
     const double usual = source == DRAFT_BY_MTP ? 0.45 : 0.35; // per further token
     const draft_time *t = d->times[source];
+    if (!d->adaptive)
+        return 1 + usual * (n_tok - 1);
     uint32_t low = n_tok, high = n_tok;
     while (low > 1 && t[low].n < 0.5f)
         low--;
@@ -171,20 +173,21 @@ static void draft_accept(moe_drafter *d)
 /* ------------------------------------------------------------------------------- decision -- */
 
 /* How many of the tokens of a guess to compute ahead, so that tokens come fastest; 0 if none. *gain:
- * how many times as fast as one by one. */
+ * how many times as fast as one by one. Not adaptive: all that is found, or, where each token has to be
+ * computed to be guessed, as many as pay, and one at least. */
 static uint32_t draft_choose(const moe_drafter *d, draft_source source, uint32_t grade, uint32_t n,
                              double *gain)
 {
     enum { REFRESH = 48 };
     double come = 1, expected = 1;
     uint32_t best = 0;
-    *gain = 1.05; // less is not worth the risk
+    *gain = d->adaptive ? 1.05 : 0; // less is not worth the risk
     n = MOE_MIN(n, d->n_max);
-    if (!d->adaptive)
+    if (!d->adaptive && source == DRAFT_BY_NGRAM)
         return n;
     /* The time of one token must be known, and not from long ago; and all losses together may not be
      * more than 1 % of the time. */
-    if (d->n_plain < 2 || d->n_since >= REFRESH || d->lost_s > 0.01 * d->all_s)
+    if (d->adaptive && (d->n_plain < 2 || d->n_since >= REFRESH || d->lost_s > 0.01 * d->all_s))
         return 0;
     for (uint32_t k = 1; k <= n; k++) {
         come *= draft_probability(d, source, grade + k - 1);

@@ -47,6 +47,10 @@ struct moe_pass {
     moe_view expert_weights; // [n_tok][n_used]
     moe_view expert_out;     // [n_tok][n_used][n_embd]
     moe_view logits;         // [n_logits][n_vocab]
+    /* Of a session that drafts with multi-token prediction: */
+    moe_view draft_outputs;  // [n_batch + 1][n_embd]: the model's outputs, normed
+    moe_view draft_input;    // [n_tok][2][n_embd]
+    moe_view draft_output;   // [n_embd]: the layer's own, normed
 };
 
 static void layer_norm(moe_pass *p, moe_view dst, moe_view src, const moe_weight *weight,

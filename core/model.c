@@ -319,6 +319,7 @@ static uint64_t dim_value(const moe_hparams *hp, uint32_t layer, moe_dim dim)
     case DIM_Q_HEADS: return hp->n_head;
     case DIM_HEAD_V: return hp->head_dim_v;
     case DIM_CONV: return hp->n_conv;
+    case DIM_EMBD_2: return 2 * (uint64_t)hp->n_embd;
     case DIM_EMBD_3: return 3 * (uint64_t)hp->n_embd;
     case DIM_Q_GATED: return 2ull * hp->n_head * hp->head_dim;
     case DIM_DELTA_CONV: return hparams_conv_dim(hp);
@@ -361,6 +362,7 @@ static bool binding_applies(const moe_hparams *hp, const moe_binding *b, uint32_
            !(b->flags & BIND_SIGMOID && hp->router.score != MOE_SCORE_SIGMOID) &&
            !(b->flags & BIND_RECURRENT && !layer_is_recurrent(hp, layer)) &&
            !(b->flags & BIND_ATTENTION && layer_is_recurrent(hp, layer)) &&
+           !(b->flags & BIND_DRAFT && layer < hp->n_layer) &&
            !(b->flags & BIND_LATENT_Q && !hp->n_latent_q) &&
            !(b->flags & BIND_NO_LATENT_Q && hp->n_latent_q) &&
            !(b->flags & BIND_LATENT_SPLIT && !hp->latent_split) &&
@@ -426,7 +428,7 @@ static moe_status bind_walk_all(bind_walk *walk)
     for (uint32_t table = 0; m->family->bindings[table]; table++) {
         for (const moe_binding *b = m->family->bindings[table]; b->gguf; b++) {
             const bool global = b->flags & BIND_GLOBAL;
-            for (uint32_t i = 0; i < (global ? 1 : m->hp.n_layer); i++) {
+            for (uint32_t i = 0; i < (global ? 1 : m->hp.n_layer_all); i++) {
                 if (!binding_applies(&m->hp, b, i))
                     continue;
                 void *base = global ? (void *)&m->globals : (void *)&m->layers[i];
@@ -532,6 +534,18 @@ static bool tensor_layer(const char *name, uint32_t *layer)
     return *c == '.' && c > name + 4;
 }
 
+/* Whether the first layer for multi-token prediction can be bound: some files have none, although they
+ * tell of it. Further ones are not used: the first is applied again and again. */
+static bool model_has_draft(const moe_model *m)
+{
+    char name[96];
+    for (uint32_t i = 0; m->family->bindings[i] && m->hp.n_layer_draft; i++)
+        for (const moe_binding *b = m->family->bindings[i]; b->gguf; b++)
+            if (b->field == offsetof(moe_layer, draft_join) && b->flags & BIND_DRAFT)
+                return directory_tensor(m->dir, binding_name(b, m->hp.n_layer, name, sizeof name));
+    return false;
+}
+
 /* A tensor of a layer that only drafts tokens: the model computes the same without. */
 static bool tensor_is_draft(const moe_model *m, const moe_tensor *t)
 {
@@ -552,7 +566,7 @@ static moe_status bind_find_unused(const moe_model *m, moe_error *error)
                 uint32_t layer = 0;
                 if (!(b->flags & BIND_GLOBAL) && !tensor_layer(t->name, &layer))
                     continue;
-                used = layer < m->hp.n_layer && binding_applies(&m->hp, b, layer) &&
+                used = layer < m->hp.n_layer_all && binding_applies(&m->hp, b, layer) &&
                        !strcmp(t->name, binding_name(b, layer, name, sizeof name));
             }
         }
@@ -569,9 +583,10 @@ static moe_status bind_find_unused(const moe_model *m, moe_error *error)
 static moe_status model_bind(moe_model *m, moe_error *error)
 {
     bind_walk walk = {.m = m, .error = error, .visit = bind_count};
-    m->layers = mem_alloc(&m->mem, m->hp.n_layer, sizeof *m->layers);
+    m->hp.n_layer_all = m->hp.n_layer + model_has_draft(m);
+    m->layers = mem_alloc(&m->mem, m->hp.n_layer_all, sizeof *m->layers);
     if (!m->layers)
-        return fail_memory(error, &m->mem, "layers", m->hp.n_layer * sizeof *m->layers);
+        return fail_memory(error, &m->mem, "layers", m->hp.n_layer_all * sizeof *m->layers);
     moe_status status = bind_walk_all(&walk);
     if (!status && walk.n_tensor != directory_n_tensors(m->dir))
         status = bind_find_unused(m, error);
@@ -712,6 +727,7 @@ static void model_fill_info(moe_model *m)
     info->n_ctx_train = hp->n_ctx_train;
     info->n_embd = hp->n_embd;
     info->n_layer = hp->n_layer;
+    info->n_layer_draft = hp->n_layer_all - hp->n_layer;
     info->n_head = hp->n_head;
     info->n_head_kv = hp->n_head_kv;
     info->head_dim = hp->head_dim;

@@ -73,7 +73,8 @@ typedef struct moe_hparams {
     float glu_alpha, glu_limit; // of MOE_GLU_CLAMPED
     moe_router router;        // router.n_expert is 0 in a dense model
     uint32_t n_layer_dense;   // leading layers without experts
-    uint32_t n_layer_draft;   // layers behind the last one, for multi-token prediction: not used
+    uint32_t n_layer_draft;   // layers behind the last one, for multi-token prediction
+    uint32_t n_layer_all;     // layers that are bound: n_layer, and the first of those if it is there
     uint32_t n_ff_expert;
     bool parallel_dense;      // a dense feed-forward beside the experts
     uint32_t n_expert_shared, n_ff_shared; // experts that every token uses; width of all of them
@@ -119,6 +120,10 @@ typedef struct moe_layer {
     moe_weight experts_gate_bias, experts_up_bias, experts_down_bias; // [n_expert][...]
     moe_weight shared_gate, shared_up, shared_down; // as gate, up, down, of n_ff_shared
     moe_weight shared_router;                    // [n_embd]: how much of the shared experts
+    moe_weight draft_token_norm, draft_hidden_norm; // [n_embd]; these of a layer that drafts:
+    moe_weight draft_join;                       // [n_embd][2 * n_embd]
+    moe_weight draft_norm;                       // [n_embd]; absent: output_norm
+    moe_weight draft_embedding, draft_output;    // [n_vocab][n_embd]; absent: the model's
 } moe_layer;
 
 /* The weights outside the layers. */
@@ -133,8 +138,8 @@ typedef struct moe_globals {
 typedef enum moe_dim {
     DIM_NONE, DIM_VOCAB, DIM_EMBD, DIM_Q, DIM_K, DIM_V, DIM_O, DIM_HEAD, DIM_HALF_ROT, DIM_FF,
     DIM_EXPERT, DIM_FF_EXPERT, DIM_FF_SHARED, DIM_Q_HEADS, DIM_NOPE, DIM_LATENT, DIM_LATENT_Q,
-    DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V, DIM_CONV, DIM_EMBD_3, DIM_Q_GATED, DIM_DELTA_CONV,
-    DIM_ONE, DIM_FF_EXPERT_2, DIM_DELTA_HEADS, DIM_DELTA_HEADS_2, DIM_DELTA_HEAD, DIM_DELTA_V
+    DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V, DIM_CONV, DIM_EMBD_2, DIM_EMBD_3, DIM_Q_GATED,
+    DIM_DELTA_CONV, DIM_ONE, DIM_FF_EXPERT_2, DIM_DELTA_HEADS, DIM_DELTA_HEADS_2, DIM_DELTA_HEAD, DIM_DELTA_V
 } moe_dim;
 
 enum {
@@ -151,7 +156,8 @@ enum {
     BIND_LATENT_FUSED = 512, /* in one */
     BIND_SIGMOID = 1024,     /* a router whose scores are sigmoids */
     BIND_RECURRENT = 2048,   /* layers with a state */
-    BIND_ATTENTION = 4096    /* layers with attention */
+    BIND_ATTENTION = 4096,   /* layers with attention */
+    BIND_DRAFT = 8192        /* the layer for multi-token prediction */
 };
 
 /* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it, the
@@ -240,7 +246,7 @@ struct moe_model {
     const moe_family *family;
     moe_hparams hp;
     moe_globals globals;
-    moe_layer *layers;             // [n_layer]
+    moe_layer *layers;             // [n_layer_all]
     float *vectors;                // all norms and biases
     uint8_t *derived;              // weights made by the family's derive()
     double *rope_freqs[2];         // [n_rot / 2] radians per position: global, local

@@ -48,6 +48,24 @@ static const moe_binding bindings_shared_experts[] = {
     BIND_END,
 };
 
+/* The layer for multi-token prediction is a layer like the others, with these around it. Checkpoints
+ * repeat the embedding and the output matrix in it; some files do, too. */
+static const moe_binding bindings_draft[] = {
+    BIND_IN_LAYER("nextn.enorm.weight", "enorm.weight", draft_token_norm, BIND_DRAFT | BIND_VECTOR,
+                  DIM_EMBD),
+    BIND_IN_LAYER("nextn.hnorm.weight", "hnorm.weight", draft_hidden_norm, BIND_DRAFT | BIND_VECTOR,
+                  DIM_EMBD),
+    BIND_IN_LAYER("nextn.eh_proj.weight", "eh_proj.weight", draft_join, BIND_DRAFT, DIM_EMBD_2,
+                  DIM_EMBD),
+    BIND_IN_LAYER("nextn.shared_head_norm.weight", "shared_head.norm.weight", draft_norm,
+                  BIND_DRAFT | BIND_OPTIONAL | BIND_VECTOR, DIM_EMBD),
+    BIND_GGUF_ONLY("nextn.embed_tokens.weight", draft_embedding, BIND_DRAFT | BIND_OPTIONAL, DIM_EMBD,
+                   DIM_VOCAB),
+    BIND_GGUF_ONLY("nextn.shared_head_head.weight", draft_output, BIND_DRAFT | BIND_OPTIONAL,
+                   DIM_EMBD, DIM_VOCAB),
+    BIND_END,
+};
+
 /* ------------------------------------------------------------------------ hyperparameters -- */
 
 /* Newer files describe the heads that the cache sees (one, as long as its row) and add the lengths of
@@ -196,7 +214,7 @@ static moe_status derive_fill(moe_model *m, uint64_t bytes, float *room, moe_err
 {
     const moe_hparams *hp = &m->hp;
     moe_buffer **buffer = &m->buffers[m->n_buffer];
-    for (uint32_t i = 0; i < hp->n_layer; i++) {
+    for (uint32_t i = 0; i < hp->n_layer_all; i++) {
         moe_layer *l = &m->layers[i];
         const moe_tensor *fused = directory_tensor(m->dir, l->wkv_b.name);
         derive_keys(hp, fused, &l->wk_b, m->derived + l->wk_b.data.offset, room,
@@ -208,7 +226,7 @@ static moe_status derive_fill(moe_model *m, uint64_t bytes, float *room, moe_err
     if (status)
         return status;
     m->n_buffer++;
-    for (uint32_t i = 0; i < hp->n_layer; i++) {
+    for (uint32_t i = 0; i < hp->n_layer_all; i++) {
         m->layers[i].wk_b.data.buffer = *buffer;
         if (!m->layers[i].wv_b.data.buffer)
             m->layers[i].wv_b.data.buffer = *buffer;
@@ -225,7 +243,7 @@ static moe_status deepseek_derive(moe_model *m, moe_error *error)
     uint64_t bytes = 0;
     if (hp->latent_split)
         return MOE_OK;
-    for (uint32_t i = 0; i < hp->n_layer; i++)
+    for (uint32_t i = 0; i < hp->n_layer_all; i++)
         bytes = derive_describe(hp, &m->layers[i], bytes);
     float *room = mem_alloc_uncleared(&m->mem, 2 * n, sizeof *room);
     if (room)
@@ -254,6 +272,8 @@ static const moe_config_key config_deepseek[] = {
     {"mlp_bias", NULL, CONFIG_EXPECT, "false", 0},
     {"moe_layer_freq", NULL, CONFIG_EXPECT, "1", 0},
     {"rope_interleave", NULL, CONFIG_EXPECT, "true", 0},
+    {"num_hidden_layers+num_nextn_predict_layers", "block_count", CONFIG_U32, NULL, 0},
+    {"num_nextn_predict_layers", "nextn_predict_layers", CONFIG_U32, NULL, 0},
     {"kv_lora_rank", "attention.kv_lora_rank", CONFIG_U32, NULL, 0},
     {"q_lora_rank", "attention.q_lora_rank", CONFIG_U32, NULL, 0},
     {"qk_nope_head_dim+qk_rope_head_dim", "attention.key_length", CONFIG_U32, NULL, 0},
@@ -275,7 +295,7 @@ static const moe_config_key config_deepseek[] = {
 static const moe_family family_deepseek2 = {
     "deepseek2", "deepseek_v2 deepseek_v3 glm4_moe_lite", deepseek_hparams,
     {bindings_model, bindings_latent_attention, bindings_feed_forward, bindings_experts,
-     bindings_shared_experts, NULL},
+     bindings_shared_experts, bindings_draft, NULL},
     deepseek_layer, config_deepseek, 0, deepseek_derive,
 };
 

@@ -30,12 +30,21 @@ typedef struct session_ahead {
     float *logits;           // [n_draft + 1][n_vocab], of the token asked for and of the guess
 } session_ahead;
 
+/* The layer for multi-token prediction, as far as it has got: core/mtp.c. */
+typedef struct session_mtp {
+    bool on;
+    uint32_t from, to;     // positions whose outputs pass.draft_outputs holds
+    uint32_t next;         // the first position whose row is not in the layer's cache; not 0
+    moe_token token;       // what the row before that was made from
+    float *logits;         // [n_vocab]
+} session_mtp;
+
 struct moe_session {
     moe_model *model;
     moe_session_options options; // with the defaults filled in
     moe_queue *queue;
     moe_buffer *cache, *work;
-    moe_cache *caches;     // [2 * n_layer]: keys, then values
+    moe_cache *caches;     // [2 * plan_n_cache()]: keys, then values
     moe_pass pass;
     float *rope_table;     // [n_batch][n_rot]: on the host, before it is written
     uint32_t n_past;
@@ -55,6 +64,7 @@ struct moe_session {
                            // are made from; NULL if neither is needed
     session_ahead ahead;   // of a session that drafts
     moe_observe *observe;  // NULL: nobody looks on
+    session_mtp mtp;
     moe_error error;
 };
 
@@ -81,6 +91,18 @@ static uint32_t plan_row(const moe_hparams *hp, bool values)
     return MOE_MAX(hparams_cache_dim(hp, false, values), hparams_cache_dim(hp, true, values));
 }
 
+/* Whether the session drafts with the layer for multi-token prediction. */
+static bool plan_mtp(const moe_hparams *hp, const moe_session_options *o)
+{
+    return (o->draft == MOE_DRAFT_AUTO || o->draft == MOE_DRAFT_MTP) && hp->n_layer_all > hp->n_layer;
+}
+
+/* Layers that have caches. */
+static uint32_t plan_n_cache(const moe_hparams *hp, const moe_session_options *o)
+{
+    return hp->n_layer + plan_mtp(hp, o);
+}
+
 /* Lays out the activations; the views' offsets are set. */
 static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_pass *p,
                       uint64_t *used)
@@ -92,6 +114,7 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
     const uint64_t n_row = plan_row(hp, false), n_head = hp->n_head;
     const uint64_t n_delta = (uint64_t)hp->delta.n_head * hp->delta.dim_v;
     const uint64_t n_attn = MOE_MAX(n_head * most.dim_v, n_delta);
+    const uint64_t n_mtp = plan_mtp(hp, o) ? hp->n_embd : 0;
     *used = 0;
     return plan_take(used, &p->ids, n, sizeof(int32_t)) &&
            plan_take(used, &p->rope[0], n * hp->n_rot, f) &&
@@ -118,6 +141,9 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->expert_ids, n * used_experts, sizeof(int32_t)) &&
            plan_take(used, &p->expert_weights, n * used_experts, f) &&
            plan_take(used, &p->expert_out, n * used_experts * hp->n_embd, f) &&
+           plan_take(used, &p->draft_outputs, (n + 1) * n_mtp, f) &&
+           plan_take(used, &p->draft_input, n * 2 * n_mtp, f) &&
+           plan_take(used, &p->draft_output, n_mtp, f) &&
            plan_take(used, &p->logits, (uint64_t)o->n_logits * hp->n_vocab, f);
 }
 
@@ -164,8 +190,9 @@ static bool plan_caches(const moe_hparams *hp, const moe_session_options *o, uin
     if (!plan_states(hp, &one, &journal) || !checked_mul(one, SESSION_N_STATE, bytes) ||
         !checked_add(*bytes, journal, bytes))
         return false;
-    for (uint32_t i = 0; i < 2 * hp->n_layer; i++) {
-        const moe_cache c = plan_cache(hp, o, i % hp->n_layer, i >= hp->n_layer);
+    const uint32_t n = plan_n_cache(hp, o);
+    for (uint32_t i = 0; i < 2 * n; i++) {
+        const moe_cache c = plan_cache(hp, o, i % n, i >= n);
         if (!plan_cache_bytes(&c, &one) || !checked_add(*bytes, one, bytes))
             return false;
     }
@@ -193,6 +220,7 @@ static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_opt
 {
     uint32_t n_in = MOE_MAX(hp->n_embd, MOE_MAX(hparams_dense_width(hp), hp->n_ff_shared));
     n_in = MOE_MAX(n_in, MOE_MAX(hp->n_latent_q, hp->n_head * hparams_most_heads(hp).dim_v));
+    n_in = MOE_MAX(n_in, plan_mtp(hp, o) ? 2 * hp->n_embd : 0);
     n_in = MOE_MAX(n_in, hp->delta.n_head * hp->delta.dim_v);
     const bool experts = hp->router.n_expert > 0;
     return (moe_queue_options){
@@ -221,12 +249,13 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
         return false;
     plan->queue_bytes = m->backend->queue_bytes(m->device, &plan->queue);
     const bool drafts = o->draft != MOE_DRAFT_OFF;
-    plan->host_bytes = sizeof(moe_session) + 2ull * hp->n_layer * sizeof(moe_cache) +
+    plan->host_bytes = sizeof(moe_session) + 2ull * plan_n_cache(hp, o) * sizeof(moe_cache) +
                        (uint64_t)o->n_batch * hparams_most_heads(hp).n_rot * sizeof(float) +
                        (plan_history(hp, o) ? (uint64_t)o->n_ctx * sizeof(moe_token) : 0) +
                        (drafts ? (o->n_draft + 1ull) * hp->n_vocab * sizeof(float) : 0) +
                        observe_bytes(hp, &plan->queue, o->observer) +
-                       20 * MEM_ALIGN;
+                       (plan_mtp(hp, o) ? (uint64_t)hp->n_vocab * sizeof(float) : 0) +
+                       22 * MEM_ALIGN;
     return checked_add(plan->cache_bytes, plan->work_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->queue_bytes, &plan->total_bytes) &&
            checked_add(plan->total_bytes, plan->host_bytes, &plan->total_bytes);
@@ -260,7 +289,8 @@ static uint32_t session_longest(const moe_model *m, const moe_session_options *o
 }
 
 /* Tokens computed ahead need room in a batch, and their logits come all at once. */
-static moe_status session_fill_draft(moe_session_options *o, moe_error *error)
+static moe_status session_fill_draft(const moe_hparams *hp, moe_session_options *o,
+                                     moe_error *error)
 {
     if (o->draft < MOE_DRAFT_OFF || o->draft > MOE_DRAFT_MTP)
         return fail(error, MOE_ERR_ARGUMENT, "draft", "expected 0 to %d, got %d", MOE_DRAFT_MTP,
@@ -268,11 +298,11 @@ static moe_status session_fill_draft(moe_session_options *o, moe_error *error)
     if (o->n_draft < 1 || o->n_draft > DRAFT_MAX)
         return fail(error, MOE_ERR_ARGUMENT, "n_draft", "expected 1 to %d, got %u", DRAFT_MAX,
                     o->n_draft);
-    if (o->draft == MOE_DRAFT_MTP)
+    if (o->draft == MOE_DRAFT_MTP && hp->n_layer_all == hp->n_layer)
         return fail(error, MOE_ERR_UNSUPPORTED, "draft",
                     "expected a model with a layer for multi-token prediction, got one without");
     o->n_draft = MOE_MIN(o->n_draft, o->n_batch - 1);
-    if (!o->n_draft)
+    if (!o->n_draft || o->observer) /* an observer sees the sequence, and nothing that may not come */
         o->draft = MOE_DRAFT_OFF;
     if (o->draft != MOE_DRAFT_OFF)
         o->n_logits = MOE_MAX(o->n_logits, o->n_draft + 1);
@@ -312,7 +342,7 @@ static moe_status session_fill_options(const moe_model *m, const moe_session_opt
         return fail(error, MOE_ERR_ARGUMENT, "cache_type", "expected 0 to %d, got %d",
                     MOE_CACHE_F32, (int)o->cache_type);
     o->n_batch = MOE_MIN(o->n_batch, o->n_ctx);
-    moe_status status = session_fill_draft(o, error);
+    moe_status status = session_fill_draft(&m->hp, o, error);
     o->n_logits = MOE_MIN(o->n_logits, o->n_batch);
     return status;
 }
@@ -360,12 +390,14 @@ static void session_lay_out(moe_session *s)
                                &p->mixed, &p->q_gated, &p->delta_qk, &p->delta_v, &p->delta_z,
                                &p->delta_decay, &p->delta_beta,
                                &p->up,   &p->router,  &p->expert_ids, &p->expert_weights,
-                               &p->expert_out, &p->logits};
+                               &p->expert_out, &p->logits, &p->draft_outputs, &p->draft_input,
+                               &p->draft_output};
     for (size_t i = 0; i < MOE_COUNT(views); i++)
         views[i]->buffer = s->work;
-    for (uint32_t i = 0; i < 2 * hp->n_layer; i++) {
+    const uint32_t n_cache = plan_n_cache(hp, &s->options);
+    for (uint32_t i = 0; i < 2 * n_cache; i++) {
         uint64_t bytes = 0;
-        s->caches[i] = plan_cache(hp, &s->options, i % hp->n_layer, i >= hp->n_layer);
+        s->caches[i] = plan_cache(hp, &s->options, i % n_cache, i >= n_cache);
         s->caches[i].data = (moe_view){s->cache, offset};
         plan_cache_bytes(&s->caches[i], &bytes);
         offset += bytes;
@@ -381,14 +413,16 @@ static void session_lay_out(moe_session *s)
     p->be = m->backend;
     p->queue = s->queue;
     p->k_cache = s->caches;
-    p->v_cache = s->caches + hp->n_layer;
+    p->v_cache = s->caches + n_cache;
     p->observe = s->observe;
+    s->mtp.on = plan_mtp(hp, &s->options);
+    s->mtp.next = 1;
 }
 
 static moe_status session_allocate(moe_session *s, const session_plan *plan, moe_error *error)
 {
     moe_model *m = s->model;
-    s->caches = mem_alloc(&m->mem, 2 * (uint64_t)m->hp.n_layer, sizeof *s->caches);
+    s->caches = mem_alloc(&m->mem, 2ull * plan_n_cache(&m->hp, &s->options), sizeof *s->caches);
     s->rope_table = mem_alloc(&m->mem, (uint64_t)s->options.n_batch *
                               hparams_most_heads(&m->hp).n_rot, sizeof(float));
     const bool history = plan_history(&m->hp, &s->options);
@@ -398,6 +432,9 @@ static moe_status session_allocate(moe_session *s, const session_plan *plan, moe
     if (drafts)
         s->ahead.logits = mem_alloc_uncleared(&m->mem, (s->options.n_draft + 1ull) * m->hp.n_vocab,
                                               sizeof *s->ahead.logits);
+    const bool mtp = plan_mtp(&m->hp, &s->options);
+    if (mtp)
+        s->mtp.logits = mem_alloc_uncleared(&m->mem, m->hp.n_vocab, sizeof *s->mtp.logits);
     s->ahead.drafter.n_max = s->options.n_draft;
     s->ahead.drafter.adaptive = s->options.draft == MOE_DRAFT_AUTO;
     const moe_observer *observer = s->options.observer;
@@ -405,7 +442,7 @@ static moe_status session_allocate(moe_session *s, const session_plan *plan, moe
         s->observe = observe_open(&m->mem, &m->hp, &plan->queue, observer, &s->error);
     s->options.observer = NULL; /* the caller's; what was copied stays */
     if (!s->caches || !s->rope_table || (history && !s->history) || (drafts && !s->ahead.logits) ||
-        (observer && !s->observe))
+        (mtp && !s->mtp.logits) || (observer && !s->observe))
         return fail_memory(error, &m->mem, "session", plan->host_bytes);
     moe_status status = m->backend->buffer_new(m->device, plan->cache_bytes, &s->cache, error);
     if (!status)
@@ -462,6 +499,7 @@ void moe_session_close(moe_session *s)
     m->backend->buffer_free(m->device, s->work);
     m->backend->buffer_free(m->device, s->cache);
     observe_close(&m->mem, s->observe);
+    mem_free(&m->mem, s->mtp.logits);
     mem_free(&m->mem, s->ahead.logits);
     mem_free(&m->mem, s->history);
     mem_free(&m->mem, s->rope_table);
@@ -620,6 +658,11 @@ static moe_status session_logits(moe_session *s, uint32_t row, uint32_t n_row, f
                        &s->error);
 }
 
+/* core/mtp.c: before and behind the layers of a batch; and guesses of n tokens behind that at n_past. */
+static void mtp_prepare(moe_session *s, uint32_t pos, uint32_t n_tok);
+static void mtp_keep(moe_session *s, uint32_t n_tok);
+static moe_status mtp_guess(moe_session *s, uint32_t n, draft_guess *guess);
+
 /* One batch: tokens at positions [pos, pos + n_tok), at most n_batch of them; logits of the last
  * n_logits. */
 static moe_status session_forward(moe_session *s, const moe_token *tokens, uint32_t pos,
@@ -627,6 +670,7 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
 {
     moe_pass *p = &s->pass;
     const moe_model *m = s->model;
+    mtp_prepare(s, pos, n_tok);
     p->pos = pos;
     p->n_tok = n_tok;
     if (p->observe)
@@ -642,6 +686,7 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
     p->be->embed(p->queue, &embed);
     for (p->layer = 0; p->layer < m->hp.n_layer; p->layer++)
         m->family->layer(p, p->layer);
+    mtp_keep(s, n_tok);
     for (uint32_t done = 0; done < n_logits;) {
         const uint32_t n = MOE_MIN(s->options.n_logits, n_logits - done);
         moe_status status = session_logits(s, n_tok - n_logits + done, n,
@@ -797,6 +842,8 @@ static moe_status session_check_finite(moe_session *s, const float *logits, size
 /* What came instead of, or as, the tokens that were guessed. */
 static void session_learn(session_ahead *a, moe_token token)
 {
+    if (a->used < a->n && a->source == DRAFT_BY_MTP)
+        draft_learn(&a->drafter, DRAFT_BY_MTP, a->used, a->guess.tokens[a->used] == token);
     if (a->n_right < a->lookup.n) {
         const bool hit = a->lookup.tokens[a->n_right] == token;
         draft_learn(&a->drafter, DRAFT_BY_NGRAM, a->lookup.grade + a->n_right, hit);
@@ -804,18 +851,28 @@ static void session_learn(session_ahead *a, moe_token token)
     }
 }
 
-/* Tokens to compute together with the one at n_past, which is in the history. */
-static uint32_t session_guess(moe_session *s)
+/* Tokens to compute together with the one at n_past, which is in the history; their number to *n. */
+static moe_status session_guess(moe_session *s, uint32_t *n)
 {
     session_ahead *a = &s->ahead;
-    double gain;
-    const uint32_t room = s->options.n_ctx - s->n_past - 1;
-    draft_lookup(s->history, s->n_past + 1, s->options.n_draft, &a->lookup);
+    const moe_session_options *o = &s->options;
+    const uint32_t room = MOE_MIN(o->n_draft, o->n_ctx - s->n_past - 1);
+    double by_lookup = 0, by_mtp = 0;
+    draft_lookup(s->history, s->n_past + 1, room, &a->lookup);
     a->n_right = 0;
     a->guess = a->lookup;
     a->source = DRAFT_BY_NGRAM;
-    const uint32_t n = draft_choose(&a->drafter, DRAFT_BY_NGRAM, a->lookup.grade, a->lookup.n, &gain);
-    return MOE_MIN(n, room);
+    *n = 0;
+    if (o->draft != MOE_DRAFT_MTP)
+        *n = draft_choose(&a->drafter, DRAFT_BY_NGRAM, a->lookup.grade, a->lookup.n, &by_lookup);
+    if (!s->mtp.on)
+        return MOE_OK;
+    const uint32_t n_mtp = draft_choose(&a->drafter, DRAFT_BY_MTP, 0, s->n_past ? room : 0, &by_mtp);
+    if (!n_mtp || by_mtp <= by_lookup)
+        return MOE_OK;
+    *n = n_mtp;
+    a->source = DRAFT_BY_MTP;
+    return mtp_guess(s, n_mtp, &a->guess);
 }
 
 /* One token, with others that may follow it. */
@@ -825,10 +882,14 @@ static moe_status session_eval_ahead(moe_session *s, moe_token token, float *log
     const size_t n_vocab = s->model->hp.n_vocab;
     const uint64_t start = plat_time_ns();
     moe_token tokens[DRAFT_MAX + 1] = {token};
+    uint32_t n = 0;
+    moe_status status = session_restore(s);
     s->history[s->n_past] = token;
-    const uint32_t n = session_guess(s);
+    if (!status)
+        status = session_guess(s, &n);
     memcpy(tokens + 1, a->guess.tokens, n * sizeof *tokens);
-    moe_status status = session_compute(s, tokens, n + 1, n + 1, n ? a->logits : logits);
+    if (!status)
+        status = session_compute(s, tokens, n + 1, n + 1, n ? a->logits : logits);
     if (status)
         return status;
     if (n)

@@ -17,6 +17,11 @@ For each model NAME two files are written:
     NAME.expected   little endian: char[4] "MOEX", uint32 n_tok, uint32 n_vocab, float32 rounding[3],
                     int32 token[n_tok], float32 logits[n_tok][n_vocab]
 
+For a model with a layer for multi-token prediction also NAME.drafts: char[4] "MOED", uint32 n_tok,
+uint32 n_vocab, and twice float32 logits[n_tok][n_vocab]: what that layer, from the model's outputs
+before position p and the token at p, says of the token at p + 1; and then, from its own output and
+the best of those tokens, of the one at p + 2. Rows of position 0 are zeros.
+
 `rounding` says what a key/value cache of type F16, Q8_0 and F32 costs: the largest relative error of a
 position's logits when transformers itself, in double precision, rounds keys and values so and, in
 front of matrices in integer formats, activations to 8 bits in groups of 32.
@@ -40,6 +45,8 @@ import numpy as np
 import torch
 import transformers
 from gguf import GGMLQuantizationType as GT
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
 from transformers import (DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config,
                           DeepseekV3ForCausalLM, DynamicCache, Gemma3ForCausalLM,
                           Gemma3TextConfig, Gemma4ForCausalLM, Gemma4TextConfig,
@@ -152,6 +159,13 @@ MODELS = {
         family="deepseek3", vocab=105, embd=42, head=3, kv=3, nope=12, rot=8, dim_v=10, latent=26,
         latent_q=15, ff=29, ff_exp=12, layer=3, dense=1, tied=False, tok=61, expert=20, used=4,
         shared=1, group=5, group_used=2, scale=2.5, renorm=True,
+        rope=dict(rope_type="yarn", rope_theta=500.0, factor=8.0, mscale=1.0, mscale_all_dim=1.0,
+                  beta_fast=16.0, beta_slow=0.5, original_max_position_embeddings=64), ctx=512),
+    # DeepSeek-V3 with its layer for multi-token prediction
+    "deepseek3-mtp": dict(
+        family="deepseek3", vocab=83, embd=30, head=3, kv=3, nope=8, rot=6, dim_v=7, latent=18,
+        latent_q=13, ff=25, ff_exp=9, layer=2, dense=1, tied=False, tok=32, expert=8, used=3,
+        shared=1, group=2, group_used=1, scale=2.5, renorm=True, mtp=True,
         rope=dict(rope_type="yarn", rope_theta=500.0, factor=8.0, mscale=1.0, mscale_all_dim=1.0,
                   beta_fast=16.0, beta_slow=0.5, original_max_position_embeddings=64), ctx=512),
     # Moonlight: the same router without groups, queries without a latent; a fused matrix whose parts
@@ -403,7 +417,8 @@ def build(m):
         return (DeepseekV2Config(topk_method=method, norm_topk_prob=False, **c),
                 DeepseekV2ForCausalLM, "deepseek2")
     if f == "deepseek3":
-        return (DeepseekV3Config(norm_topk_prob=m["renorm"], num_mtp_layers=0, **c),
+        return (DeepseekV3Config(norm_topk_prob=m["renorm"], num_mtp_layers=int(m.get("mtp", False)),
+                                 **c),
                 DeepseekV3ForCausalLM, "deepseek2")
     if f == "lfm2moe":
         c["norm_eps"] = c.pop("rms_norm_eps")
@@ -449,7 +464,7 @@ GAIN = {"q_proj": 1.7, "k_proj": 1.7, "v_proj": 1.0, "o_proj": 1.0, "gate_proj":
         "q_a_proj": 1.0, "q_b_proj": 1.7, "kv_a_proj_with_mqa": 1.7, "kv_b_proj": 1.2, "router": 2.0,
         "w1": 1.4, "w2": 1.3, "w3": 1.2, "in_proj": 1.3, "out_proj": 1.0, "conv": 1.5,
         "in_proj_qkv": 1.3, "in_proj_z": 1.5, "in_proj_a": 1.0, "in_proj_b": 1.5, "conv1d": 3.0,
-        "proj": 2.0, "in_proj_qkvz": 1.3, "in_proj_ba": 1.2}
+        "proj": 2.0, "in_proj_qkvz": 1.3, "in_proj_ba": 1.2, "eh_proj": 1.5}
 CLAMPED_GAIN = 5.0  # of gpt-oss' gates: enough of them must reach the limit of 7
 
 
@@ -497,6 +512,10 @@ def random_weights(model, m, rng):
 
 
 # ---------------------------------------------------------------------------------------- GGUF --
+
+DRAFT_NAMES = {"eh_proj": "nextn.eh_proj", "enorm": "nextn.enorm", "hnorm": "nextn.hnorm",
+               "shared_head.norm": "nextn.shared_head_norm"}
+
 
 def interleave(w, n_head):
     """Reorders rows within heads: from half-split rotary pairs (i, i + d/2) to adjacent ones
@@ -646,7 +665,7 @@ def gguf_tensors(weights, m, arch):
             w = interleave(w, m["head"])
         if arch == "llama" and rest == "self_attn.k_proj":
             w = interleave(w, m["kv"])
-        names = dict(LAYER_NAMES, **FAMILY_NAMES.get(arch, {}))
+        names = dict(LAYER_NAMES, **FAMILY_NAMES.get(arch, {}), **DRAFT_NAMES)
         out.append((f"{blk}{names[rest]}.{kind}", w))
     if m["rope"]["rope_type"] == "proportional":  # pairs that are not rotated
         half = m["heads_global"]["dim"] // 2
@@ -694,6 +713,8 @@ def write_latent_keys(w, m):
         w.add_expert_group_used_count(m["group_used"])
     if m["family"] == "deepseek3":
         w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if m.get("mtp"):
+        w.add_nextn_predict_layers(1)
     if "mscale_all_dim" in m["rope"]:
         w.add_rope_scaling_yarn_log_mul(0.1 * m["rope"]["mscale_all_dim"])
 
@@ -720,7 +741,7 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     w = gguf.GGUFWriter(path, arch)
     w.add_name(name)
     w.add_vocab_size(m["vocab"])
-    w.add_block_count(m["layer"])
+    w.add_block_count(m["layer"] + int(m.get("mtp", False)))
     w.add_context_length(m["ctx"])
     w.add_embedding_length(m["embd"])
     w.add_feed_forward_length(m["ff"])
@@ -1006,6 +1027,47 @@ class Oracle:
         return margin
 
 
+class DraftOracle:
+    """The layer for multi-token prediction behind an Oracle's model, with random weights."""
+
+    def __init__(self, oracle, m, rng):
+        self.oracle = oracle
+        with oracle.context():
+            self.layer = MtpModel(oracle.model, 1).eval().to(torch.float64)
+        own = {k: v for k, v in self.layer.state_dict().items() if k.startswith("layers.")}
+        named = type("Named", (), {"state_dict": lambda _: own})()
+        weights = random_weights(named, dict(m, tied=False), rng)
+        state = {k: torch.tensor(w, dtype=torch.float64) for k, w in weights.items()}
+        self.layer.load_state_dict(state, strict=False)
+        start = f"model.layers.{m['layer']}."
+        self.weights = {start + k.removeprefix("layers.0.").removeprefix("mtp_block.")
+                        .replace("post_norm", "shared_head.norm"): w for k, w in weights.items()}
+
+    def run(self, hidden, tokens):
+        """The layer's outputs, and its logits, for tokens at positions 1, 2, ..."""
+        model = self.oracle.model
+        positions = torch.arange(1, len(tokens) + 1)[None]
+        out = self.layer.forward_layer(0, hidden, positions,
+                                       MtpCache(config=model.config.get_mtp_config()),
+                                       input_ids=torch.tensor([tokens]))
+        return out, model.lm_head(out)[0]
+
+    def logits(self, tokens):
+        """Of one step and of two: [2][n_tok][n_vocab]."""
+        with self.oracle.context(), torch.no_grad():
+            model = self.oracle.model
+            hidden = model(torch.tensor([tokens]), output_hidden_states=True,
+                           use_cache=False).hidden_states[-1]
+            out, first = self.run(hidden[:, :-1], tokens[1:])
+            both = np.zeros((2, len(tokens), first.shape[-1]))
+            both[0, 1:] = first.numpy()
+            for p in range(1, len(tokens)):
+                chained = torch.cat([hidden[:, :p], out[:, p - 1:p]], 1)
+                guess = int(first[p - 1].argmax())
+                both[1, p] = self.run(chained, tokens[1:p + 1] + [guess])[1][-1].numpy()
+            return both
+
+
 def pick_tokens(oracle, m, rng, need):
     tokens, worst = [1], np.inf
     while len(tokens) < m["tok"] + 1:
@@ -1058,6 +1120,12 @@ def make(name, m, seed, out, no_vocab):
     if gap > 2e-5:
         sys.exit(f"{name}: single precision is {gap:.1e} from double: the model is too sensitive")
 
+    if m.get("mtp"):
+        drafts = DraftOracle(oracle, m, rng)
+        weights = dict(weights, **drafts.weights)
+        with open(os.path.join(out, name + ".drafts"), "wb") as f:
+            f.write(b"MOED" + struct.pack("<2I", len(tokens), m["vocab"]))
+            f.write(drafts.logits(tokens).astype("<f4").tobytes())
     tensors = gguf_tensors(weights, m, arch)
     path = os.path.join(out, name + ".gguf")
     write_gguf(path, tensors, choose_types(tensors, m), m, arch, name, no_vocab)

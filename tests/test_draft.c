@@ -244,6 +244,133 @@ static void options_are_checked(void)
     moe_model_close(model);
 }
 
+/* ------------------------------------------------------------------ multi-token prediction -- */
+
+/* NAME.expected and NAME.drafts of tests/make_fixtures.py. */
+typedef struct reference {
+    uint32_t n_tok, n_vocab;
+    moe_token *tokens;
+    float *drafts; // [2][n_tok][n_vocab]
+    char *files[2];
+} reference;
+
+static bool read_reference(reference *r, const char *name)
+{
+    static const char *const endings[] = {"expected", "drafts"};
+    for (int i = 0; i < 2; i++) {
+        char path[512];
+        size_t bytes = 0;
+        snprintf(path, sizeof path, "%s/fixtures/%s.%s", test_root(), name, endings[i]);
+        r->files[i] = test_read_file(path, &bytes);
+        CHECK(r->files[i] && bytes > 64, "%s", path);
+        if (!r->files[i])
+            return false;
+    }
+    memcpy(&r->n_tok, r->files[1] + 4, 4);
+    memcpy(&r->n_vocab, r->files[1] + 8, 4);
+    r->tokens = (moe_token *)(void *)(r->files[0] + 24);
+    r->drafts = (float *)(void *)(r->files[1] + 12);
+    return true;
+}
+
+/* The largest difference, relative to the largest logit. */
+static double distance(const float *got, const float *want, uint32_t n)
+{
+    double worst = 0, largest = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        worst = fmax(worst, fabs((double)got[i] - (double)want[i]));
+        largest = fmax(largest, fabs((double)want[i]));
+    }
+    return worst / largest;
+}
+
+/* The layer's logits after the first n_tok tokens, one and two steps on. */
+static void check_layer(moe_session *s, const reference *r, double *worst)
+{
+    draft_guess guess;
+    const uint32_t p = moe_session_length(s);
+    CHECK(!moe_session_rewind(s, p), "rewind"); /* drops what was computed ahead */
+    for (uint32_t depth = 0; depth < 2 && p + depth < s->options.n_ctx; depth++) {
+        s->history[p] = r->tokens[p];
+        CHECK(!mtp_guess(s, depth + 1, &guess), "%s", moe_session_error(s)->message);
+        const float *want = r->drafts + ((size_t)depth * r->n_tok + p) * r->n_vocab;
+        *worst = fmax(*worst, distance(s->mtp.logits, want, r->n_vocab));
+        CHECK(guess.n == depth + 1 && guess.tokens[depth] == mtp_best(want, r->n_vocab),
+              "at %u: %d", p, guess.tokens[depth]);
+    }
+}
+
+static void layer_matches_the_reference(void)
+{
+    reference r;
+    REQUIRE(read_reference(&r, "deepseek3-mtp"), "no fixture");
+    moe_model *model = open_fixture("deepseek3-mtp");
+    moe_model_info info = {.size = sizeof info};
+    moe_model_get_info(model, &info);
+    CHECK(info.n_layer == 2 && info.n_layer_draft == 1, "%u + %u", info.n_layer, info.n_layer_draft);
+    float *logits = calloc(r.n_vocab, sizeof *logits);
+    for (uint32_t n_batch = 3; n_batch < 32; n_batch += 7) {
+        double worst = 0;
+        moe_session *s = open_session(model, &(setup){MOE_DRAFT_MTP, 2, r.n_tok + 2, n_batch,
+                                                      MOE_CACHE_F32});
+        for (uint32_t p = 0; p + 1 < r.n_tok;) { /* in pieces of many lengths */
+            const uint32_t wish = 1 + test_random() % 9, n = MOE_MIN(wish, r.n_tok - 1 - p);
+            for (uint32_t k = 0; k < (n % 3 ? 1 : n); k++)
+                CHECK(!moe_session_eval(s, r.tokens + p + k, n % 3 ? n : 1, 1, logits), "%s",
+                      moe_session_error(s)->message);
+            p += n;
+            check_layer(s, &r, &worst);
+        }
+        CHECK(worst < 1e-4, "batches of %u: %g", n_batch, worst);
+        /* Back, and on: rows of other tokens are made again, if the output in front of them is there. */
+        const bool kept = s->mtp.from < r.n_tok - 4;
+        CHECK(!moe_session_rewind(s, r.n_tok - 4) &&
+              !moe_session_eval(s, (moe_token[]){1, 2, 3}, 3, 1, logits) &&
+              !moe_session_rewind(s, r.n_tok - 4) &&
+              !moe_session_eval(s, r.tokens + r.n_tok - 4, 2, 1, logits), "%s",
+              moe_session_error(s)->message);
+        if (kept)
+            check_layer(s, &r, &worst);
+        CHECK(worst < 1e-4, "after going back, batches of %u: %g", n_batch, worst);
+        moe_session_close(s);
+    }
+    moe_model_close(model);
+    free(logits);
+    free(r.files[0]);
+    free(r.files[1]);
+}
+
+static void layer_gives_the_same_bits(void)
+{
+    moe_sampler_options so = greedy();
+    compare("deepseek3-mtp", &(setup){MOE_DRAFT_MTP, 4, 0, 0, MOE_CACHE_F16}, &so);
+    compare("deepseek3-mtp", &(setup){MOE_DRAFT_MTP, 2, N_PROMPT + N_GEN, 4, MOE_CACHE_Q8_0}, &so);
+    compare("deepseek3-mtp", &(setup){MOE_DRAFT_AUTO, 8, 0, 5, MOE_CACHE_F32}, &so);
+    so.temperature = 0.7f;
+    compare("deepseek3-mtp", &(setup){MOE_DRAFT_MTP, 3, 0, 0, MOE_CACHE_F16}, &so);
+    /* Guesses of a random layer do not come true. A host that always does as the layer says: */
+    moe_model *model = open_fixture("deepseek3-mtp");
+    const uint32_t n_vocab = vocab_of(model);
+    float *a = calloc(n_vocab, sizeof *a), *b = calloc(n_vocab, sizeof *b);
+    moe_session *plain = open_session(model, &(setup){.draft = MOE_DRAFT_OFF});
+    moe_session *drafts = open_session(model, &(setup){.draft = MOE_DRAFT_MTP, .n_draft = 6});
+    moe_token token = 5;
+    for (uint32_t i = 0; i < 90; i++) {
+        CHECK(!moe_session_eval(plain, &token, 1, 1, a) && !moe_session_eval(drafts, &token, 1, 1, b),
+              "%s", moe_session_error(drafts)->message);
+        CHECK(!memcmp(a, b, n_vocab * sizeof *a), "step %u: other bits", i);
+        const session_ahead *h = &drafts->ahead;
+        token = i % 29 == 28 ? 11 : h->used < h->n ? h->guess.tokens[h->used] : (moe_token)(i % n_vocab);
+    }
+    CHECK(stats_of(drafts).n_accepted > 40, "%llu", (unsigned long long)stats_of(drafts).n_accepted);
+    CHECK(stats_of(drafts).n_drafted > stats_of(drafts).n_evaluations, "no chains");
+    moe_session_close(plain);
+    moe_session_close(drafts);
+    moe_model_close(model);
+    free(a);
+    free(b);
+}
+
 /* ---------------------------------------------------------------------------------- guesses -- */
 
 static void lookup_finds_the_longest_match(void)
@@ -331,6 +458,8 @@ int main(int argc, char **argv)
     RUN(sampling_gives_the_same_tokens);
     RUN(any_calls_give_the_same_bits);
     RUN(drafting_stops_at_the_context);
+    RUN(layer_matches_the_reference);
+    RUN(layer_gives_the_same_bits);
     RUN(options_are_checked);
     return test_end();
 }

@@ -656,8 +656,9 @@ static void m8_gemma4(void)
     edit_free(f->valid);
 }
 
-/* The last layers may be there to draft tokens only: the model is the one without them. */
-static void draft_layers_are_left_out(void)
+/* The last layers may be there to draft tokens only: the model is the one without them. The first of
+ * them drafts if it is whole. */
+static void draft_layers_are_not_of_the_model(void)
 {
     FOR_EACH_FAMILY(f)
     {
@@ -668,12 +669,20 @@ static void draft_layers_are_left_out(void)
         char extra[64];
         const uint32_t n = number_of(f, "block_count");
         edit_set_u32(e, key_of(f, "nextn_predict_layers"), 1);
+        snprintf(extra, sizeof extra, "blk.%u.nextn.hnorm.weight", n - 1);
+        edit_add_tensor(e, extra, "F32", 1, (uint64_t[]){8});
+        CHECK(outcome(e, "part of a draft layer", &error) == MOE_OK, "%s: %s", f->file,
+              error.message);
+        gguf_edit *more = edit_copy(e);
+        snprintf(extra, sizeof extra, "blk.%u.nextn.eh_proj.weight", n);
+        edit_add_tensor(more, extra, "F32", 1, (uint64_t[]){8});
+        refused(more, f, extra, "behind the draft layers");
+        edit_free(more);
         snprintf(extra, sizeof extra, "blk.%u.nextn.eh_proj.weight", n - 1);
         edit_add_tensor(e, extra, "F32", 1, (uint64_t[]){8});
-        CHECK(outcome(e, "a draft layer", &error) == MOE_OK, "%s: %s", f->file, error.message);
-        snprintf(extra, sizeof extra, "blk.%u.nextn.eh_proj.weight", n);
-        edit_add_tensor(e, extra, "F32", 1, (uint64_t[]){8});
-        refused(e, f, extra, "behind the draft layers");
+        snprintf(extra, sizeof extra, "blk.%u.nextn.enorm.weight", n - 1);
+        if (!strcmp(f->arch, "deepseek2"))
+            refused(e, f, extra, "a draft layer that is not whole");
         edit_free(e);
     }
 }
@@ -972,7 +981,7 @@ int main(int argc, char **argv)
     RUN(m6_m8_convolutions);
     RUN(m6_m8_delta_rule);
     RUN(m8_gemma4);
-    RUN(draft_layers_are_left_out);
+    RUN(draft_layers_are_not_of_the_model);
     RUN(m5_sliding_window);
     RUN(m16_context_length);
     RUN(m17_vocabulary);
