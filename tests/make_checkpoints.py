@@ -12,7 +12,8 @@ runs them.
 Models, weights, oracle and versions are those of tests/make_fixtures.py. Each folder NAME has the
 checkpoint and, in NAME/expected, what make_fixtures.py writes into NAME.expected. Beside F32: one is
 saved in BF16, one in several shards, and one holds FP8 (E4M3) weights with a scale for each block of
-128 x 128, made here as DeepSeek's are.
+128 x 128, made here as DeepSeek's are. One has a layer for multi-token prediction, named as in
+DeepSeek's checkpoints; NAME/drafts is what it says behind the last token, float32[n_vocab].
 """
 import argparse
 import json
@@ -44,6 +45,7 @@ CHECKPOINTS = {
     "qwen2moe": dict(mf.MODELS["qwen2moe"], tok=16),
     "deepseek2-lite": dict(mf.MODELS["deepseek2-lite"], tok=16, fused=True),
     "deepseek3": dict(mf.MODELS["deepseek3"], tok=16, layer=2, expert=10, fused=True),
+    "deepseek3-mtp": dict(mf.MODELS["deepseek3-mtp"], tok=12, fused=True),
     "glm4-moe-lite": dict(mf.MODELS["deepseek3-glm"], tok=16, fused=True),
     "lfm2moe": dict(mf.MODELS["lfm2moe"], tok=16, layer=3),
     "olmoe": dict(mf.MODELS["olmoe"], tok=20),
@@ -97,6 +99,29 @@ def save(config, cls, weights, stored, m, folder):
                   metadata={"format": "pt"})
 
 
+def add_draft_layer(folder, weights, m):
+    """The layer's tensors as DeepSeek-V3 names them, with its copies of what it shares."""
+    path = os.path.join(folder, "model.safetensors")
+    tensors = load_file(path)
+    start = f"model.layers.{m['layer']}."
+    for name, w in weights.items():
+        t = torch.tensor(w)
+        experts = start + "mlp.experts."
+        if name == experts + "gate_up_proj":
+            half = t.shape[1] // 2
+            for e in range(t.shape[0]):
+                tensors[f"{experts}{e}.gate_proj.weight"] = t[e, :half].clone()
+                tensors[f"{experts}{e}.up_proj.weight"] = t[e, half:].clone()
+        elif name == experts + "down_proj":
+            for e in range(t.shape[0]):
+                tensors[f"{experts}{e}.down_proj.weight"] = t[e].clone()
+        else:
+            tensors[name] = t
+    tensors[start + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[start + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def edit_config(folder, **changes):
     path = os.path.join(folder, "config.json")
     with open(path) as f:
@@ -131,6 +156,12 @@ def make(name, m, seed, out):
     folder = os.path.join(out, name)
     shutil.rmtree(folder, ignore_errors=True)
     save(mf.build(m)[0], cls, weights, stored, m, folder)
+    if m.get("mtp"):
+        drafts = mf.DraftOracle(oracle, m, rng)
+        add_draft_layer(folder, drafts.weights, m)
+        weights = dict(weights, **drafts.weights)
+        with open(os.path.join(folder, "drafts"), "wb") as f:
+            f.write(drafts.logits(tokens)[0, -1].astype("<f4").tobytes())
     with open(os.path.join(folder, "expected"), "wb") as f:
         f.write(b"MOEX" + struct.pack("<2I3f", len(tokens), m["vocab"], *rounding))
         f.write(np.asarray(tokens, "<i4").tobytes())

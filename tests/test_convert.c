@@ -213,6 +213,48 @@ static void checkpoints_give_the_logits_of_transformers(void)
     CHECK(n >= 16, "%d checkpoints", n);
 }
 
+/* A layer for multi-token prediction is carried over, and says what transformers' says. */
+static void draft_layer_is_converted(void)
+{
+    char path[600];
+    size_t bytes = 0;
+    expected e = {0};
+    moe_error error = {0};
+    draft_guess guess;
+    const char *out = scratch_path("drafts.gguf");
+    REQUIRE(expected_load(&e, checkpoint("deepseek3-mtp")), "expected");
+    snprintf(path, sizeof path, "%s/drafts", checkpoint("deepseek3-mtp"));
+    float *want = (float *)(void *)test_read_file(path, &bytes);
+    REQUIRE(want && bytes == e.n_vocab * sizeof *want, "%s", path);
+    REQUIRE(!convert(checkpoint("deepseek3-mtp"), out, NULL, &error), "%s", error.message);
+    moe_model_options mo;
+    moe_session_options so;
+    moe_model *model;
+    moe_session *s;
+    moe_model_options_init(&mo);
+    mo.path = out;
+    REQUIRE(!moe_model_open(&model, &mo, &error), "%s", error.message);
+    moe_session_options_init(&so);
+    so.cache_type = MOE_CACHE_F32;
+    so.n_threads = 1;
+    so.draft = MOE_DRAFT_MTP;
+    REQUIRE(!moe_session_open(&s, model, &so, &error), "%s", error.message);
+    CHECK(!moe_session_eval(s, e.tok, e.n_tok - 1, 0, NULL), "%s", moe_session_error(s)->message);
+    s->history[e.n_tok - 1] = e.tok[e.n_tok - 1];
+    CHECK(!mtp_guess(s, 1, &guess), "%s", moe_session_error(s)->message);
+    double far = 0, most = 0;
+    for (uint32_t v = 0; v < e.n_vocab; v++) {
+        far = fmax(far, fabs((double)s->mtp.logits[v] - (double)want[v]));
+        most = fmax(most, fabs((double)want[v]));
+    }
+    CHECK(far <= 1e-4 * most, "%g of %g", far, most);
+    moe_session_close(s);
+    moe_model_close(model);
+    unlink(out);
+    free(want);
+    free(e.data);
+}
+
 /* The bytes of the result do not depend on the number of threads. */
 static void threads_write_the_same_bytes(void)
 {
@@ -1011,6 +1053,7 @@ int main(int argc, char **argv)
         return 1;
     }
     RUN(checkpoints_give_the_logits_of_transformers);
+    RUN(draft_layer_is_converted);
     RUN(threads_write_the_same_bytes);
     RUN(blocks_are_those_of_the_encoder);
     RUN(gguf_is_copied_byte_for_byte);
