@@ -245,8 +245,12 @@ typedef struct moe_tensor_info {
     const char *type;   /* such as "Q4_K" */
     uint32_t n_dims;
     uint64_t dims[4];   /* dims[0] is contiguous: the length of a row */
-    uint64_t offset;    /* in the file that holds it */
+    uint64_t offset;    /* in the file that holds it; of experts in a .moe file: of the first */
     uint64_t bytes;
+    uint64_t stored_bytes; /* in the file: less than `bytes` if it is compressed */
+    /* Of .moe files: the squared error against what it was made from, relative to the squared weights:
+     * over all of the tensor, and of its worst expert. 0: the same; negative: not known. */
+    float error, error_worst;
 } moe_tensor_info;
 
 MOE_API size_t moe_model_tensor_count(const moe_model *model);

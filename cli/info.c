@@ -15,7 +15,8 @@ typedef struct info_options {
 /* The tensors of one type, summed. */
 typedef struct info_type {
     const char *name;
-    uint64_t n_tensor, n_weight, bytes;
+    uint64_t n_tensor, n_weight, bytes, stored_bytes;
+    double error; /* squared, relative, weighted by weights; negative: not known */
 } info_type;
 
 typedef struct info_file {
@@ -88,7 +89,15 @@ static void info_sum_types(info_file *file)
         file->types[k].n_tensor++;
         file->types[k].n_weight += info_n_weight(&t);
         file->types[k].bytes += t.bytes;
+        file->types[k].stored_bytes += t.stored_bytes;
+        if (t.error < 0 || file->types[k].error < 0)
+            file->types[k].error = -1;
+        else
+            file->types[k].error += (double)t.error * (double)info_n_weight(&t);
     }
+    for (size_t k = 0; k < file->n_types; k++)
+        if (file->types[k].error > 0)
+            file->types[k].error /= (double)file->types[k].n_weight;
     if (file->n_types)
         qsort(file->types, file->n_types, sizeof *file->types, info_larger);
 }
@@ -197,6 +206,52 @@ static void text_types(const info_file *file)
            cli_size_text(&size, bytes));
 }
 
+/* Of a .moe file: what is compressed, and what quantization has cost. */
+static void text_stored(const info_file *file)
+{
+    uint64_t bytes = 0, stored = 0;
+    bool known = false;
+    for (size_t i = 0; i < file->n_types; i++) {
+        bytes += file->types[i].bytes;
+        stored += file->types[i].stored_bytes;
+        known |= file->types[i].error >= 0;
+    }
+    if (stored < bytes) {
+        cli_size size;
+        printf("  %-10s %8s %14s %12s %5.1f %%\n", "stored", "", "", cli_size_text(&size, stored),
+               100.0 * (double)stored / (double)bytes);
+    }
+    if (!known)
+        return;
+    printf("\nerror against the source, squared, relative to the weights\n");
+    for (size_t i = 0; i < file->n_types; i++)
+        if (file->types[i].error >= 0)
+            printf("  %-24s %.3g%s\n", file->types[i].name, file->types[i].error,
+                   file->types[i].error > 0 ? "" : " (the same)");
+}
+
+/* Where a .moe file comes from. */
+static void text_receipt(const info_file *file)
+{
+    static const char prefix[] = "receipt.";
+    bool any = false;
+    for (size_t i = 0; i < moe_model_meta_count(file->model); i++) {
+        const char *key = moe_model_meta_key(file->model, i);
+        if (strncmp(key, prefix, sizeof prefix - 1))
+            continue;
+        size_t bytes;
+        char *value = info_meta_value(file, i, &bytes);
+        if (!any)
+            printf("\nreceipt\n");
+        any = true;
+        printf("  %-24s ", key + sizeof prefix - 1);
+        fflush(stdout);
+        cli_write_text(value, strlen(value));
+        putchar('\n');
+        free(value);
+    }
+}
+
 static void text_memory(const info_file *file, const info_options *o)
 {
     const moe_memory_estimate *need = &file->need;
@@ -218,7 +273,8 @@ static void text_memory(const info_file *file, const info_options *o)
 
 static void text_tensors(const info_file *file)
 {
-    printf("\n  %-40s %-8s %-26s %12s\n", "tensor", "type", "shape", "bytes");
+    printf("\n  %-40s %-8s %-26s %12s %12s %9s\n", "tensor", "type", "shape", "bytes", "stored",
+           "error");
     moe_tensor_info t;
     for (size_t i = 0; i < moe_model_tensor_count(file->model) && info_tensor(file, i, &t); i++) {
         char shape[96];
@@ -226,7 +282,13 @@ static void text_tensors(const info_file *file)
         for (uint32_t k = 0; k < t.n_dims && used < (int)sizeof shape - 1; k++)
             used += snprintf(shape + used, sizeof shape - (size_t)used, "%s%" PRIu64,
                              k ? " x " : "", t.dims[k]);
-        printf("  %-40s %-8s %-26s %12" PRIu64 "\n", t.name, t.type, shape, t.bytes);
+        printf("  %-40s %-8s %-26s %12" PRIu64 " %12" PRIu64, t.name, t.type, shape, t.bytes,
+               t.stored_bytes);
+        if (t.error >= 0)
+            printf(" %9.3g", (double)t.error);
+        if (t.error_worst > t.error)
+            printf(", %.3g at worst", (double)t.error_worst);
+        putchar('\n');
     }
 }
 
@@ -303,6 +365,11 @@ static void json_tensors(cli_json *json, const info_file *file)
         json_close(json, ']');
         json_uint(json, "offset", t.offset);
         json_uint(json, "bytes", t.bytes);
+        json_uint(json, "stored_bytes", t.stored_bytes);
+        if (t.error >= 0) {
+            json_number(json, "error", (double)t.error, 9);
+            json_number(json, "error_worst", (double)t.error_worst, 9);
+        }
         json_close(json, '}');
     }
     json_close(json, ']');
@@ -338,6 +405,9 @@ static void info_json(const info_file *file, const char *path, const info_option
         json_uint(&json, "n_tensor", file->types[i].n_tensor);
         json_uint(&json, "n_weight", file->types[i].n_weight);
         json_uint(&json, "bytes", file->types[i].bytes);
+        json_uint(&json, "stored_bytes", file->types[i].stored_bytes);
+        if (file->types[i].error >= 0)
+            json_number(&json, "error", file->types[i].error, 9);
         json_close(&json, '}');
     }
     json_close(&json, ']');
@@ -352,8 +422,11 @@ static void info_json(const info_file *file, const char *path, const info_option
 static void info_text(const info_file *file, const char *path, const info_options *o)
 {
     text_model(file, path);
-    if (file->n_types)
+    if (file->n_types) {
         text_types(file);
+        text_stored(file);
+    }
+    text_receipt(file);
     if (file->cannot_run)
         printf("\ncannot run: %s\n", file->cannot_run);
     else

@@ -980,7 +980,7 @@ moe_status moe_model_tensor(const moe_model *model, size_t index, moe_tensor_inf
     if (index >= directory_n_tensors(model->dir))
         return MOE_ERR_ARGUMENT;
     const moe_tensor *t = directory_tensor_at(model->dir, index);
-    const moe_tensor_info full = {
+    moe_tensor_info full = {
         .size = sizeof full,
         .name = t->name,
         .type = tensor_type_name(t),
@@ -988,7 +988,12 @@ moe_status moe_model_tensor(const moe_model *model, size_t index, moe_tensor_inf
         .dims = {t->dims[0], t->dims[1], t->dims[2], t->dims[3]},
         .offset = t->offset,
         .bytes = t->bytes,
+        .stored_bytes = t->bytes,
+        .error = -1,
+        .error_worst = -1,
     };
+    if (model->dir->moe)
+        moefile_describe(model->dir, (uint32_t)index, &full);
     const size_t size = MOE_MIN(info->size, sizeof full);
     memcpy(info, &full, size);
     info->size = size;

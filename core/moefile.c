@@ -962,6 +962,8 @@ static moe_status moefile_load_data(moe_directory *dir, bool copy, moe_error *er
         file->copy = mem_alloc_uncleared(dir->mem, bytes, 1);
         if (!file->copy)
             status = fail_memory(error, dir->mem, "weights", bytes);
+        else
+            plat_large_pages(file->copy, bytes);
     }
     if (!status) {
         moefile_point_tensors(dir, load);
@@ -973,6 +975,29 @@ static moe_status moefile_load_data(moe_directory *dir, bool copy, moe_error *er
         dir_file_release(file);
     mem_free(dir->mem, load);
     return status;
+}
+
+/* ------------------------------------------------------------------------------- receipt -- */
+
+/* What the tables say of a tensor: bytes in the file, and the error of making it. The experts of a stack
+ * count alike. */
+static void moefile_describe(const moe_directory *dir, uint32_t tensor, moe_tensor_info *info)
+{
+    const moefile *f = dir->moe;
+    double sum = 0;
+    info->stored_bytes = 0;
+    info->error_worst = 0;
+    for (uint32_t i = 0; i < f->header.n_slices; i++) {
+        const moefile_slice s = moefile_slice_at(f, i);
+        if (s.tensor != tensor)
+            continue;
+        info->stored_bytes += s.stored_bytes;
+        sum = s.error >= 0 ? sum + (double)s.error : -INFINITY;
+        info->error_worst = MOE_MAX(info->error_worst, s.error);
+    }
+    const bool known = sum >= 0;
+    info->error = known ? (float)(sum / (double)moefile_n_parts(f, tensor)) : -1;
+    info->error_worst = known ? info->error_worst : -1;
 }
 
 /* --------------------------------------------------------------------------- entry points -- */

@@ -348,6 +348,18 @@ MOE_UNUSED static moe_status plat_map(const plat_file *file, const uint8_t **dat
     return MOE_OK;
 }
 
+MOE_UNUSED static void plat_large_pages(void *p, uint64_t bytes)
+{
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    enum { PAGE = 4096 };
+    const uint64_t start = align_up((uintptr_t)p, PAGE), end = (uintptr_t)p + bytes;
+    if (start < end)
+        madvise((void *)(uintptr_t)start, (size_t)((end - start) / PAGE * PAGE), MADV_HUGEPAGE);
+#else
+    (void)p, (void)bytes;
+#endif
+}
+
 MOE_UNUSED static void plat_unmap(const uint8_t *data, uint64_t bytes)
 {
     munmap((void *)(uintptr_t)data, (size_t)bytes);
@@ -540,6 +552,11 @@ MOE_UNUSED static moe_status plat_map(const plat_file *file, const uint8_t **dat
     if (p)
         *data = p;
     return status;
+}
+
+MOE_UNUSED static void plat_large_pages(void *p, uint64_t bytes)
+{
+    (void)p, (void)bytes;
 }
 
 MOE_UNUSED static void plat_unmap(const uint8_t *data, uint64_t bytes)

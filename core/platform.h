@@ -11,6 +11,10 @@ MOE_UNUSED static uint32_t plat_n_cores(void);      // physical cores this proce
 MOE_UNUSED static uint64_t plat_free_memory(void);  // bytes that can be allocated without swapping,
                                                     // cgroup limits heeded; 0: unknown
 
+/* Asks for large pages behind memory that is about to be filled: otherwise the first touch of each
+ * small page can take as long as what is written to it. A hint. */
+MOE_UNUSED static void plat_large_pages(void *p, uint64_t bytes);
+
 /* -- files -- */
 typedef struct plat_file {
     intptr_t handle;
