@@ -16,6 +16,7 @@
 #include "gguf_source.c"  /* a GGUF file -> a source */
 #include "moe_source.c"   /* a .moe file -> a source */
 #include "plan.c"         /* the type of each tensor */
+#include "imatrix.c"      /* which columns matter */
 #include "gguf_write.c"   /* the result */
 #include "encode.c"       /* the work */
 #include "moe_write.c"    /* the result as a .moe file */
@@ -99,6 +100,8 @@ static moe_status conv_run(conv_job *job, const conv_options *options, moe_error
     moe_status status = conv_check_out(options, error);
     if (!status)
         status = conv_open_source(job, error);
+    if (!status && options->imatrix)
+        status = imatrix_open(&job->source, options->imatrix, error);
     if (!status)
         status = plan_make(&job->source, options, error);
     for (size_t i = 0; i < job->source.n_tensors && !status; i++)
@@ -117,6 +120,7 @@ static void conv_close(conv_job *job)
         plat_close(&s->files[i].os);
     mem_free(&job->mem, s->files);
     directory_close(s->dir);
+    directory_close(s->imatrix);
     buf_free(&s->kv);
     arena_free(&s->arena);
     memset(job, 0, sizeof *job);

@@ -46,6 +46,13 @@ typedef struct conv_input {
     uint32_t planes;           // of a .moe source: the compressed slice, counted from 1; 0: plain rows
 } conv_input;
 
+/* What is known of the columns of a tensor's matrices, from --imatrix. */
+typedef struct conv_importance {
+    const float *sums;         // [n_matrix][row_len]: of the squares of what is multiplied with them
+    const float *counts;       // [n_matrix]: how many rows that was
+    uint32_t n_matrix;         // 0: nothing is known; 1: one for all
+} conv_importance;
+
 /* A tensor of the result. Its rows come from `inputs`, an equal part from each; or from `made`. */
 typedef struct conv_tensor {
     const char *name;
@@ -62,6 +69,7 @@ typedef struct conv_tensor {
     bool is_router;
     const moe_quant *target;   // by the plan
     const moe_quant **part_types; // by the plan: [dims[2]] of a stack of experts, if they differ
+    conv_importance importance;
     uint64_t bytes;            // of the result
     uint64_t offset;           // in the output file
 } conv_tensor;
@@ -72,6 +80,7 @@ typedef struct conv_source {
     conv_file *files;          // [CONVERT_MAX_FILES]
     uint32_t n_files;
     moe_directory *dir;        // of a GGUF source
+    moe_directory *imatrix;    // NULL: without
     text_buf kv;               // keys and values as they stand in a GGUF file
     uint64_t n_kv;
     conv_tensor *tensors;
@@ -110,6 +119,7 @@ typedef struct conv_options {
     const char *source, *out;
     const char *quant;         // a type or a mix; NULL: as in the source
     const char *pre;           // tokenizer.ggml.pre; NULL: found
+    const char *imatrix;       // what `moe imatrix` has written; NULL: all columns alike
     const conv_keep *keeps;    // a later one wins
     uint32_t n_keeps;
     conv_store store;

@@ -12,6 +12,7 @@
 #include "encode_input.h"
 #include "encoders.h"
 #include "gguf_write.c"
+#include "imatrix.c"
 #include "plan.c"
 
 /* Rows of a tensor, all to be of one type. Rows of a head stay together. */
@@ -61,7 +62,7 @@ struct encode_worker {
     bool first;             // reports progress
     moe_mem *mem;
     text_buf raw, blocks, scales;
-    text_buf floats, back;
+    text_buf floats, back, columns;
     moefile_decoder *decoder; // of compressed rows of a .moe source
     uint8_t *segment;       // [MOEFILE_SEGMENT_BYTES]: decoded
     double error_sum, square_sum; // of the task, if they are measured
@@ -222,6 +223,23 @@ static uint64_t encode_strip(const encode_chunk *c)
     return MOE_MIN(MOE_MAX(CONVERT_STRIP_FLOATS / c->t->row_len, 1), c->n_rows);
 }
 
+/* The same, up to the end of a matrix of a stack, if each has columns that matter in their own way. */
+static uint64_t encode_alike(const encode_chunk *c, uint64_t first, uint64_t n)
+{
+    const conv_importance *im = &c->t->importance;
+    const uint64_t per_matrix = im->n_matrix ? c->t->n_rows / im->n_matrix : c->t->n_rows;
+    return MOE_MIN(n, per_matrix - (c->row + first) % per_matrix);
+}
+
+/* How much the columns of a row of the chunk matter; NULL: all alike. */
+static const float *encode_columns(encode_worker *w, const encode_chunk *c, uint64_t first)
+{
+    float *columns = (float *)(void *)w->columns.data;
+    const bool known = c->t->importance.n_matrix &&
+                       imatrix_columns(c->t, imatrix_matrix(c->t, c->row + first), columns);
+    return known ? columns : NULL;
+}
+
 /* The error of `n` rows that were quantized, added up in the order of the rows. */
 static void encode_measure(encode_worker *w, const encode_chunk *c, const float *x,
                            const uint8_t *blocks, uint64_t n)
@@ -260,7 +278,8 @@ static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t 
         memcpy(dst + r * row_bytes, w->raw.data + encode_source_row(t, first + r) * row_bytes,
                (size_t)row_bytes);
     if (!copy && !status) {
-        encoder_select(c->type, w->state->cpu)(x, NULL, dst, (size_t)n, (size_t)t->row_len);
+        encoder_select(c->type, w->state->cpu)(x, encode_columns(w, c, first), dst, (size_t)n,
+                                               (size_t)t->row_len);
         if (w->state->sink->measure)
             encode_measure(w, c, x, dst, n);
     }
@@ -272,12 +291,15 @@ static moe_status encode_rows(encode_worker *w, const encode_chunk *c)
     const conv_tensor *t = c->t;
     const uint64_t strip = encode_strip(c), bytes = strip * t->row_len * sizeof(float);
     moe_status status = c->in ? encode_read(w, c) : MOE_OK;
-    w->floats.n = w->back.n = 0;
+    w->floats.n = w->back.n = w->columns.n = 0;
     if (!status && (!buf_reserve(&w->floats, (size_t)bytes) ||
+                    !buf_reserve(&w->columns, (size_t)t->row_len * sizeof(float)) ||
                     (w->state->sink->measure && !buf_reserve(&w->back, (size_t)bytes))))
         status = fail_memory(&w->error, w->mem, t->name, bytes);
-    for (uint64_t r = 0; r < c->n_rows && !status; r += strip)
-        status = encode_some(w, c, r, MOE_MIN(strip, c->n_rows - r));
+    for (uint64_t r = 0, n; r < c->n_rows && !status; r += n) {
+        n = encode_alike(c, r, MOE_MIN(strip, c->n_rows - r));
+        status = encode_some(w, c, r, n);
+    }
     return status;
 }
 
@@ -341,7 +363,7 @@ static void encode_work(void *arg)
     encode_task task;
     while (encode_next(w, &task))
         encode_finish(w, &task, encode_task_run(w, &task));
-    text_buf *bufs[] = {&w->raw, &w->floats, &w->blocks, &w->scales, &w->back};
+    text_buf *bufs[] = {&w->raw, &w->floats, &w->blocks, &w->scales, &w->back, &w->columns};
     for (size_t i = 0; i < MOE_COUNT(bufs); i++)
         buf_free(bufs[i]);
     if (w->decoder)
@@ -376,7 +398,7 @@ static moe_status encode_all(conv_job *job, const encode_sink *sink, uint64_t do
     for (uint32_t i = 0; i < n; i++) {
         workers[i] = (encode_worker){.state = &st, .first = i == 0, .mem = &job->mem};
         text_buf *bufs[] = {&workers[i].raw, &workers[i].blocks, &workers[i].scales,
-                            &workers[i].floats, &workers[i].back};
+                            &workers[i].floats, &workers[i].back, &workers[i].columns};
         for (size_t b = 0; b < MOE_COUNT(bufs); b++)
             bufs[b]->mem = &job->mem;
     }

@@ -21,6 +21,8 @@ static const char help_text[] =
 "                         source are kept (FP8 becomes BF16)\n"
 "      --keep REGEX=TYPE  tensors whose GGUF name matches get this type; may be repeated,\n"
 "                         the last one that matches wins\n"
+"      --imatrix FILE     which columns matter, by `moe imatrix` or llama-imatrix: heeded in every\n"
+"                         quantizer\n"
 "  -n, --dry-run          show each tensor's type and size and the size of the file, write\n"
 "                         nothing\n"
 "  -t, --threads N        default: one for each core\n"
@@ -290,7 +292,9 @@ static int main_option(main_args *a, const char *arg, char *value)
         return main_threads(a, value);
     if (!strcmp(arg, "--store") || !strcmp(arg, "--for"))
         return main_store(a, arg, value);
-    if (!strcmp(arg, "--pre"))
+    if (!strcmp(arg, "--imatrix"))
+        a->options.imatrix = value;
+    else if (!strcmp(arg, "--pre"))
         a->options.pre = value;
     else
         a->options.quant = value;
@@ -301,7 +305,7 @@ static int main_option(main_args *a, const char *arg, char *value)
 static int main_parse(main_args *a, int argc, char **argv)
 {
     static const char *const with_value[] = {"--keep", "--threads", "-t", "--pre", "--quant", "-q",
-                                             "--store", "--for"};
+                                             "--store", "--for", "--imatrix"};
     bool options = true;
     for (int i = 1; i < argc; i++) {
         char *arg = argv[i], *value = NULL, name[32];
