@@ -19,6 +19,7 @@
 #include "imatrix.c"      /* which columns matter */
 #include "gguf_write.c"   /* the result */
 #include "encode.c"       /* the work */
+#include "allocate.c"     /* types that fit a size */
 #include "moe_write.c"    /* the result as a .moe file */
 
 static bool conv_ends(const char *text, const char *end)
@@ -41,6 +42,7 @@ static moe_status conv_open_source(conv_job *job, moe_error *error)
 {
     conv_source *s = &job->source;
     const conv_options *o = &job->options;
+    const bool new_types = o->quant || o->n_keeps || o->bits_per_weight > 0 || o->max_bytes;
     struct stat info;
     s->mem = s->arena.mem = s->kv.mem = &job->mem;
     s->files = mem_alloc(&job->mem, CONVERT_MAX_FILES, sizeof *s->files);
@@ -51,11 +53,11 @@ static moe_status conv_open_source(conv_job *job, moe_error *error)
     if (S_ISDIR(info.st_mode))
         return conv_open_hf(s, o->source, o->pre, error);
     if (conv_ends(o->source, ".moe"))
-        return conv_open_moe(s, o->source, o->quant != NULL || o->n_keeps, error);
+        return conv_open_moe(s, o->source, new_types, error);
     if (conv_ends(o->source, ".safetensors") || conv_ends(o->source, ".json"))
         return fail(error, MOE_ERR_ARGUMENT, o->source,
                     "expected the folder of the checkpoint: its other files are needed, too");
-    return conv_open_gguf(s, o->source, o->quant != NULL || o->n_keeps, error);
+    return conv_open_gguf(s, o->source, new_types, error);
 }
 
 static moe_status conv_write_gguf(conv_job *job, moe_error *error)
@@ -94,6 +96,7 @@ static moe_status conv_write_moe(conv_job *job, moe_error *error)
 static moe_status conv_run(conv_job *job, const conv_options *options, moe_error *error)
 {
     const uint64_t start = plat_time_ns();
+    plan p;
     memset(job, 0, sizeof *job);
     job->options = *options;
     mem_init(&job->mem, NULL, 0);
@@ -103,9 +106,13 @@ static moe_status conv_run(conv_job *job, const conv_options *options, moe_error
     if (!status && options->imatrix)
         status = imatrix_open(&job->source, options->imatrix, error);
     if (!status)
-        status = plan_make(&job->source, options, error);
+        status = plan_types(&p, &job->source, options, error);
     for (size_t i = 0; i < job->source.n_tensors && !status; i++)
         job->n_weights += job->source.tensors[i].row_len * job->source.tensors[i].n_rows;
+    if (!status && (options->bits_per_weight > 0 || options->max_bytes))
+        status = allocate_types(job, conv_ends(options->out, ".moe"), error);
+    if (!status)
+        status = plan_finish(&p, &job->source, error);
     if (!status)
         status = conv_ends(options->out, ".moe") ? conv_write_moe(job, error)
                                                  : conv_write_gguf(job, error);

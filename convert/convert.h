@@ -67,6 +67,7 @@ typedef struct conv_tensor {
     bool plus_1;
     bool is_vector;            // the runtime wants floats: norms, biases
     bool is_router;
+    bool is_kept;              // --keep says what it becomes
     const moe_quant *target;   // by the plan
     const moe_quant **part_types; // by the plan: [dims[2]] of a stack of experts, if they differ
     conv_importance importance;
@@ -119,6 +120,8 @@ typedef struct conv_options {
     const char *source, *out;
     const char *quant;         // a type or a mix; NULL: as in the source
     const char *pre;           // tokenizer.ggml.pre; NULL: found
+    double bits_per_weight;    // of the whole file: types are chosen to fit; 0: not asked for
+    uint64_t max_bytes;        // the same for its size
     const char *imatrix;       // what `moe imatrix` has written; NULL: all columns alike
     const conv_keep *keeps;    // a later one wins
     uint32_t n_keeps;

@@ -66,6 +66,7 @@ struct encode_worker {
     moefile_decoder *decoder; // of compressed rows of a .moe source
     uint8_t *segment;       // [MOEFILE_SEGMENT_BYTES]: decoded
     double error_sum, square_sum; // of the task, if they are measured
+    double cost_sum, energy_sum;  // the same, each column counting as much as it matters
     void *own;              // the sink's
     moe_error error;
 };
@@ -242,20 +243,28 @@ static const float *encode_columns(encode_worker *w, const encode_chunk *c, uint
 
 /* The error of `n` rows that were quantized, added up in the order of the rows. */
 static void encode_measure(encode_worker *w, const encode_chunk *c, const float *x,
-                           const uint8_t *blocks, uint64_t n)
+                           const float *columns, const uint8_t *blocks, uint64_t n)
 {
     float *back = (float *)(void *)w->back.data; // [n][row_len]
-    double error = 0, square = 0;
+    const uint64_t row_len = c->t->row_len;
+    double error = 0, square = 0, cost = 0, energy = 0;
     for (uint64_t r = 0; r < n; r++)
-        c->type->dequantize(blocks + r * encode_row_bytes(c->type, c->t->row_len),
-                            back + r * c->t->row_len, (size_t)c->t->row_len);
-    for (uint64_t i = 0; i < n * c->t->row_len; i++) {
+        c->type->dequantize(blocks + r * encode_row_bytes(c->type, row_len), back + r * row_len,
+                            (size_t)row_len);
+    for (uint64_t i = 0; i < n * row_len; i++) {
         const double d = (double)x[i] - (double)back[i];
         error = fma(d, d, error);
         square = fma((double)x[i], (double)x[i], square);
     }
+    for (uint64_t i = 0; columns && i < n * row_len; i++) {
+        const double d = (double)x[i] - (double)back[i], weight = (double)columns[i % row_len];
+        cost = fma(weight * d, d, cost);
+        energy = fma(weight * (double)x[i], (double)x[i], energy);
+    }
     w->error_sum += error;
     w->square_sum += square;
+    w->cost_sum += columns ? cost : error;
+    w->energy_sum += columns ? energy : square;
 }
 
 /* `n` rows from row `first` of the chunk, as blocks at their place among the task's. */
@@ -278,10 +287,10 @@ static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t 
         memcpy(dst + r * row_bytes, w->raw.data + encode_source_row(t, first + r) * row_bytes,
                (size_t)row_bytes);
     if (!copy && !status) {
-        encoder_select(c->type, w->state->cpu)(x, encode_columns(w, c, first), dst, (size_t)n,
-                                               (size_t)t->row_len);
+        const float *columns = encode_columns(w, c, first);
+        encoder_select(c->type, w->state->cpu)(x, columns, dst, (size_t)n, (size_t)t->row_len);
         if (w->state->sink->measure)
-            encode_measure(w, c, x, dst, n);
+            encode_measure(w, c, x, columns, dst, n);
     }
     return status;
 }
@@ -309,7 +318,7 @@ static moe_status encode_task_run(encode_worker *w, const encode_task *task)
     const conv_tensor *t = task->t;
     const uint64_t bytes = task->n_rows * encode_row_bytes(task->type, t->row_len);
     moe_status status = MOE_OK;
-    w->error_sum = w->square_sum = 0;
+    w->error_sum = w->square_sum = w->cost_sum = w->energy_sum = 0;
     w->blocks.n = 0;
     if (!buf_reserve(&w->blocks, (size_t)bytes))
         status = fail_memory(&w->error, w->mem, t->name, bytes);

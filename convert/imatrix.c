@@ -73,7 +73,10 @@ static moe_status imatrix_open(conv_source *s, const char *path, moe_error *erro
     moe_model_options options;
     moe_model_options_init(&options);
     options.path = path;
-    moe_status status = directory_open(&s->imatrix, &options, s->mem, error);
+    conv_file *file; // the result depends on it as on the source
+    moe_status status = conv_file_open(s, path, &file, error);
+    if (!status)
+        status = directory_open(&s->imatrix, &options, s->mem, error);
     uint32_t n_found = 0, n_missing = 0;
     const char *missing = NULL;
     for (size_t i = 0; i < s->n_tensors && !status; i++) {

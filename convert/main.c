@@ -21,6 +21,9 @@ static const char help_text[] =
 "                         source are kept (FP8 becomes BF16)\n"
 "      --keep REGEX=TYPE  tensors whose GGUF name matches get this type; may be repeated,\n"
 "                         the last one that matches wins\n"
+"      --bpw BITS         choose the types so that the file has at most so many bits per weight\n"
+"                         and loses as little as possible; in a .moe file each expert has its own\n"
+"      --size BYTES       the same for the size of the file, such as 6GB or 800M\n"
 "      --imatrix FILE     which columns matter, by `moe imatrix` or llama-imatrix: heeded in every\n"
 "                         quantizer\n"
 "  -n, --dry-run          show each tensor's type and size and the size of the file, write\n"
@@ -268,6 +271,36 @@ static int main_store(main_args *a, const char *option, const char *text)
                       strcmp(option, "--for") ? "auto, raw or zstd" : "ram or disk", text);
 }
 
+static int main_bpw(main_args *a, const char *text)
+{
+    char *end;
+    const double bits = strtod(text, &end);
+    if (*text < '0' || *text > '9' || *end || !(bits >= 1 && bits <= 32))
+        return main_usage("--bpw: expected 1 to 32, got %s", text);
+    a->options.bits_per_weight = bits;
+    return -1;
+}
+
+/* "6GB" and "6G": powers of 1000, as sizes of files are told; "6GiB": of 1024. */
+static int main_size(main_args *a, const char *text)
+{
+    static const char letters[] = "KMGT";
+    char *end;
+    double bytes = strtod(text, &end);
+    const char *letter = *end ? strchr(letters, *end & ~0x20) : NULL;
+    if (letter) {
+        const bool binary = end[1] == 'i';
+        for (const char *p = letters; p <= letter; p++)
+            bytes *= binary ? 1024 : 1000;
+        end += binary ? 2 : 1;
+    }
+    end += *end == 'B';
+    if (*text < '0' || *text > '9' || *end || !(bytes >= 1 && bytes < 0x1p62))
+        return main_usage("--size: expected a size such as 6GB, 800M or 512MiB, got %s", text);
+    a->options.max_bytes = (uint64_t)bytes;
+    return -1;
+}
+
 /* An option without an argument: true if it was one. */
 static bool main_flag(main_args *a, const char *arg)
 {
@@ -292,6 +325,10 @@ static int main_option(main_args *a, const char *arg, char *value)
         return main_threads(a, value);
     if (!strcmp(arg, "--store") || !strcmp(arg, "--for"))
         return main_store(a, arg, value);
+    if (!strcmp(arg, "--bpw"))
+        return main_bpw(a, value);
+    if (!strcmp(arg, "--size"))
+        return main_size(a, value);
     if (!strcmp(arg, "--imatrix"))
         a->options.imatrix = value;
     else if (!strcmp(arg, "--pre"))
@@ -305,7 +342,7 @@ static int main_option(main_args *a, const char *arg, char *value)
 static int main_parse(main_args *a, int argc, char **argv)
 {
     static const char *const with_value[] = {"--keep", "--threads", "-t", "--pre", "--quant", "-q",
-                                             "--store", "--for", "--imatrix"};
+                                             "--store", "--for", "--imatrix", "--bpw", "--size"};
     bool options = true;
     for (int i = 1; i < argc; i++) {
         char *arg = argv[i], *value = NULL, name[32];

@@ -227,6 +227,7 @@ static moe_status plan_keep(conv_source *s, const conv_keep *keep, moe_error *er
             status = fail(error, MOE_ERR_ARGUMENT, t->name,
                           "expected F32, F16 or BF16 for a norm or a bias, got %s",
                           keep->type->name);
+        t->is_kept = true;
         if (whole) {
             t->target = keep->type;
             t->part_types = NULL;
@@ -283,30 +284,42 @@ static void plan_tensor(const plan *p, const conv_source *s, conv_tensor *t)
         t->part_types = t->source_types;
 }
 
-/* Gives each tensor its type and size. */
-static moe_status plan_make(conv_source *s, const conv_options *options, moe_error *error)
+/* Gives each tensor its type. */
+static moe_status plan_types(plan *p, conv_source *s, const conv_options *options, moe_error *error)
 {
-    plan p;
-    moe_status status = plan_find(&p, options->quant, error);
-    for (size_t i = 0; i < s->n_tensors && !status; i++)
-        plan_tensor(&p, s, &s->tensors[i]);
-    for (uint32_t i = 0; i < options->n_keeps && !status; i++)
-        status = plan_keep(s, &options->keeps[i], error);
+    moe_status status = plan_find(p, options->quant, error);
     for (size_t i = 0; i < s->n_tensors && !status; i++) {
         conv_tensor *t = &s->tensors[i];
         if (t->row_len > CONVERT_MAX_ROW)
             status = fail(error, MOE_ERR_LIMIT, t->name, "expected rows of at most %d, got %llu",
                           CONVERT_MAX_ROW, (unsigned long long)t->row_len);
-        const uint32_t n_parts = t->part_types ? s->n_expert : 1;
-        for (uint32_t k = 0; k < n_parts; k++) {
-            const moe_quant *type = conv_part_type(t, k);
-            t->bytes += t->row_len * t->n_rows / n_parts / type->block_len * type->block_bytes;
-        }
+        plan_tensor(p, s, t);
     }
-    if (status || s->has_file_type || (s->dir && !plan_changes(s)))
-        return status;
+    for (uint32_t i = 0; i < options->n_keeps && !status; i++)
+        status = plan_keep(s, &options->keeps[i], error);
+    return status;
+}
+
+static uint64_t plan_bytes(const conv_source *s, const conv_tensor *t)
+{
+    const uint32_t n_parts = t->part_types ? s->n_expert : 1;
+    uint64_t bytes = 0;
+    for (uint32_t k = 0; k < n_parts; k++) {
+        const moe_quant *type = conv_part_type(t, k);
+        bytes += t->row_len * t->n_rows / n_parts / type->block_len * type->block_bytes;
+    }
+    return bytes;
+}
+
+/* Once the types are final: sizes, and the keys that tell of them. */
+static moe_status plan_finish(const plan *p, conv_source *s, moe_error *error)
+{
+    for (size_t i = 0; i < s->n_tensors; i++)
+        s->tensors[i].bytes = plan_bytes(s, &s->tensors[i]);
+    if (s->has_file_type || (s->dir && !plan_changes(s)))
+        return MOE_OK;
     meta_writer w = {&s->kv, &s->n_kv, false};
-    meta_put_u32(&w, "general.file_type", plan_file_type(&p, s));
+    meta_put_u32(&w, "general.file_type", plan_file_type(p, s));
     meta_put_u32(&w, "general.quantization_version", 2);
     return w.failed ? fail_memory(error, s->mem, "metadata", s->kv.n) : MOE_OK;
 }

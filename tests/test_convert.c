@@ -426,6 +426,14 @@ static void plan_is(planned *p, const char *name, const char *type)
     CHECK(!strcmp(plan_of(p, name), type), "%s: expected %s, got %s", name, type, plan_of(p, name));
 }
 
+/* Types, sizes and keys, without anything that has to be measured. */
+static moe_status plan_make(conv_source *s, const conv_options *options, moe_error *error)
+{
+    plan p;
+    moe_status status = plan_types(&p, s, options, error);
+    return status ? status : plan_finish(&p, s, error);
+}
+
 /* Q4_K_M as llama.cpp mixes it: more bits in the first and last eighth and every third between. */
 static void mixes_give_more_bits_where_it_pays(void)
 {
