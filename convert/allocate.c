@@ -60,6 +60,7 @@ typedef struct alloc_step {
 
 typedef struct alloc_state {
     conv_job *job;
+    bool parts;          // experts may have types of their own
     alloc_choice *choices;
     alloc_probe *probes;
     alloc_unit *units;
@@ -245,23 +246,34 @@ static int alloc_compare(const void *x, const void *y)
     return a->from < b->from ? -1 : 1;
 }
 
-/* What the matrices may have of the file: all but the tensors that are not free, and the header. */
+/* At most what a file has beside the data of its tensors. A .moe file has a record for each layer, and for
+ * each expert of a layer. */
+static uint64_t alloc_overhead(const alloc_state *a)
+{
+    enum { HEADER = 4096, PER_TENSOR = 192, PER_UNIT = 128, PER_FILE = 512 };
+    const conv_source *s = &a->job->source;
+    const uint64_t n_records = a->parts ? (uint64_t)s->n_layer * (s->n_expert + 1) + 2 : 0;
+    uint64_t bytes = HEADER + s->kv.n + PER_FILE * (uint64_t)s->n_files +
+                     n_records * (MOEFILE_RECORD_ALIGN + sizeof(moefile_record));
+    for (size_t i = 0; i < s->n_tensors; i++)
+        bytes += PER_TENSOR + strlen(s->tensors[i].name) +
+                 MOE_MAX(s->alignment, (uint64_t)MOEFILE_SLICE_ALIGN);
+    return bytes + (uint64_t)a->n_units * (PER_UNIT + (a->parts ? MOEFILE_SLICE_ALIGN : 0));
+}
+
+/* What the file may have, and what of it is taken by tensors that are not free and by the header. */
 static uint64_t alloc_budget(const alloc_state *a, uint64_t *others)
 {
-    enum { HEADER = 4096, PER_TENSOR = 192, PER_UNIT = 256 };
     const conv_job *job = a->job;
     const conv_source *s = &job->source;
-    uint64_t header = HEADER + s->kv.n + (uint64_t)a->n_units * PER_UNIT;
     uint64_t total = (uint64_t)(job->options.bits_per_weight * (double)job->n_weights / 8);
     *others = 0;
-    for (size_t i = 0; i < s->n_tensors; i++) {
+    for (size_t i = 0; i < s->n_tensors; i++)
         *others += plan_bytes(s, &s->tensors[i]);
-        header += PER_TENSOR + strlen(s->tensors[i].name) + s->alignment;
-    }
     for (uint32_t c = 0; c < a->n_choices; c++)
         *others -= plan_bytes(s, a->choices[c].t);
     if (job->options.max_bytes) {
-        *others += header;
+        *others += alloc_overhead(a);
         total = job->options.max_bytes;
     }
     return total;
@@ -309,15 +321,14 @@ static void alloc_find_types(alloc_choice *c)
     }
 }
 
-/* Finds what is free, and makes room for all that will be known of it. With `parts` experts may have
- * types of their own. */
-static moe_status alloc_plan(alloc_state *a, bool parts, moe_error *error)
+/* Finds what is free, and makes room for all that will be known of it. */
+static moe_status alloc_plan(alloc_state *a, moe_error *error)
 {
     conv_source *s = &a->job->source;
     a->choices = mem_alloc(s->mem, s->n_tensors, sizeof *a->choices);
     for (size_t i = 0; a->choices && i < s->n_tensors; i++) {
         conv_tensor *t = &s->tensors[i];
-        alloc_choice c = {.t = t, .n_parts = parts && conv_is_experts(s, t) ? s->n_expert : 1};
+        alloc_choice c = {.t = t, .n_parts = a->parts && conv_is_experts(s, t) ? s->n_expert : 1};
         if (t->is_kept && t->part_types)
             return fail(error, MOE_ERR_ARGUMENT, t->name, "expected --keep of whole tensors: with "
                         "--bpw or --size the types of single experts are chosen");
@@ -367,11 +378,11 @@ static moe_status alloc_apply(const alloc_state *a, moe_error *error)
 /* Gives all matrices that are free the types that fit best; each expert its own if `parts`. */
 static moe_status allocate_types(conv_job *job, bool parts, moe_error *error)
 {
-    alloc_state a = {.job = job};
+    alloc_state a = {.job = job, .parts = parts};
     if (job->options.quant || (job->options.max_bytes && job->options.bits_per_weight > 0))
         return fail(error, MOE_ERR_ARGUMENT, job->options.quant ? "--quant" : "--bpw",
                     "expected one of --quant, --bpw and --size: each says what the types are");
-    moe_status status = alloc_plan(&a, parts, error);
+    moe_status status = alloc_plan(&a, error);
     if (!status)
         status = alloc_measure(&a, error);
     if (!status)

@@ -96,7 +96,7 @@ static moe_status conv_write_moe(conv_job *job, moe_error *error)
 static moe_status conv_run(conv_job *job, const conv_options *options, moe_error *error)
 {
     const uint64_t start = plat_time_ns();
-    plan p;
+    plan p = {0};
     memset(job, 0, sizeof *job);
     job->options = *options;
     mem_init(&job->mem, NULL, 0);

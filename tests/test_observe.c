@@ -1,4 +1,5 @@
-/* tests/test_observe.c - what an observer is shown is what is computed, and looking changes nothing. */
+/* tests/test_observe.c - what an observer is shown is what is computed, and looking changes nothing; what
+ * the converter makes of such figures: importance in every quantizer, types that fit a size. */
 #include "test.h"
 
 #include "fenced_backend.h"
@@ -160,7 +161,8 @@ static bool is_matrix(const moe_model *model, const moe_tensor *t)
     if (sscanf(t->name, "blk.%u.", &layer) == 1 && layer >= model->hp.n_layer)
         return false; // of layers for drafting
     return (t->n_dims > 1 || ends_with(t->name, "ffn_gate_inp_shexp.weight")) &&
-           ends_with(t->name, ".weight") && !ends_with(t->name, "shortconv.conv.weight");
+           ends_with(t->name, ".weight") && !ends_with(t->name, "shortconv.conv.weight") &&
+           !ends_with(t->name, "ssm_conv1d.weight");
 }
 
 /* How many products N_TOK tokens make with a tensor. */
@@ -414,6 +416,383 @@ static void options_of_observers(void)
     moe_model_close(model);
 }
 
+/* --------------------------------------------------------------- importance in moe-convert -- */
+
+#if !defined MOE_NO_TEXT && !defined MOE_NO_ZSTD
+
+#include "../convert/convert.c"
+
+/* A GGUF file in the making. */
+typedef struct made_file {
+    uint8_t header[8192], data[1 << 20];
+    size_t n_header, n_data;
+    uint64_t n_tensor;
+} made_file;
+
+enum { N_IN = 256, N_OUT = 48, N_EXPERT = 5 };
+
+static char scratch[200];
+
+static const char *scratch_path(const char *name)
+{
+    static char paths[16][300];
+    static int next;
+    char *path = paths[next++ % 16];
+    snprintf(path, sizeof paths[0], "%s/%s", scratch, name);
+    return path;
+}
+
+static void made_put(made_file *m, const void *data, size_t bytes)
+{
+    memcpy(m->header + m->n_header, data, bytes);
+    m->n_header += bytes;
+}
+
+static void made_text(made_file *m, const char *text)
+{
+    const uint64_t n = strlen(text);
+    made_put(m, &n, sizeof n);
+    made_put(m, text, (size_t)n);
+}
+
+static void made_key_u32(made_file *m, const char *key, uint32_t value)
+{
+    const uint32_t words[] = {META_U32, value};
+    made_text(m, key);
+    made_put(m, words, sizeof words);
+}
+
+/* A tensor of floats. */
+static void made_tensor(made_file *m, const char *name, uint64_t n0, uint64_t n1, uint64_t n2,
+                        const float *values)
+{
+    const uint64_t dims[3] = {n0, n1, n2}, offset = m->n_data;
+    const uint32_t n_dims = n2 ? 3 : n1 ? 2 : 1, type = Q_F32;
+    const size_t n = (size_t)(n0 * (n1 ? n1 : 1) * (n2 ? n2 : 1));
+    made_text(m, name);
+    made_put(m, &n_dims, sizeof n_dims);
+    made_put(m, dims, n_dims * sizeof *dims);
+    made_put(m, &type, sizeof type);
+    made_put(m, &offset, sizeof offset);
+    memcpy(m->data + m->n_data, values, n * sizeof *values);
+    m->n_data = (size_t)align_up(m->n_data + n * sizeof *values, 32);
+    m->n_tensor++;
+}
+
+static void made_write(const made_file *m, const char *path, uint64_t n_key)
+{
+    static const uint8_t zeros[32];
+    const uint64_t counts[2] = {m->n_tensor, n_key};
+    const uint32_t version = 3;
+    FILE *f = fopen(path, "wb");
+    REQUIRE(f, "%s", path);
+    fwrite("GGUF", 1, 4, f);
+    fwrite(&version, 1, 4, f);
+    fwrite(counts, 1, 16, f);
+    fwrite(m->header, 1, m->n_header, f);
+    fwrite(zeros, 1, (size_t)(-(24 + m->n_header) % 32), f);
+    fwrite(m->data, 1, m->n_data, f);
+    CHECK(!fclose(f), "%s", path);
+}
+
+/* A stack of experts, a matrix, a norm. Expert 0 has large weights in its first columns. */
+static float made_weights[N_EXPERT * N_OUT * N_IN];
+
+static void make_source(const char *path)
+{
+    made_file *m = calloc(1, sizeof *m);
+    REQUIRE(m, "memory");
+    made_text(m, "general.architecture");
+    made_put(m, (const uint32_t[]){META_STRING}, 4);
+    made_text(m, "qwen3moe");
+    made_key_u32(m, "qwen3moe.block_count", 1);
+    made_key_u32(m, "qwen3moe.expert_count", N_EXPERT);
+    for (size_t i = 0; i < MOE_COUNT(made_weights); i++)
+        made_weights[i] = test_random_float();
+    made_tensor(m, "blk.0.ffn_down_exps.weight", N_IN, N_OUT, N_EXPERT, made_weights);
+    made_tensor(m, "blk.0.attn_q.weight", N_IN, N_OUT, 0, made_weights);
+    made_tensor(m, "blk.0.attn_norm.weight", N_IN, 0, 0, made_weights);
+    made_write(m, path, 3);
+    free(m);
+}
+
+/* Sums in which expert e's columns from 8 e on count most; expert 4 was never used. */
+static float made_sums[N_EXPERT * N_IN], made_counts[N_EXPERT];
+
+static void make_imatrix(const char *path, const char *name, uint64_t n_in, uint64_t n_matrix)
+{
+    made_file *m = calloc(1, sizeof *m);
+    REQUIRE(m, "memory");
+    made_text(m, "general.type");
+    made_put(m, (const uint32_t[]){META_STRING}, 4);
+    made_text(m, "imatrix");
+    char full[96];
+    snprintf(full, sizeof full, "%s.in_sum2", name);
+    made_tensor(m, full, n_in, n_matrix, 0, made_sums);
+    snprintf(full, sizeof full, "%s.counts", name);
+    made_tensor(m, full, 1, n_matrix, 0, made_counts);
+    made_write(m, path, 1);
+    free(m);
+}
+
+static void make_sums(void)
+{
+    for (uint32_t e = 0; e < N_EXPERT; e++) {
+        made_counts[e] = e == 4 ? 0 : (float)(100 << 2 * e);
+        for (uint32_t i = 0; i < N_IN; i++)
+            made_sums[e * N_IN + i] = i / 8 == e ? 50 * made_counts[e] : made_counts[e];
+    }
+}
+
+static moe_status convert(const conv_options *o, moe_error *error)
+{
+    conv_job job;
+    *error = (moe_error){0};
+    moe_status status = conv_run(&job, o, error);
+    conv_close(&job);
+    return status;
+}
+
+/* What expert e's columns weigh: the unused one's are the mean of all. */
+static void expected_columns(uint32_t e, float *columns)
+{
+    double sum[N_IN] = {0}, mean = 0;
+    for (uint32_t k = 0; k < N_EXPERT; k++)
+        for (uint32_t i = 0; i < N_IN && (k == e || e == 4); i++)
+            sum[i] += (double)made_sums[k * N_IN + i];
+    for (uint32_t i = 0; i < N_IN; i++)
+        mean += sum[i] / N_IN;
+    for (uint32_t i = 0; i < N_IN; i++)
+        columns[i] = (float)(sum[i] / mean);
+}
+
+/* Each expert is quantized with its own columns, a matrix that the file lacks with none. */
+static void importance_reaches_the_quantizers(void)
+{
+    const char *source = scratch_path("source.gguf"), *out = scratch_path("out.gguf");
+    moe_error error;
+    make_source(source);
+    make_sums();
+    make_imatrix(scratch_path("a.imatrix"), "blk.0.ffn_down_exps.weight", N_IN, N_EXPERT);
+    for (size_t q = 0; q < MOE_COUNT(quant_table); q++) {
+        const moe_quant *quant = quant_table[q];
+        if (quant->block_len == 1 || N_IN % quant->block_len || quant->id >= 64)
+            continue;
+        const conv_options o = {.source = source, .out = out, .quant = quant->name,
+                                .imatrix = scratch_path("a.imatrix"), .n_threads = 2};
+        REQUIRE(convert(&o, &error) == MOE_OK, "%s: %s", quant->name, error.message);
+        size_t bytes;
+        char *data = test_read_file(out, &bytes);
+        REQUIRE(data, "no file");
+        const size_t matrix = N_OUT * (N_IN / quant->block_len) * quant->block_bytes;
+        uint8_t *want = malloc(matrix);
+        double better = 0, worse = 0;
+        for (uint32_t e = 0; e <= N_EXPERT && want; e++) { // the last: attn_q
+            const float *x = made_weights + (e % N_EXPERT) * N_OUT * N_IN;
+            float columns[N_IN];
+            expected_columns(e, columns);
+            encoder_for(quant)(x, e < N_EXPERT ? columns : NULL, want, N_OUT, N_IN);
+            bool found = false;
+            for (size_t at = 0; at + matrix <= bytes && !found; at += 2)
+                found = !memcmp(data + at, want, matrix);
+            CHECK(found, "%s: matrix %u is not what the encoder makes of it", quant->name, e);
+            if (e < N_EXPERT) {
+                float back[N_IN];
+                uint8_t *plain = malloc(matrix);
+                encoder_for(quant)(x, NULL, plain, N_OUT, N_IN);
+                for (uint32_t r = 0; r < 2 * N_OUT; r++) {
+                    const uint8_t *row = (r < N_OUT ? want : plain) + r % N_OUT * (matrix / N_OUT);
+                    quant->dequantize(row, back, N_IN);
+                    for (uint32_t i = 0; i < N_IN; i++) {
+                        const double d = (double)back[i] - (double)x[r % N_OUT * N_IN + i];
+                        *(r < N_OUT ? &better : &worse) += (double)columns[i] * d * d;
+                    }
+                }
+                free(plain);
+            }
+        }
+        CHECK(better <= worse, "%s: the weighted error grows from %g to %g", quant->name, worse,
+              better);
+        free(want);
+        free(data);
+    }
+}
+
+static void imatrix_fails(const char *name, uint64_t n_in, uint64_t n_matrix, moe_status want,
+                          const char *message)
+{
+    moe_error error;
+    make_imatrix(scratch_path("bad.imatrix"), name, n_in, n_matrix);
+    const conv_options o = {.source = scratch_path("source.gguf"), .out = scratch_path("bad.gguf"),
+                            .quant = "q4_0", .imatrix = scratch_path("bad.imatrix")};
+    const moe_status status = convert(&o, &error);
+    CHECK(status == want && strstr(error.message, message), "%s: expected %s, got %s: %s", message,
+          moe_status_name(want), moe_status_name(status), error.message);
+    CHECK(access(scratch_path("bad.gguf"), F_OK), "%s: a file was written", message);
+}
+
+static void imatrices_that_do_not_fit(void)
+{
+    static const char stack[] = "blk.0.ffn_down_exps.weight";
+    make_source(scratch_path("source.gguf"));
+    make_sums();
+    imatrix_fails(stack, N_IN / 2, N_EXPERT, MOE_ERR_MODEL, "another model");
+    imatrix_fails(stack, N_IN, N_EXPERT - 1, MOE_ERR_MODEL, "another model");
+    imatrix_fails("blk.7.attn_q.weight", N_IN, 1, MOE_ERR_MODEL, "none of its");
+    made_sums[70] = NAN;
+    imatrix_fails(stack, N_IN, N_EXPERT, MOE_ERR_FORMAT, "at least 0");
+    made_sums[70] = INFINITY;
+    imatrix_fails(stack, N_IN, N_EXPERT, MOE_ERR_FORMAT, "at least 0");
+    made_sums[70] = 1;
+    made_counts[2] = -1;
+    imatrix_fails(stack, N_IN, N_EXPERT, MOE_ERR_FORMAT, "at least 0");
+    make_sums();
+    memset(made_sums, 0, sizeof made_sums); // nothing known: as if there were no file
+    make_imatrix(scratch_path("zero.imatrix"), stack, N_IN, N_EXPERT);
+    moe_error error;
+    conv_options o = {.source = scratch_path("source.gguf"), .out = scratch_path("zero.gguf"),
+                      .quant = "q4_0", .imatrix = scratch_path("zero.imatrix")};
+    CHECK(convert(&o, &error) == MOE_OK, "%s", error.message);
+    o.out = scratch_path("none.gguf");
+    o.imatrix = NULL;
+    CHECK(convert(&o, &error) == MOE_OK, "%s", error.message);
+    size_t n[2];
+    char *a = test_read_file(scratch_path("zero.gguf"), &n[0]);
+    char *b = test_read_file(o.out, &n[1]);
+    CHECK(a && b && n[0] == n[1] && !memcmp(a, b, n[0]), "sums of 0 change the file");
+    free(a);
+    free(b);
+}
+
+/* ------------------------------------------------------------------------- --bpw, --size -- */
+
+/* Converts to a size and returns the job's figures; the types stay readable until conv_close. */
+static bool allocate(conv_job *job, const char *out, double bits, uint64_t bytes, bool imatrix,
+                     uint32_t n_threads)
+{
+    moe_error error = {0};
+    const conv_options o = {.source = scratch_path("source.gguf"), .out = out,
+                            .bits_per_weight = bits, .max_bytes = bytes, .n_threads = n_threads,
+                            .imatrix = imatrix ? scratch_path("a.imatrix") : NULL};
+    const moe_status status = conv_run(job, &o, &error);
+    CHECK(status == MOE_OK, "%s: %s", out, error.message);
+    return status == MOE_OK;
+}
+
+static void types_fit_the_size(void)
+{
+    conv_job job;
+    double last = 0;
+    make_source(scratch_path("source.gguf"));
+    make_sums();
+    make_imatrix(scratch_path("a.imatrix"), "blk.0.ffn_down_exps.weight", N_IN, N_EXPERT);
+    for (int moe = 0; moe < 2; moe++) {
+        char out[300];
+        snprintf(out, sizeof out, "%s", scratch_path(moe ? "fit.moe" : "fit.gguf"));
+        for (double bits = 2.8; bits < 9; bits += 0.73) {
+            if (!allocate(&job, out, bits, 0, true, 2))
+                return conv_close(&job);
+            uint64_t used = 0;
+            for (size_t i = 0; i < job.source.n_tensors; i++)
+                used += job.source.tensors[i].bytes;
+            const double got = 8.0 * (double)used / (double)job.n_weights;
+            CHECK(got <= bits, "%s: %.3f bits asked for, got %.3f", out, bits, got);
+            const double step = moe ? 0.6 : 2.0; // 1.94 bits from Q6_K to Q8_0, of all experts
+            CHECK(bits > 8.5 || got > bits - step, "%s: %.3f bits asked for, only %.3f used", out,
+                  bits, got);
+            const conv_tensor *stack = &job.source.tensors[0];
+            const moe_quant *rare = conv_part_type(stack, 0), *often = conv_part_type(stack, 3);
+            CHECK(rare->block_bytes * often->block_len <= often->block_bytes * rare->block_len,
+                  "%.2f bits: %s for an expert that is used more, %s for one that is used less", bits,
+                  often->name, rare->name);
+            last = MOE_MAX(last, stack->part_types ? 1 : 0);
+            conv_close(&job);
+        }
+        for (uint64_t bytes = moe ? 70000 : 37000; bytes < 100000; bytes += 14999) {
+            if (!allocate(&job, out, 0, bytes, false, 1))
+                return conv_close(&job);
+            struct stat info;
+            CHECK(!stat(out, &info) && (uint64_t)info.st_size <= bytes, "%s: %llu bytes asked for",
+                  out, (unsigned long long)bytes);
+            conv_close(&job);
+        }
+    }
+    CHECK(last > 0, "experts never had different types");
+}
+
+static void sizes_that_cannot_be(void)
+{
+    moe_error error;
+    const char *source = scratch_path("source.gguf"), *out = scratch_path("no.gguf");
+    make_source(source);
+    conv_options o = {.source = source, .out = out, .bits_per_weight = 2};
+    CHECK(convert(&o, &error) == MOE_ERR_LIMIT && strstr(error.message, "smallest types"), "%s",
+          error.message);
+    o = (conv_options){.source = source, .out = out, .max_bytes = 5000};
+    CHECK(convert(&o, &error) == MOE_ERR_LIMIT, "%s", error.message);
+    o = (conv_options){.source = source, .out = out, .max_bytes = 50000, .quant = "q4_0"};
+    CHECK(convert(&o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
+    o = (conv_options){.source = source, .out = out, .max_bytes = 50000, .bits_per_weight = 5};
+    CHECK(convert(&o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
+    CHECK(access(out, F_OK), "a file was written");
+    const conv_keep keep = {"^blk.0.attn_q.weight$", quant_by_name("Q8_0")};
+    conv_job job;
+    o = (conv_options){.source = source, .out = out, .bits_per_weight = 5.5, .keeps = &keep,
+                       .n_keeps = 1};
+    CHECK(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
+    CHECK(job.source.n_tensors == 3 && job.source.tensors[1].target == keep.type,
+          "--keep does not hold");
+    conv_close(&job);
+}
+
+/* The same bytes, however many threads measure. */
+static void allocation_is_deterministic(void)
+{
+    conv_job job;
+    size_t n[2];
+    make_source(scratch_path("source.gguf"));
+    make_sums();
+    make_imatrix(scratch_path("a.imatrix"), "blk.0.ffn_down_exps.weight", N_IN, N_EXPERT);
+    for (uint32_t i = 0; i < 2; i++) {
+        if (!allocate(&job, scratch_path(i ? "b.gguf" : "a.gguf"), 5.3, 0, true, i ? 4 : 1))
+            return conv_close(&job);
+        conv_close(&job);
+    }
+    char *a = test_read_file(scratch_path("a.gguf"), &n[0]);
+    char *b = test_read_file(scratch_path("b.gguf"), &n[1]);
+    CHECK(a && b && n[0] == n[1] && !memcmp(a, b, n[0]), "another file with other threads");
+    free(a);
+    free(b);
+}
+
+static void run_convert_tests(void)
+{
+    static const char *const files[] = {"source.gguf", "out.gguf", "a.imatrix", "bad.imatrix",
+                                        "zero.imatrix", "zero.gguf", "none.gguf", "fit.gguf",
+                                        "fit.moe", "no.gguf", "a.gguf", "b.gguf"};
+    const char *tmp = getenv("TMPDIR");
+    snprintf(scratch, sizeof scratch, "%s/moe-test-observe.XXXXXX", tmp ? tmp : "/tmp");
+    if (!mkdtemp(scratch)) {
+        printf("FAIL cannot make a folder: %s\n", scratch);
+        test_n_failed++;
+        return;
+    }
+    RUN(importance_reaches_the_quantizers);
+    RUN(imatrices_that_do_not_fit);
+    RUN(types_fit_the_size);
+    RUN(sizes_that_cannot_be);
+    RUN(allocation_is_deterministic);
+    for (size_t i = 0; i < MOE_COUNT(files); i++)
+        unlink(scratch_path(files[i]));
+    rmdir(scratch);
+}
+
+#else
+
+static void run_convert_tests(void) {}
+
+#endif
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -422,5 +801,6 @@ int main(int argc, char **argv)
     RUN(tokens_computed_anew_are_not_shown);
     RUN(a_cancelled_look_is_an_error);
     RUN(options_of_observers);
+    run_convert_tests();
     return test_end();
 }
