@@ -152,7 +152,6 @@ static void qwen3next_describe(const moe_hparams *hp, moe_layer *l, uint64_t *by
         parts[i]->data = (moe_view){NULL, *bytes};
         *bytes = align_up(*bytes + parts[i]->matrix_bytes, MEM_ALIGN);
     }
-    l->delta_a.name = NULL; /* one tensor, whose input an observer is shown once, with the other part */
 }
 
 /* Sorts the rows of ssm_ba: all of b, then all of a. */

@@ -117,7 +117,8 @@ static void observe_matmul(moe_observe *o, const moe_backend *be, moe_queue *que
         return;
     memset(o->ids, 0, op->n_tok * sizeof *o->ids);
     for (uint32_t i = 0; i < op->n_out; i++)
-        observe_show(o, op->out[i].w, op->n_tok, 1, n_in);
+        if (!i || op->out[i].w->name != op->out[i - 1].w->name) // parts of one tensor are shown once
+            observe_show(o, op->out[i].w, op->n_tok, 1, n_in);
 }
 
 static void observe_experts(moe_observe *o, const moe_backend *be, moe_queue *queue,
@@ -131,7 +132,8 @@ static void observe_experts(moe_observe *o, const moe_backend *be, moe_queue *qu
         !observe_read(o, be, queue, op->ids, o->ids, n_product * sizeof *o->ids))
         return;
     for (uint32_t i = 0; i < op->n_out; i++)
-        observe_show(o, op->out[i].w, n_product, n_per_row, n_in);
+        if (!i || op->out[i].w->name != op->out[i - 1].w->name)
+            observe_show(o, op->out[i].w, n_product, n_per_row, n_in);
 }
 
 static void observe_heads(moe_observe *o, const moe_backend *be, moe_queue *queue,
