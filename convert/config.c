@@ -29,13 +29,17 @@ static const char *config_split(const char *text, const char *marks, char head[1
     return text[n] ? text + n + 1 : NULL;
 }
 
-/* The value at a path such as "a.b"; node is NULL for one that is missing or null. */
+/* The value at a path such as "a.b", where "[]" is the first item of whatever it is in; node is NULL for one that is missing or null. */
 static json_ref config_path(json_ref v, const char *path)
 {
     char head[128], mark;
     while (path && v.node) {
         path = config_split(path, ".", head, &mark);
-        v = json_get(v, head);
+        if (strcmp(head, "[]"))
+            v = json_get(v, head);
+        else
+            v = json_typeof(v) == JSON_OBJECT && json_count(v) ? json_held(json_first(v))
+                                                               : json_first(v);
     }
     if (json_typeof(v) == JSON_NULL)
         v.node = NULL;
@@ -159,6 +163,25 @@ static moe_status config_put_leading(config_reader *r, const moe_config_key *k, 
     return MOE_OK;
 }
 
+static moe_status config_put_sections(config_reader *r, const moe_config_key *k, const char *key,
+                                      json_ref list)
+{
+    enum { N_SECTION = 4 };
+    uint32_t n = 0;
+    if (json_typeof(list) != JSON_ARRAY || json_count(list) > N_SECTION)
+        return config_fail(r, MOE_ERR_MODEL, k->hf, "a list of at most 4 numbers", list);
+    meta_put_array(&r->kv, key, META_I32, N_SECTION);
+    for (json_ref v = json_first(list); v.node; v = json_next(list, v), n++) {
+        const double x = json_double(v, -1);
+        if (!(x >= 0 && x <= INT32_MAX) || x != floor(x))
+            return config_fail(r, MOE_ERR_MODEL, k->hf, "whole numbers", v);
+        meta_number(&r->kv, (uint32_t)x, 4);
+    }
+    for (; n < N_SECTION; n++)
+        meta_number(&r->kv, 0, 4);
+    return MOE_OK;
+}
+
 static moe_status config_put_layers(config_reader *r, const moe_config_key *k, const char *key,
                                     json_ref list)
 {
@@ -196,6 +219,8 @@ static moe_status config_put(config_reader *r, const moe_config_key *k)
         return config_put_word(r, k, key, v);
     if (k->kind == CONFIG_LEADING)
         return config_put_leading(r, k, key, v);
+    if (k->kind == CONFIG_SECTIONS)
+        return config_put_sections(r, k, key, v);
     if (k->kind == CONFIG_LAYERS)
         return config_put_layers(r, k, key, v);
     if (k->kind == CONFIG_BOOL) {
@@ -319,11 +344,12 @@ static moe_status config_put_rope(config_reader *r)
     json_ref type = config_path(rope, "rope_type");
     type = type.node ? type : config_path(rope, "type");
     const bool linear = json_is(type, "linear"), yarn = json_is(type, "yarn");
-    if (json_is(type, "llama3") || !type.node) // llama3: a tensor of divisors, made in hf.c
+    // a tensor of divisors, made in hf.c
+    if (json_is(type, "llama3") || json_is(type, "proportional") || !type.node)
         return MOE_OK;
     if (!linear && !yarn)
         return config_fail(r, MOE_ERR_UNSUPPORTED, "rope_scaling.rope_type",
-                           "default, linear, yarn or llama3", type);
+                           "default, linear, yarn, llama3 or proportional", type);
     snprintf(key, sizeof key, "%s.rope.scaling.type", r->family->arch);
     meta_put_string(&r->kv, key, linear ? "linear" : "yarn");
     moe_status status = config_rope_number(r, rope, "factor", NAN, &factor);

@@ -53,6 +53,12 @@ typedef struct conv_importance {
     uint32_t n_matrix;         // 0: nothing is known; 1: one for all
 } conv_importance;
 
+/* Columns of value heads, `dim` each: in the source those of one key head stand together, in the
+ * result heads of all key heads take turns. */
+typedef struct conv_tile {
+    uint32_t head_k, each, dim;
+} conv_tile;
+
 /* A tensor of the result. Its rows come from `inputs`, an equal part from each; or from `made`. */
 typedef struct conv_tensor {
     const char *name;
@@ -65,6 +71,8 @@ typedef struct conv_tensor {
     const float *made;         // [n_elements]
     uint32_t interleave;       // rows of a head, whose halves become neighbours; 0: order is kept
     bool plus_1;
+    bool minus_exp;            // -exp(x) instead of x
+    conv_tile tile;            // columns in another order; head_k 0: as they are
     bool is_vector;            // the runtime wants floats: norms, biases
     bool is_router;
     bool is_kept;              // --keep says what it becomes

@@ -161,6 +161,27 @@ static moe_status encode_read(encode_worker *w, const encode_chunk *c)
                      c->in->scale_file->path, &w->error);
 }
 
+/* A row, whose columns of value heads get another order. In FP8 heads are as long as blocks. */
+static void encode_tiled_floats(const encode_worker *w, const encode_chunk *c, uint64_t from,
+                                const uint8_t *src, float *dst)
+{
+    const conv_tile *tile = &c->t->tile;
+    const uint32_t block = c->in->scale_block;
+    for (uint32_t h = 0; h < tile->head_k * tile->each; h++, dst += tile->dim) {
+        const uint64_t at = ((uint64_t)(h % tile->head_k) * tile->each + h / tile->head_k) * tile->dim;
+        if (c->in->type) {
+            input_floats(&w->state->input, c->in->type, src + at * c->in->type->block_bytes, dst,
+                         tile->dim);
+            continue;
+        }
+        const uint64_t line = (c->in_row + from) / block - c->in_row / block;
+        const float *scales = (const float *)(const void *)w->scales.data;
+        fp8_decode(w->state->fp8, src + at,
+                   scales + line * ((c->t->row_len + block - 1) / block) + at / block, block, dst,
+                   tile->dim);
+    }
+}
+
 /* Row r of the chunk as floats. */
 static void encode_row_floats(const encode_worker *w, const encode_chunk *c, uint64_t r, float *dst)
 {
@@ -171,7 +192,9 @@ static void encode_row_floats(const encode_worker *w, const encode_chunk *c, uin
         return;
     }
     const uint8_t *src = w->raw.data + from * encode_row_bytes(c->in->type, n);
-    if (c->in->type) {
+    if (t->tile.head_k) {
+        encode_tiled_floats(w, c, from, src, dst);
+    } else if (c->in->type) {
         input_floats(&w->state->input, c->in->type, src, dst, (size_t)n);
     } else {
         const uint32_t block = c->in->scale_block;
@@ -182,6 +205,8 @@ static void encode_row_floats(const encode_worker *w, const encode_chunk *c, uin
     }
     for (uint64_t i = 0; t->plus_1 && i < n; i++)
         dst[i] += 1.0f;
+    for (uint64_t i = 0; t->minus_exp && i < n; i++)
+        dst[i] = (float)-exp((double)dst[i]);
 }
 
 /* Names the first number that is not finite, or that the type cannot hold. */
@@ -215,7 +240,8 @@ static moe_status encode_check(encode_worker *w, const encode_chunk *c, uint64_t
 /* Bytes can be copied as they are. */
 static bool encode_is_copy(const encode_chunk *c)
 {
-    return c->in && c->in->type == c->type && !c->t->plus_1;
+    return c->in && c->in->type == c->type && !c->t->plus_1 && !c->t->minus_exp &&
+           !c->t->tile.head_k;
 }
 
 /* Rows that are worked on at once: few enough to stay in the cache, many enough for short rows. */

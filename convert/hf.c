@@ -251,10 +251,110 @@ static moe_status hf_fused_experts(hf_source *h, const moe_binding *b, uint32_t 
     return status;
 }
 
+/* ------------------------------------------------------------------------- delta rule -- */
+
+/* Tensors with rows for the heads of a delta rule. In a checkpoint the value heads of one key head
+ * stand together; GGUF wants them as the family says, and Qwen3-Next's queries, keys, values and gates
+ * apart. */
+static bool hf_is_delta(const hf_source *h, const moe_binding *b)
+{
+    static const size_t fields[] = {
+        offsetof(moe_layer, conv_in), offsetof(moe_layer, conv), offsetof(moe_layer, delta_z),
+        offsetof(moe_layer, delta_a), offsetof(moe_layer, delta_b),
+        offsetof(moe_layer, delta_rate), offsetof(moe_layer, delta_bias)};
+    for (size_t i = 0; i < MOE_COUNT(fields); i++)
+        if (h->family->convert & CONVERT_DELTA && !(b->flags & BIND_GLOBAL) &&
+            b->field == fields[i])
+            return true;
+    return false;
+}
+
+static bool hf_has_keys(const moe_binding *b)
+{
+    return b->field == offsetof(moe_layer, conv_in) || b->field == offsetof(moe_layer, conv);
+}
+
+/* Rows of a value head in a tensor. */
+static uint32_t hf_delta_dim(const hf_source *h, const moe_binding *b)
+{
+    const bool wide = hf_has_keys(b) || b->field == offsetof(moe_layer, delta_z);
+    return wide ? h->hp.delta.dim_v : 1;
+}
+
+/* The most rows that stay together, whatever the order. */
+static uint32_t hf_delta_unit(const hf_source *h, const moe_binding *b)
+{
+    uint32_t a = hf_delta_dim(h, b), rest = hf_has_keys(b) ? h->hp.delta.dim_k : a;
+    while (rest) {
+        const uint32_t next = a % rest;
+        a = rest;
+        rest = next;
+    }
+    return a;
+}
+
+/* Which row of the checkpoint's tensor row r is; `packed`: of in_proj_qkvz, where each key head has its
+ * query, its key, and the values and gates of its value heads. */
+static uint64_t hf_delta_row(const hf_source *h, const moe_binding *b, bool packed, uint64_t r)
+{
+    const moe_delta_shape *d = &h->hp.delta;
+    const uint64_t keys = (uint64_t)d->n_head_k * d->dim_k, dim = hf_delta_dim(h, b);
+    const uint64_t each = d->n_head / d->n_head_k, group = 2 * (d->dim_k + each * d->dim_v);
+    uint64_t first = 0;
+    if (hf_has_keys(b)) {
+        if (r < 2 * keys)
+            return packed ? r % keys / d->dim_k * group + r / keys * d->dim_k + r % d->dim_k : r;
+        r -= 2 * keys;
+        first = 2 * keys;
+    }
+    uint64_t head = r / dim;
+    if (d->tiled)
+        head = head % d->n_head_k * each + head / d->n_head_k;
+    if (!packed)
+        return first + head * dim + r % dim;
+    const uint64_t gates = hf_has_keys(b) ? 0 : each * d->dim_v;
+    return head / each * group + 2 * d->dim_k + gates + head % each * dim + r % dim;
+}
+
+static moe_status hf_delta_inputs(hf_source *h, const moe_binding *b, uint32_t layer, conv_tensor *t)
+{
+    char name[CONVERT_MAX_NAME_BYTES];
+    const moe_delta_shape *d = &h->hp.delta;
+    const bool packed = strstr(b->hf, "in_proj_qkvz") != NULL;
+    const uint64_t total = 2 * ((uint64_t)d->n_head_k * d->dim_k + (uint64_t)d->n_head * d->dim_v);
+    const uint64_t dims[2] = {t->dims[0], packed ? total : t->dims[1]};
+    const uint64_t unit = t->n_rows / t->n_inputs;
+    st_tensor *st = st_find(&h->table, hf_name(h, b->hf, layer, 0, name));
+    conv_input whole;
+    if (!st)
+        return fail(h->error, MOE_ERR_MODEL, name,
+                    "expected this tensor in a checkpoint of model_type %s, got none",
+                    h->family->hf);
+    if (!hf_shape_is(st, dims, t->n_dims))
+        return hf_fail_shape(h, st, dims, t->n_dims);
+    moe_status status = hf_input(h, st, &whole);
+    for (uint64_t i = 0; i < t->n_inputs && !status; i++) {
+        const uint64_t row = hf_delta_row(h, b, packed, i * unit);
+        t->inputs[i] = whole;
+        t->inputs[i].offset += row * t->row_len * st->dtype->bytes;
+        if (!whole.scale_block)
+            continue;
+        const uint64_t n_scale = (t->row_len + whole.scale_block - 1) / whole.scale_block;
+        t->inputs[i].scale_offset += row / whole.scale_block * n_scale * sizeof(float);
+        if (row % whole.scale_block)
+            status = fail(h->error, MOE_ERR_UNSUPPORTED, name,
+                          "expected heads as long as the blocks of %u that FP8 weights are scaled "
+                          "in, got %u and %u", whole.scale_block, d->dim_k, d->dim_v);
+    }
+    return status;
+}
+
 static moe_status hf_find_inputs(hf_source *h, const moe_binding *b, uint32_t layer, conv_tensor *t)
 {
     char name[CONVERT_MAX_NAME_BYTES];
     const uint32_t n_dims = t->n_inputs > 1 || strstr(b->hf, "experts.%u.") ? 2 : t->n_dims;
+    if (hf_is_delta(h, b))
+        return hf_delta_inputs(h, b, layer, t);
     for (uint32_t e = 0; e < t->n_inputs; e++) {
         st_tensor *st = st_find(&h->table, hf_name(h, b->hf, layer, e, name));
         moe_status status;
@@ -281,8 +381,14 @@ static moe_status hf_find_inputs(hf_source *h, const moe_binding *b, uint32_t la
 /* Whether a tensor is there at all, under its own name or stacked. */
 static bool hf_present(const hf_source *h, const moe_binding *b, uint32_t layer)
 {
-    char name[CONVERT_MAX_NAME_BYTES];
-    return b->hf && st_find(&h->table, hf_name(h, b->hf, layer, 0, name)) != NULL;
+    char name[CONVERT_MAX_NAME_BYTES], format[CONVERT_MAX_NAME_BYTES];
+    const char *mark = b->hf ? strstr(b->hf, "experts.%u.") : NULL;
+    if (b->hf && st_find(&h->table, hf_name(h, b->hf, layer, 0, name)))
+        return true;
+    snprintf(format, sizeof format, "%.*sexperts.%s", mark ? (int)(mark - b->hf) : 0,
+             mark ? b->hf : "",
+             b->field == offsetof(moe_layer, experts_down) ? "down_proj" : "gate_up_proj");
+    return mark && st_find(&h->table, hf_name(h, format, layer, 0, name));
 }
 
 static moe_status hf_new_tensor(hf_source *h, const moe_binding *b, uint32_t layer, conv_tensor **out)
@@ -304,14 +410,48 @@ static moe_status hf_new_tensor(hf_source *h, const moe_binding *b, uint32_t lay
     if (h->family->convert & CONVERT_INTERLEAVE_QK && (last == DIM_Q || last == DIM_K))
         t->interleave = h->hp.head_dim;
     const char *end = t->name + strlen(t->name) - MOE_MIN(strlen(t->name), strlen("norm.weight"));
-    t->plus_1 = h->family->convert & CONVERT_NORM_PLUS_1 && !strcmp(end, "norm.weight");
-    // a vector whose halves change places is worked on as a column
-    t->row_len = t->interleave && t->n_dims == 1 ? 1 : t->dims[0];
+    t->plus_1 = h->family->convert & CONVERT_NORM_PLUS_1 && !strcmp(end, "norm.weight") &&
+                b->field != offsetof(moe_layer, delta_norm);
+    t->minus_exp = b->field == offsetof(moe_layer, delta_rate) && !(b->flags & BIND_GLOBAL);
+    if (h->family->convert & CONVERT_DELTA && h->hp.delta.tiled &&
+        b->field == offsetof(moe_layer, conv_out))
+        t->tile = (conv_tile){h->hp.delta.n_head_k, h->hp.delta.n_head / h->hp.delta.n_head_k,
+                              h->hp.delta.dim_v};
+    // a vector whose elements change places is worked on as a column
+    const bool column = t->interleave || hf_is_delta(h, b);
+    t->row_len = column && t->n_dims == 1 ? 1 : t->dims[0];
     t->n_rows = n / t->row_len;
+    if (hf_is_delta(h, b))
+        t->n_inputs = (uint32_t)(t->n_rows / hf_delta_unit(h, b));
     if (b->hf && strstr(b->hf, "%u") && strstr(strstr(b->hf, "%u") + 2, "%u"))
         t->n_inputs = (uint32_t)t->dims[t->n_dims - 1];
     t->inputs = arena_alloc(&s->arena, t->n_inputs, sizeof *t->inputs);
     return t->inputs && t->name ? MOE_OK : fail_memory(h->error, s->mem, "tensors", t->n_inputs);
+}
+
+/* Divisors of the rotary frequencies where only the first share of the pairs is rotated, at the
+ * frequencies that they have among all: the others are divided until they stand still. */
+static moe_status hf_make_proportional(hf_source *h, const moe_binding *b, json_ref rope)
+{
+    config_reader r = {h->source, h->family, h->root, {0}, h->error};
+    double share, factor;
+    conv_tensor *t;
+    moe_status status;
+    if ((status = config_rope_number(&r, rope, "partial_rotary_factor", 1, &share)) ||
+        (status = config_rope_number(&r, rope, "factor", 1, &factor)) ||
+        (status = hf_new_tensor(h, b, 0, &t)))
+        return status;
+    if (!(share >= 0 && share <= 1 && factor > 0))
+        return config_fail(&r, MOE_ERR_MODEL, "rope_parameters", "a partial_rotary_factor from 0 to "
+                           "1 and a positive factor", rope);
+    float *made = arena_alloc(&h->source->arena, t->dims[0], sizeof *made);
+    if (!made)
+        return fail_memory(h->error, h->source->mem, t->name, t->dims[0] * sizeof *made);
+    const uint64_t n_turned = (uint64_t)floor(share * h->hp.n_rot / 2);
+    for (uint64_t i = 0; i < t->dims[0]; i++)
+        made[i] = i < n_turned ? (float)factor : 1e30f;
+    t->made = made;
+    return MOE_OK;
 }
 
 /* Divisors of the rotary frequencies, as Llama 3.1 stretches them; see rope_type llama3 in
@@ -323,6 +463,8 @@ static moe_status hf_make_rope_freqs(hf_source *h, const moe_binding *b)
     double factor, low, high, n_ctx;
     conv_tensor *t;
     moe_status status;
+    if (json_typeof(rope) == JSON_OBJECT && config_rope_is(rope, "proportional"))
+        return hf_make_proportional(h, b, rope);
     if (json_typeof(rope) != JSON_OBJECT || !config_rope_is(rope, "llama3"))
         return MOE_OK;
     if ((status = config_rope_number(&r, rope, "factor", NAN, &factor)) ||
@@ -426,6 +568,8 @@ static bool hf_ignored(const hf_source *h, const char *name)
     // the parts of a model with eyes that are not its text model
     if (h->root.node != h->whole.node && strncmp(name, h->prefix, strlen(h->prefix)) &&
         !strstr(name, "lm_head"))
+        return true;
+    if (!strncmp(name, "mtp.", 4)) // multi-token prediction of Qwen3.5: not used yet
         return true;
     // multi-token prediction: layers behind the first, and what that one shares with the model
     char start[128];

@@ -184,9 +184,10 @@ typedef struct moe_binding {
 /* How a key of a Hugging Face config.json becomes one of GGUF. The converter reads these tables; the
  * runtime sees only what comes of them. Keys that all families share stand in core/models.c.
  *
- * `hf` is the path of a value: "a.b" is b inside of a; "a|b" the first that is there and not null;
- * "a+b" a sum, "a*b" a product, from left to right. Nothing is written where a value is missing. Of
- * several lines for one key the first that has a value is written; a family's go before the common. */
+ * `hf` is the path of a value: "a.b" is b inside of a, "a.[]" a's first item; "a|b" the first that is
+ * there and not null; "a+b" a sum, "a*b" a product, from left to right. Nothing is written where a
+ * value is missing. Of several lines for one key the first that has a value is written; a family's go
+ * before the common. */
 typedef enum moe_config_kind {
     CONFIG_U32,    // a whole number, or an array of them, one for each layer
     CONFIG_F32,
@@ -196,6 +197,7 @@ typedef enum moe_config_kind {
     CONFIG_LEADING, // uint32: how many items at the start of a list are the word in `words`
     CONFIG_LAYERS, // an array: of each item of a list the number, or the value of the key, behind its
                    // word in `words`, "conv=0 full_attention=num_key_value_heads"
+    CONFIG_SECTIONS, // an array of 4 numbers, of which the last may be missing: 0
     CONFIG_EXPECT  // nothing is written; the value must be one of `words`, "silu swish"
 } moe_config_kind;
 

@@ -210,9 +210,12 @@ static const moe_config_key config_gemma4[] = {
      "sliding_attention=1 full_attention=0", 0},
     {"layer_types", "attention.head_count_kv", CONFIG_LAYERS,
      "sliding_attention=num_key_value_heads "
-     "full_attention=num_global_key_value_heads|num_key_value_heads", 0},
-    {"global_head_dim|head_dim", "attention.key_length", CONFIG_U32, NULL, 0},
-    {"global_head_dim|head_dim", "attention.value_length", CONFIG_U32, NULL, 0},
+     "full_attention=per_layer_config.[].num_key_value_heads|num_global_key_value_heads|"
+     "num_key_value_heads", 0},
+    {"per_layer_config.[].head_dim|global_head_dim|head_dim", "attention.key_length", CONFIG_U32,
+     NULL, 0},
+    {"per_layer_config.[].head_dim|global_head_dim|head_dim", "attention.value_length", CONFIG_U32,
+     NULL, 0},
     {"head_dim", "attention.key_length_swa", CONFIG_U32, NULL, 0},
     {"head_dim", "attention.value_length_swa", CONFIG_U32, NULL, 0},
     {"head_dim", "rope.dimension_count_swa", CONFIG_U32, NULL, 0},

@@ -212,6 +212,7 @@ static const moe_config_key config_qwen35[] = {
     {"norm_topk_prob", NULL, CONFIG_EXPECT, "true", 0},
     {"partial_rotary_factor*head_dim|rope_parameters.partial_rotary_factor*head_dim",
      "rope.dimension_count", CONFIG_U32, NULL, 0},
+    {"rope_parameters.mrope_section", "rope.dimension_sections", CONFIG_SECTIONS, NULL, 0},
     {"linear_conv_kernel_dim", "ssm.conv_kernel", CONFIG_U32, NULL, 0},
     {"linear_key_head_dim", "ssm.state_size", CONFIG_U32, NULL, 0},
     {"linear_num_key_heads", "ssm.group_count", CONFIG_U32, NULL, 0},

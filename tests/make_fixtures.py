@@ -625,6 +625,8 @@ def gguf_tensors(weights, m, arch):
         _, _, layer, rest = name.split(".", 3)
         blk = f"blk.{layer}."
         rest = rest.replace("feed_forward.experts", "mlp.experts")
+        if arch == "gemma4" and rest == "experts.gate_up_proj" and m.get("apart"):
+            rest = "mlp.experts.gate_up_proj"
         if arch == "gemma4" and rest in GEMMA4_TENSORS:
             out.append((blk + GEMMA4_TENSORS[rest], w))
             continue
