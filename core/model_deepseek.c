@@ -129,7 +129,7 @@ static void deepseek_hparams(moe_hparams *hp, hparam_reader *r)
     hp->rope_interleaved = true;
     hp->eps_latent = 1e-6f; /* whatever rms_norm_eps is */
     hparam_u32(r, "attention.kv_lora_rank", true, 1, MODEL_MAX_EMBD, &hp->n_latent);
-    hparam_u32(r, "attention.q_lora_rank", false, 1, MODEL_MAX_EMBD, &hp->n_latent_q);
+    hparam_u32(r, "attention.q_lora_rank", false, 0, MODEL_MAX_EMBD, &hp->n_latent_q);
     hparam_u32(r, "rope.dimension_count", true, 2, MODEL_MAX_HEAD_DIM, &n_rot);
     hparam_require(r, r->status || hp->n_latent <= MODEL_MAX_HEAD_DIM - n_rot,
                    "attention.kv_lora_rank", "expected at most %u, got %u",

@@ -255,6 +255,21 @@ static void draft_layer_is_converted(void)
     free(e.data);
 }
 
+/* Values of E4M3 as torch's float8_e4m3fn has them: subnormals, both ends, the one NaN of each sign. */
+static void fp8_codes_have_their_values(void)
+{
+    static const struct { uint8_t code; float value; } cases[] = {
+        {0x00, 0.0f}, {0x01, 0.001953125f}, {0x07, 0.013671875f}, {0x08, 0.015625f},
+        {0x0f, 0.029296875f}, {0x37, 0.9375f}, {0x38, 1.0f}, {0x3c, 1.5f}, {0x78, 256.0f},
+        {0x7e, 448.0f}, {0x81, -0.001953125f}, {0xb8, -1.0f}, {0xfe, -448.0f}};
+    for (size_t i = 0; i < MOE_COUNT(cases); i++)
+        CHECK(fp8_value(cases[i].code) == cases[i].value, "%#x: %g", cases[i].code,
+              (double)fp8_value(cases[i].code));
+    CHECK(isnan(fp8_value(0x7f)) && isnan(fp8_value(0xff)) && signbit(fp8_value(0x80)), "NaN, -0");
+    for (int i = 1; i < 0x7f; i++)
+        CHECK(fp8_value((uint8_t)i) > fp8_value((uint8_t)(i - 1)), "%#x", i);
+}
+
 /* The bytes of the result do not depend on the number of threads. */
 static void threads_write_the_same_bytes(void)
 {
@@ -1061,6 +1076,7 @@ int main(int argc, char **argv)
         return 1;
     }
     RUN(checkpoints_give_the_logits_of_transformers);
+    RUN(fp8_codes_have_their_values);
     RUN(draft_layer_is_converted);
     RUN(threads_write_the_same_bytes);
     RUN(blocks_are_those_of_the_encoder);

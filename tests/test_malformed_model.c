@@ -492,7 +492,14 @@ static void m6_m10_latent_attention(void)
         refuse_u32(f, "attention.kv_lora_rank", 0);
         refuse_u32(f, "attention.kv_lora_rank", 2049 - n_rot);
         refuse_u32(f, "attention.kv_lora_rank", UINT32_MAX);
-        refuse_u32(f, "attention.q_lora_rank", 0);
+        gguf_edit *direct = edit_copy(f->valid); /* 0 is as if it were not there */
+        moe_error error;
+        edit_set_u32(direct, key_of(f, "attention.q_lora_rank"), 0);
+        if (number_of(f, "attention.q_lora_rank"))
+            refused(direct, f, "blk.0.attn_q.weight", "queries without a latent");
+        else
+            CHECK(outcome(direct, "no latent", &error) == MOE_OK, "%s", error.message);
+        edit_free(direct);
         refuse_u32(f, "attention.q_lora_rank", UINT32_MAX);
         refuse_missing(f, "rope.dimension_count");
         refuse_f32(f, "rope.scaling.yarn_log_multiplier", -0.1f);
