@@ -40,9 +40,11 @@ typedef struct conv_input {
     const char *name;          // as the source calls it
     uint64_t offset;
     const moe_quant *type;     // NULL: FP8 E4M3 with a scale for each block
-    const conv_file *scale_file;
-    uint64_t scale_offset;     // float [ceil(n_row / block)][ceil(row_len / block)]
+    const conv_file *scale_file; // of FP8; of MXFP4 whose codes and exponents stand apart
+    uint64_t scale_offset;     // FP8: float [ceil(n_row / block)][ceil(row_len / block)]
+                               // MXFP4: byte [n_row][row_len / 32]
     uint32_t scale_block;
+    uint32_t row_step;         // from row to row, in rows of the file; 0: 1
     uint32_t planes;           // of a .moe source: the compressed slice, counted from 1; 0: plain rows
 } conv_input;
 

@@ -61,7 +61,7 @@ struct encode_worker {
     encode_state *state;
     bool first;             // reports progress
     moe_mem *mem;
-    text_buf raw, blocks, scales;
+    text_buf raw, blocks, scales, packed;
     text_buf floats, back, columns;
     moefile_decoder *decoder; // of compressed rows of a .moe source
     uint8_t *segment;       // [MOEFILE_SEGMENT_BYTES]: decoded
@@ -138,17 +138,64 @@ static moe_status encode_read_planes(encode_worker *w, const encode_chunk *c, ui
                            row_bytes, w->raw.data, &w->error);
 }
 
+/* Reads the chunk's rows of `row_bytes` each, which begin at `offset` of a file; row_step - 1
+ * others may stand between them. */
+static moe_status encode_read_rows(encode_worker *w, const encode_chunk *c, const conv_file *file,
+                                   uint64_t offset, uint64_t row_bytes, text_buf *buf)
+{
+    const uint64_t step = MOE_MAX(c->in->row_step, 1);
+    const uint64_t bytes = ((c->n_rows - 1) * step + 1) * row_bytes;
+    buf->n = 0;
+    if (!buf_reserve(buf, (size_t)bytes))
+        return fail_memory(&w->error, w->mem, c->t->name, bytes);
+    moe_status status = plat_read(&file->os, offset + c->in_row * step * row_bytes, buf->data,
+                                  bytes, file->path, &w->error);
+    for (uint64_t r = 1; r < c->n_rows && step > 1; r++)
+        memmove(buf->data + r * row_bytes, buf->data + r * step * row_bytes, (size_t)row_bytes);
+    return status;
+}
+
+/* Codes and exponents that stand apart become blocks. Byte i of 16 has the codes 2i and 2i + 1. */
+static moe_status encode_read_mxfp4(encode_worker *w, const encode_chunk *c)
+{
+    const uint64_t n = c->n_rows * c->t->row_len / 32, per_row = c->t->row_len / 32;
+    w->raw.n = 0;
+    if (!buf_reserve(&w->raw, (size_t)(n * sizeof(mxfp4_block))))
+        return fail_memory(&w->error, w->mem, c->t->name, n * sizeof(mxfp4_block));
+    moe_status status =
+        encode_read_rows(w, c, c->in->file, c->in->offset, 16 * per_row, &w->packed);
+    if (!status)
+        status = encode_read_rows(w, c, c->in->scale_file, c->in->scale_offset, per_row,
+                                  &w->scales);
+    mxfp4_block *block = (mxfp4_block *)w->raw.data;
+    for (uint64_t b = 0; b < n && !status; b++, block++) {
+        const uint8_t *p = w->packed.data + 16 * b;
+        block->e = w->scales.data[b];
+        for (int i = 0; i < 8; i++) {
+            block->q[2 * i] = (uint8_t)((p[i] & 15) | (p[i + 8] & 15) << 4);
+            block->q[2 * i + 1] = (uint8_t)(p[i] >> 4 | (p[i + 8] & 0xf0));
+        }
+        if (block->e == 255) // the standard's NaN
+            return fail(&w->error, MOE_ERR_MODEL, c->t->name,
+                        "expected finite weights, got an exponent of 255 at row %llu (from %s)",
+                        (unsigned long long)(c->row + b / per_row), c->in->name);
+    }
+    return status;
+}
+
 static moe_status encode_read(encode_worker *w, const encode_chunk *c)
 {
     const conv_tensor *t = c->t;
     const uint64_t row_bytes = encode_row_bytes(c->in->type, t->row_len);
-    w->raw.n = 0;
-    if (!buf_reserve(&w->raw, (size_t)(c->n_rows * row_bytes)))
-        return fail_memory(&w->error, w->mem, t->name, c->n_rows * row_bytes);
-    if (c->in->planes)
-        return encode_read_planes(w, c, row_bytes);
-    moe_status status = plat_read(&c->in->file->os, c->in->offset + c->in_row * row_bytes, w->raw.data,
-                                  c->n_rows * row_bytes, c->in->file->path, &w->error);
+    if (c->in->type && c->in->scale_file)
+        return encode_read_mxfp4(w, c);
+    if (c->in->planes) {
+        w->raw.n = 0;
+        return buf_reserve(&w->raw, (size_t)(c->n_rows * row_bytes))
+                   ? encode_read_planes(w, c, row_bytes)
+                   : fail_memory(&w->error, w->mem, t->name, c->n_rows * row_bytes);
+    }
+    moe_status status = encode_read_rows(w, c, c->in->file, c->in->offset, row_bytes, &w->raw);
     if (status || c->in->type)
         return status;
     const uint64_t block = c->in->scale_block, n = (t->row_len + block - 1) / block;
@@ -398,7 +445,8 @@ static void encode_work(void *arg)
     encode_task task;
     while (encode_next(w, &task))
         encode_finish(w, &task, encode_task_run(w, &task));
-    text_buf *bufs[] = {&w->raw, &w->floats, &w->blocks, &w->scales, &w->back, &w->columns};
+    text_buf *bufs[] = {&w->raw,    &w->floats, &w->blocks, &w->scales,
+                        &w->packed, &w->back,   &w->columns};
     for (size_t i = 0; i < MOE_COUNT(bufs); i++)
         buf_free(bufs[i]);
     if (w->decoder)
@@ -432,8 +480,9 @@ static moe_status encode_all(conv_job *job, const encode_sink *sink, uint64_t do
     }
     for (uint32_t i = 0; i < n; i++) {
         workers[i] = (encode_worker){.state = &st, .first = i == 0, .mem = &job->mem};
-        text_buf *bufs[] = {&workers[i].raw, &workers[i].blocks, &workers[i].scales,
-                            &workers[i].floats, &workers[i].back, &workers[i].columns};
+        text_buf *bufs[] = {&workers[i].raw,    &workers[i].blocks, &workers[i].scales,
+                            &workers[i].packed, &workers[i].floats, &workers[i].back,
+                            &workers[i].columns};
         for (size_t b = 0; b < MOE_COUNT(bufs); b++)
             bufs[b]->mem = &job->mem;
     }

@@ -182,12 +182,39 @@ static moe_status hf_fail_shape(const hf_source *h, const st_tensor *t, const ui
                 "expected shape [%s] by config.json, got [%s] in %s", want, got, t->file->path);
 }
 
-/* The scales of an FP8 matrix: one for each block of fp8_block x fp8_block weights. */
+/* The one scale of an FP8 matrix, beside which the scale of its activations may stand. */
+static moe_status hf_find_one_scale(hf_source *h, const st_tensor *t, st_tensor *scale,
+                                    conv_input *in)
+{
+    char name[CONVERT_MAX_NAME_BYTES];
+    const char *end = strrchr(t->name, '.');
+    snprintf(name, sizeof name, "%.*s.input_scale", end ? (int)(end - t->name) : 0, t->name);
+    st_tensor *unused = st_find(&h->table, name);
+    if (unused)
+        unused->used = true;
+    scale->used = true;
+    if (scale->n_elements != 1 || strcmp(scale->dtype->name, "F32"))
+        return fail(h->error, MOE_ERR_UNSUPPORTED, scale->name,
+                    "expected one scale in F32, got %llu in %s: other ways to scale FP8 are "
+                    "not read", (unsigned long long)scale->n_elements, scale->dtype->name);
+    in->scale_file = scale->file;
+    in->scale_offset = scale->offset;
+    in->scale_block = UINT32_MAX; // all weights are one block
+    return MOE_OK;
+}
+
+/* The scales of an FP8 matrix: one for each block of fp8_block x fp8_block weights, or one. */
 static moe_status hf_find_scale(hf_source *h, const st_tensor *t, conv_input *in)
 {
     char name[CONVERT_MAX_NAME_BYTES + 16];
     snprintf(name, sizeof name, "%s_scale_inv", t->name);
     st_tensor *scale = st_find(&h->table, name);
+    if (!scale) {
+        snprintf(name, sizeof name, "%s_scale", t->name);
+        if ((scale = st_find(&h->table, name)))
+            return hf_find_one_scale(h, t, scale, in);
+        snprintf(name, sizeof name, "%s_scale_inv", t->name);
+    }
     if (!scale)
         return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
                     "expected FP8 weights with block scales in \"%s\", got none: other ways to scale "
@@ -349,9 +376,79 @@ static moe_status hf_delta_inputs(hf_source *h, const moe_binding *b, uint32_t l
     return status;
 }
 
+/* ------------------------------------------------------------------------- packed experts -- */
+
+/* One of the two parts of a matrix in MXFP4: bytes of `dims`. */
+static moe_status hf_packed_part(hf_source *h, const char *name, const char *part,
+                                 const uint64_t *dims, uint32_t n_dims, st_tensor **out)
+{
+    char full[CONVERT_MAX_NAME_BYTES + 16];
+    snprintf(full, sizeof full, "%s_%s", name, part);
+    st_tensor *st = *out = st_find(&h->table, full);
+    if (!st && st_find(&h->table, name))
+        return fail(h->error, MOE_ERR_UNSUPPORTED, name,
+                    "expected experts in MXFP4 (\"%s\"), got floats, which this family stores "
+                    "transposed: they are not read; convert the MXFP4 checkpoint", full);
+    if (!st)
+        return fail(h->error, MOE_ERR_MODEL, full,
+                    "expected this tensor in a checkpoint of model_type %s, got none",
+                    h->family->hf);
+    if (strcmp(st->dtype->name, "U8"))
+        return fail(h->error, MOE_ERR_UNSUPPORTED, full, "expected bytes (U8), got %s",
+                    st->dtype->name);
+    st->used = true;
+    return hf_shape_is(st, dims, n_dims) ? MOE_OK : hf_fail_shape(h, st, dims, n_dims);
+}
+
+/* gpt-oss: experts stacked and in MXFP4, 16 bytes of codes for each 32 weights in one tensor and
+ * their exponents in another. Rows of gate and up take turns in one matrix, and so do their biases. */
+static moe_status hf_packed_experts(hf_source *h, const moe_binding *b, uint32_t layer,
+                                    conv_tensor *t)
+{
+    char name[CONVERT_MAX_NAME_BYTES];
+    const uint64_t n_in = t->dims[0], step = strstr(b->hf, "gate_up_proj") ? 2 : 1;
+    const bool up = b->field == offsetof(moe_layer, experts_up) ||
+                    b->field == offsetof(moe_layer, experts_up_bias);
+    const uint64_t blocks[4] = {16, n_in / 32, step * t->dims[1], t->dims[2]};
+    const uint64_t bias[2] = {step * n_in, t->dims[1]};
+    st_tensor *codes, *scales;
+    moe_status status;
+    hf_name(h, b->hf, layer, 0, name);
+    if (t->is_vector) {
+        st_tensor *st = st_find(&h->table, name);
+        if (!st)
+            return fail(h->error, MOE_ERR_MODEL, name,
+                        "expected this tensor in a checkpoint of model_type %s, got none",
+                        h->family->hf);
+        if (!hf_shape_is(st, bias, 2))
+            return hf_fail_shape(h, st, bias, 2);
+        t->row_len = 1; // worked on as a column, of which this is every second number
+        t->n_rows = n_in * t->dims[1];
+        status = hf_input(h, st, t->inputs);
+        t->inputs->offset += up ? st->dtype->bytes : 0;
+        t->inputs->row_step = (uint32_t)step;
+        return status;
+    }
+    if (n_in % 32)
+        return fail(h->error, MOE_ERR_MODEL, name,
+                    "expected rows of a multiple of 32 in MXFP4, got %llu by config.json",
+                    (unsigned long long)n_in);
+    if ((status = hf_packed_part(h, name, "blocks", blocks, 4, &codes)) ||
+        (status = hf_packed_part(h, name, "scales", blocks + 1, 3, &scales)))
+        return status;
+    *t->inputs = (conv_input){
+        .file = codes->file, .name = codes->name, .offset = codes->offset + (up ? n_in / 2 : 0),
+        .type = &quant_mxfp4, .scale_file = scales->file,
+        .scale_offset = scales->offset + (up ? n_in / 32 : 0), .row_step = (uint32_t)step};
+    return MOE_OK;
+}
+
 static moe_status hf_find_inputs(hf_source *h, const moe_binding *b, uint32_t layer, conv_tensor *t)
 {
     char name[CONVERT_MAX_NAME_BYTES];
+    if (strstr(b->hf, ".mlp.experts.gate_up_proj") ||
+        (strstr(b->hf, ".mlp.experts.down_proj") && !t->is_vector))
+        return hf_packed_experts(h, b, layer, t);
     const uint32_t n_dims = t->n_inputs > 1 || strstr(b->hf, "experts.%u.") ? 2 : t->n_dims;
     if (hf_is_delta(h, b))
         return hf_delta_inputs(h, b, layer, t);
@@ -650,9 +747,11 @@ static moe_status hf_read_quantization(hf_source *h)
     h->fp8_block = 128;
     if (!q.node)
         return MOE_OK;
+    if (json_is(method, "mxfp4"))
+        return MOE_OK;
     if (!json_is(method, "fp8"))
         return fail(h->error, MOE_ERR_UNSUPPORTED, "config.json: quantization_config.quant_method",
-                    "expected fp8, got %s; convert the checkpoint that it was made from",
+                    "expected fp8 or mxfp4, got %s; convert the checkpoint that it was made from",
                     config_text(method, buf));
     json_ref first = json_first(block);
     if (block.node && (json_count(block) != 2 || json_double(first, 0) != 128 ||

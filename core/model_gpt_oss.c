@@ -15,18 +15,18 @@ static const moe_binding bindings_gpt_oss[] = {
     BIND_END,
 };
 
-/* In a checkpoint gate and up are one tensor, mlp.experts.gate_up_proj, whose rows (of MXFP4) or
- * columns (of float types) are theirs in turn: no renaming makes them these. */
+/* In a checkpoint gate and up are one tensor whose rows are theirs in turn. */
 static const moe_binding bindings_gpt_oss_experts[] = {
-    BIND_GGUF_ONLY("ffn_gate_exps.weight", experts_gate, 0, DIM_EMBD, DIM_FF_EXPERT,
-                  DIM_EXPERT),
-    BIND_GGUF_ONLY("ffn_up_exps.weight", experts_up, 0, DIM_EMBD, DIM_FF_EXPERT, DIM_EXPERT),
-    BIND_GGUF_ONLY("ffn_down_exps.weight", experts_down, 0, DIM_FF_EXPERT, DIM_EMBD,
-                  DIM_EXPERT),
-    BIND_GGUF_ONLY("ffn_gate_exps.bias", experts_gate_bias, BIND_VECTOR, DIM_FF_EXPERT,
-                  DIM_EXPERT),
-    BIND_GGUF_ONLY("ffn_up_exps.bias", experts_up_bias, BIND_VECTOR, DIM_FF_EXPERT,
-                  DIM_EXPERT),
+    BIND_IN_LAYER("ffn_gate_exps.weight", "mlp.experts.gate_up_proj", experts_gate, 0, DIM_EMBD,
+                  DIM_FF_EXPERT, DIM_EXPERT),
+    BIND_IN_LAYER("ffn_up_exps.weight", "mlp.experts.gate_up_proj", experts_up, 0, DIM_EMBD,
+                  DIM_FF_EXPERT, DIM_EXPERT),
+    BIND_IN_LAYER("ffn_down_exps.weight", "mlp.experts.down_proj", experts_down, 0, DIM_FF_EXPERT,
+                  DIM_EMBD, DIM_EXPERT),
+    BIND_IN_LAYER("ffn_gate_exps.bias", "mlp.experts.gate_up_proj_bias", experts_gate_bias,
+                  BIND_VECTOR, DIM_FF_EXPERT, DIM_EXPERT),
+    BIND_IN_LAYER("ffn_up_exps.bias", "mlp.experts.gate_up_proj_bias", experts_up_bias,
+                  BIND_VECTOR, DIM_FF_EXPERT, DIM_EXPERT),
     BIND_IN_LAYER("ffn_down_exps.bias", "mlp.experts.down_proj_bias", experts_down_bias,
                   BIND_VECTOR, DIM_EMBD, DIM_EXPERT),
     BIND_END,

@@ -11,9 +11,11 @@ runs them.
 
 Models, weights, oracle and versions are those of tests/make_fixtures.py. Each folder NAME has the
 checkpoint and, in NAME/expected, what make_fixtures.py writes into NAME.expected. Beside F32: one is
-saved in BF16, one in several shards, and one holds FP8 (E4M3) weights with a scale for each block of
-128 x 128, made here as DeepSeek's are. One has a layer for multi-token prediction, named as in
-DeepSeek's checkpoints; NAME/drafts is what it says behind the last token, float32[n_vocab].
+saved in BF16, one in several shards, one holds FP8 (E4M3) weights with a scale for each block of
+128 x 128, made here as DeepSeek's are, one FP8 with one scale for each matrix, and one MXFP4 experts as
+gpt-oss has them, which transformers' own reader must read as the same numbers. One has a layer for
+multi-token prediction, named as in DeepSeek's checkpoints; NAME/drafts is what it says behind the last
+token, float32[n_vocab].
 """
 import argparse
 import json
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 
+import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,6 +39,8 @@ CHECKPOINTS = {
     "llama-bf16": dict(mf.MODELS["llama-tied"], tok=20, dtype="bf16"),
     "llama-fp8": dict(family="llama", vocab=67, embd=136, head=2, kv=1, dim=24, ff=140, layer=1,
                       tied=False, tok=16, rope=DEFAULT, ctx=128, dtype="fp8"),
+    "llama-fp8-tensor": dict(family="llama", vocab=61, embd=40, head=2, kv=1, dim=20, ff=44, layer=1,
+                             tied=False, tok=12, rope=DEFAULT, ctx=128, dtype="fp8-tensor"),
     "llama-bias": dict(mf.MODELS["llama-linear"], tok=20),
     "mixtral-shards": dict(mf.MODELS["mixtral"], tok=20, shards="40KB"),
     "qwen2": dict(mf.MODELS["qwen2"], tok=20),
@@ -49,6 +54,8 @@ CHECKPOINTS = {
     "glm4-moe-lite": dict(mf.MODELS["deepseek3-glm"], tok=16, fused=True),
     "lfm2moe": dict(mf.MODELS["lfm2moe"], tok=16, layer=3),
     "olmoe": dict(mf.MODELS["olmoe"], tok=20),
+    "gpt-oss-mxfp4": dict(mf.MODELS["gpt-oss-mxfp4"], vocab=67, embd=64, head=2, dim=24, ff=32,
+                          expert=4, tok=16, dtype="mxfp4"),
     "gemma3": dict(mf.MODELS["gemma3"], tok=20),
     "qwen35moe": dict(mf.MODELS["qwen35moe"], tok=16, layer=2, expert=3, used=2,
                       delta=dict(head=4, head_k=2, dim=10, dim_v=8, period=2)),
@@ -72,6 +79,22 @@ def block_scale(w, block=128):
     return codes, scales, exact
 
 
+def packed_mxfp4(w):
+    """[expert][in][out] -> blocks [expert][out][in / 32][16], scales [expert][out][in / 32], and the
+    exact weights. Byte i of a block has the codes 2i and 2i + 1."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+    rows = np.ascontiguousarray(w.transpose(0, 2, 1))
+    q = gguf.quants.quantize(rows, gguf.GGMLQuantizationType.MXFP4)
+    exact = gguf.quants.dequantize(q, gguf.GGMLQuantizationType.MXFP4).transpose(0, 2, 1)
+    q = q.reshape(*rows.shape[:2], -1, 17)
+    codes = np.concatenate([q[..., 1:] & 15, q[..., 1:] >> 4], axis=-1)
+    blocks = torch.tensor(codes[..., 0::2] | codes[..., 1::2] << 4)
+    scales = torch.tensor(np.ascontiguousarray(q[..., 0]))
+    read = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    assert np.array_equal(read.numpy(), exact)
+    return blocks, scales, exact.astype(np.float32)
+
+
 def round_weights(weights, m):
     """The weights as the checkpoint will hold them, and for FP8 the tensors to store instead."""
     stored = {}
@@ -83,6 +106,15 @@ def round_weights(weights, m):
             codes, scales, exact = block_scale(t)
             stored[name], stored[name + "_scale_inv"] = codes, scales
             weights[name] = exact.numpy()
+        elif m.get("dtype") == "fp8-tensor" and "proj" in name:
+            scale = t.abs().max() / 448
+            codes = (t / scale).to(torch.float8_e4m3fn)
+            stored[name], stored[name + "_scale"] = codes, scale
+            stored[name.replace(".weight", ".input_scale")] = torch.tensor(0.5)
+            weights[name] = (codes.to(torch.float32) * scale).numpy()
+        elif m.get("dtype") == "mxfp4" and ".experts." in name and w.ndim == 3:
+            blocks, scales, weights[name] = packed_mxfp4(w)
+            stored[name + "_blocks"], stored[name + "_scales"] = blocks, scales
     return stored
 
 
@@ -95,9 +127,15 @@ def save(config, cls, weights, stored, m, folder):
     path = os.path.join(folder, "model.safetensors")
     if stored:
         tensors = dict(load_file(path), **stored)
+        for name in list(tensors):
+            if name + "_blocks" in tensors:
+                del tensors[name]
         save_file(tensors, path, metadata={"format": "pt"})
-        edit_config(folder, quantization_config=dict(
-            quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128]))
+        edit_config(folder, quantization_config={
+            "fp8": dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
+                        weight_block_size=[128, 128]),
+            "fp8-tensor": dict(quant_method="fp8", activation_scheme="static"),
+            "mxfp4": dict(quant_method="mxfp4")}[m["dtype"]])
     if m.get("stacked"):  # as the modules of transformers 5 hold experts: stacked, gate and up in one
         tied = {"lm_head.weight"} if m["tied"] else set()
         save_file({k: v.contiguous() for k, v in state.items() if k not in tied}, path,
@@ -141,6 +179,8 @@ def make(name, m, seed, out):
     if seed:
         extra = {k: m[k] for k in ("dtype", "shards", "stacked") if k in m}
         m = dict(mf.randomize(m, rng), **extra)
+    if m.get("dtype") == "mxfp4":
+        m["embd"], m["ff"] = -(-m["embd"] // 32) * 32, -(-m["ff"] // 32) * 32
     if m["family"] in mf.NO_HEAD_DIM:
         m["embd"] = m["head"] * m["dim"]
     m.pop("types", None)
@@ -179,7 +219,6 @@ def make(name, m, seed, out):
 def check(convert, folder, weights, m, arch):
     """The converted file as the gguf package reads it, against the conventions of make_fixtures.py:
     the same tensors, names, shapes and values."""
-    import gguf
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "out.gguf")
         subprocess.run([convert, folder, path, "--quiet", "--quant", "f32"], check=True,
