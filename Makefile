@@ -62,8 +62,11 @@ SHARED_LIB := $(B)/libmoe.so
 T ?=
 pick = $(if $(T),$(foreach t,$(T),$(foreach f,$(1),$(if $(findstring $(t),$(f)),$(f)))),$(1))
 TESTS := $(sort $(patsubst tests/%.c,$(B)/tests/%,$(call pick,$(wildcard tests/test_*.c))))
-# One that sets the converter's constants has to stand alone.
-JOINED := $(filter-out %/test_moefile,$(if $(word 2,$(TESTS)),$(TESTS)))
+# test_x86_emulated needs a library that nothing else needs: it is built if T names it.
+TESTS := $(if $(findstring emulated,$(T)),$(TESTS),$(filter-out %/test_x86_emulated,$(TESTS)))
+# Tests that set constants of the converter or the core stand alone.
+JOINED := $(filter-out %/test_moefile %/test_x86_emulated,$(TESTS))
+JOINED := $(if $(word 2,$(JOINED)),$(JOINED))
 TEST_SCRIPTS := $(call pick,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,$(B)/bench/%,$(wildcard bench/*.c))
 CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))

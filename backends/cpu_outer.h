@@ -10,7 +10,7 @@
 
 #include "../quant/quant.h"
 #if MOE_X86
-#include <immintrin.h>
+#include MOE_X86_INTRINSICS
 #elif MOE_ARM64
 #include <arm_neon.h>
 #endif

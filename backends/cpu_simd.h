@@ -12,7 +12,7 @@
 #include "../quant/arm.h"
 #include "../quant/quant.h"
 #if MOE_X86
-#include <immintrin.h>
+#include MOE_X86_INTRINSICS
 #endif
 
 typedef struct cpu_simd {

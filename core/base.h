@@ -63,12 +63,24 @@
 #define MOE_ASSERT(condition) ((void)0)
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(MOE_NO_SIMD)
+/* A test compiles the x86 kernels for any machine: MOE_X86_EMULATED is a header that emulates their
+ * intrinsics. Inlining all of that would take minutes. */
+#ifdef MOE_X86_EMULATED
+#undef MOE_TARGET
+#undef MOE_INLINE
+#define MOE_TARGET(isa)
+#define MOE_INLINE static inline
 #define MOE_X86 1
+#define MOE_X86_INTRINSICS MOE_X86_EMULATED
+#define MOE_X86_REGISTER(v) "+m"(v)
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(MOE_NO_SIMD)
+#define MOE_X86 1
+#define MOE_X86_INTRINSICS <immintrin.h>
+#define MOE_X86_REGISTER(v) "+x"(v) /* an operand of inline assembly */
 #else
 #define MOE_X86 0
 #endif
-#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(MOE_NO_SIMD)
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(MOE_NO_SIMD) && !MOE_X86
 #define MOE_ARM64 1
 #else
 #define MOE_ARM64 0

@@ -16,7 +16,7 @@
 #include "quant.h"
 
 #if MOE_X86
-#include <immintrin.h>
+#include MOE_X86_INTRINSICS
 
 #define MOE_AVX2 MOE_TARGET("avx2,fma,f16c")
 #define MOE_AVX2_INLINE MOE_UNUSED MOE_INLINE MOE_AVX2

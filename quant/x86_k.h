@@ -281,7 +281,7 @@ MOE_AVX2_INLINE __m256i x86_k_quad(__m256i code, const int8_t *q, const x86_k_fo
  * than there are. */
 MOE_AVX2_INLINE void x86_k_pin(__m256i *v)
 {
-    __asm__("" : "+x"(*v));
+    __asm__("" : MOE_X86_REGISTER(*v));
 }
 
 /* sum[i] += the scaled products of k 32 p .. 32 p + 31 of tile i % n_tile with token i / n_tile.

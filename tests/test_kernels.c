@@ -542,6 +542,13 @@ static void check_shape(const moe_quant *quant, const variants *v, const uint8_t
     guarded_free(got);
 }
 
+/* Where kernels are emulated, a few shapes must do. */
+#ifdef MOE_X86_EMULATED
+enum { SHAPE_STEP = 4 };
+#else
+enum { SHAPE_STEP = 1 };
+#endif
+
 static void kernels_equal_c(void)
 {
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
@@ -552,8 +559,8 @@ static void kernels_equal_c(void)
             extreme_block(quant, extremes + e * quant->block_bytes, extreme_bytes[e]);
         const size_t blocks[] = {1, 2, 3, 5, 8, 13, 31, 64};
         size_t n = 0;
-        for (size_t n_row = 1; n_row <= 17; n_row++)
-            for (size_t n_tok = 1; n_tok <= 9; n_tok++) {
+        for (size_t n_row = 1; n_row <= 17; n_row += SHAPE_STEP)
+            for (size_t n_tok = 1; n_tok <= 9; n_tok += SHAPE_STEP) {
                 size_t n_in = blocks[n++ % (quant->block_len == 256 ? 3 : 5)] * quant->block_len;
                 if (quant->block_len == 1)
                     n_in = 1 + n % 41;
@@ -561,19 +568,19 @@ static void kernels_equal_c(void)
                     check_shape(quant, &v, extremes, (data_kind)kind, n_in, n_row, n_tok);
             }
         /* Token counts and lengths beyond any tile. */
-        for (size_t j = 0; j < 8; j++)
+        for (size_t j = 0; j < 8; j += SHAPE_STEP)
             check_shape(quant, &v, extremes, MIXED,
                         blocks[j] * (quant->block_len == 1 ? 19 : quant->block_len), 9 + j,
                         70 - 9 * j);
         /* Several tiles of rows, and each way to divide tokens into tiles. */
         const size_t rows[] = {31, 32, 33, 48, 49, 64, 70};
-        for (size_t n_tok = 1; n_tok <= 17; n_tok++)
+        for (size_t n_tok = 1; n_tok <= 17; n_tok += SHAPE_STEP)
             check_shape(quant, &v, extremes, (data_kind)(n_tok % N_KINDS),
                         blocks[n_tok % 4] * (quant->block_len == 1 ? 37 : quant->block_len),
                         rows[n_tok % MOE_COUNT(rows)], n_tok);
         /* All tiles at once, and more tokens than are kept at once. */
         const size_t many[][2] = {{33, 48}, {64, 53}, {70, 66}, {129, 51}, {17, 101}};
-        for (size_t j = 0; j < MOE_COUNT(many); j++)
+        for (size_t j = 0; j < MOE_COUNT(many); j += SHAPE_STEP)
             check_shape(quant, &v, extremes, (data_kind)(j % N_KINDS),
                         blocks[j % 3] * (quant->block_len == 1 ? 37 : quant->block_len), many[j][0],
                         many[j][1]);

@@ -1,0 +1,217 @@
+/* tests/emulated/x86.h - the intrinsics of the AVX2 and AVX-512 kernels as ordinary functions, for
+ * machines that lack the instructions. Most are SIMDe's (Debian: libsimde-dev, version 0.7.4); here is
+ * what that version lacks, and the fused multiply-adds, which it rounds twice. One that is missing
+ * once more kernels are written: add it below. */
+#ifndef MOE_TESTS_EMULATED_X86_H
+#define MOE_TESTS_EMULATED_X86_H
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#define SIMDE_NO_INLINE /* or compiling takes a minute */
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+
+#ifndef __AVX512F__ /* else SIMDe has taken the compiler's own */
+
+#define __mmask16 simde__mmask16
+#define __mmask64 simde__mmask64
+
+/* Lanes in and out of a vector. */
+#define LANES(type, n, name, vector)                                                               \
+    type name[n];                                                                                  \
+    memcpy(name, &(vector), sizeof name)
+
+static inline __m512i emulated_from_i32(const int32_t v[16])
+{
+    return simde_mm512_loadu_si512(v);
+}
+
+static inline __m512 emulated_from_f32(const float v[16])
+{
+    return simde_mm512_loadu_ps(v);
+}
+
+/* ------------------------------------------------------------------- fused multiply-adds -- */
+
+static inline __m512 emulated_fma512(__m512 a, __m512 b, __m512 c, float sign)
+{
+    LANES(float, 16, x, a);
+    LANES(float, 16, y, b);
+    LANES(float, 16, z, c);
+    for (int i = 0; i < 16; i++)
+        z[i] = fmaf(sign * x[i], y[i], z[i]);
+    return emulated_from_f32(z);
+}
+
+static inline __m512 emulated_mask3_fma512(__m512 a, __m512 b, __m512 c, uint16_t mask)
+{
+    LANES(float, 16, sum, c);
+    const __m512 all = emulated_fma512(a, b, c, 1);
+    LANES(float, 16, v, all);
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1)
+            sum[i] = v[i];
+    return emulated_from_f32(sum);
+}
+
+static inline __m256 emulated_fma256(__m256 a, __m256 b, __m256 c, float sign)
+{
+    LANES(float, 8, x, a);
+    LANES(float, 8, y, b);
+    LANES(float, 8, z, c);
+    for (int i = 0; i < 8; i++)
+        z[i] = fmaf(sign * x[i], y[i], z[i]);
+    return simde_mm256_loadu_ps(z);
+}
+
+#undef _mm256_fmadd_ps
+#undef _mm256_fnmadd_ps
+#undef _mm512_fmadd_ps
+#undef _mm512_fnmadd_ps
+#define _mm256_fmadd_ps(a, b, c) emulated_fma256(a, b, c, 1)
+#define _mm256_fnmadd_ps(a, b, c) emulated_fma256(a, b, c, -1)
+#define _mm512_fmadd_ps(a, b, c) emulated_fma512(a, b, c, 1)
+#define _mm512_fnmadd_ps(a, b, c) emulated_fma512(a, b, c, -1)
+#define _mm512_mask3_fmadd_ps emulated_mask3_fma512
+
+/* -------------------------------------------------------------------------- conversions -- */
+
+static inline __m512 emulated_cvtepi32_ps(__m512i a)
+{
+    LANES(int32_t, 16, v, a);
+    float r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = (float)v[i];
+    return emulated_from_f32(r);
+}
+
+static inline __m512 emulated_cvtph_ps(__m256i a)
+{
+    LANES(uint16_t, 16, v, a);
+    float r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = f32_of_f16(v[i]);
+    return emulated_from_f32(r);
+}
+
+static inline __m256i emulated_cvtepi32_epi16(__m512i a)
+{
+    LANES(int32_t, 16, v, a);
+    int16_t r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = (int16_t)v[i];
+    return simde_mm256_loadu_epi16(r);
+}
+
+static inline __m128i emulated_cvtepi32_epi16_256(__m256i a)
+{
+    LANES(int32_t, 8, v, a);
+    int16_t r[8];
+    for (int i = 0; i < 8; i++)
+        r[i] = (int16_t)v[i];
+    return simde_mm_loadu_epi16(r);
+}
+
+static inline __m512i emulated_cvtepi16_epi32(__m256i a)
+{
+    LANES(int16_t, 16, v, a);
+    int32_t r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = v[i];
+    return emulated_from_i32(r);
+}
+
+static inline __m512i emulated_cvtepu16_epi32(__m256i a)
+{
+    LANES(uint16_t, 16, v, a);
+    int32_t r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = v[i];
+    return emulated_from_i32(r);
+}
+
+#define _mm512_cvtepi32_ps emulated_cvtepi32_ps
+#define _mm512_cvtph_ps emulated_cvtph_ps
+#define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
+#define _mm256_cvtepi32_epi16 emulated_cvtepi32_epi16_256
+#define _mm512_cvtepi16_epi32 emulated_cvtepi16_epi32
+#define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
+
+/* ------------------------------------------------------------- shifts, masks, halves -- */
+
+static inline __m512i emulated_srai_epi32(__m512i a, unsigned bits)
+{
+    LANES(int32_t, 16, v, a);
+    for (int i = 0; i < 16; i++)
+        v[i] >>= bits < 31 ? bits : 31;
+    return emulated_from_i32(v);
+}
+
+static inline __m512i emulated_mask_sllv_epi32(__m512i src, uint16_t mask, __m512i a, __m512i bits)
+{
+    LANES(uint32_t, 16, r, src);
+    LANES(uint32_t, 16, v, a);
+    LANES(uint32_t, 16, n, bits);
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1)
+            r[i] = n[i] < 32 ? v[i] << n[i] : 0;
+    return simde_mm512_loadu_si512(r);
+}
+
+static inline uint16_t emulated_cmplt_epi32_mask(__m512i a, __m512i b)
+{
+    LANES(int32_t, 16, x, a);
+    LANES(int32_t, 16, y, b);
+    unsigned mask = 0;
+    for (int i = 0; i < 16; i++)
+        mask |= (unsigned)(x[i] < y[i]) << i;
+    return (uint16_t)mask;
+}
+
+static inline __m512 emulated_mask_loadu_ps(__m512 src, uint16_t mask, const float *p)
+{
+    LANES(float, 16, v, src);
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1)
+            v[i] = p[i];
+    return emulated_from_f32(v);
+}
+
+static inline void emulated_mask_storeu_ps(float *p, uint16_t mask, __m512 a)
+{
+    LANES(float, 16, v, a);
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1)
+            p[i] = v[i];
+}
+
+/* SIMDe's reads all eight floats, also past the end of a buffer. */
+static inline __m256 emulated_maskload_ps(const float *p, __m256i mask)
+{
+    LANES(int32_t, 8, m, mask);
+    float v[8];
+    for (int i = 0; i < 8; i++)
+        v[i] = m[i] < 0 ? p[i] : 0;
+    return simde_mm256_loadu_ps(v);
+}
+
+static inline __m256 emulated_extractf32x8_ps(__m512 a, int half)
+{
+    LANES(float, 16, v, a);
+    return simde_mm256_loadu_ps(v + 8 * half);
+}
+
+#undef _mm256_maskload_ps
+#define _mm256_maskload_ps emulated_maskload_ps
+#define _mm512_srai_epi32 emulated_srai_epi32
+#define _mm512_mask_sllv_epi32 emulated_mask_sllv_epi32
+#define _mm512_cmplt_epi32_mask emulated_cmplt_epi32_mask
+#define _mm512_mask_loadu_ps emulated_mask_loadu_ps
+#define _mm512_maskz_loadu_ps(mask, p) emulated_mask_loadu_ps(simde_mm512_setzero_ps(), mask, p)
+#define _mm512_mask_storeu_ps emulated_mask_storeu_ps
+#define _mm512_extractf32x8_ps emulated_extractf32x8_ps
+
+#undef LANES
+#endif
+
+#endif

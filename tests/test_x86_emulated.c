@@ -1,0 +1,41 @@
+/* tests/test_x86_emulated.c - the AVX2 and AVX-512 kernels on a machine that has neither: the tests of
+ * test_kernels.c and test_simd.c, with every intrinsic emulated by a function (emulated/x86.h, which
+ * needs SIMDe). It is slow and no part of `make test`: `make test T=x86_emulated`. */
+#define _GNU_SOURCE
+#pragma GCC diagnostic ignored "-Wunused-function" /* this is only a part of the library */
+#pragma GCC diagnostic ignored "-Wpsabi"           /* and it passes vectors to nobody else */
+#define MOE_X86_EMULATED "../tests/emulated/x86.h"
+#undef MOE_TEST_CORE
+#define MOE_TEST_CORE "../quant/quant.c"
+#include "test.h"
+
+#include "../core/host.c"
+
+#include "../backends/cpu_outer.h"
+#include "../backends/cpu_simd.h"
+
+/* The machine that is emulated. AVX-VNNI's instructions are AVX-512's under other names. */
+static uint32_t cpu_detect(void)
+{
+    return MOE_CPU_AVX2 | MOE_CPU_AVX512 | MOE_CPU_AVX512_VNNI;
+}
+
+#define main kernels_main
+#include "test_kernels.c"
+#undef main
+
+#define main simd_main
+#include "test_simd.c"
+#undef main
+
+int main(int argc, char **argv)
+{
+    test_begin(argc, argv);
+    RUN(kernels_equal_c);
+    RUN(float_kernels_keep_negative_zero);
+    RUN(nan_activations_give_nan);
+    RUN(elementwise_equals_c);
+    RUN(sums_equal_c);
+    RUN(products_equal_c);
+    return test_end();
+}
