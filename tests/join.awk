@@ -6,8 +6,8 @@
 # written as if it were alone. A name that two of the files define gets the test's name in front, through
 # a #define around the file; its own macros end with it. Only what stands at the beginning of a line is
 # looked at: that is where the house style has definitions. What the tests share is included first, with
-# no such macro around it; the converter, which not all builds have, by the tests at the end, after all
-# that do not know its names.
+# no such macro around it; so is the converter, which not all builds have, but after the tests that do
+# not use it.
 
 # The name that a definition at the beginning of a line gives to something, or "".
 function defined(line,    name) {
@@ -51,6 +51,16 @@ function note_enum(file, text,    i, n, item) {
     }
 }
 
+# Names that a file uses for members: to rename these would be wrong.
+function note_members(file, line,    name) {
+    while (match(line, /(->|\.)[a-z_][a-z0-9_]*/)) {
+        name = substr(line, RSTART, RLENGTH)
+        sub(/^(->|\.)/, "", name)
+        member[file, name] = 1
+        line = substr(line, RSTART + RLENGTH)
+    }
+}
+
 function base(path) {
     sub(/^.*\//, "", path)
     sub(/\.[ch]$/, "", path)
@@ -70,8 +80,11 @@ function read_file(file,    line, in_enum, text) {
                 note_enum(file, text)
             }
         }
-        if (line ~ /^#include "\.\.\/convert/)
-            with_converter[file] = 1
+        if (line ~ /^#include "\.\.\/convert/) {
+            sub(/\.\.\//, "", line)
+            with_converter[file] = with_converter[file] line "\n"
+        }
+        note_members(file, line)
         if (sub(/^#define /, "", line)) {
             sub(/[^A-Za-z0-9_].*/, "", line)
             if (line !~ /^_/)
@@ -82,12 +95,18 @@ function read_file(file,    line, in_enum, text) {
     close(file)
 }
 
-function include_test(file,    j, rename, end) {
-    for (j = 1; j <= n_names[file]; j++)
-        if (n_files[names[file, j]] > 1) {
-            rename = rename "#define " names[file, j] " " base(file) "_" names[file, j] "\n"
-            end = end "#undef " names[file, j] "\n"
+function include_test(file,    j, name, rename, end) {
+    for (j = 1; j <= n_names[file]; j++) {
+        name = names[file, j]
+        if (n_files[name] < 2 || ((file, name) in member && !(name in kept))) {
+            kept[name] = 1
+            continue
         }
+        rename = rename "#define " name " " base(file) "_" name "\n"
+        end = end "#undef " name "\n"
+    }
+    if (with_converter[file])
+        printf "\n#if !defined MOE_NO_TEXT && !defined MOE_NO_ZSTD\n%s#endif", with_converter[file]
     printf "\n#define main %s_main\n%s#include \"%s\"\n#undef main\n%s%s", base(file), rename, file,
            end, macros[file]
 }
@@ -97,6 +116,9 @@ BEGIN {
         read_file(ARGV[i])
         if (ARGV[i] ~ /^tests\/test_[^\/]*\.c$/)
             test[n_tests++] = ARGV[i]
+        else
+            for (j = 1; j <= n_names[ARGV[i]]; j++)
+                kept[names[ARGV[i], j]] = 1
     }
     # What is local in one test may hide what another has at file scope.
     print "#pragma GCC diagnostic ignored \"-Wshadow\""
@@ -106,7 +128,7 @@ BEGIN {
             print "#include \"" ARGV[i] "\""
     for (last = 0; last < 2; last++)
         for (i = 0; i < n_tests; i++)
-            if (with_converter[test[i]] + 0 == last)
+            if ((with_converter[test[i]] != "") == last)
                 include_test(test[i])
     print "\nint main(int argc, char **argv)\n{"
     print "    const char *slash = strrchr(argv[0], '/'), *name = slash ? slash + 1 : argv[0];"
