@@ -201,7 +201,19 @@ static inline __m256 emulated_extractf32x8_ps(__m512 a, int half)
     return simde_mm256_loadu_ps(v + 8 * half);
 }
 
+/* Quarters of vectors: two of a, then two of b. */
+static inline __m512 emulated_shuffle_f32x4(__m512 a, __m512 b, unsigned pick)
+{
+    LANES(float, 16, x, a);
+    LANES(float, 16, y, b);
+    float r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = (i < 8 ? x : y)[4 * (pick >> i / 4 * 2 & 3) + (unsigned)i % 4];
+    return emulated_from_f32(r);
+}
+
 #undef _mm256_maskload_ps
+#define _mm512_shuffle_f32x4 emulated_shuffle_f32x4
 #define _mm256_maskload_ps emulated_maskload_ps
 #define _mm512_srai_epi32 emulated_srai_epi32
 #define _mm512_mask_sllv_epi32 emulated_mask_sllv_epi32
