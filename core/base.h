@@ -76,7 +76,7 @@
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(MOE_NO_SIMD)
 #define MOE_X86 1
 #define MOE_X86_INTRINSICS <immintrin.h>
-#define MOE_X86_REGISTER(v) "+x"(v) /* an operand of inline assembly */
+#define MOE_X86_REGISTER(v) "+v"(v) /* an operand of inline assembly */
 #else
 #define MOE_X86 0
 #endif

@@ -609,7 +609,7 @@ MOE_AVX512_INLINE void x86_512_unpack(const uint8_t *const row[16], size_t offse
 /* Keeps a vector in a register that a compiler would rather load once for each use. */
 MOE_AVX512_INLINE void x86_512_pin(__m512 *v)
 {
-    __asm__("" : "+v"(*v));
+    __asm__("" : MOE_X86_REGISTER(*v));
 }
 
 /* sum[t][p] += n eights of 4 pairs of rows times token t, for n_tok (constant, <= 6) tokens,
