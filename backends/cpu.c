@@ -390,7 +390,9 @@ static void cpu_record_attend(moe_queue *q, const moe_attend_op *o)
         cpu_new_phase(q, op, cpu_attend_join, o->n_head);
         return;
     }
-    op->chunk = MOE_MAX(1, CPU_QUERIES / (o->n_head / op->k.n_head));
+    /* Many queries per converted key, but enough tasks for all threads. */
+    const uint32_t most = o->n_tok * op->k.n_head / (2 * q->options.n_threads);
+    op->chunk = MOE_MAX(1, MOE_MIN(most, CPU_QUERIES / (o->n_head / op->k.n_head)));
     cpu_new_phase(q, op, cpu_attend, (uint64_t)cpu_ceil_div(o->n_tok, op->chunk) * op->k.n_head);
 }
 
