@@ -48,24 +48,6 @@ static const moe_binding bindings_shared_experts[] = {
     BIND_END,
 };
 
-/* The layer for multi-token prediction is a layer like the others, with these around it. Checkpoints
- * repeat the embedding and the output matrix in it; some files do, too. */
-static const moe_binding bindings_draft[] = {
-    BIND_IN_LAYER("nextn.enorm.weight", "enorm.weight", draft_token_norm, BIND_DRAFT | BIND_VECTOR,
-                  DIM_EMBD),
-    BIND_IN_LAYER("nextn.hnorm.weight", "hnorm.weight", draft_hidden_norm, BIND_DRAFT | BIND_VECTOR,
-                  DIM_EMBD),
-    BIND_IN_LAYER("nextn.eh_proj.weight", "eh_proj.weight", draft_join, BIND_DRAFT, DIM_EMBD_2,
-                  DIM_EMBD),
-    BIND_IN_LAYER("nextn.shared_head_norm.weight", "shared_head.norm.weight", draft_norm,
-                  BIND_DRAFT | BIND_OPTIONAL | BIND_VECTOR, DIM_EMBD),
-    BIND_GGUF_ONLY("nextn.embed_tokens.weight", draft_embedding, BIND_DRAFT | BIND_OPTIONAL, DIM_EMBD,
-                   DIM_VOCAB),
-    BIND_GGUF_ONLY("nextn.shared_head_head.weight", draft_output, BIND_DRAFT | BIND_OPTIONAL,
-                   DIM_EMBD, DIM_VOCAB),
-    BIND_END,
-};
-
 /* ------------------------------------------------------------------------ hyperparameters -- */
 
 /* Newer files describe the heads that the cache sees (one, as long as its row) and add the lengths of

@@ -107,7 +107,8 @@ static void qwen35_layers(moe_hparams *hp, hparam_reader *r)
         r->status = meta_u32_list(r->dir, hparam_key(r, "attention.recurrent_layers", buf), false,
                                   0, 1, list, hp->n_layer, r->error);
     for (uint32_t i = 0; i < hp->n_layer && !r->status; i++)
-        hp->recurrent_layers[i / 32] |= list[i] << i % 32;
+        if (i < hp->n_layer - hp->n_layer_draft) /* a layer that drafts has attention */
+            hp->recurrent_layers[i / 32] |= list[i] << i % 32;
 }
 
 static void qwen35_hparams(moe_hparams *hp, hparam_reader *r)
@@ -228,21 +229,21 @@ static const moe_config_key config_qwen35[] = {
 static const moe_family family_qwen35 = {
     "qwen35", "qwen3_5_text", qwen35_hparams,
     {bindings_model, bindings_qwen35_attention, bindings_qwen35_delta, bindings_delta,
-     bindings_dense_feed_forward, NULL},
+     bindings_dense_feed_forward, bindings_draft, NULL},
     qwen35_layer, config_qwen35, CONVERT_NORM_PLUS_1 | CONVERT_DELTA, NULL,
 };
 
 static const moe_family family_qwen35moe = {
     "qwen35moe", "qwen3_5_moe_text", qwen35moe_hparams,
     {bindings_model, bindings_qwen35_attention, bindings_qwen35_delta, bindings_delta,
-     bindings_experts, bindings_gated_shared_expert, NULL},
+     bindings_experts, bindings_gated_shared_expert, bindings_draft, NULL},
     qwen35_layer, config_qwen35, CONVERT_NORM_PLUS_1 | CONVERT_DELTA, NULL,
 };
 
 static const moe_family family_qwen3next = {
     "qwen3next", "qwen3_next", qwen3next_hparams,
     {bindings_model, bindings_qwen35_attention, bindings_qwen3next_delta, bindings_delta,
-     bindings_experts, bindings_gated_shared_expert, NULL},
+     bindings_experts, bindings_gated_shared_expert, bindings_draft, NULL},
     qwen35_layer, config_qwen35, CONVERT_NORM_PLUS_1 | CONVERT_DELTA, qwen3next_derive,
 };
 

@@ -213,6 +213,12 @@ MODELS = {
         delta=dict(head=4, head_k=2, dim=10, period=4),
         rope=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5), ctx=256),
     # one head per key; values in two blocks of columns, the last not full
+    # with its layer for multi-token prediction
+    "qwen35moe-mtp": dict(
+        family="qwen35moe", vocab=71, embd=22, head=2, kv=1, dim=10, rot=4, ff=0, ff_exp=7,
+        ff_shared=8, layer=4, tied=False, tok=26, expert=5, used=2, renorm=True, conv=4,
+        delta=dict(head=2, head_k=1, dim=8, period=4), mtp=True,
+        rope=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.4), ctx=256),
     "qwen35moe-wide": dict(
         family="qwen35moe", vocab=85, embd=22, head=4, kv=2, dim=10, rot=4, ff=0, ff_exp=7,
         ff_shared=8, layer=3, tied=True, tok=40, expert=5, used=2, renorm=True, conv=3,
@@ -715,8 +721,6 @@ def write_latent_keys(w, m):
         w.add_expert_group_used_count(m["group_used"])
     if m["family"] == "deepseek3":
         w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-    if m.get("mtp"):
-        w.add_nextn_predict_layers(1)
     if "mscale_all_dim" in m["rope"]:
         w.add_rope_scaling_yarn_log_mul(0.1 * m["rope"]["mscale_all_dim"])
 
@@ -744,6 +748,8 @@ def write_gguf(path, tensors, types, m, arch, name, no_vocab):
     w.add_name(name)
     w.add_vocab_size(m["vocab"])
     w.add_block_count(m["layer"] + int(m.get("mtp", False)))
+    if m.get("mtp"):
+        w.add_nextn_predict_layers(1)
     w.add_context_length(m["ctx"])
     w.add_embedding_length(m["embd"])
     w.add_feed_forward_length(m["ff"])
@@ -1034,6 +1040,9 @@ class DraftOracle:
 
     def __init__(self, oracle, m, rng):
         self.oracle = oracle
+        config = oracle.model.config
+        if not hasattr(config, "num_mtp_layers"):  # those that transformers has no name for
+            config.num_mtp_layers, config.mtp_layer_types = 1, ["full_attention"]
         with oracle.context():
             self.layer = MtpModel(oracle.model, 1).eval().to(torch.float64)
         own = {k: v for k, v in self.layer.state_dict().items() if k.startswith("layers.")}

@@ -688,8 +688,7 @@ static void draft_layers_are_not_of_the_model(void)
         snprintf(extra, sizeof extra, "blk.%u.nextn.eh_proj.weight", n - 1);
         edit_add_tensor(e, extra, "F32", 1, (uint64_t[]){8});
         snprintf(extra, sizeof extra, "blk.%u.nextn.enorm.weight", n - 1);
-        if (!strcmp(f->arch, "deepseek2"))
-            refused(e, f, extra, "a draft layer that is not whole");
+        refused(e, f, extra, "a draft layer that is not whole");
         edit_free(e);
     }
 }
