@@ -10,7 +10,6 @@
 #include "../tests/test.h"
 
 #include "../convert/convert.c"
-#include "../convert/encode_tcq.c"
 
 #include <time.h>
 
@@ -87,7 +86,7 @@ static result measure(const matrix *m, size_t n, const moe_quant *type, double b
         uint8_t *blocks = alloc(n_row * n_in / type->block_len * type->block_bytes);
         n_weights += n_row * n_in;
         if (tcq_is(type)) {
-            void *room = alloc(tcq_room_bytes(type, n_in));
+            void *room = alloc(tcq_room_bytes(n_in));
             const size_t n_sample = MOE_MIN(n_row, MOE_MAX(TCQ_SAMPLE / n_in, 1));
             float *sample = alloc(n_sample * n_in * sizeof *sample);
             for (size_t s = 0; s < n_sample; s++)
@@ -95,7 +94,7 @@ static result measure(const matrix *m, size_t n, const moe_quant *type, double b
             tcq_plan made;
             tcq_plan_make(&made, type, bits, sample, NULL, n_sample, n_in, room);
             const double start = seconds();
-            tcq_encode(&made, m[i].w, NULL, blocks, n_row, n_in, room);
+            tcq_encode(&made, m[i].w, blocks, n_row, n_in, room);
             r.seconds += seconds() - start;
             free(sample);
             free(room);
@@ -112,20 +111,12 @@ static result measure(const matrix *m, size_t n, const moe_quant *type, double b
     return r;
 }
 
-static const moe_quant *type_for(double bits)
-{
-    for (size_t i = 0; i < MOE_COUNT(tcq_formats); i++)
-        if (bits <= tcq_formats[i].most)
-            return quant_by_id(tcq_formats[i].id);
-    return quant_by_id(tcq_formats[MOE_COUNT(tcq_formats) - 1].id);
-}
-
 /* Bits on disk at which the error would be `error`: a bit is a factor of 4. */
 static result equal_error(const matrix *m, size_t n, double error, double bits, const moe_quant **type)
 {
     result r = {0};
     for (int i = 0; i < 3; i++) {
-        *type = type_for(bits);
+        *type = tcq_type(bits);
         r = measure(m, n, *type, bits);
         bits += log2(r.error / error) / 2;
     }

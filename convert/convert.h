@@ -79,6 +79,7 @@ typedef struct conv_tensor {
     bool is_router;
     bool is_kept;              // --keep says what it becomes
     const moe_quant *target;   // by the plan
+    double bits;               // by the plan: of a trellis-coded target, per weight on disk
     const moe_quant **part_types; // by the plan: [dims[2]] of a stack of experts, if they differ
     conv_importance importance;
     uint64_t bytes;            // of the result

@@ -63,6 +63,8 @@ struct encode_worker {
     moe_mem *mem;
     text_buf raw, blocks, scales, packed;
     text_buf floats, back, columns;
+    text_buf room;          // of the trellis search
+    tcq_plan tcq;           // of the rows in work, if their type is trellis-coded
     moefile_decoder *decoder; // of compressed rows of a .moe source
     uint8_t *segment;       // [MOEFILE_SEGMENT_BYTES]: decoded
     double error_sum, square_sum; // of the task, if they are measured
@@ -340,6 +342,29 @@ static void encode_measure(encode_worker *w, const encode_chunk *c, const float 
     w->energy_sum += columns ? energy : square;
 }
 
+/* The trellis-coded types: a plan for n_rows rows from row `first` of the chunk, from some of them. */
+static moe_status encode_plan(encode_worker *w, const encode_chunk *c, uint64_t first,
+                              uint64_t n_rows)
+{
+    const uint64_t n_in = c->t->row_len;
+    const uint64_t n = MOE_MIN(n_rows, MOE_MAX(TCQ_SAMPLE / n_in, 1));
+    const uint64_t room = align_up(tcq_room_bytes((size_t)n_in), sizeof(float));
+    w->room.n = 0;
+    if (!buf_reserve(&w->room, (size_t)(room + n * n_in * sizeof(float))))
+        return fail_memory(&w->error, w->mem, c->t->name, room + n * n_in * sizeof(float));
+    float *sample = (float *)(void *)(w->room.data + room); // [n][n_in]
+    moe_status status = MOE_OK;
+    for (uint64_t i = 0; i < n && !status; i++) {
+        const uint64_t r = first + i * n_rows / n;
+        encode_row_floats(w, c, r, sample + i * n_in);
+        status = encode_check(w, c, r, sample + i * n_in);
+    }
+    if (!status)
+        tcq_plan_make(&w->tcq, c->type, c->t->bits, sample, encode_columns(w, c, first), (size_t)n,
+                      (size_t)n_in, w->room.data);
+    return status;
+}
+
 /* `n` rows from row `first` of the chunk, as blocks at their place among the task's. */
 static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t first, uint64_t n)
 {
@@ -361,7 +386,10 @@ static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t 
                (size_t)row_bytes);
     if (!copy && !status) {
         const float *columns = encode_columns(w, c, first);
-        encoder_select(c->type, w->state->cpu)(x, columns, dst, (size_t)n, (size_t)t->row_len);
+        if (tcq_is(c->type))
+            tcq_encode(&w->tcq, x, dst, (size_t)n, (size_t)t->row_len, w->room.data);
+        else
+            encoder_select(c->type, w->state->cpu)(x, columns, dst, (size_t)n, (size_t)t->row_len);
         if (w->state->sink->measure)
             encode_measure(w, c, x, columns, dst, n);
     }
@@ -378,9 +406,15 @@ static moe_status encode_rows(encode_worker *w, const encode_chunk *c)
                     !buf_reserve(&w->columns, (size_t)t->row_len * sizeof(float)) ||
                     (w->state->sink->measure && !buf_reserve(&w->back, (size_t)bytes))))
         status = fail_memory(&w->error, w->mem, t->name, bytes);
-    for (uint64_t r = 0, n; r < c->n_rows && !status; r += n) {
-        n = encode_alike(c, r, MOE_MIN(strip, c->n_rows - r));
-        status = encode_some(w, c, r, n);
+    for (uint64_t r = 0, n, alike = 0; r < c->n_rows && !status; r += n, alike -= n) {
+        if (!alike) {
+            alike = encode_alike(c, r, c->n_rows - r);
+            if (tcq_is(c->type) && !encode_is_copy(c))
+                status = encode_plan(w, c, r, alike);
+        }
+        n = MOE_MIN(strip, alike);
+        if (!status)
+            status = encode_some(w, c, r, n);
     }
     return status;
 }
@@ -445,8 +479,8 @@ static void encode_work(void *arg)
     encode_task task;
     while (encode_next(w, &task))
         encode_finish(w, &task, encode_task_run(w, &task));
-    text_buf *bufs[] = {&w->raw,    &w->floats, &w->blocks, &w->scales,
-                        &w->packed, &w->back,   &w->columns};
+    text_buf *bufs[] = {&w->raw,    &w->floats, &w->blocks,  &w->scales,
+                        &w->packed, &w->back,   &w->columns, &w->room};
     for (size_t i = 0; i < MOE_COUNT(bufs); i++)
         buf_free(bufs[i]);
     if (w->decoder)
@@ -480,9 +514,9 @@ static moe_status encode_all(conv_job *job, const encode_sink *sink, uint64_t do
     }
     for (uint32_t i = 0; i < n; i++) {
         workers[i] = (encode_worker){.state = &st, .first = i == 0, .mem = &job->mem};
-        text_buf *bufs[] = {&workers[i].raw,    &workers[i].blocks, &workers[i].scales,
-                            &workers[i].packed, &workers[i].floats, &workers[i].back,
-                            &workers[i].columns};
+        text_buf *bufs[] = {&workers[i].raw,     &workers[i].blocks, &workers[i].scales,
+                            &workers[i].packed,  &workers[i].floats, &workers[i].back,
+                            &workers[i].columns, &workers[i].room};
         for (size_t b = 0; b < MOE_COUNT(bufs); b++)
             bufs[b]->mem = &job->mem;
     }

@@ -18,15 +18,15 @@
 enum {
     TCQ_STEPS = 256,      /* of a row that are searched at once: rows of 8192 are not cut */
     TCQ_CODES = 128,      /* of the type with most */
-    TCQ_SAMPLE = 1 << 16, /* weights from which a plan is made */
-    TCQ_PASSES = 8
+    TCQ_SAMPLE = 1 << 14, /* weights from which a plan is made */
+    TCQ_PASSES = 6
 };
 
 typedef struct tcq_format {
     uint32_t id;
     int bias;             // half the number of values, and the number of codes
-    double bits;          // of a plan that was not asked for a rate
-    double most;          // bits per weight up to which the codes reach far enough
+    double bits;          // per weight on disk, of a plan that was not asked for a rate
+    double most;          // up to which rate the codes reach far enough
     tcq_put_fn *put;
 } tcq_format;
 
@@ -36,25 +36,44 @@ static const tcq_format tcq_formats[] = {
     {4098, TCQ8_BIAS, 6.0, 6.0, tcq8_put},
 };
 
+typedef struct tcq_search tcq_search;
+typedef void tcq_search_fn(tcq_search *x, size_t n_step, const float *code_cost, int bias);
+
 typedef struct tcq_plan {
     const tcq_format *format;
     const moe_quant *type;
+    tcq_search_fn *search;
+    const float *roots;      // [n_in] of the columns' importance, whose mean is 1; NULL: all alike
     float d;                 // the step of most blocks, a number of binary16
     float cost[TCQ_CODES];   // lambda times the bits of each code, in units of d^2
 } tcq_plan;
+
+static bool tcq_is(const moe_quant *type)
+{
+    return type->id - tcq_formats[0].id < MOE_COUNT(tcq_formats);
+}
+
+/* The type for a rate. */
+static const moe_quant *tcq_type(double bits)
+{
+    size_t i = 0;
+    while (i + 1 < MOE_COUNT(tcq_formats) && bits > tcq_formats[i].most)
+        i++;
+    return quant_by_id(tcq_formats[i].id);
+}
 
 /* -------------------------------------------------------------------------------- search -- */
 
 /* Weights of up to TCQ_STEPS steps of the 32 paths, in units of the step d of their block, what the
  * search makes of them, and what it found. */
-typedef struct tcq_search {
+struct tcq_search {
     float y[TCQ_STEPS][TCQ_PATHS];
     float scale[TCQ_STEPS][TCQ_PATHS];     // the root of what an error of 1 costs
     int32_t code[TCQ_STEPS][4][TCQ_PATHS]; // the best code of each subset
     int32_t from[TCQ_STEPS][TCQ_PATHS];    // bit s: which of the two ways led into state s
     uint8_t best[TCQ_STEPS][TCQ_PATHS];    // the codes of the best paths
     uint8_t state[TCQ_PATHS];              // of each path, at the beginning and then at the end
-} tcq_search;
+};
 
 /* The two ways into each state: from which one, and by which subset, v mod 4. */
 static const struct { uint8_t state[2], subset[2]; } tcq_ways[8] = {
@@ -138,15 +157,14 @@ MOE_AVX2 static void tcq_search_avx2(tcq_search *x, size_t n_step, const float *
 }
 #endif
 
-static void tcq_search_run(tcq_search *x, size_t n_step, const float *code_cost, int bias)
+static tcq_search_fn *tcq_search_select(uint32_t cpu)
 {
 #if MOE_X86
-    if (cpu_detect() & MOE_CPU_AVX2) {
-        tcq_search_avx2(x, n_step, code_cost, bias);
-        return;
-    }
+    if (cpu & MOE_CPU_AVX2)
+        return tcq_search_avx2;
 #endif
-    tcq_search_c(x, n_step, code_cost, bias);
+    (void)cpu;
+    return tcq_search_c;
 }
 
 /* ---------------------------------------------------------------------------------- rows -- */
@@ -162,9 +180,9 @@ static uint16_t tcq_block_scale(const tcq_plan *p, const float *src)
     return stored;
 }
 
-/* Steps first .. first + n_step - 1 of a row. roots [n_in]: of the importance; NULL: all 1. */
-static void tcq_encode_steps(const tcq_plan *p, tcq_search *x, const float *src, const float *roots,
-                             size_t first, size_t n_step, uint8_t *blocks)
+/* Steps first .. first + n_step - 1 of a row. */
+static void tcq_encode_steps(const tcq_plan *p, tcq_search *x, const float *src, size_t first,
+                             size_t n_step, uint8_t *blocks)
 {
     for (size_t t = 0; t < n_step; t++) {
         uint8_t *block = blocks + (first + t) / 2 * p->type->block_bytes;
@@ -176,23 +194,24 @@ static void tcq_encode_steps(const tcq_plan *p, tcq_search *x, const float *src,
         const float d = f32_of_f16(load_u16(block)), relative = d / p->d;
         for (size_t l = 0; l < TCQ_PATHS; l++) {
             x->y[t][l] = w[l] / d;
-            x->scale[t][l] = roots ? roots[(first + t) * TCQ_PATHS + l] * relative : relative;
+            x->scale[t][l] =
+                p->roots ? p->roots[(first + t) * TCQ_PATHS + l] * relative : relative;
         }
     }
-    tcq_search_run(x, n_step, p->cost, p->format->bias);
+    p->search(x, n_step, p->cost, p->format->bias);
     for (size_t t = 0; t < n_step; t++)
         p->format->put(blocks + (first + t) / 2 * p->type->block_bytes, t % 2, x->best[t]);
 }
 
 /* Counts the codes, unless `counts` is NULL. */
-static void tcq_encode_row(const tcq_plan *p, tcq_search *x, const float *src, const float *roots,
-                           uint8_t *blocks, size_t n_in, uint32_t *counts)
+static void tcq_encode_row(const tcq_plan *p, tcq_search *x, const float *src, uint8_t *blocks,
+                           size_t n_in, uint32_t *counts)
 {
     const size_t n_step = n_in / TCQ_PATHS;
     memset(x->state, 0, sizeof x->state);
     for (size_t first = 0; first < n_step; first += TCQ_STEPS) {
         const size_t n = MOE_MIN(n_step - first, (size_t)TCQ_STEPS);
-        tcq_encode_steps(p, x, src, roots, first, n, blocks);
+        tcq_encode_steps(p, x, src, first, n, blocks);
         for (size_t t = 0; counts && t < n; t++)
             for (size_t l = 0; l < TCQ_PATHS; l++)
                 counts[x->best[t][l]]++;
@@ -238,7 +257,7 @@ static void tcq_costs(tcq_plan *p, const uint32_t counts[TCQ_CODES], uint64_t n)
         p->cost[c] = (float)(tcq_log2(2 * n) - tcq_log2(2 * (uint64_t)counts[c] + 1)) * (0.4f / 65536);
 }
 
-/* The roots of the importance, whose mean becomes 1. No column is without any. */
+/* No column is without any importance. */
 static void tcq_roots(const float *importance, float *roots, size_t n)
 {
     double sum = 0;
@@ -249,26 +268,28 @@ static void tcq_roots(const float *importance, float *roots, size_t n)
         roots[k] = mean > 0 ? sqrtf(fmaxf(importance[k] / mean, 1e-3f)) : 1;
 }
 
-/* Bytes of the room that plans and rows of n_in weights are made in; it need not be initialized. */
-static size_t tcq_room_bytes(const moe_quant *type, size_t n_in)
+/* Bytes of the room that a plan for rows of n_in weights is made in and then needs; it need not be
+ * initialized: the search, the roots, a row of blocks. */
+static size_t tcq_room_bytes(size_t n_in)
 {
-    return sizeof(tcq_search) + n_in / TCQ_LEN * type->block_bytes;
+    return sizeof(tcq_search) + n_in * sizeof(float) + n_in / TCQ_LEN * sizeof(tcq8_block);
 }
 
-static bool tcq_is(const moe_quant *type)
-{
-    return type->id - tcq_formats[0].id < MOE_COUNT(tcq_formats);
-}
-
-/* The plan for rows like these: `bits` per weight on disk; 0: the type's default. */
+/* The plan for rows like these: `bits` per weight on disk; 0: the type's default. importance [n_in] as
+ * for an encode_fn. */
 static void tcq_plan_make(tcq_plan *p, const moe_quant *type, double bits, const float *src,
-                          const float *roots, size_t n_row, size_t n_in, void *room)
+                          const float *importance, size_t n_row, size_t n_in, void *room)
 {
     const tcq_format *f = &tcq_formats[type->id - tcq_formats[0].id];
     const int64_t want = (int64_t)((bits > 0 ? bits : f->bits) * 65536);
-    uint8_t *blocks = (uint8_t *)room + sizeof(tcq_search);
+    float *roots = (float *)(void *)((uint8_t *)room + sizeof(tcq_search));
+    uint8_t *blocks = (uint8_t *)(roots + n_in);
     double sum = 0;
-    *p = (tcq_plan){.format = f, .type = type};
+    *p = (tcq_plan){.format = f, .type = type, .search = tcq_search_select(cpu_detect())};
+    if (importance) {
+        tcq_roots(importance, roots, n_in);
+        p->roots = roots;
+    }
     for (size_t k = 0; k < n_row * n_in; k++)
         sum += (double)src[k] * (double)src[k]; // exact products
     int32_t stored = f16_of_f32((float)(sqrt(sum / (double)(n_row * n_in)) * 0.25));
@@ -276,20 +297,20 @@ static void tcq_plan_make(tcq_plan *p, const moe_quant *type, double bits, const
         uint32_t counts[TCQ_CODES] = {0};
         p->d = f32_of_f16((uint16_t)MOE_MIN(MOE_MAX(stored, 1), 0x7bff));
         for (size_t r = 0; r < n_row; r++)
-            tcq_encode_row(p, room, src + r * n_in, roots, blocks, n_in, counts);
+            tcq_encode_row(p, room, src + r * n_in, blocks, n_in, counts);
         tcq_costs(p, counts, n_row * n_in);
         // 2^10 in binary16 is an octave, which is a bit
         stored += (int32_t)((tcq_bits(f, counts, n_row * n_in) - want) >> 6);
     }
 }
 
-/* As encode_fn, by the plan. */
-static void tcq_encode(const tcq_plan *p, const float *src, const float *roots, uint8_t *dst,
-                       size_t n_row, size_t n_in, void *room)
+/* Rows by the plan, in the room that it was made in. */
+static void tcq_encode(const tcq_plan *p, const float *src, uint8_t *dst, size_t n_row, size_t n_in,
+                       void *room)
 {
     for (size_t r = 0; r < n_row; r++)
-        tcq_encode_row(p, room, src + r * n_in, roots,
-                       dst + r * (n_in / TCQ_LEN) * p->type->block_bytes, n_in, NULL);
+        tcq_encode_row(p, room, src + r * n_in, dst + r * (n_in / TCQ_LEN) * p->type->block_bytes,
+                       n_in, NULL);
 }
 
 #endif

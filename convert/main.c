@@ -39,6 +39,8 @@ static const char help_text[] =
 
 static const char help_end[] =
 "\n"
+"Rates: tcq3.7 stores matrices at 3.7 bits per weight, or any rate from 1.0 to 6.0, in a .moe file;\n"
+"the output matrix gets 1.5 bits more.\n"
 "Mixes: q4_k_m is the usual choice: about 4.8 bits per weight, with 6 bits where errors cost\n"
 "most. q5_k_m and q6_k are closer to the source, q3_k_m is smaller, q8_0 is hardly different\n"
 "from it. Norms, biases and routers always stay floats. Types with blocks of 256 give way to\n"

@@ -10,6 +10,7 @@
 #include <regex.h>
 
 #include "convert.h"
+#include "encode_tcq.c"
 
 enum { Q_F32 = 0, Q_F16 = 1, Q_Q5_0 = 6, Q_Q5_1 = 7, Q_Q8_0 = 8, Q_Q2_K = 10, Q_Q3_K = 11,
        Q_Q4_K = 12, Q_Q5_K = 13, Q_Q6_K = 14, Q_IQ4_NL = 20, Q_IQ4_XS = 23, Q_BF16 = 30,
@@ -63,7 +64,20 @@ static const struct { uint32_t type, file_type; } plan_file_types[] = {
 typedef struct plan {
     const plan_mix *mix;     // NULL: one type
     const moe_quant *type;   // NULL too: as in the source
+    double bits;             // the rate of a trellis-coded type, if one was named
 } plan;
+
+/* "tcq3.7": the trellis-coded type for 3.7 bits per weight. */
+static void plan_find_rate(plan *p, const char *name)
+{
+    char *end;
+    if ((name[0] | 32) != 't' || (name[1] | 32) != 'c' || (name[2] | 32) != 'q' ||
+        name[3] < '1' || name[3] > '6' || name[4] != '.')
+        return;
+    p->bits = strtod(name + 3, &end);
+    if (!*end && p->bits <= 6)
+        p->type = tcq_type(p->bits);
+}
 
 static moe_status plan_find(plan *p, const char *name, moe_error *error)
 {
@@ -81,7 +95,10 @@ static moe_status plan_find(plan *p, const char *name, moe_error *error)
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         used += (size_t)snprintf(known + used, sizeof known - used, "%s ", quant_table[i]->name);
     if (!p->mix && !p->type)
-        return fail(error, MOE_ERR_ARGUMENT, "--quant", "expected one of %s; got %s", known, name);
+        plan_find_rate(p, name);
+    if (!p->mix && !p->type)
+        return fail(error, MOE_ERR_ARGUMENT, "--quant", "expected one of %s, or a rate such as tcq3.7, "
+                    "1.0 to 6.0 bits per weight; got %s", known, name);
     return MOE_OK;
 }
 
@@ -149,6 +166,12 @@ static const moe_quant *plan_source_type(const conv_tensor *t)
     return t->inputs[0].type ? t->inputs[0].type : quant_by_id(Q_BF16);
 }
 
+/* The rate of a tensor: the output matrix gets 1.5 bits more. */
+static double plan_rate(const plan *p, const conv_source *s, const conv_tensor *t)
+{
+    return p->bits > 0 && plan_is_output(s, t->name) ? MOE_MIN(p->bits + 1.5, 6.0) : p->bits;
+}
+
 static const moe_quant *plan_type(const plan *p, const conv_source *s, const conv_tensor *t)
 {
     if (plan_is_small(t))
@@ -156,6 +179,8 @@ static const moe_quant *plan_type(const plan *p, const conv_source *s, const con
     if (!p->mix && !p->type)
         return plan_source_type(t);
     if (!p->mix) {
+        if (p->bits > 0)
+            return plan_fit(tcq_type(plan_rate(p, s, t)), t->row_len);
         const bool k = p->type->block_len == 256;
         const bool more = k && p->type->id != Q_Q6_K && plan_is_output(s, t->name);
         return plan_fit(more ? quant_by_id(Q_Q6_K) : p->type, t->row_len);
@@ -230,6 +255,7 @@ static moe_status plan_keep(conv_source *s, const conv_keep *keep, moe_error *er
         t->is_kept = true;
         if (whole) {
             t->target = keep->type;
+            t->bits = 0;
             t->part_types = NULL;
         }
     }
@@ -280,6 +306,7 @@ static uint32_t plan_file_type(const plan *p, const conv_source *s)
 static void plan_tensor(const plan *p, const conv_source *s, conv_tensor *t)
 {
     t->target = plan_type(p, s, t);
+    t->bits = plan_rate(p, s, t);
     if (!p->mix && !p->type)
         t->part_types = t->source_types;
 }
