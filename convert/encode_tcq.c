@@ -48,13 +48,13 @@ typedef struct tcq_plan {
     float cost[TCQ_CODES];   // lambda times the bits of each code, in units of d^2
 } tcq_plan;
 
-static bool tcq_is(const moe_quant *type)
+MOE_UNUSED static bool tcq_is(const moe_quant *type)
 {
     return type->id - tcq_formats[0].id < MOE_COUNT(tcq_formats);
 }
 
 /* The type for a rate. */
-static const moe_quant *tcq_type(double bits)
+MOE_UNUSED static const moe_quant *tcq_type(double bits)
 {
     size_t i = 0;
     while (i + 1 < MOE_COUNT(tcq_formats) && bits > tcq_formats[i].most)

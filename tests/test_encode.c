@@ -4,6 +4,7 @@
 
 #include "../convert/encode_input.h"
 #include "../convert/encoders.h"
+#include "../convert/encode_tcq.c"
 
 enum { N_IN = 768, N_ROW = 5, N = N_IN * N_ROW };
 
@@ -300,6 +301,139 @@ static void unusable_numbers_are_found_anywhere(void)
     }
 }
 
+/* ---------------------------------------------------------------------- trellis-coded types -- */
+
+enum { TCQ_TEST_IN = 1088, TCQ_TEST_ROW = 15, TCQ_TEST_N = TCQ_TEST_IN * TCQ_TEST_ROW };
+
+static uint8_t *tcq_blocks(const tcq_plan *plan, const float *x, size_t n_row, void *room)
+{
+    uint8_t *blocks = malloc(n_row * TCQ_TEST_IN / TCQ_LEN * plan->type->block_bytes);
+    tcq_encode(plan, x, blocks, n_row, TCQ_TEST_IN, room);
+    return blocks;
+}
+
+/* The sum of squared errors, weighted. */
+static double tcq_error(const moe_quant *type, const float *x, const uint8_t *blocks,
+                        const float *importance)
+{
+    double sum = 0;
+    float row[TCQ_TEST_IN];
+    for (size_t i = 0; i < TCQ_TEST_N; i++) {
+        const size_t k = i % TCQ_TEST_IN;
+        if (k == 0)
+            type->dequantize(blocks + i / TCQ_LEN * type->block_bytes, row, TCQ_TEST_IN);
+        const double error = (double)x[i] - (double)row[k];
+        sum += error * error * (importance ? importance[k] : 1);
+    }
+    return sum;
+}
+
+/* The entropy of the bytes of all fields, per weight. */
+static double tcq_entropy(const moe_quant *type, const uint8_t *blocks)
+{
+    double bits = 0;
+    for (size_t f = 0, at = 0; type->fields[f]; at += type->fields[f++]) {
+        uint32_t counts[256] = {0};
+        const size_t n_block = TCQ_TEST_N / TCQ_LEN, n = n_block * type->fields[f];
+        for (size_t i = 0; i < n; i++)
+            counts[blocks[i / type->fields[f] * type->block_bytes + at + i % type->fields[f]]]++;
+        for (size_t i = 0; i < 256; i++)
+            if (counts[i])
+                bits -= counts[i] * log2((double)counts[i] / (double)n);
+    }
+    return bits / TCQ_TEST_N;
+}
+
+/* Of all rates: the entropy of the bytes is the rate (few bytes look a little more orderly than many),
+ * and the error is less than a uniform step would leave, which needs a quarter of a bit more than
+ * the least possible, 2^(-2 rate) of the weights' squares. The same with every search. */
+static void trellis_keeps_to_the_rate(void)
+{
+    float *x = malloc(TCQ_TEST_N * sizeof *x);
+    void *room = malloc(tcq_room_bytes(TCQ_TEST_IN));
+    fill(x, TCQ_TEST_N, DATA_NORMAL);
+    double square = 0;
+    for (size_t i = 0; i < TCQ_TEST_N; i++)
+        square += (double)x[i] * (double)x[i];
+    for (double rate = 1.5; rate <= 6; rate += 0.7) {
+        tcq_plan plan;
+        const moe_quant *type = tcq_type(rate);
+        const size_t row_bytes = TCQ_TEST_IN / TCQ_LEN * type->block_bytes;
+        tcq_plan_make(&plan, type, rate, x, NULL, TCQ_TEST_ROW, TCQ_TEST_IN, room);
+        uint8_t *blocks = tcq_blocks(&plan, x, TCQ_TEST_ROW, room);
+        const double bits = tcq_entropy(type, blocks);
+        const double least = -0.5 * log2(tcq_error(type, x, blocks, NULL) / square);
+        CHECK(fabs(bits - rate) < 0.08, "%s at %g: %g bits", type->name, rate, bits);
+        CHECK(rate - least < 0.18, "%s at %g: error of %g bits", type->name, rate, least);
+        uint8_t *row = tcq_blocks(&plan, x + TCQ_TEST_N - TCQ_TEST_IN, 1, room);
+        CHECK(!memcmp(row, blocks + (TCQ_TEST_ROW - 1) * row_bytes, row_bytes), "a row alone");
+        plan.search = tcq_search_c;
+        uint8_t *plain = tcq_blocks(&plan, x, TCQ_TEST_ROW, room);
+        CHECK(!memcmp(plain, blocks, TCQ_TEST_ROW * row_bytes), "%s at %g: plain C", type->name, rate);
+        free(blocks);
+        free(row);
+        free(plain);
+    }
+    free(x);
+    free(room);
+}
+
+/* Outliers, zeros, tiny and huge weights: nothing is far off. */
+static void trellis_takes_odd_weights(void)
+{
+    float *x = malloc(TCQ_TEST_N * sizeof *x), row[TCQ_TEST_IN];
+    void *room = malloc(tcq_room_bytes(TCQ_TEST_IN));
+    for (data_kind kind = 0; kind < N_DATA; kind++)
+        for (size_t f = 0; f < MOE_COUNT(tcq_formats); f++) {
+            tcq_plan plan;
+            const moe_quant *type = quant_by_id(tcq_formats[f].id);
+            fill(x, TCQ_TEST_N, kind);
+            for (size_t i = 0; i < TCQ_TEST_N; i++)
+                x[i] = fminf(fmaxf(x[i], -65504), 65504);
+            tcq_plan_make(&plan, type, 0, x, NULL, TCQ_TEST_ROW, TCQ_TEST_IN, room);
+            uint8_t *blocks = tcq_blocks(&plan, x, TCQ_TEST_ROW, room);
+            for (size_t r = 0; r < TCQ_TEST_ROW; r++) {
+                const float *want = x + r * TCQ_TEST_IN;
+                type->dequantize(blocks + r * TCQ_TEST_IN / TCQ_LEN * type->block_bytes, row,
+                                 TCQ_TEST_IN);
+                for (size_t k = 0; k < TCQ_TEST_IN; k++) {
+                    const float d =
+                        f32_of_f16(load_u16(blocks + (r * TCQ_TEST_IN + k) / TCQ_LEN *
+                                                         type->block_bytes));
+                    CHECK(fabsf(row[k] - want[k]) <= 8 * d, "%s, kind %d: %g becomes %g, step %g",
+                          type->name, (int)kind, (double)want[k], (double)row[k], (double)d);
+                }
+            }
+            free(blocks);
+        }
+    free(x);
+    free(room);
+}
+
+static void importance_guides_the_trellis(void)
+{
+    float *x = malloc(TCQ_TEST_N * sizeof *x), importance[TCQ_TEST_IN];
+    void *room = malloc(tcq_room_bytes(TCQ_TEST_IN));
+    fill(x, TCQ_TEST_N, DATA_NORMAL);
+    for (size_t k = 0; k < TCQ_TEST_IN; k++)
+        importance[k] = k % 7 ? 1.0f : 20.0f;
+    for (size_t f = 0; f < MOE_COUNT(tcq_formats); f++) {
+        const moe_quant *type = quant_by_id(tcq_formats[f].id);
+        double error[2];
+        for (int with = 0; with < 2; with++) {
+            tcq_plan plan;
+            tcq_plan_make(&plan, type, 0, x, with ? importance : NULL, TCQ_TEST_ROW, TCQ_TEST_IN,
+                          room);
+            uint8_t *blocks = tcq_blocks(&plan, x, TCQ_TEST_ROW, room);
+            error[with] = tcq_error(type, x, blocks, importance);
+            free(blocks);
+        }
+        CHECK(error[1] < error[0] * 0.97, "%s: %g, without %g", type->name, error[1], error[0]);
+    }
+    free(x);
+    free(room);
+}
+
 int main(int argc, char **argv)
 {
     test_begin(argc, argv);
@@ -312,5 +446,8 @@ int main(int argc, char **argv)
     RUN(bytes_are_the_recorded_ones);
     RUN(inputs_are_the_same_floats);
     RUN(unusable_numbers_are_found_anywhere);
+    RUN(trellis_keeps_to_the_rate);
+    RUN(trellis_takes_odd_weights);
+    RUN(importance_guides_the_trellis);
     return test_end();
 }
