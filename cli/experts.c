@@ -9,8 +9,8 @@
  *     records, as many as there are:
  *         uint32   pos                        of the token in its sequence
  *         uint16   expert[n_layer][n_used]    the best first, all different
- * Records stand in the order of the computation. A token that is computed twice (a sequence that starts
- * anew, guesses that turn out wrong) has two. It is written and read as a stream.
+ * Records stand in the order of the computation. A token that is computed twice (a sequence that
+ * starts anew, guesses that turn out wrong) has two. It is written and read as a stream.
  *
  * What comes from a file is checked before it is used. */
 #include "cli.h"
@@ -150,8 +150,8 @@ int trace_close(cli_trace *trace, bool keep)
 /* What is known of one layer. */
 typedef struct trace_layer {
     uint64_t *load;        /* [n_expert]: how often it was chosen */
-    uint64_t *depth;       /* [n_expert + 1]: how often an expert was used again after that many other
-                              experts, the last: for the first time */
+    uint64_t *depth;       /* [n_expert + 1]: how often an expert was used again after that many
+                              other experts, the last: for the first time */
     uint32_t *recent;      /* [n_recent]: the experts used so far, the last one first */
     uint32_t n_recent;
     uint16_t *previous;    /* [n_used]: of the token before */
@@ -211,8 +211,8 @@ static bool layer_add(trace_layer *layer, const trace_header *h, const uint16_t 
     return true;
 }
 
-/* Checks the header of a file of `bytes` and takes the layers from it. The bytes of the whole header, or
- * 0, with a message. */
+/* Checks the header of a file of `bytes` and takes the layers from it. The bytes of the whole
+ * header, or 0, with a message. */
 static size_t summary_header(trace_summary *s, const char *path, const char *data, size_t bytes)
 {
     trace_header *h = &s->header;
@@ -231,7 +231,8 @@ static size_t summary_header(trace_summary *s, const char *path, const char *dat
         cli_fail("%s: expected at most %d experts in all layers, got %u times %u", path,
                  TRACE_MAX_ALL, h->n_layer, h->n_expert);
     else if (h->n_used < 1 || h->n_used > h->n_expert)
-        cli_fail("%s: expected 1 to %u experts for each token, got %u", path, h->n_expert, h->n_used);
+        cli_fail("%s: expected 1 to %u experts for each token, got %u", path, h->n_expert,
+                 h->n_used);
     else if (bytes - sizeof *h < h->n_layer * sizeof *s->index)
         cli_fail("%s: the file ends inside of its header", path);
     else
@@ -319,8 +320,8 @@ static double layer_overlap(const trace_summary *s, const trace_layer *layer)
     return s->n_pair ? (double)layer->n_shared / (double)(s->n_pair * s->header.n_used) : 0;
 }
 
-/* The same for tokens that have nothing to do with each other: the sum of the experts' probabilities of
- * being used, squared. */
+/* The same for tokens that have nothing to do with each other: the sum of the experts'
+ * probabilities of being used, squared. */
 static double layer_chance(const trace_summary *s, const trace_layer *layer)
 {
     double sum = 0;
@@ -512,8 +513,8 @@ static int experts_main(int argc, char **argv)
 
 const cli_verb verb_experts = {
     "experts", "FILE", "summarises which experts were used",
-    "FILE is written by --trace-experts of `moe run`, `moe eval` or `moe logits`; \"-\" is standard\n"
-    "input. For each layer:\n"
+    "FILE is written by --trace-experts of `moe run`, `moe eval` or `moe logits`; \"-\" is\n"
+    "standard input. For each layer:\n"
     "  entropy    of the choice of an expert, in bits, and as a part of the most that is possible\n"
     "  busiest    the expert that is used most, and its part of all uses\n"
     "  idle       experts that were never used\n"

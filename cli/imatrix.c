@@ -1,14 +1,15 @@
 /* cli/imatrix.c - `moe imatrix`: how much each input of each matrix matters, from a text.
  *
- * An error in column i of a matrix is multiplied with input i, so the mean of that input's square says
- * what a squared error there costs. The text goes through the model in windows; the inputs' squares are
- * summed up by way of an observer, for each expert by itself.
+ * An error in column i of a matrix is multiplied with input i, so the mean of that input's square
+ * says what a squared error there costs. The text goes through the model in windows; the inputs'
+ * squares are summed up by way of an observer, for each expert by itself.
  *
- * The file is a GGUF as llama.cpp's llama-imatrix writes it, so that either program's file serves both:
+ * The file is a GGUF as llama.cpp's llama-imatrix writes it, so that either program's file serves
+ * both:
  *     general.type = "imatrix", imatrix.datasets = [text], imatrix.chunk_count, imatrix.chunk_size
  *     NAME.in_sum2  F32 [n_in][n_matrix]   sums of squares
- *     NAME.counts   F32 [1][n_matrix]      rows that were summed up: of experts, how often they were used
- * for each matrix NAME, in the order of their names. */
+ *     NAME.counts   F32 [1][n_matrix]      rows that were summed up: of experts, how often they
+ * were used for each matrix NAME, in the order of their names. */
 #include "cli.h"
 
 #include <math.h>
@@ -213,8 +214,8 @@ static void put_entry(gguf_out *g, const imatrix_entry *e)
     for (size_t i = 0; i < n; i++) {
         const float sum = (float)e->squares[i];
         if (!isfinite(sum) && !g->failed) {
-            cli_fail("%s: input %zu is too large: the sum of its squares is %g", e->name, i % e->n_in,
-                     e->squares[i]);
+            cli_fail("%s: input %zu is too large: the sum of its squares is %g", e->name,
+                     i % e->n_in, e->squares[i]);
             g->failed = true;
         }
         put(g, &sum, sizeof sum);
@@ -245,9 +246,9 @@ static int imatrix_write(imatrix_state *s, const char *path, const char *text_pa
 static size_t imatrix_unused(const imatrix_state *s)
 {
     size_t n = 0;
-    for (size_t i = 0; i < s->n_entry; i++)
-        for (uint32_t m = 0; strstr(s->entries[i].name, "ffn_down") && m < s->entries[i].n_matrix; m++)
-            n += !s->entries[i].counts[m];
+    for (const imatrix_entry *e = s->entries; e < s->entries + s->n_entry; e++)
+        for (uint32_t m = 0; strstr(e->name, "ffn_down_exps") && m < e->n_matrix; m++)
+            n += !e->counts[m];
     return n;
 }
 
@@ -291,7 +292,8 @@ static int imatrix_run(moe_model *model, const char *text_path, const imatrix_op
         fprintf(stderr, "%zu matrices, %u windows of %u tokens, %.1f s\n", s.n_entry,
                 s.text.n_window, s.text.window, s.seconds);
         if (unused)
-            fprintf(stderr, "%zu experts were never used: a longer text would reach more\n", unused);
+            fprintf(stderr, "%zu experts were never used: a longer text would reach more\n",
+                    unused);
     }
     moe_session_close(s.session);
     for (size_t i = 0; i < s.n_entry; i++) {
@@ -342,10 +344,10 @@ static int imatrix_main(int argc, char **argv)
 
 const cli_verb verb_imatrix = {
     "imatrix", "MODEL TEXT", "measures which weights matter, for moe-convert",
-    "The text is cut into windows of --ctx tokens, each computed alone. Of each matrix, the squares\n"
-    "of what it is multiplied with are summed up, of experts each by itself. `moe-convert --imatrix`\n"
-    "spends precision accordingly. The text should be of the kind that the model will see: some\n"
-    "50,000 tokens of it, more for a model of many experts. TEXT may be \"-\".\n"
+    "The text is cut into windows of --ctx tokens, each computed alone. Of each matrix, the\n"
+    "squares of what it is multiplied with are summed up, of experts each by itself.\n"
+    "`moe-convert --imatrix` spends precision accordingly. The text should be of the kind that the\n"
+    "model will see: some 50,000 tokens of it, more for a model of many experts. TEXT may be \"-\".\n"
     "The file is a GGUF that llama.cpp's tools read and write, too.",
     "  moe imatrix model-f16.gguf text.txt -o model.imatrix\n"
     "  moe-convert model-f16.gguf model-q3.gguf --quant q3_k_m --imatrix model.imatrix\n",

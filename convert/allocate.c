@@ -1,17 +1,20 @@
 /* convert/allocate.c - which types make the best file of a given size: --bpw and --size.
  *
- * For each matrix and each type the error is measured on some of its rows, as the part of the output's
- * energy that is lost:
+ * For each matrix and each type the error is measured on some of its rows, as the part of the
+ * output's energy that is lost:
  *     loss = sum over columns of m_i |w_i - q_i|^2 / sum of m_i |w_i|^2
- * with m_i the mean square of what column i is multiplied with (--imatrix; else 1 for all). Losses of
- * different matrices add up in the model's divergence from its source, to first order (Malinovskii et
- * al. 2024, arXiv:2411.17525), weighted by how much each kind of matrix matters.
+ * with m_i the root of the mean square of what column i is multiplied with (--imatrix; else 1 for
+ * all). Not the mean square itself, which the quantizers heed: where a few columns carry nearly all
+ * of the energy, often for the first token alone, they would hide what happens to the rest. Losses
+ * of different matrices add up in the model's divergence from its source, to first order
+ * (Malinovskii et al. 2024, arXiv:2411.17525).
  *
  * From the cheapest type each, the step of the most gain per byte is taken, again and again, until
- * nothing fits: the Lagrangian optimum up to the last step. In a .moe file, which has a type for each
- * expert, an expert's loss counts as much as the text used it.
+ * nothing fits: the Lagrangian optimum up to the last step. In a .moe file, which has a type for
+ * each expert, an expert's loss counts as much as the text used it.
  *
- * In: a source with a plan. Out: targets, or types of parts, of all matrices that --keep leaves free. */
+ * In: a source with a plan. Out: targets, or types of parts, of all matrices that --keep leaves
+ * free. */
 #ifndef MOE_CONVERT_ALLOCATE_C
 #define MOE_CONVERT_ALLOCATE_C
 
@@ -23,8 +26,8 @@ enum {
     ALLOC_GROUP_WEIGHTS = 1 << 13 // of a place, at least
 };
 
-static const char *const alloc_types[] = {"Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K",
-                                          "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"};
+static const char *const alloc_types[] = {"Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1",
+                                          "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"};
 
 /* Some rows of a tensor in a type. */
 typedef struct alloc_probe {
@@ -47,6 +50,7 @@ typedef struct alloc_choice {
 /* What gets one type: a tensor, or one matrix of a stack of experts. */
 typedef struct alloc_unit {
     const alloc_choice *choice;
+    double share;        // of the choice's loss
     uint32_t type;       // index into the choice's
     bool closed;         // the next step did not fit
 } alloc_unit;
@@ -115,7 +119,8 @@ static uint64_t alloc_group(const conv_tensor *t, uint32_t group, uint64_t *row)
 {
     const uint64_t unit = t->interleave ? t->interleave : 1, n_units = t->n_rows / unit;
     const uint64_t want = (ALLOC_GROUP_WEIGHTS + t->row_len * unit - 1) / (t->row_len * unit);
-    const uint64_t first = n_units * group / ALLOC_GROUPS, end = n_units * (group + 1) / ALLOC_GROUPS;
+    const uint64_t first = n_units * group / ALLOC_GROUPS;
+    const uint64_t end = n_units * (group + 1) / ALLOC_GROUPS;
     const uint64_t n = MOE_MIN(want, end - first);
     *row = (first + (end - first - n) / 2) * unit;
     return n * unit;
@@ -125,7 +130,8 @@ static moe_status alloc_measure(alloc_state *a, moe_error *error)
 {
     conv_job *job = a->job;
     const uint64_t n_weights = job->n_weights;
-    const encode_sink sink = {.self = a, .measure = true, .next = alloc_next, .put = alloc_put};
+    const encode_sink sink = {.self = a, .measure = true, .weigh = true, .next = alloc_next,
+                              .put = alloc_put};
     for (uint32_t c = 0; c < a->n_choices; c++)
         for (uint32_t k = 0; k < a->choices[c].n_types; k++)
             for (uint32_t g = 0; g < ALLOC_GROUPS; g++) {
@@ -146,13 +152,6 @@ static double alloc_bits(const moe_quant *q)
     return 8.0 * q->block_bytes / q->block_len;
 }
 
-/* How much the model suffers from a loss in a matrix, compared to others. */
-static double alloc_weight(const conv_tensor *t)
-{
-    (void)t;
-    return 1;
-}
-
 /* Of types of the same size the best stays, and none that is worse than a smaller one. */
 static void alloc_prune(alloc_choice *c)
 {
@@ -169,8 +168,8 @@ static void alloc_prune(alloc_choice *c)
     c->n_types = n;
 }
 
-/* Losses from probes, in their order, so that they do not depend on the threads. A type that the source
- * has already is copied and costs nothing; the energy is that of the others. */
+/* Losses from probes, in their order, so that they do not depend on the threads. A type that the
+ * source has already is copied and costs nothing; the energy is that of the others. */
 static void alloc_losses(alloc_state *a)
 {
     const alloc_probe *p = a->probes;
@@ -188,7 +187,7 @@ static void alloc_losses(alloc_state *a)
         for (uint32_t g = 0; g < ALLOC_GROUPS; g++)
             all += energy[g];
         for (uint32_t k = 0; k < choice->n_types; k++)
-            choice->loss[k] = all > 0 ? alloc_weight(t) * cost[k] / all : 0;
+            choice->loss[k] = all > 0 ? cost[k] / all : 0;
         alloc_prune(choice);
     }
 }
@@ -201,28 +200,27 @@ static uint64_t alloc_unit_bytes(const alloc_choice *c, uint32_t type)
     return c->t->row_len / q->block_len * q->block_bytes * (c->t->n_rows / c->n_parts);
 }
 
-/* The part of a tensor's loss that is one matrix's, if all have the same type. */
-static double alloc_share(const alloc_choice *c, uint32_t part)
+/* The part of a tensor's loss that is each matrix's, if all have the same type. */
+static void alloc_shares(alloc_state *a, const alloc_choice *c)
 {
+    alloc_unit *units = &a->units[c->first_unit];
     double sum = 0;
-    if (c->n_parts == 1)
-        return 1;
     for (uint32_t k = 0; k < c->n_parts; k++)
-        sum += alloc_use(c->t, k);
-    return sum > 0 ? alloc_use(c->t, part) / sum : 1.0 / c->n_parts;
+        sum += units[k].share = alloc_use(c->t, k);
+    for (uint32_t k = 0; k < c->n_parts; k++)
+        units[k].share = c->n_parts > 1 && sum > 0 ? units[k].share / sum : 1.0 / c->n_parts;
 }
 
 /* The steps along the lower convex hull of (bytes, loss): those that could ever be the best. */
-static void alloc_add_steps(alloc_state *a, uint32_t unit, uint32_t part)
+static void alloc_add_steps(alloc_state *a, uint32_t unit)
 {
     const alloc_choice *c = a->units[unit].choice;
-    const double share = alloc_share(c, part);
+    const double share = a->units[unit].share;
     for (uint32_t from = 0, best; from < c->n_types; from = best) {
         double rate = 0;
         best = c->n_types;
         for (uint32_t to = from + 1; to < c->n_types; to++) {
-            const double bytes =
-                (double)(alloc_unit_bytes(c, to) - alloc_unit_bytes(c, from));
+            const double bytes = (double)(alloc_unit_bytes(c, to) - alloc_unit_bytes(c, from));
             const double r = share * (c->loss[from] - c->loss[to]) / bytes;
             if (r > rate) {
                 rate = r;
@@ -231,8 +229,8 @@ static void alloc_add_steps(alloc_state *a, uint32_t unit, uint32_t part)
         }
         if (best < c->n_types)
             a->steps[a->n_steps++] =
-                (alloc_step){unit, from, best, alloc_unit_bytes(c, best) - alloc_unit_bytes(c, from),
-                             rate};
+                (alloc_step){unit, from, best,
+                             alloc_unit_bytes(c, best) - alloc_unit_bytes(c, from), rate};
     }
 }
 
@@ -246,8 +244,8 @@ static int alloc_compare(const void *x, const void *y)
     return a->from < b->from ? -1 : 1;
 }
 
-/* At most what a file has beside the data of its tensors. A .moe file has a record for each layer, and for
- * each expert of a layer. */
+/* At most what a file has beside the data of its tensors. A .moe file has a record for each layer,
+ * and for each expert of a layer. */
 static uint64_t alloc_overhead(const alloc_state *a)
 {
     enum { HEADER = 4096, PER_TENSOR = 192, PER_UNIT = 128, PER_FILE = 512 };
@@ -261,7 +259,8 @@ static uint64_t alloc_overhead(const alloc_state *a)
     return bytes + (uint64_t)a->n_units * (PER_UNIT + (a->parts ? MOEFILE_SLICE_ALIGN : 0));
 }
 
-/* What the file may have, and what of it is taken by tensors that are not free and by the header. */
+/* What the file may have, and what of it is taken by tensors that are not free and by the header.
+ * */
 static uint64_t alloc_budget(const alloc_state *a, uint64_t *others)
 {
     const conv_job *job = a->job;
@@ -279,6 +278,29 @@ static uint64_t alloc_budget(const alloc_state *a, uint64_t *others)
     return total;
 }
 
+/* Spends what is left on steps off the hull, of units whose next one did not fit: the best each time. */
+static void alloc_fill(alloc_state *a, uint64_t left)
+{
+    for (;;) {
+        alloc_step best = {.rate = 0};
+        for (uint32_t u = 0; u < a->n_units; u++) {
+            const alloc_unit *unit = &a->units[u];
+            const alloc_choice *c = unit->choice;
+            const uint64_t now = alloc_unit_bytes(c, unit->type);
+            for (uint32_t to = unit->type + 1; unit->closed && to < c->n_types; to++) {
+                const uint64_t bytes = alloc_unit_bytes(c, to) - now;
+                const double rate = unit->share * (c->loss[unit->type] - c->loss[to]) / (double)bytes;
+                if (bytes <= left && rate > best.rate)
+                    best = (alloc_step){.unit = u, .to = to, .bytes = bytes, .rate = rate};
+            }
+        }
+        if (!(best.rate > 0))
+            return;
+        a->units[best.unit].type = best.to;
+        left -= best.bytes;
+    }
+}
+
 static moe_status alloc_choose(alloc_state *a, moe_error *error)
 {
     uint64_t used, budget = alloc_budget(a, &used);
@@ -286,8 +308,8 @@ static moe_status alloc_choose(alloc_state *a, moe_error *error)
         used += alloc_unit_bytes(a->units[u].choice, 0);
     if (used > budget)
         return fail(error, MOE_ERR_LIMIT, a->job->options.max_bytes ? "--size" : "--bpw",
-                    "expected at least %llu bytes, which is %.2f bits per weight, got %llu: not even "
-                    "the smallest types fit", (unsigned long long)used,
+                    "expected at least %llu bytes, which is %.2f bits per weight, got %llu: not "
+                    "even the smallest types fit", (unsigned long long)used,
                     8.0 * (double)used / (double)a->job->n_weights, (unsigned long long)budget);
     qsort(a->steps, a->n_steps, sizeof *a->steps, alloc_compare);
     for (uint32_t i = 0; i < a->n_steps; i++) {
@@ -301,6 +323,7 @@ static moe_status alloc_choose(alloc_state *a, moe_error *error)
             used += step->bytes;
         }
     }
+    alloc_fill(a, budget - used);
     return MOE_OK;
 }
 
@@ -387,8 +410,10 @@ static moe_status allocate_types(conv_job *job, bool parts, moe_error *error)
         status = alloc_measure(&a, error);
     if (!status)
         alloc_losses(&a);
+    for (uint32_t c = 0; !status && c < a.n_choices; c++)
+        alloc_shares(&a, &a.choices[c]);
     for (uint32_t u = 0; !status && u < a.n_units; u++)
-        alloc_add_steps(&a, u, u - a.units[u].choice->first_unit);
+        alloc_add_steps(&a, u);
     if (!status)
         status = alloc_choose(&a, error);
     if (!status)

@@ -30,6 +30,7 @@ typedef struct encode_worker encode_worker;
 typedef struct encode_sink {
     void *self;
     bool measure;           // the error of quantization is wanted
+    bool weigh;             // and with columns that count by the root of how much they matter
     /* The next task; false if there is none. Called by one thread at a time. */
     bool (*next)(void *self, encode_task *task);
     /* Takes w->blocks, [n_rows] rows. */
@@ -68,7 +69,7 @@ struct encode_worker {
     moefile_decoder *decoder; // of compressed rows of a .moe source
     uint8_t *segment;       // [MOEFILE_SEGMENT_BYTES]: decoded
     double error_sum, square_sum; // of the task, if they are measured
-    double cost_sum, energy_sum;  // the same, each column counting as much as it matters
+    double cost_sum, energy_sum;  // the same, each column counting as the sink weighs it
     void *own;              // the sink's
     moe_error error;
 };
@@ -322,7 +323,7 @@ static void encode_measure(encode_worker *w, const encode_chunk *c, const float 
 {
     float *back = (float *)(void *)w->back.data; // [n][row_len]
     const uint64_t row_len = c->t->row_len;
-    double error = 0, square = 0, cost = 0, energy = 0;
+    double error = 0, square = 0;
     for (uint64_t r = 0; r < n; r++)
         c->type->dequantize(blocks + r * encode_row_bytes(c->type, row_len), back + r * row_len,
                             (size_t)row_len);
@@ -331,15 +332,19 @@ static void encode_measure(encode_worker *w, const encode_chunk *c, const float 
         error = fma(d, d, error);
         square = fma((double)x[i], (double)x[i], square);
     }
-    for (uint64_t i = 0; columns && i < n * row_len; i++) {
-        const double d = (double)x[i] - (double)back[i], weight = (double)columns[i % row_len];
+    w->error_sum += error;
+    w->square_sum += square;
+    if (!w->state->sink->weigh)
+        return;
+    double cost = 0, energy = 0;
+    for (uint64_t i = 0; i < n * row_len; i++) {
+        const double d = (double)x[i] - (double)back[i];
+        const double weight = columns ? sqrt((double)columns[i % row_len]) : 1;
         cost = fma(weight * d, d, cost);
         energy = fma(weight * (double)x[i], (double)x[i], energy);
     }
-    w->error_sum += error;
-    w->square_sum += square;
-    w->cost_sum += columns ? cost : error;
-    w->energy_sum += columns ? energy : square;
+    w->cost_sum += cost;
+    w->energy_sum += energy;
 }
 
 /* The trellis-coded types: a plan for n_rows rows from row `first` of the chunk, from some of them. */

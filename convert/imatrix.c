@@ -2,8 +2,8 @@
  *
  * The file is a GGUF, of `moe imatrix` or of llama.cpp's llama-imatrix: for a tensor NAME it has
  * NAME.in_sum2 [n_in][n_matrix], sums of the squares of what each column was multiplied with, and
- * NAME.counts [1][n_matrix], how many rows were summed up. A stack of experts has as many matrices as
- * there are experts, or one for all of them.
+ * NAME.counts [1][n_matrix], how many rows were summed up. A stack of experts has as many matrices
+ * as there are experts, or one for all of them.
  *
  * In: a file that nobody has checked. Out: conv_tensor.importance of the tensors that it knows.
  * Must never: let a column count for nothing, however little the text made of it. */
@@ -47,8 +47,8 @@ static moe_status imatrix_find(const moe_directory *dir, conv_tensor *t, moe_err
     if (sums->dims[0] != t->row_len || sums->n_elements != t->row_len * n_matrix ||
         (n_matrix != 1 && n_matrix != t->dims[2]))
         return fail(error, MOE_ERR_MODEL, sums->name,
-                    "expected sums for %llu columns of %llu matrices, got %llu of %llu: it was made "
-                    "with another model", (unsigned long long)t->row_len,
+                    "expected sums for %llu columns of %llu matrices, got %llu of %llu: it was "
+                    "made with another model", (unsigned long long)t->row_len,
                     (unsigned long long)t->dims[2], (unsigned long long)sums->dims[0],
                     (unsigned long long)n_matrix);
     moe_status status = imatrix_check(sums, error);
@@ -104,8 +104,8 @@ static uint64_t imatrix_matrix(const conv_tensor *t, uint64_t row)
     return row / (t->n_rows / t->importance.n_matrix);
 }
 
-/* What a squared error in each column of a matrix costs, [row_len], the mean being 1. False: nothing is
- * known. An expert that the text never used is taken for the mean of all. */
+/* What a squared error in each column of a matrix costs, [row_len], the mean being 1. False:
+ * nothing is known. An expert that the text never used is taken for the mean of all. */
 static bool imatrix_columns(const conv_tensor *t, uint64_t matrix, float *columns)
 {
     const conv_importance *im = &t->importance;

@@ -1,8 +1,9 @@
-/* core/observe.c - shows an observer what a session computes with: routers' choices, inputs of matrices.
+/* core/observe.c - shows an observer what a session computes with: routers' choices, inputs of
+ * matrices.
  *
- * Everything is read through the backend, right behind the operation it belongs to, into memory that was
- * allocated when the session was opened. A read ends a submission early, which changes no result.
- * Must never: write to a buffer. */
+ * Everything is read through the backend, right behind the operation it belongs to, into memory
+ * that was allocated when the session was opened. A read ends a submission early, which changes no
+ * result. Must never: write to a buffer. */
 #ifndef MOE_CORE_OBSERVE_C
 #define MOE_CORE_OBSERVE_C
 
@@ -82,8 +83,8 @@ static bool observe_read(moe_observe *o, const moe_backend *be, moe_queue *queue
 }
 
 /* Shows n_product products with a weight, whose rows and matrices stand in o->rows and o->ids. */
-static void observe_show(moe_observe *o, const moe_weight *w, uint32_t n_product, uint32_t n_per_row,
-                         uint32_t row_stride)
+static void observe_show(moe_observe *o, const moe_weight *w, uint32_t n_product,
+                         uint32_t n_per_row, uint32_t row_stride)
 {
     const moe_observed_input input = {
         .size = sizeof input,
@@ -116,8 +117,8 @@ static void observe_matmul(moe_observe *o, const moe_backend *be, moe_queue *que
     if (!o->observer.input || !observe_rows(o, be, queue, op->src, op->n_tok, n_in, n_in))
         return;
     memset(o->ids, 0, op->n_tok * sizeof *o->ids);
-    for (uint32_t i = 0; i < op->n_out; i++)
-        if (!i || op->out[i].w->name != op->out[i - 1].w->name) // parts of one tensor are shown once
+    for (uint32_t i = 0; i < op->n_out; i++) // parts of one tensor are shown once
+        if (!i || op->out[i].w->name != op->out[i - 1].w->name)
             observe_show(o, op->out[i].w, op->n_tok, 1, n_in);
 }
 
@@ -149,8 +150,8 @@ static void observe_heads(moe_observe *o, const moe_backend *be, moe_queue *queu
     observe_show(o, op->w, n_product, 1, op->src_stride);
 }
 
-/* A matrix that is not multiplied with as it stands in the file, since others were made from it; the
- * rows are what it would be multiplied with. */
+/* A matrix that is not multiplied with as it stands in the file, since others were made from it;
+ * the rows are what it would be multiplied with. */
 static void observe_source(moe_observe *o, const moe_backend *be, moe_queue *queue,
                            const moe_weight *w, moe_view src, uint32_t n_tok, uint32_t stride)
 {
