@@ -159,8 +159,12 @@ int common_open(moe_model **model, const char *path, const cli_common *common)
 
 void common_session_options(moe_session_options *options, const cli_common *common, int cache)
 {
+    enum { MAX_THREADS = 256 }; /* of moe_session_options */
     moe_session_options_init(options);
-    options->n_threads = common->n_threads;
+    options->n_threads = common->n_threads < MAX_THREADS ? common->n_threads : MAX_THREADS;
+    if (common->n_threads > MAX_THREADS && !common->quiet)
+        fprintf(stderr, "moe: %u threads are more than can be used: %d\n", common->n_threads,
+                MAX_THREADS);
     options->cache_type = (moe_cache_type)cache;
     options->cancel = &cli_cancel;
 }

@@ -269,6 +269,9 @@ static void text_memory(const info_file *file, const info_options *o)
     else
         printf("  %-24s NO; no context would\n", "fits");
     printf("  %-24s %s\n", "runs on", file->info.device);
+    if (strstr(file->info.device, "plain C"))
+        printf("  %-24s no AVX2 and no NEON, or switched off: the same results, many times slower\n",
+               "");
 }
 
 static void text_tensors(const info_file *file)

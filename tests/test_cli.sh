@@ -393,6 +393,22 @@ out_has "tokens/s"
 out_has "GB/s"
 end
 
+begin threads_and_instruction_sets
+run 0 run "$model" -q -p abc -n 2 -t 1
+cp "$work/out" "$work/one"
+for n in 0 3 1000; do
+    run 0 run "$model" -q -p abc -n 2 -t $n
+    same "$work/one" "$work/out"
+done
+run 0 run "$model" -p abc -n 1 -t 1000
+err_has "1000 threads are more than can be used: 256"
+run 0 run "$model" -q -p abc -n 2 --isa c
+same "$work/one" "$work/out"
+run 0 info "$model" --isa c
+out_has "CPU (plain C)"
+out_has "many times slower"
+end
+
 begin wrong_files
 run 1 run "$work/nowhere" -p a
 err_has "nowhere"
