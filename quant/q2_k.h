@@ -270,7 +270,7 @@ static moe_kernels q2_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q2_k_gemv_avx2, q2_k_gemm_avx2};
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best.gemm = q2_k_gemm_vnni512;
+        best = (moe_kernels){q2_k_gemm_vnni512, q2_k_gemm_vnni512};
 #endif
 #if MOE_ARM64
     best = q2_k_select_arm(cpu, best);

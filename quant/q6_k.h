@@ -269,7 +269,7 @@ static moe_kernels q6_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q6_k_gemv_avx2, q6_k_gemm_avx2};
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best.gemm = q6_k_gemm_vnni512;
+        best = (moe_kernels){q6_k_gemm_vnni512, q6_k_gemm_vnni512};
 #endif
 #if MOE_ARM64
     best = q6_k_select_arm(cpu, best);

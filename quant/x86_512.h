@@ -294,11 +294,26 @@ MOE_VNNI512_INLINE void x86_512_load_header(x86_512_rows *rows, size_t offset,
 /* ------------------------------------------------------------------------------- multiplying -- */
 
 /* sum[t * n_tile + r] += the products of vectors first .. first + n - 1 of tile r with token t. n,
- * n_tile and n_tok are constants; q are the activations that belong to the first. */
+ * n_tile and n_tok are constants; q are the activations that belong to the first. One tile times one
+ * token is summed in four chains, to hide the latency of vpdpbusd. */
 MOE_VNNI512_INLINE void x86_512_dot(const x86_512_tile *tile, size_t first, size_t n,
                                     const int8_t *q, size_t stride, __m512i sum[16], size_t n_tile,
                                     size_t n_tok)
 {
+    if (n_tile * n_tok == 1) {
+        __m512i part[4] = {sum[0], _mm512_setzero_si512(), _mm512_setzero_si512(),
+                           _mm512_setzero_si512()};
+        X86_512_UNROLL
+        for (size_t i = 0; i < n; i++) {
+            int32_t four;
+            memcpy(&four, q + 4 * i, 4);
+            part[i % 4] = _mm512_dpbusd_epi32(part[i % 4], tile->code[first + i],
+                                              _mm512_set1_epi32(four));
+        }
+        sum[0] = _mm512_add_epi32(_mm512_add_epi32(part[1], part[2]),
+                                  _mm512_add_epi32(part[3], part[0]));
+        return;
+    }
     X86_512_UNROLL
     for (size_t i = 0; i < n; i++) {
         __m512i w[X86_512_TILES];
