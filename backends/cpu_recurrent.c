@@ -88,6 +88,13 @@ AVX2 MOE_INLINE void chains_avx2(__m256 sum[4][2], __m256 *low, __m256 *high)
     *high = _mm256_add_ps(_mm256_add_ps(sum[0][1], sum[1][1]), _mm256_add_ps(sum[2][1], sum[3][1]));
 }
 
+AVX2 MOE_INLINE void delta_zero_avx2(__m256 sum[4][2])
+{
+    MOE_UNROLL
+    for (size_t c = 0; c < 4; c++)
+        sum[c][0] = sum[c][1] = _mm256_setzero_ps();
+}
+
 /* Row i of a strip of 16 columns, towards S^T k. */
 AVX2 MOE_INLINE void delta_read_avx2(const float *x, const float *k, __m256 sum[2])
 {
@@ -119,22 +126,28 @@ AVX2 static void delta_avx2(const cpu_delta_step *s)
         float *x = s->state + j;
         __m256 sum[4][2], low, high;
         size_t i = 0;
-        memset(sum, 0, sizeof sum);
+        delta_zero_avx2(sum);
         for (; i + 4 <= s->dim_k; i += 4)
+            MOE_UNROLL
             for (size_t c = 0; c < 4; c++)
                 delta_read_avx2(x + (i + c) * B, s->k + i + c, sum[c]);
-        for (size_t c = 0; i + c < s->dim_k; c++)
-            delta_read_avx2(x + (i + c) * B, s->k + i + c, sum[c]);
+        MOE_UNROLL
+        for (size_t c = 0; c < 3; c++)
+            if (i + c < s->dim_k)
+                delta_read_avx2(x + (i + c) * B, s->k + i + c, sum[c]);
         chains_avx2(sum, &low, &high);
         const __m256 v0 = _mm256_loadu_ps(s->v + j), v1 = _mm256_loadu_ps(s->v + j + 8);
         const __m256 d0 = _mm256_mul_ps(beta, _mm256_sub_ps(v0, _mm256_mul_ps(decay, low)));
         const __m256 d1 = _mm256_mul_ps(beta, _mm256_sub_ps(v1, _mm256_mul_ps(decay, high)));
-        memset(sum, 0, sizeof sum);
+        delta_zero_avx2(sum);
         for (i = 0; i + 4 <= s->dim_k; i += 4)
+            MOE_UNROLL
             for (size_t c = 0; c < 4; c++)
                 delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1, sum[c]);
-        for (size_t c = 0; i + c < s->dim_k; c++)
-            delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1, sum[c]);
+        MOE_UNROLL
+        for (size_t c = 0; c < 3; c++)
+            if (i + c < s->dim_k)
+                delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1, sum[c]);
         chains_avx2(sum, &low, &high);
         _mm256_storeu_ps(s->dst + j, _mm256_mul_ps(scale, low));
         _mm256_storeu_ps(s->dst + j + 8, _mm256_mul_ps(scale, high));
@@ -173,26 +186,47 @@ MOE_INLINE f32x8 chains_neon(const f32x8 sum[4])
     return add8_neon(add8_neon(sum[0], sum[1]), add8_neon(sum[2], sum[3]));
 }
 
+/* Row i of a strip of 8 columns: its new state, and towards S^T q. */
+MOE_INLINE f32x8 delta_write_neon(float *x, float k, float q, float decay, f32x8 d, f32x8 sum)
+{
+    const f32x8 y = fma8_neon(mul8_neon(load8_neon(x), decay), same8_neon(k), d);
+    store8_neon(x, y);
+    return fma8_neon(sum, same8_neon(q), y);
+}
+
 /* Strips of 8 columns, in four chains. */
 static void delta_neon(const cpu_delta_step *s)
 {
     enum { B = MOE_DELTA_BLOCK };
+    const size_t whole = s->dim_k / 4 * 4;
     for (size_t j = 0; j < B; j += 8) {
         float *x = s->state + j;
         f32x8 sum[4] = {same8_neon(0), same8_neon(0), same8_neon(0), same8_neon(0)};
-        for (size_t i = 0; i < s->dim_k; i++)
-            sum[i % 4] = fma8_neon(sum[i % 4], same8_neon(s->k[i]), load8_neon(x + i * B));
+        for (size_t i = 0; i < whole; i += 4)
+            MOE_UNROLL
+            for (size_t c = 0; c < 4; c++)
+                sum[c] = fma8_neon(sum[c], same8_neon(s->k[i + c]), load8_neon(x + (i + c) * B));
+        MOE_UNROLL
+        for (size_t c = 0; c < 3; c++)
+            if (whole + c < s->dim_k)
+                sum[c] = fma8_neon(sum[c], same8_neon(s->k[whole + c]),
+                                   load8_neon(x + (whole + c) * B));
         const f32x8 known = mul8_neon(chains_neon(sum), s->decay), v = load8_neon(s->v + j);
         const f32x8 d = mul8_neon((f32x8){{vsubq_f32(v.val[0], known.val[0]),
                                            vsubq_f32(v.val[1], known.val[1])}}, s->beta);
+        MOE_UNROLL
         for (size_t c = 0; c < 4; c++)
             sum[c] = same8_neon(0);
-        for (size_t i = 0; i < s->dim_k; i++) {
-            const f32x8 kept = mul8_neon(load8_neon(x + i * B), s->decay);
-            const f32x8 y = fma8_neon(kept, same8_neon(s->k[i]), d);
-            store8_neon(x + i * B, y);
-            sum[i % 4] = fma8_neon(sum[i % 4], same8_neon(s->q[i]), y);
-        }
+        for (size_t i = 0; i < whole; i += 4)
+            MOE_UNROLL
+            for (size_t c = 0; c < 4; c++)
+                sum[c] = delta_write_neon(x + (i + c) * B, s->k[i + c], s->q[i + c], s->decay, d,
+                                          sum[c]);
+        MOE_UNROLL
+        for (size_t c = 0; c < 3; c++)
+            if (whole + c < s->dim_k)
+                sum[c] = delta_write_neon(x + (whole + c) * B, s->k[whole + c], s->q[whole + c],
+                                          s->decay, d, sum[c]);
         store8_neon(s->dst + j, mul8_neon(chains_neon(sum), s->scale));
     }
 }
