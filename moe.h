@@ -332,7 +332,7 @@ MOE_API void moe_session_options_init(moe_session_options *options);
 /* What a session with these options will allocate, before it does. */
 typedef struct moe_memory_estimate {
     size_t size;
-    uint64_t cache_bytes;       /* key/value cache */
+    uint64_t cache_bytes;       /* key/value cache, and states of recurrent layers */
     uint64_t work_bytes;        /* activations and logits */
     uint64_t total_bytes;       /* all of the session */
     uint32_t n_ctx;             /* the context that these options ask for */
