@@ -163,56 +163,6 @@ static void products_equal_c(void)
         SKIP("only C runs here");
 }
 
-/* Convolutions of some taps; steps of the delta rule, one after another, with rows that fill no chain. */
-static void recurrent_kernels_equal_c(void)
-{
-    enum { STRIP = CPU_CONV_STRIP, B = MOE_DELTA_BLOCK, DIM = 13, TAPS = 5, STEPS = 3 };
-    const uint32_t machine = cpu_detect();
-    const cpu_recurrent *m = cpu_recurrent_select(machine);
-    static float u[TAPS * STRIP], weight[TAPS * STRIP], state[2][DIM * B], qk[2 * DIM], v[B];
-    const float *rows[TAPS];
-    if (m == &cpu_recurrent_c)
-        SKIP("only C runs here");
-    for (unsigned kind = 0; kind < 3; kind++) {
-        fill(u, MOE_COUNT(u), kind);
-        fill(weight, MOE_COUNT(weight), kind);
-        fill(qk, MOE_COUNT(qk), kind);
-        fill(v, B, kind);
-        for (size_t k = 0; k < TAPS; k++)
-            rows[k] = u + k * STRIP;
-        for (size_t n = 1; n <= TAPS; n++) {
-            float want[STRIP], got[STRIP];
-            conv_c(want, rows, weight, n);
-            m->conv(got, rows, weight, n);
-            CHECK(same_floats(want, got, STRIP), "convolution, %zu taps", n);
-        }
-        for (size_t dim = 1; dim <= DIM; dim++) {
-            fill(state[0], DIM * B, kind);
-            memcpy(state[1], state[0], sizeof state[0]);
-            for (int step = 0; step < STEPS; step++) {
-                float want[B], got[B];
-                cpu_delta_step s = {state[0], qk, qk + DIM, v, want, dim, 0.9f, 0.4f, 0.3f};
-                delta_c(&s);
-                s.state = state[1];
-                s.dst = got;
-                m->delta(&s);
-                CHECK(same_floats(want, got, B) && same_floats(state[0], state[1], DIM * B),
-                      "delta rule, %zu rows, data %u", dim, kind);
-            }
-        }
-    }
-}
-
-static void softplus_is_accurate(void)
-{
-    for (int i = -80000; i <= 80000; i++) {
-        const float x = (float)i * 1e-3f;
-        const double want = x > 30 ? (double)x : log1p(exp((double)x));
-        CHECK(fabs((double)cpu_softplus(x) - want) <= 3e-7 * want, "softplus(%g): expected %g, got %g",
-              (double)x, want, (double)cpu_softplus(x));
-    }
-}
-
 /* The tolerance that the comment above cpu_exp() promises, over its whole range. */
 static void exp_is_accurate(void)
 {
@@ -231,8 +181,6 @@ int main(int argc, char **argv)
     RUN(elementwise_equals_c);
     RUN(sums_equal_c);
     RUN(products_equal_c);
-    RUN(recurrent_kernels_equal_c);
-    RUN(softplus_is_accurate);
     RUN(exp_is_accurate);
     return test_end();
 }
