@@ -71,7 +71,7 @@ TEST_SCRIPTS := $(call pick,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,$(B)/bench/%,$(wildcard bench/*.c))
 CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))
 
-.PHONY: all lib demo models test tests bench bench-report fuzz dist install uninstall clean help
+.PHONY: all lib demo models test tests bench bench-report bench-format fuzz dist install uninstall clean help
 .DELETE_ON_ERROR:
 all: $(PROGRAM) $(CONVERTER) lib
 lib: $(STATIC_LIB) $(SHARED_LIB)
@@ -163,6 +163,10 @@ build/fuzz/%: tests/fuzz_%.c
 bench: $(BENCHES)
 	@for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done
 
+# Sizes, errors and loading times of .moe files.
+bench-format: $(PROGRAM) $(CONVERTER) $(B)/bench/loading
+	@MOE_BUILD="$(B)" MOE_MODELS="$(MODELS)" bench/format.sh
+
 # How throughput scales, for docs/performance.md. REPORT: options of bench/report.sh.
 MODELS_DIR ?= $(MODELS)
 REPORT ?=
@@ -212,6 +216,7 @@ help:
 	@echo 'make test CORE=dist                  the same on the two-file form'
 	@echo 'make models      both models that the tests use; kept in $(MODELS)'
 	@echo 'make bench       the benchmarks in bench/'
+	@echo 'make bench-format    the tables of docs/format.md, on stdout'
 	@echo 'make bench-report MODELS_DIR=FOLDER    tables and a plot into docs/performance.md'
 	@echo 'make fuzz        build/fuzz/*, fuzzers; needs clang'
 	@echo 'make dist        dist/moe.c and dist/moe.h'

@@ -8,24 +8,29 @@
 #include <signal.h>
 
 static const char help_text[] =
-"usage: moe-convert SOURCE OUT.gguf [options]\n"
+"usage: moe-convert SOURCE OUT [options]\n"
 "\n"
-"Turns a model into one GGUF file.\n"
+"Turns a model into one file: a .moe or a .gguf, by the name of OUT.\n"
 "\n"
 "SOURCE is\n"
 "  a folder with a Hugging Face checkpoint: config.json, safetensors (one file or shards;\n"
 "      F32, F16, BF16, FP8, or gpt-oss' MXFP4), tokenizer.json and its config\n"
 "  a GGUF file, or the first part of a split one\n"
+"  a .moe file\n"
 "\n"
 "  -q, --quant TYPE       the type of the matrices, or a mix; without it the types of the\n"
 "                         source are kept (FP8 becomes BF16)\n"
 "      --keep REGEX=TYPE  tensors whose GGUF name matches get this type; may be repeated,\n"
-"                         the last one that matches wins\n"
+"                         the last one that matches wins. In a .moe file a single\n"
+"                         expert is NAME#EXPERT, as in blk.0.ffn_up_exps.weight#7\n"
 "      --bpw BITS         choose the types so that the file has at most so many bits per weight\n"
 "                         and loses as little as possible; in a .moe file each expert has its own\n"
 "      --size BYTES       the same for the size of the file, such as 6GB or 800M\n"
 "      --imatrix FILE     which columns matter, by `moe imatrix` or llama-imatrix: heeded in every\n"
 "                         quantizer\n"
+"      --store auto|raw|zstd  what of a .moe file is compressed: what saves 10 % or more,\n"
+"                         nothing, or what saves 1 %. Raw weights are used from the map\n"
+"      --for ram|disk     the same as --store raw, --store zstd\n"
 "  -n, --dry-run          show each tensor's type and size and the size of the file, write\n"
 "                         nothing\n"
 "  -t, --threads N        default: one for each core\n"
@@ -49,9 +54,11 @@ static const char help_end[] =
 "Examples:\n"
 "  moe-convert ~/models/Qwen3-0.6B qwen3.gguf -q q4_k_m\n"
 "  moe-convert ~/models/OLMoE-1B-7B olmoe.gguf -q q4_k_m --keep 'ffn_down_exps=Q6_K' --dry-run\n"
-"  moe-convert big.gguf small.gguf -q q3_k_m\n"
+"  moe-convert big.gguf small.moe -q q3_k_m --for disk\n"
 "\n"
-"The file appears under its name only when it is whole. Memory: some 30 MB for each thread.\n";
+"The file appears under its name only when it is whole. A .moe that was not finished, even if\n"
+"the program was killed, is gone on with by the same command. Memory: some 30 MB for each\n"
+"thread.\n";
 
 enum { EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130, MAX_KEEPS = 64 };
 
@@ -384,7 +391,7 @@ static int main_parse(main_args *a, int argc, char **argv)
             return status;
     }
     if (!a->options.out)
-        return main_usage("expected SOURCE and OUT.gguf");
+        return main_usage("expected SOURCE and OUT");
     return -1;
 }
 

@@ -1,7 +1,7 @@
 /* docs/examples/app.c - a program that uses moe.h: continues a prompt and prints the text as it
  * comes.
  *
- *     cc -O2 app.c moe.c -lutf8proc -lm -pthread     (two files, no installation)
+ *     cc -O2 app.c moe.c -lutf8proc -lzstd -lm -pthread     (two files, no installation)
  *     cc app.c $(pkg-config --cflags --libs moe)     (after `make install`)
  *
  *     ./a.out model.gguf "Once upon a time"
