@@ -217,6 +217,12 @@ static void moew_put_receipt(meta_writer *w, const conv_job *job)
     meta_put_string(w, "receipt.tool", tool);
     meta_put_string(w, "receipt.quant", o->quant ? o->quant : "as in the source");
     meta_put_string(w, "receipt.store", stores[o->store]);
+    if (o->bits_per_weight > 0)
+        meta_put_f32(w, "receipt.bits_per_weight", (float)o->bits_per_weight);
+    if (o->imatrix) { // it is among the source's files, with its hash
+        const char *name = strrchr(o->imatrix, '/');
+        meta_put_string(w, "receipt.imatrix", name ? name + 1 : o->imatrix);
+    }
     meta_put_array(w, "receipt.source.files", META_STRING, job->source.n_files);
     for (uint32_t i = 0; i < job->source.n_files; i++) {
         const char *name = strrchr(job->source.files[i].path, '/');
