@@ -121,6 +121,8 @@ static moe_status config_put_u32(config_reader *r, const moe_config_key *k, cons
 {
     static const char expected[] = "a whole number below 2^32, or an array of them";
     if (json_typeof(v) != JSON_ARRAY) {
+        if (strchr(k->hf, '*')) /* a share of something: transformers cuts it to a whole number */
+            x = trunc(x);
         if (!(x >= 0 && x <= UINT32_MAX) || x != floor(x))
             return config_fail(r, MOE_ERR_MODEL, k->hf, expected, v);
         meta_put_u32(&r->kv, key, (uint32_t)x);

@@ -5,6 +5,7 @@ runs them.
 
     python3 tests/make_checkpoints.py                       the committed set, into tests/checkpoints
     python3 tests/make_checkpoints.py --seed 7 --out DIR    other weights, tokens and dimensions
+    python3 tests/make_checkpoints.py --wide --out DIR      rows that can be quantized
     python3 tests/make_checkpoints.py --check MOE_CONVERT   convert each, read the result with the
                                                             gguf package and compare its tensors
                                                             with those of tests/make_fixtures.py
@@ -19,6 +20,7 @@ token, float32[n_vocab].
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import struct
@@ -59,7 +61,8 @@ CHECKPOINTS = {
     "gemma3": dict(mf.MODELS["gemma3"], tok=20),
     "qwen35moe": dict(mf.MODELS["qwen35moe"], tok=16, layer=2, expert=3, used=2,
                       delta=dict(head=4, head_k=2, dim=10, dim_v=8, period=2)),
-    "qwen3next": dict(mf.MODELS["qwen3next"], tok=16, layer=2, expert=3,
+    # 0.4 of 16 dimensions turn: 6, since transformers rounds down
+    "qwen3next": dict(mf.MODELS["qwen3next"], tok=16, layer=2, expert=3, dim=16, rot=6,
                       delta=dict(head=4, head_k=2, dim=6, dim_v=9, period=2)),
     "gemma4": dict(mf.MODELS["gemma4"], tok=16, layer=2, window_period=2, expert=3),
 }
@@ -174,11 +177,25 @@ def edit_config(folder, **changes):
         json.dump(config, f, indent=2)
 
 
-def make(name, m, seed, out):
+def widen(m):
+    """Rows that fill blocks of 32, so that every matrix can be quantized."""
+    lengths = ("ff", "ff_exp", "ff_shared", "dim", "dim_v", "latent", "latent_q", "nope")
+    m.update({k: -(-m[k] // 32) * 32 for k in lengths if m.get(k)})
+    if "embd" in m:  # some classes want a multiple of the number of heads
+        m["embd"] = math.lcm(32, m["head"]) * -(-m["embd"] // math.lcm(32, m["head"]))
+    for part in ("delta", "heads_global"):
+        if part in m:
+            m[part] = widen(dict(m[part]))
+    return m
+
+
+def make(name, m, seed, wide, out):
     rng = np.random.default_rng([seed, sum(name.encode()), 77])
     if seed:
         extra = {k: m[k] for k in ("dtype", "shards", "stacked") if k in m}
         m = dict(mf.randomize(m, rng), **extra)
+    if wide:
+        m = widen(m)
     if m.get("dtype") == "mxfp4":
         m["embd"], m["ff"] = -(-m["embd"] // 32) * 32, -(-m["ff"] // 32) * 32
     if m["family"] in mf.NO_HEAD_DIM:
@@ -252,6 +269,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default=os.path.join(os.path.dirname(__file__), "checkpoints"))
     parser.add_argument("--seed", type=int, default=0, help="0: the committed set")
+    parser.add_argument("--wide", action="store_true", help="rows are multiples of 32")
     parser.add_argument("--only", default="")
     parser.add_argument("--check", metavar="MOE_CONVERT")
     args = parser.parse_args()
@@ -259,7 +277,7 @@ def main():
     os.makedirs(args.out, exist_ok=True)
     for name, m in CHECKPOINTS.items():
         if args.only in name:
-            made = make(name, dict(m), args.seed, args.out)
+            made = make(name, dict(m), args.seed, args.wide, args.out)
             if args.check:
                 check(args.check, os.path.join(args.out, name), *made)
 

@@ -135,15 +135,14 @@ static bool expected_load(expected *e, const char *folder)
     return bytes == 24 + 4 * (size_t)e->n_tok * (1 + (size_t)e->n_vocab);
 }
 
-/* The largest distance of a position's logits, in units of the largest of them. */
-static double run_distance(const char *path, const expected *e)
+/* The model's logits [n_tok][n_vocab] for the expected tokens; NULL after a failure. */
+static float *run_model(const char *path, const expected *e)
 {
     moe_model *model = NULL;
     moe_session *session = NULL;
     moe_model_options mo;
     moe_session_options so;
     moe_error error = {0};
-    double worst = 0;
     moe_model_options_init(&mo);
     mo.path = path;
     moe_session_options_init(&so);
@@ -157,7 +156,20 @@ static double run_distance(const char *path, const expected *e)
     if (!status)
         status = moe_session_eval(session, e->tok, e->n_tok, e->n_tok, logits);
     CHECK(!status, "%s: %s", path, error.message);
-    for (uint32_t t = 0; t < e->n_tok && !status; t++) {
+    moe_session_close(session);
+    moe_model_close(model);
+    if (!status)
+        return logits;
+    free(logits);
+    return NULL;
+}
+
+/* The largest distance of a position's logits, in units of the largest of them. */
+static double run_distance(const char *path, const expected *e)
+{
+    float *logits = run_model(path, e);
+    double worst = logits ? 0 : 1e9;
+    for (uint32_t t = 0; logits && t < e->n_tok; t++) {
         double far = 0, most = 0;
         for (uint32_t v = 0; v < e->n_vocab; v++) {
             const double want = (double)e->logits[(size_t)t * e->n_vocab + v];
@@ -166,16 +178,61 @@ static double run_distance(const char *path, const expected *e)
         }
         worst = fmax(worst, far / most);
     }
-    moe_session_close(session);
-    moe_model_close(model);
     free(logits);
-    return status ? 1e9 : worst;
+    return worst;
 }
 
+/* The divergence D(p || q) of two softmaxes, in nats. */
+static double divergence(const float *p, const float *q, uint32_t n)
+{
+    double p_max = -1e30, q_max = -1e30, p_sum = 0, q_sum = 0, sum = 0;
+    for (uint32_t v = 0; v < n; v++) {
+        p_max = fmax(p_max, (double)p[v]);
+        q_max = fmax(q_max, (double)q[v]);
+    }
+    for (uint32_t v = 0; v < n; v++) {
+        p_sum += exp((double)p[v] - p_max);
+        q_sum += exp((double)q[v] - q_max);
+    }
+    for (uint32_t v = 0; v < n; v++) {
+        const double log_p = (double)p[v] - p_max - log(p_sum);
+        sum += exp(log_p) * (log_p - ((double)q[v] - q_max - log(q_sum)));
+    }
+    return sum;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* The median over the positions of the divergence from the expected logits: some positions lie at a tie of the
+ * router, and there the divergence says nothing about the weights. */
+static double run_divergence(const char *path, const expected *e)
+{
+    float *logits = run_model(path, e);
+    double *each = calloc(e->n_tok, sizeof *each), median = 1e9;
+    for (uint32_t t = 0; logits && t < e->n_tok; t++) {
+        const size_t at = (size_t)t * e->n_vocab;
+        each[t] = divergence(e->logits + at, logits + at, e->n_vocab);
+    }
+    if (logits) {
+        qsort(each, e->n_tok, sizeof *each, by_size);
+        median = each[e->n_tok / 2];
+    }
+    free(each);
+    free(logits);
+    return median;
+}
+
+/* The folder of a checkpoint: of the committed ones, or of others that make_checkpoints.py made. */
 static const char *checkpoint(const char *name)
 {
     static char path[500];
-    snprintf(path, sizeof path, "%s/checkpoints/%s", test_root(), name);
+    const char *other = getenv("MOE_TEST_CHECKPOINTS");
+    snprintf(path, sizeof path, "%s%s/%s", other ? other : test_root(), other ? "" : "/checkpoints",
+             name);
     return path;
 }
 
@@ -184,19 +241,16 @@ static const char *checkpoint(const char *name)
  * moves most are close decisions of the router. */
 static void checkpoints_give_the_logits_of_transformers(void)
 {
-    char root[450];
-    const char *other = getenv("MOE_TEST_CHECKPOINTS");
     int n = 0;
-    snprintf(root, sizeof root, "%s%s", other ? other : test_root(), other ? "" : "/checkpoints");
-    DIR *dir = opendir(root);
-    REQUIRE(dir, "%s", root);
+    DIR *dir = opendir(checkpoint(""));
+    REQUIRE(dir, "%s", checkpoint(""));
     for (struct dirent *d; (d = readdir(dir));) {
         char folder[800];
         expected e = {0};
         moe_error error = {0};
         if (d->d_name[0] == '.')
             continue;
-        snprintf(folder, sizeof folder, "%s/%s", root, d->d_name);
+        snprintf(folder, sizeof folder, "%s", checkpoint(d->d_name));
         CHECK(expected_load(&e, folder), "%s", folder);
         for (int i = 0; i < 2 && e.data; i++) {
             const char *out = scratch_path("out.gguf");
@@ -214,6 +268,39 @@ static void checkpoints_give_the_logits_of_transformers(void)
     }
     closedir(dir);
     CHECK(n >= 16, "%d checkpoints", n);
+}
+
+/* A bit less doubles the rounding and so makes the divergence four times as large, until routers change
+ * their minds. The committed checkpoints mostly have rows that fill no block; those of
+ * make_checkpoints.py --wide are all quantized. */
+static void quantized_checkpoints_diverge_as_their_bits_say(void)
+{
+    static const char *const types[3] = {"q8_0", "q5_0", "q4_0"};
+    int n = 0;
+    DIR *dir = opendir(checkpoint(""));
+    REQUIRE(dir, "%s", checkpoint(""));
+    for (struct dirent *d; (d = readdir(dir));) {
+        expected e = {0};
+        moe_error error = {0};
+        double far[3];
+        if (d->d_name[0] == '.')
+            continue;
+        CHECK(expected_load(&e, checkpoint(d->d_name)), "%s", d->d_name);
+        for (size_t i = 0; i < 3; i++) {
+            const char *out = scratch_path("out.gguf");
+            CHECK(!convert(checkpoint(d->d_name), out, types[i], &error), "%s", error.message);
+            far[i] = run_divergence(out, &e);
+            unlink(out);
+        }
+        free(e.data);
+        if (far[0] == far[2]) /* no row fills a block */
+            continue;
+        n++;
+        CHECK(far[0] <= 0.02 && 5 * far[0] <= far[1] && far[1] <= 1.5 * far[2] && far[2] <= 2,
+              "%s: Q8_0 %.2e, Q5_0 %.2e, Q4_0 %.2e", d->d_name, far[0], far[1], far[2]);
+    }
+    closedir(dir);
+    CHECK(n >= 3, "only %d checkpoints were quantized", n);
 }
 
 /* A layer for multi-token prediction is carried over, and says what transformers' says. */
@@ -1125,6 +1212,7 @@ int main(int argc, char **argv)
         return 1;
     }
     RUN(checkpoints_give_the_logits_of_transformers);
+    RUN(quantized_checkpoints_diverge_as_their_bits_say);
     RUN(fp8_codes_have_their_values);
     RUN(draft_layer_is_converted);
     RUN(threads_write_the_same_bytes);

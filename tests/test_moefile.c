@@ -303,7 +303,7 @@ static uint64_t logits_of(const char *path, opening way)
     moe_status status = moe_model_open(&model, &mo, &error);
     if (!status)
         status = moe_session_open(&session, model, &so, &error);
-    if (!status) {
+    if (!status && model) {
         moe_model_info info = {.size = sizeof info};
         moe_model_get_info(model, &info);
         float *logits = malloc((size_t)N_TOK * info.n_vocab * sizeof *logits);
