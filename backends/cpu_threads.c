@@ -53,6 +53,7 @@ typedef struct cpu_worker {
 struct cpu_pool {
     moe_mem *mem;
     uint32_t n_threads; // the caller's included
+    bool crowded;       // more threads than cores: who spins keeps another from its work
     cpu_worker *workers; // [n_threads - 1]
     cpu_share *shares;   // [n_threads]
     uint32_t n_started;
@@ -164,7 +165,8 @@ static uint32_t cpu_barrier(cpu_pool *pool, uint32_t phase, uint32_t thread)
         return next;
     }
     uint32_t now = seen;
-    for (uint32_t i = 0; i < CPU_SPIN_BARRIER + CPU_YIELD_BARRIER && now == seen; i++) {
+    for (uint32_t i = pool->crowded ? CPU_SPIN_BARRIER : 0;
+         i < CPU_SPIN_BARRIER + CPU_YIELD_BARRIER && now == seen; i++) {
         if (i < CPU_SPIN_BARRIER)
             plat_relax();
         else
@@ -194,7 +196,7 @@ static void cpu_worker_main(void *arg)
     cpu_pool *pool = worker->pool;
     uint32_t seen = 0;
     for (;;) {
-        uint32_t spin = 0;
+        uint32_t spin = pool->crowded ? CPU_SPIN_IDLE : 0;
         while (atomic_load_explicit(&pool->generation, memory_order_acquire) == seen &&
                spin++ < CPU_SPIN_IDLE)
             plat_relax();
@@ -285,6 +287,7 @@ static moe_status cpu_pool_open(cpu_pool *pool, uint32_t n_threads, moe_mem *mem
     memset(pool, 0, sizeof *pool);
     pool->mem = mem;
     pool->n_threads = n_threads;
+    pool->crowded = n_threads > plat_n_cores();
     if (n_threads == 1)
         return MOE_OK;
     pool->shares = mem_alloc(mem, n_threads, sizeof *pool->shares);
