@@ -43,7 +43,7 @@
 #ifdef __clang__
 #define MOE_UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define MOE_UNROLL _Pragma("GCC unroll 16")
+#define MOE_UNROLL _Pragma("GCC unroll 24")
 #endif
 #else
 #define MOE_TARGET(isa)

@@ -105,7 +105,7 @@ static void act_pack_neon(const float *x, size_t n, float *scale, int16_t *sum, 
     }
     for (size_t i = 0; i < n; i += 16) {
         int32x4_t v[4];
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t j = 0; j < 4; j++)
             v[j] = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4 * j), inverse));
         const int16x8_t a = vuzp1q_s16(vreinterpretq_s16_s32(v[0]), vreinterpretq_s16_s32(v[1]));

@@ -26,13 +26,6 @@
 #if MOE_ARM64
 #include <arm_neon.h>
 
-/* In front of a loop whose length is a constant: it is to disappear. */
-#ifdef __clang__
-#define ARM_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define ARM_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 /* --------------------------------------------------------------------------- instructions -- */
 
 /* acc += w x, for SDOT, for SDOT with one lane of x, and for SMMLA. Not by intrinsics: clang before
@@ -153,7 +146,7 @@ MOE_INLINE void arm_fifth_bits(const uint8_t *p, int8x16_t code[2])
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
     const uint8x16_t v[2] = {vcombine_u8(vdup_n_u8(p[0]), vdup_n_u8(p[1])),
                              vcombine_u8(vdup_n_u8(p[2]), vdup_n_u8(p[3]))};
-    ARM_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 2; i++) {
         const uint8x16_t set = vandq_u8(vtstq_u8(v[i], bit), vdupq_n_u8(16));
         code[i] = vorrq_s8(code[i], vreinterpretq_s8_u8(set));
@@ -162,7 +155,7 @@ MOE_INLINE void arm_fifth_bits(const uint8_t *p, int8x16_t code[2])
 
 MOE_INLINE void arm_subtract(int8x16_t *code, size_t n, int8_t bias)
 {
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n; i++)
         code[i] = vsubq_s8(code[i], vdupq_n_s8(bias));
 }
@@ -171,7 +164,7 @@ MOE_INLINE void arm_subtract(int8x16_t *code, size_t n, int8_t bias)
 MOE_INLINE void arm_look_up(int8x16_t *code, size_t n, const int8_t table[16])
 {
     const int8x16_t t = vld1q_s8(table);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n; i++)
         code[i] = vqtbl1q_s8(t, vreinterpretq_u8_s8(code[i]));
 }
@@ -196,7 +189,7 @@ typedef struct arm_engine {
 
 MOE_INLINE void arm_neon_pack(const int8x16_t row[8], int8x16_t code[8])
 {
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t r = 0; r < 8; r++)
         code[r] = row[r];
 }
@@ -206,7 +199,7 @@ MOE_INLINE void arm_neon_dot(const int8x16_t code[8], const int8_t *const *q, si
 {
     (void)n_tok;
     const int8x16_t x = vld1q_s8(q[0] + at);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t r = 0; r < 8; r++)
         sum[r] = arm_dot_neon(sum[r], code[r], x);
 }
@@ -215,7 +208,7 @@ MOE_INLINE void arm_neon_scale(const int32x4_t *part, const int32x4_t scale[2], 
                                int32x4_t *sum)
 {
     (void)n_tok;
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t h = 0; h < 2; h++) {
         sum[4 * h] = vmlaq_laneq_s32(sum[4 * h], part[4 * h], scale[h], 0);
         sum[4 * h + 1] = vmlaq_laneq_s32(sum[4 * h + 1], part[4 * h + 1], scale[h], 1);
@@ -237,7 +230,7 @@ static const arm_engine arm_neon = {1, 8, arm_neon_pack, arm_neon_dot, arm_neon_
 /* Two transpositions of 4 x 4 words. */
 MOE_INLINE void arm_dotprod_pack(const int8x16_t row[8], int8x16_t code[8])
 {
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t h = 0; h < 2; h++) {
         const int32x4_t a = vreinterpretq_s32_s8(row[4 * h]);
         const int32x4_t b = vreinterpretq_s32_s8(row[4 * h + 1]);
@@ -259,19 +252,19 @@ MOE_DOTPROD MOE_INLINE void arm_dotprod_dot(const int8x16_t code[8], const int8_
                                             size_t at, size_t n_tok, int32x4_t *sum)
 {
     int8x16_t x[4];
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++)
         x[t] = vld1q_s8(q[t] + at);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         ARM_SDOT_LANE(sum[i], code[i % 2], x[i / 2], 0);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         ARM_SDOT_LANE(sum[i], code[2 + i % 2], x[i / 2], 1);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         ARM_SDOT_LANE(sum[i], code[4 + i % 2], x[i / 2], 2);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         ARM_SDOT_LANE(sum[i], code[6 + i % 2], x[i / 2], 3);
 }
@@ -279,14 +272,14 @@ MOE_DOTPROD MOE_INLINE void arm_dotprod_dot(const int8x16_t code[8], const int8_
 MOE_INLINE void arm_dotprod_scale(const int32x4_t *part, const int32x4_t scale[2], size_t n_tok,
                                   int32x4_t *sum)
 {
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         sum[i] = vmlaq_s32(sum[i], part[i], scale[i % 2]);
 }
 
 MOE_INLINE void arm_dotprod_finish(const int32x4_t *sum, size_t n_tok, int32x4_t (*out)[2])
 {
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         out[i / 2][i % 2] = sum[i];
 }
@@ -296,7 +289,7 @@ static const arm_engine arm_dotprod = {4, 2, arm_dotprod_pack, arm_dotprod_dot, 
 
 MOE_INLINE void arm_i8mm_pack(const int8x16_t row[8], int8x16_t code[8])
 {
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t p = 0; p < 4; p++) {
         const int64x2_t a = vreinterpretq_s64_s8(row[2 * p]);
         const int64x2_t b = vreinterpretq_s64_s8(row[2 * p + 1]);
@@ -310,17 +303,17 @@ MOE_I8MM MOE_INLINE void arm_i8mm_dot(const int8x16_t code[8], const int8_t *con
                                       size_t n_tok, int32x4_t *sum)
 {
     int64x2_t low[2], high[2]; /* k 0..7 and 8..15 of two tokens */
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t u = 0; u < n_tok / 2; u++) {
         const int64x2_t a = vreinterpretq_s64_s8(vld1q_s8(q[2 * u] + at));
         const int64x2_t b = vreinterpretq_s64_s8(vld1q_s8(q[2 * u + 1] + at));
         low[u] = vtrn1q_s64(a, b);
         high[u] = vtrn2q_s64(a, b);
     }
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         ARM_SMMLA(sum[i], code[i % 4], low[i / 4]);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         ARM_SMMLA(sum[i], code[4 + i % 4], high[i / 4]);
 }
@@ -330,14 +323,14 @@ MOE_INLINE void arm_i8mm_scale(const int32x4_t *part, const int32x4_t scale[2], 
 {
     const int32x4_t twice[4] = {vzip1q_s32(scale[0], scale[0]), vzip2q_s32(scale[0], scale[0]),
                                 vzip1q_s32(scale[1], scale[1]), vzip2q_s32(scale[1], scale[1])};
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2 * n_tok; i++)
         sum[i] = vmlaq_s32(sum[i], part[i], twice[i % 4]);
 }
 
 MOE_INLINE void arm_i8mm_finish(const int32x4_t *sum, size_t n_tok, int32x4_t (*out)[2])
 {
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_tok; i++) {
         const int32x4_t a = sum[2 * i], b = sum[2 * i + 1];
         out[i / 2 * 2][i % 2] = vuzp1q_s32(a, b);
@@ -387,7 +380,7 @@ MOE_INLINE void arm32_gemv(const moe_mm *mm, const arm32_format *f, arm_dot_fn *
             const int8x16_t x0 = vld1q_s8(x.q + 32 * b), x1 = vld1q_s8(x.q + 32 * b + 16);
             int32x4_t sum[4];
             arm_prefetch(next + 4 * at, 4 * f->block_bytes);
-            ARM_UNROLL
+            MOE_UNROLL
             for (size_t i = 0; i < 4; i++) {
                 int8x16_t code[2];
                 f->codes(row[i] + at, code);
@@ -410,7 +403,7 @@ MOE_INLINE void arm32_load(const uint8_t *const row[8], size_t at, const arm32_f
                            const arm_engine *e, arm32_tile *tile)
 {
     int8x16_t low[8], high[8];
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t r = 0; r < 8; r++) {
         int8x16_t code[2];
         f->codes(row[r] + at, code);
@@ -419,7 +412,7 @@ MOE_INLINE void arm32_load(const uint8_t *const row[8], size_t at, const arm32_f
     }
     e->pack(low, tile->code);
     e->pack(high, tile->code + 8);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t h = 0; h < 2; h++) {
         tile->d[h] = f->scales(row + 4 * h, at);
         tile->m[h] = f->affine ? arm_f16x4(row + 4 * h, at + 2) : tile->d[h];
@@ -432,16 +425,16 @@ MOE_INLINE void arm32_step(const arm32_tile *tile, const moe_q8 *x, size_t b, si
 {
     const int8_t *q[4];
     int32x4_t sum[8], dot[4][2];
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++)
         q[t] = x[t].q + 32 * b;
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_tok * e->n_sum; i++)
         sum[i] = vdupq_n_s32(0);
     e->dot(tile->code, q, 0, n_tok, sum);
     e->dot(tile->code + 8, q, 16, n_tok, sum);
     e->finish(sum, n_tok, dot);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++) {
         acc[t][0] = arm32_add(f, dot[t][0], tile->d[0], tile->m[0], &x[t], b, acc[t][0]);
         acc[t][1] = arm32_add(f, dot[t][1], tile->d[1], tile->m[1], &x[t], b, acc[t][1]);
@@ -589,13 +582,13 @@ MOE_INLINE void arm_float_gemv(const moe_mm *mm, size_t item_bytes, arm_load8_fn
         arm_rows(mm, r, 8, row);
         const uintptr_t next = (uintptr_t)row[0] + 8 * mm->w_stride;
         float32x4_t low[8], high[8];
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < 8; i++)
             low[i] = high[i] = vdupq_n_f32(0);
         for (size_t k = 0; k < n8; k += 8) {
             const float32x4_t x0 = vld1q_f32(x + k), x1 = vld1q_f32(x + k + 4);
             arm_prefetch(next + 8 * k * item_bytes, 64 * item_bytes);
-            ARM_UNROLL
+            MOE_UNROLL
             for (size_t i = 0; i < 8; i++) {
                 const float32x4x2_t w = load8(row[i] + k * item_bytes);
                 low[i] = vfmaq_f32(low[i], w.val[0], x0);
@@ -605,7 +598,7 @@ MOE_INLINE void arm_float_gemv(const moe_mm *mm, size_t item_bytes, arm_load8_fn
             }
         }
         float y[8], lane[8][8];
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < 8; i++) {
             vst1q_f32(lane[i], low[i]);
             vst1q_f32(lane[i] + 4, high[i]);
@@ -635,7 +628,7 @@ MOE_INLINE void arm_float_tile(const uint8_t *const row[4], const float *x, cons
     for (; k < end; k += 8) {
         const float32x4_t a0 = vld1q_f32(x + k), a1 = vld1q_f32(x + k + 4);
         const float32x4_t b0 = vld1q_f32(x2 + k), b1 = vld1q_f32(x2 + k + 4);
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < 4; i++) {
             const float32x4x2_t w = load8(row[i] + k * item_bytes);
             a.low[i] = vfmaq_f32(a.low[i], w.val[0], a0);

@@ -64,10 +64,10 @@ MOE_INLINE int32x4_t arm_k_dot4(int32x4_t acc, const int8x16_t *code, const int8
                                 size_t group16, int32x4_t scale, arm_dot_fn *dot)
 {
     int32x4_t part[4];
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t g = 0; g < 4; g++) {
         part[g] = vdupq_n_s32(0);
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t i = group16 * g; i < group16 * (g + 1); i++)
             part[g] = dot(part[g], code[i], vld1q_s8(q + 16 * i));
     }
@@ -99,7 +99,7 @@ MOE_INLINE void arm_k_dot_row(const uint8_t *block, const int8_t *q, const int16
     int32x4_t s[4], acc[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
     f->scales(block, &scale, &min);
     arm_k_widen(scale, s);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t half = 0; half < 2; half++) {
         const int8_t *x = q + 128 * half;
         f->codes(block, half, code);
@@ -154,19 +154,19 @@ typedef struct arm_k_tile {
 MOE_INLINE void arm_k_transpose(const int8x16_t row[8], int8x16_t out[8])
 {
     int8x16_t a[8], b[8];
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 4; i++) { /* rows i, i + 4; groups 0..7, 8..15 */
         a[i] = vzip1q_s8(row[i], row[i + 4]);
         a[4 + i] = vzip2q_s8(row[i], row[i + 4]);
     }
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2; i++) /* rows i, i + 2, i + 4, i + 6; 4 groups each */
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t h = 0; h < 2; h++) {
             b[4 * h + i] = vzip1q_s8(a[4 * h + i], a[4 * h + i + 2]);
             b[4 * h + 2 + i] = vzip2q_s8(a[4 * h + i], a[4 * h + i + 2]);
         }
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 4; i++) {
         out[2 * i] = vzip1q_s8(b[2 * i], b[2 * i + 1]);
         out[2 * i + 1] = vzip2q_s8(b[2 * i], b[2 * i + 1]);
@@ -185,7 +185,7 @@ MOE_INLINE void arm_k_load_scales(const uint8_t *const row[8], size_t at, const 
     arm_k_transpose(scale, scales);
     arm_k_transpose(min, mins);
     const size_t n_pair = K_LEN / f->group / 2;
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_pair; i++) {
         int32x4_t wide[4];
         arm_k_widen(scales[i], wide);
@@ -196,7 +196,7 @@ MOE_INLINE void arm_k_load_scales(const uint8_t *const row[8], size_t at, const 
         tile->min[2 * i] = vmovl_s8(vget_low_s8(mins[i]));
         tile->min[2 * i + 1] = vmovl_high_s8(mins[i]);
     }
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t h = 0; h < 2; h++) {
         tile->d[h] = arm_f16x4(row + 4 * h, at + f->d_at);
         tile->dmin[h] = f->min ? arm_f16x4(row + 4 * h, at + f->d_at + 2) : tile->d[h];
@@ -225,7 +225,7 @@ MOE_INLINE void arm_k_min_sum(const arm_k_tile *tile, const int16_t *sum, const 
 {
     const size_t n_group = K_LEN / f->group;
     out[0] = out[1] = vdupq_n_s32(0);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t g = 0; g < n_group; g++) {
         const size_t at = g * f->group / 16;
         const int16_t s = (int16_t)(f->group == 16 ? sum[at] : sum[at] + sum[at + 1]);
@@ -240,30 +240,30 @@ MOE_INLINE void arm_k_step(const arm_k_tile *tile, const moe_q8 *x, size_t b, si
 {
     const int8_t *q[4];
     int32x4_t sum[8], dot[4][2];
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++)
         q[t] = x[t].q + K_LEN * b;
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_tok * e->n_sum; i++)
         sum[i] = vdupq_n_s32(0);
     for (size_t g = 0; g < K_LEN / f->group; g++) {
         int32x4_t part[8];
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < n_tok * e->n_sum; i++)
             part[i] = vdupq_n_s32(0);
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t k = 0; k < f->group; k += 16)
             e->dot(tile->code + (g * f->group + k) / 2, q, g * f->group + k, n_tok, part);
         e->scale(part, tile->scale[g], n_tok, sum);
     }
     e->finish(sum, n_tok, dot);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++) {
         const float32x4_t x_scale = vld1q_dup_f32(x[t].scale + b);
         int32x4_t min[2] = {dot[t][0], dot[t][1]};
         if (f->min)
             arm_k_min_sum(tile, x[t].sum + 16 * b, f, min);
-        ARM_UNROLL
+        MOE_UNROLL
         for (size_t h = 0; h < 2; h++)
             acc[t][h] = arm_k_add(f, dot[t][h], min[h], tile->d[h], tile->dmin[h], x_scale,
                                   acc[t][h]);

@@ -109,7 +109,7 @@ MOE_VNNI512 static void iq4_nl_load_vnni512(x86_512_rows *rows, size_t offset, x
     x86_512_load_words(rows, offset, 8 * sizeof(iq4_nl_block), word);
     for (size_t b = 0; b < 8; b += 2) {
         const __m512i *w = word + b * sizeof(iq4_nl_block) / 4;
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < 2; i++) {
             const size_t at = i * sizeof(iq4_nl_block);
             __m512i *code = tile->code + 8 * (b + i);

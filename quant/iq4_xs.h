@@ -221,14 +221,14 @@ MOE_AVX2_INLINE void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset
     for (size_t g = 0; g < 8; g++) {
         __m256i v[4], *code = tile->code + 8 * g;
         x86_k_load_transposed(row, offset + offsetof(iq4_xs_block, qs) + 16 * g, v);
-        X86_K_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < 4; j++)
             iq4_xs_values_avx2(v[j], &code[j], &code[j + 4]);
     }
     __m256i v[4]; /* d and scales_h, scales_l, two vectors of qs */
     x86_k_load_transposed(row, offset, v);
     v[0] = _mm256_srli_epi32(v[0], 16 - 4);
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int g = 0; g < 8; g++)
         tile->scale[g] = iq4_xs_join_avx2(_mm256_srli_epi32(v[1], 4 * g),
                                           _mm256_srli_epi32(v[0], 2 * g));
@@ -257,7 +257,7 @@ MOE_VNNI512 static void iq4_xs_load_vnni512(x86_512_rows *rows, size_t offset, x
     for (size_t p = 0; p < 4; p++) { /* groups 2p and 2p + 1 */
         __m512i v[8], *code = tile->code + 16 * p;
         x86_512_load32(rows, offset + offsetof(iq4_xs_block, qs) + 32 * p, v);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < 4; j++) {
             x86_512_nibbles(v[j], &code[j], &code[j + 4]);
             x86_512_nibbles(v[j + 4], &code[j + 8], &code[j + 12]);
@@ -306,7 +306,7 @@ MOE_INLINE void iq4_xs_scales_arm(const uint8_t *block, int8x16_t *scale, int8x1
 MOE_INLINE void iq4_xs_codes_arm(const uint8_t *block, size_t half, int8x16_t code[8])
 {
     const uint8_t *qs = ((const iq4_xs_block *)block)->qs + 64 * half;
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 4; i++)
         arm_nibbles(qs + 16 * i, code + 2 * i);
     arm_look_up(code, 8, iq4_value);

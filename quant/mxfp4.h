@@ -151,7 +151,7 @@ MOE_VNNI512 static void mxfp4_load_vnni512(x86_512_rows *rows, size_t offset, x8
     x86_512_load_words(rows, offset, 8 * sizeof(mxfp4_block), word);
     for (size_t b = 0; b < 8; b += 4) {
         const __m512i *w = word + b * sizeof(mxfp4_block) / 4;
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < 4; i++) {
             const size_t at = i * sizeof(mxfp4_block);
             __m512i *code = tile->code + 8 * (b + i);

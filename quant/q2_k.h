@@ -151,10 +151,10 @@ MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     for (size_t i = 0; i < 4; i++) { /* half i / 2, 16 bytes of each row */
         __m256i v[4], code[4];
         x86_k_load_transposed(row, offset + offsetof(q2_k_block, qs) + 16 * i, v);
-        X86_K_UNROLL
+        MOE_UNROLL
         for (int k = 0; k < 4; k++) {
             q2_k_codes_avx2(v[k], code);
-            X86_K_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < 4; j++)
                 tile->code[32 * (i / 2) + 4 * (i % 2) + 8 * (size_t)j + (size_t)k] = code[j];
         }
@@ -162,7 +162,7 @@ MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     const __m256i mask = _mm256_set1_epi8(15);
     __m256i scale[4], min[4];
     x86_k_load_transposed(row, offset, scale);
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; i++) {
         min[i] = _mm256_and_si256(_mm256_srli_epi16(scale[i], 4), mask);
         scale[i] = _mm256_and_si256(scale[i], mask);
@@ -194,23 +194,23 @@ MOE_VNNI512 static void q2_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     const __m512i low2 = _mm512_set1_epi8(3), low4 = _mm512_set1_epi8(15);
     __m512i last[4], scale[4]; /* of 4 groups each */
     x86_512_load16(rows, offset, scale);
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; i++) {
         const __m512i min = _mm512_and_si512(_mm512_srli_epi16(scale[i], 4), low4);
         tile->min[2 * i] = x86_512_byte_pair(min, 0);
         tile->min[2 * i + 1] = x86_512_byte_pair(min, 1);
         scale[i] = _mm512_and_si512(scale[i], low4);
     }
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t half = 0; half < 2; half++) {
         __m512i v[8], *code = tile->code + 32 * half;
         x86_512_load32(rows, offset + offsetof(q2_k_block, qs) + 32 * half, v);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t j = 0; j < 4; j++) {
             const size_t g = 8 * half + 2 * j;
             const __m512i even = x86_512_byte_twice(scale[g / 4], g % 4);
             const __m512i odd = x86_512_byte_twice(scale[g / 4], g % 4 + 1);
-            X86_512_UNROLL
+            MOE_UNROLL
             for (size_t k = 0; k < 8; k++) {
                 const __m512i q = _mm512_and_si512(v[k], low2);
                 code[8 * j + k] = _mm512_mullo_epi16(q, k < 4 ? even : odd);
@@ -247,7 +247,7 @@ MOE_INLINE void q2_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 {
     const uint8_t *qs = ((const q2_k_block *)block)->qs + 32 * half;
     const uint8x16_t mask = vdupq_n_u8(3);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2; i++) {
         const uint8x16_t v = vld1q_u8(qs + 16 * i);
         code[i] = vreinterpretq_s8_u8(vandq_u8(v, mask));

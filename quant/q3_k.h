@@ -179,11 +179,11 @@ MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, 
         x86_k_load_transposed(row, offset + 16 * i, h);
         x86_k_load_transposed(row, qs, v0);
         x86_k_load_transposed(row, qs + 32, v1);
-        X86_K_UNROLL
+        MOE_UNROLL
         for (int k = 0; k < 4; k++) {
             q3_k_codes_avx2(v0[k], _mm256_slli_epi16(h[k], 2), code);
             q3_k_codes_avx2(v1[k], _mm256_srli_epi16(h[k], 2), code + 4);
-            X86_K_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < 8; j++)
                 tile->code[4 * i + 8 * (size_t)j + (size_t)k] = code[j];
         }
@@ -191,7 +191,7 @@ MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     uint8_t packed[8][16];
     const uint8_t *from[8];
     __m256i scale[4];
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int r = 0; r < 8; r++) {
         __m128i s = q3_k_scales_avx2((const q3_k_block *)(row[r] + offset));
         _mm_storeu_si128((__m128i *)packed[r], s);
@@ -199,7 +199,7 @@ MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     }
     x86_k_load_transposed(from, 0, scale);
     x86_k_spread_pairs(scale, tile->scale);
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int p = 0; p < 8; p++)
         tile->min[p] = _mm256_slli_epi16(tile->scale[p], 2);
     tile->d = x86_f16x8(row, offset + offsetof(q3_k_block, d));
@@ -226,7 +226,7 @@ MOE_VNNI512_INLINE void q3_k_scales_vnni512(__m512i low, __m512i high, __m512i s
     __m512i v = _mm512_and_si512(low, _mm512_set1_epi8(15));
     v = _mm512_or_si512(v, _mm512_and_si512(_mm512_slli_epi16(high, 4), _mm512_set1_epi8(48)));
     v = _mm512_sub_epi8(v, _mm512_set1_epi8(32));
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t g = 0; g < 4; g++)
         scale[g] = x86_512_signed_byte(v, g);
 }
@@ -239,10 +239,10 @@ MOE_VNNI512 static void q3_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     for (size_t half = 0; half < 2; half++) {
         __m512i v[8], *code = tile->code + 32 * half;
         x86_512_load32(rows, offset + offsetof(q3_k_block, qs) + 32 * half, v);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (int k = 0; k < 8; k++) {
             __m512i h = half ? _mm512_srli_epi16(high[k], 2) : _mm512_slli_epi16(high[k], 2);
-            X86_512_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < 4; j++) {
                 code[8 * j + k] = _mm512_or_si512(_mm512_and_si512(v[k], two),
                                                   _mm512_and_si512(h, four));
@@ -293,7 +293,7 @@ MOE_INLINE void q3_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 {
     const q3_k_block *w = (const q3_k_block *)block;
     const uint8x16_t low = vdupq_n_u8(3), top = vdupq_n_u8(4);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2; i++) {
         const uint8x16_t v = vld1q_u8(w->qs + 32 * half + 16 * i);
         /* bits 0..3: the third bits of the half's j = 0..3 */

@@ -115,7 +115,7 @@ MOE_AVX2_INLINE void q4_k_dot64_avx2(const uint8_t *const row[8], size_t offset,
     const __m256i mask = _mm256_set1_epi8(15);
     const __m256i x0 = x86_load_twice(q), x1 = x86_load_twice(q + 16);
     const __m256i x2 = x86_load_twice(q + 32), x3 = x86_load_twice(q + 48);
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int r = 0; r < 4; r++) {
         __m256i v0 = x86_load_pair(row[r] + offset, row[r + 4] + offset);
         __m256i v1 = x86_load_pair(row[r] + offset + 16, row[r + 4] + offset + 16);
@@ -153,7 +153,7 @@ MOE_AVX2_INLINE void q4_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     for (size_t i = 0; i < 8; i++) {
         __m256i v[4], *code = tile->code + 16 * (i / 2) + 4 * (i % 2);
         x86_k_load_transposed(row, offset + offsetof(q4_k_block, qs) + 16 * i, v);
-        X86_K_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < 4; j++) {
             code[j] = _mm256_and_si256(v[j], mask);
             code[j + 8] = _mm256_and_si256(_mm256_srli_epi16(v[j], 4), mask);
@@ -183,7 +183,7 @@ MOE_VNNI512 static void q4_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     for (size_t p = 0; p < 4; p++) {
         __m512i v[8], *code = tile->code + 16 * p;
         x86_512_load32(rows, offset + offsetof(q4_k_block, qs) + 32 * p, v);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < 8; j++)
             x86_512_nibbles(v[j], &code[j], &code[j + 8]);
     }
@@ -210,7 +210,7 @@ MOE_INLINE void q4_k_scales_arm(const uint8_t *block, int8x16_t *scale, int8x16_
 MOE_INLINE void q4_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code[8])
 {
     const uint8_t *qs = ((const q4_k_block *)block)->qs + 64 * half;
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 4; i++) {
         const uint8x16_t v = vld1q_u8(qs + 16 * i);
         const size_t at = i / 2 * 4 + i % 2;

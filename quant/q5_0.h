@@ -109,7 +109,7 @@ MOE_VNNI512 static void q5_0_load_vnni512(x86_512_rows *rows, size_t offset, x86
     x86_512_load_words(rows, offset, 8 * sizeof(q5_0_block), word);
     for (size_t b = 0; b < 8; b += 2) {
         const __m512i *w = word + b * sizeof(q5_0_block) / 4;
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < 2; i++) {
             const size_t at = i * sizeof(q5_0_block);
             __m512i *code = tile->code + 8 * (b + i);

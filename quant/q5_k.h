@@ -138,7 +138,7 @@ MOE_AVX2_INLINE void q5_k_dot64_avx2(const uint8_t *const row[8], size_t qs, siz
 {
     const __m256i x0 = x86_load_twice(q), x1 = x86_load_twice(q + 16);
     const __m256i x2 = x86_load_twice(q + 32), x3 = x86_load_twice(q + 48);
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int r = 0; r < 4; r++) {
         __m256i v0 = x86_load_pair(row[r] + qs, row[r + 4] + qs);
         __m256i v1 = x86_load_pair(row[r] + qs + 16, row[r + 4] + qs + 16);
@@ -179,7 +179,7 @@ MOE_AVX2_INLINE void q5_k_load_avx2(const uint8_t *const row[8], size_t offset, 
         for (size_t p = 0; p < 4; p++) {
             __m256i qs[4], *code = tile->code + 16 * p + 4 * half;
             x86_k_load_transposed(row, offset + offsetof(q5_k_block, qs) + 32 * p + 16 * half, qs);
-            X86_K_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < 4; j++) {
                 code[j] = q5_k_low_avx2(qs[j], qh[j]);
                 code[j + 8] = q5_k_high_avx2(qs[j], qh[j]);
@@ -214,7 +214,7 @@ MOE_VNNI512 static void q5_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     for (size_t p = 0; p < 4; p++) {
         __m512i v[8], *code = tile->code + 16 * p;
         x86_512_load32(rows, offset + offsetof(q5_k_block, qs) + 32 * p, v);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < 8; j++) {
             x86_512_nibbles(v[j], &code[j], &code[j + 8]);
             const __m512i even = _mm512_slli_epi16(high[j], 4), odd = _mm512_slli_epi16(high[j], 3);
@@ -247,7 +247,7 @@ MOE_INLINE void q5_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 {
     const q5_k_block *w = (const q5_k_block *)block;
     const uint8x16_t nibble = vdupq_n_u8(15), top = vdupq_n_u8(16);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2; i++) {
         const uint8x16_t v = vld1q_u8(w->qs + 64 * half + 16 * i);
         const uint8x16_t u = vld1q_u8(w->qs + 64 * half + 16 * i + 32);

@@ -155,10 +155,10 @@ MOE_AVX2_INLINE void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, 
         x86_k_load_transposed(row, ql, v0);
         x86_k_load_transposed(row, ql + 32, v1);
         x86_k_load_transposed(row, qh, h);
-        X86_K_UNROLL
+        MOE_UNROLL
         for (int k = 0; k < 4; k++) {
             q6_k_codes_avx2(v0[k], v1[k], h[k], code);
-            X86_K_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < 4; j++)
                 tile->code[32 * (i / 2) + 4 * (i % 2) + 8 * (size_t)j + (size_t)k] = code[j];
         }
@@ -166,7 +166,7 @@ MOE_AVX2_INLINE void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     __m256i scale[4];
     x86_k_load_transposed(row, offset + offsetof(q6_k_block, scales), scale);
     x86_k_spread_pairs(scale, tile->scale);
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int p = 0; p < 8; p++)
         tile->min[p] = _mm256_slli_epi16(tile->scale[p], 5);
     tile->d = x86_f16x8(row, offset + offsetof(q6_k_block, d));
@@ -200,7 +200,7 @@ MOE_VNNI512 static void q6_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
         x86_512_load32(rows, offset + 64 * half, v0);
         x86_512_load32(rows, offset + 64 * half + 32, v1);
         x86_512_load32(rows, offset + offsetof(q6_k_block, qh) + 32 * half, h);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (int k = 0; k < 8; k++) {
             code[k] = q6_k_join_vnni512(v0[k], _mm512_slli_epi16(h[k], 4));
             code[k + 8] = q6_k_join_vnni512(v1[k], _mm512_slli_epi16(h[k], 2));
@@ -211,7 +211,7 @@ MOE_VNNI512 static void q6_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     }
     __m512i v[8]; /* the last 32 bytes: 14 of qh, scales, d */
     x86_512_load32(rows, offset + sizeof(q6_k_block) - 32, v);
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t g = 0; g < 16; g++)
         tile->scale[g] = x86_512_signed_byte(v[(14 + g) / 4], (14 + g) % 4);
     tile->d[0] = x86_512_f16_at(v, 30);
@@ -239,7 +239,7 @@ MOE_INLINE void q6_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 {
     const q6_k_block *w = (const q6_k_block *)block;
     const uint8x16_t nibble = vdupq_n_u8(15), top = vdupq_n_u8(48);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2; i++) {
         const uint8x16_t v = vld1q_u8(w->ql + 64 * half + 16 * i);
         const uint8x16_t u = vld1q_u8(w->ql + 64 * half + 16 * i + 32);

@@ -97,10 +97,10 @@ MOE_VNNI512 static void q8_0_load_vnni512(x86_512_rows *rows, size_t offset, x86
     x86_512_load_words(rows, offset, 8 * sizeof(q8_0_block), word);
     for (size_t b = 0; b < 8; b += 2) {
         const __m512i *w = word + b * sizeof(q8_0_block) / 4;
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < 2; i++) {
             const size_t at = i * sizeof(q8_0_block);
-            X86_512_UNROLL
+            MOE_UNROLL
             for (size_t j = 0; j < 8; j++)
                 tile->code[8 * (b + i) + j] = _mm512_xor_si512(
                     x86_512_word(w, at + offsetof(q8_0_block, q) + 4 * j), _mm512_set1_epi8(-128));

@@ -168,7 +168,7 @@ MOE_AVX2_INLINE void tcq_unpack_avx2(tcq_paths_avx2 *paths, const uint8_t *const
                                      x86_block *w)
 {
     load(row, offset, half, w);
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t r = 0; r < 4; r++) {
         tcq_step_avx2(&paths->lo[r], &w->lo[r]);
         tcq_step_avx2(&paths->hi[r], &w->hi[r]);
@@ -191,7 +191,7 @@ MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
             x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
             x86_block w;
             w.d = x86_f16x8(row, b * block_bytes);
-            X86_512_UNROLL
+            MOE_UNROLL
             for (size_t half = 0; half < 2; half++) {
                 tcq_unpack_avx2(&paths, row, b * block_bytes, half, load, &w);
                 const x86_x32 xb = x86_load_x32(&x, 2 * b + half);
@@ -307,7 +307,7 @@ MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
         for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
             x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
             const __m256 d = x86_f16x8(row, b * block_bytes);
-            X86_512_UNROLL
+            MOE_UNROLL
             for (size_t half = 0; half < 2; half++) {
                 tcq_codes_512 w;
                 load(row, b * block_bytes, half, &w);
@@ -347,7 +347,7 @@ MOE_INLINE void tcq_unpack_arm(const uint8_t *block, size_t half, const tcq_arm 
     const uint8x16_t next = vld1q_u8(tcq_next);
     uint8x16_t v[2];
     f->codes(block, half, v);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 2; i++) {
         const uint8x16_t s = state[i];
         state[i] = vqtbl1q_u8(next, vorrq_u8(s, vandq_u8(v[i], vdupq_n_u8(2))));
@@ -379,7 +379,7 @@ MOE_INLINE void tcq_gemv_arm(const moe_mm *mm, const tcq_arm *f, arm_dot_fn *dot
             int32x4_t sum[4];
             if (t % 2 == 0)
                 arm_prefetch(next + 4 * at, 4 * f->block_bytes);
-            ARM_UNROLL
+            MOE_UNROLL
             for (size_t i = 0; i < 4; i++) {
                 int8x16_t v[2];
                 tcq_unpack_arm(row[i] + at, t % 2, f, state[i], v);
@@ -399,16 +399,16 @@ MOE_INLINE void tcq_tile_arm(const int8x16_t code[16], const float32x4_t d[2], c
 {
     const int8_t *q[4];
     int32x4_t sum[8], dot[4][2];
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++)
         q[t] = x[t].q + 32 * b;
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_tok * e->n_sum; i++)
         sum[i] = vdupq_n_s32(0);
     e->dot(code, q, 0, n_tok, sum);
     e->dot(code + 8, q, 16, n_tok, sum);
     e->finish(sum, n_tok, dot);
-    ARM_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++) {
         acc[t][0] = tcq_add_arm(dot[t][0], d[0], &x[t], b, acc[t][0]);
         acc[t][1] = tcq_add_arm(dot[t][1], d[1], &x[t], b, acc[t][1]);

@@ -46,7 +46,7 @@ MOE_AVX2_INLINE void tcq4_load_avx2(const uint8_t *const row[8], size_t offset, 
 {
     const __m256i mask = _mm256_set1_epi8(30);
     const size_t q = offset + offsetof(tcq4_block, q) + 16 * half;
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t r = 0; r < 4; r++) {
         const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q);
         w->lo[r] = _mm256_and_si256(_mm256_slli_epi16(v, 1), mask);
@@ -68,7 +68,7 @@ MOE_VNNI512_INLINE void tcq4_load_512(const uint8_t *const row[8], size_t offset
 {
     const __m512i mask = _mm512_set1_epi8(30);
     const size_t q = offset + offsetof(tcq4_block, q) + 16 * half;
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 2; i++) {
         const __m512i v = tcq_load_rows_512(row, q, 2 * i);
         w->lo[i] = _mm512_and_si512(_mm512_slli_epi16(v, 1), mask);

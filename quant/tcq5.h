@@ -67,7 +67,7 @@ MOE_AVX2_INLINE void tcq5_load_avx2(const uint8_t *const row[8], size_t offset, 
     const __m256i mask = _mm256_set1_epi8(60);
     const __m256i low = x86_u32x8(row, offset + offsetof(tcq5_block, low) + 4 * half);
     const size_t q = offset + offsetof(tcq5_block, q) + 16 * half;
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int r = 0; r < 4; r++) {
         const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q);
         w->lo[r] = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(v, 2), mask),
@@ -110,7 +110,7 @@ MOE_VNNI512_INLINE void tcq5_load_512(const uint8_t *const row[8], size_t offset
     const __m512i mask = _mm512_set1_epi8(60);
     const size_t low = offset + offsetof(tcq5_block, low) + 4 * half;
     const size_t q = offset + offsetof(tcq5_block, q) + 16 * half;
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 2; i++) {
         const __m512i v = tcq_load_rows_512(row, q, 2 * i);
         w->lo[i] = _mm512_and_si512(_mm512_slli_epi16(v, 2), mask);
@@ -131,7 +131,7 @@ MOE_INLINE void tcq5_codes_arm(const uint8_t *block, size_t half, uint8x16_t v[2
     const uint8x16_t q = vld1q_u8(block + offsetof(tcq5_block, q) + 16 * half);
     const uint8_t *low = block + offsetof(tcq5_block, low) + 4 * half;
     const uint8x16_t four[2] = {vandq_u8(q, vdupq_n_u8(15)), vshrq_n_u8(q, 4)};
-    ARM_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 2; i++) {
         const uint8x16_t copy = vcombine_u8(vdup_n_u8(low[2 * i]), vdup_n_u8(low[2 * i + 1]));
         v[i] = vorrq_u8(vshlq_n_u8(four[i], 2), vandq_u8(vtstq_u8(copy, bit), vdupq_n_u8(2)));

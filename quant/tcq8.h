@@ -39,7 +39,7 @@ MOE_AVX2_INLINE void tcq8_load_avx2(const uint8_t *const row[8], size_t offset, 
                                     x86_block *w)
 {
     const size_t q = offset + offsetof(tcq8_block, q) + 32 * half;
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t r = 0; r < 4; r++) {
         const __m256i lo = x86_load_pair(row[r] + q, row[r + 4] + q);
         const __m256i hi = x86_load_pair(row[r] + q + 16, row[r + 4] + q + 16);
@@ -53,7 +53,7 @@ MOE_AVX2_INLINE __m256 tcq8_step_avx2(const x86_block *w, const x86_x32 *x, __m2
 {
     const __m256i bias = _mm256_set1_epi8((char)TCQ8_BIAS);
     x86_block v = *w;
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t r = 0; r < 4; r++) {
         v.lo[r] = _mm256_xor_si256(w->lo[r], bias);
         v.hi[r] = _mm256_xor_si256(w->hi[r], bias);
@@ -67,7 +67,7 @@ MOE_VNNI512_INLINE void tcq8_load_512(const uint8_t *const row[8], size_t offset
                                       size_t half, tcq_codes_512 *w)
 {
     const size_t q = offset + offsetof(tcq8_block, q) + 32 * half;
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 2; i++) {
         const __m512i lo = tcq_load_rows_512(row, q, 2 * i);
         const __m512i hi = tcq_load_rows_512(row, q + 16, 2 * i);

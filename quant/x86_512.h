@@ -30,13 +30,6 @@
 #define MOE_VNNI512 MOE_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define MOE_VNNI512_INLINE MOE_UNUSED MOE_INLINE MOE_VNNI512
 
-/* In front of a loop whose length is a constant: it is to disappear. */
-#ifdef __clang__
-#define X86_512_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define X86_512_UNROLL _Pragma("GCC unroll 24")
-#endif
-
 enum {
     X86_512_K = 256,     /* weights of a row in a tile */
     X86_512_TILES = 4,   /* tiles computed at once */
@@ -130,7 +123,7 @@ MOE_VNNI512_INLINE void x86_512_load16(x86_512_rows *rows, size_t offset, __m512
     const uint8_t *const *row = rows->row;
     x86_512_next(rows, 256);
     __m512i in[4]; /* rows i, i + 4, i + 8, i + 12 */
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; i++) {
         const __m256i low = x86_load_pair(row[i] + offset, row[i + 4] + offset);
         const __m256i high = x86_load_pair(row[i + 8] + offset, row[i + 12] + offset);
@@ -145,10 +138,10 @@ MOE_VNNI512_INLINE void x86_512_load32(x86_512_rows *rows, size_t offset, __m512
     const uint8_t *const *row = rows->row;
     x86_512_next(rows, 512);
     __m512i half[2][4]; /* rows 0..3 | 4..7 and 8..11 | 12..15, both 16 bytes of each */
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int h = 0; h < 2; h++) {
         __m512i in[4];
-        X86_512_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 4; i++) {
             const __m256i *low = (const __m256i *)(row[8 * h + i] + offset);
             const __m256i *high = (const __m256i *)(row[8 * h + i + 4] + offset);
@@ -157,7 +150,7 @@ MOE_VNNI512_INLINE void x86_512_load32(x86_512_rows *rows, size_t offset, __m512
         }
         x86_512_transpose(in, half[h]);
     }
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; i++) {
         out[i] = _mm512_shuffle_i32x4(half[0][i], half[1][i], 0x88);
         out[i + 4] = _mm512_shuffle_i32x4(half[0][i], half[1][i], 0xdd);
@@ -237,7 +230,7 @@ MOE_VNNI512_INLINE void x86_512_nibbles(__m512i v, __m512i *low, __m512i *high)
  * are k 0..15, high ones k 16..31. */
 MOE_VNNI512_INLINE void x86_512_block_nibbles(const __m512i *words, size_t at, __m512i code[8])
 {
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t j = 0; j < 4; j++)
         x86_512_nibbles(x86_512_word(words, at + 4 * j), &code[j], &code[j + 4]);
 }
@@ -248,7 +241,7 @@ MOE_VNNI512_INLINE void x86_512_fifth_bits(__m512i word, __m512i code[8])
     const __m512i sixteen = _mm512_set1_epi8(16);
     const __m512i first = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < 8; j++) {
         const __m512i at = _mm512_add_epi8(first, _mm512_set1_epi8((char)(j / 2)));
         const __m512i bit = _mm512_set1_epi32(j % 2 ? (int)0x80402010 : 0x08040201);
@@ -260,7 +253,7 @@ MOE_VNNI512_INLINE void x86_512_fifth_bits(__m512i word, __m512i code[8])
 /* Replaces codes 0..15 by the table's values. */
 MOE_VNNI512_INLINE void x86_512_look_up(__m128i table, __m512i *code, size_t n)
 {
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t j = 0; j < n; j++)
         code[j] = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), code[j]);
 }
@@ -283,10 +276,10 @@ MOE_VNNI512_INLINE void x86_512_load_header(x86_512_rows *rows, size_t offset,
         _mm512_and_si512(v[2], low6),
         _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(v[3], 4), low4),
                         _mm512_and_si512(_mm512_srli_epi16(v[2], 2), top2))};
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int g = 0; g < 8; g++)
         tile->scale[g] = x86_512_byte(scale[g / 4], g % 4);
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int p = 0; p < 4; p++)
         tile->min[p] = x86_512_byte_pair(min[p / 2], p % 2);
 }
@@ -303,7 +296,7 @@ MOE_VNNI512_INLINE void x86_512_dot(const x86_512_tile *tile, size_t first, size
     if (n_tile * n_tok == 1) {
         __m512i part[4] = {sum[0], _mm512_setzero_si512(), _mm512_setzero_si512(),
                            _mm512_setzero_si512()};
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < n; i++) {
             int32_t four;
             memcpy(&four, q + 4 * i, 4);
@@ -314,18 +307,18 @@ MOE_VNNI512_INLINE void x86_512_dot(const x86_512_tile *tile, size_t first, size
                                   _mm512_add_epi32(part[3], part[0]));
         return;
     }
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n; i++) {
         __m512i w[X86_512_TILES];
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t r = 0; r < n_tile; r++)
             w[r] = tile[r].code[first + i];
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++) {
             int32_t four;
             memcpy(&four, q + t * stride + 4 * i, 4);
             const __m512i x = _mm512_set1_epi32(four);
-            X86_512_UNROLL
+            MOE_UNROLL
             for (size_t r = 0; r < n_tile; r++)
                 sum[t * n_tile + r] = _mm512_dpbusd_epi32(sum[t * n_tile + r], w[r], x);
         }
@@ -347,21 +340,21 @@ MOE_VNNI512_INLINE void x86_512_step_32(const x86_512_tile *tile, const x86_512_
     const char *scale = (const char *)x->scale + t0 * x->stride;
     const x86_512_token *token = x->token + t0;
     __m512 total[16];
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_tile * n_tok; i++)
         total[i] = _mm512_loadu_ps(x86_512_at(acc, t0, i, n_tile));
     for (size_t b = 0; b < x->n_block; b++, q += 32, scale += 4) {
         __m512i sum[16];
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < n_tile * n_tok; i++)
             sum[i] = affine ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i / n_tile].init[b]);
         x86_512_dot(tile, 8 * b, 8, q, x->stride, sum, n_tile, n_tok);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++) {
             float one;
             memcpy(&one, scale + t * x->stride, sizeof one);
             const __m512 x_scale = _mm512_set1_ps(one), x_sum = _mm512_set1_ps(token[t].fsum[b]);
-            X86_512_UNROLL
+            MOE_UNROLL
             for (size_t r = 0; r < n_tile; r++) {
                 __m512 *y = &total[t * n_tile + r];
                 const __m512 dot = _mm512_cvtepi32_ps(sum[t * n_tile + r]);
@@ -371,7 +364,7 @@ MOE_VNNI512_INLINE void x86_512_step_32(const x86_512_tile *tile, const x86_512_
             }
         }
     }
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_tile * n_tok; i++)
         _mm512_storeu_ps(x86_512_at(acc, t0, i, n_tile), total[i]);
 }
@@ -401,7 +394,7 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
     const char *scale = (const char *)x->scale + t0 * x->stride;
     const x86_512_token *token = x->token + t0;
     __m512i total[16];
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_tile * n_tok; i++)
         total[i] = _mm512_setzero_si512();
     const size_t n = group == 16 ? 4 : 8; /* vectors of codes at a time */
@@ -411,32 +404,32 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
             x86_512_dot(tile, n * g, n, q, x->stride, total, n_tile, n_tok);
             continue;
         }
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < n_tile * n_tok; i++)
             sum[i] = n_min ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i / n_tile].init[g]);
         x86_512_dot(tile, n * g, n, q, x->stride, sum, n_tile, n_tok);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t i = 0; i < n_tile * n_tok; i++)
             total[i] = _mm512_add_epi32(total[i],
                                         _mm512_mullo_epi32(sum[i], tile[i % n_tile].scale[g]));
     }
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++) {
         __m512i min[X86_512_TILES];
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t r = 0; r < n_tile; r++)
             min[r] = _mm512_setzero_si512();
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t p = 0; p < n_min; p++) {
             int32_t two;
             memcpy(&two, token[t].sum + 2 * p, 4);
-            X86_512_UNROLL
+            MOE_UNROLL
             for (size_t r = 0; r < n_tile; r++)
                 min[r] = _mm512_dpwssd_epi32(min[r], tile[r].min[p], _mm512_set1_epi32(two));
         }
         float x_scale;
         memcpy(&x_scale, scale + t * x->stride, sizeof x_scale);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t r = 0; r < n_tile; r++)
             x86_512_add(tile + r, total[t * n_tile + r], n_min ? &min[r] : NULL, x_scale,
                         acc + (t0 + t) * X86_512_ROWS + 16 * r);
@@ -615,7 +608,7 @@ MOE_AVX512_INLINE void x86_512_unpack(const uint8_t *const row[16], size_t offse
 {
     for (size_t i = 0; i < n; i++, offset += 8 * item_bytes) {
         x86_prefetch(next + 128 * item_bytes * i, 128 * item_bytes);
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t p = 0; p < 8; p++)
             out->w[p / 4][i][p % 4] = pair(row[2 * p] + offset, row[2 * p + 1] + offset);
     }
@@ -633,27 +626,27 @@ MOE_AVX512_INLINE void x86_512_float_step(const __m512 (*w)[4], const uint8_t *x
                                           size_t n, __mmask16 mask, __m512 (*sum)[8], size_t n_tok)
 {
     __m512 acc[X86_512_FLOAT_STEP][4];
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 4 * n_tok; i++)
         acc[i / 4][i % 4] = sum[i / 4][i % 4];
     for (size_t k = 0; k < n; k++, x += 32) {
         __m512 wk[4];
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t p = 0; p < 4; p++) {
             wk[p] = w[k][p];
             x86_512_pin(&wk[p]);
         }
-        X86_512_UNROLL
+        MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++) {
             const __m512 xk =
                 _mm512_broadcast_f32x8(_mm256_load_ps((const float *)(x + t * stride)));
-            X86_512_UNROLL
+            MOE_UNROLL
             for (size_t p = 0; p < 4; p++)
                 acc[t][p] = mask == 0xffff ? _mm512_fmadd_ps(wk[p], xk, acc[t][p])
                                            : _mm512_mask3_fmadd_ps(wk[p], xk, acc[t][p], mask);
         }
     }
-    X86_512_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < 4 * n_tok; i++)
         sum[i / 4][i % 4] = acc[i / 4][i % 4];
 }
@@ -701,7 +694,7 @@ MOE_AVX512 MOE_UNUSED static void x86_512_float_tail(const uint8_t *const row[16
 MOE_AVX512_INLINE __m512 x86_512_reduce8(const __m512 v[8])
 {
     __m512 four[4]; /* lanes 0..3 plus lanes 4..7 of rows 4i .. 4i + 3 */
-    X86_512_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; i++)
         four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
                                 _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));

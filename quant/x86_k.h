@@ -25,13 +25,6 @@
 
 #if MOE_X86
 
-/* In front of a loop whose length is a constant: it is to disappear. */
-#ifdef __clang__
-#define X86_K_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define X86_K_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 typedef struct x86_k_tile {
     __m256i code[K_LEN / 4];
     __m256i scale[8];
@@ -242,7 +235,7 @@ MOE_AVX2_INLINE void x86_k_spread_pairs(const __m256i in[4], __m256i out[8])
         _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13));
     const __m256i high = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(-1, 2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15));
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; i++) {
         out[2 * i] = _mm256_srai_epi16(_mm256_shuffle_epi8(in[i], low), 8);
         out[2 * i + 1] = _mm256_srai_epi16(_mm256_shuffle_epi8(in[i], high), 8);
@@ -256,7 +249,7 @@ MOE_AVX2_INLINE void x86_k_load_scales(const uint8_t *const row[8], size_t offse
     const x86_k_header h = x86_k_load_header(row, offset);
     const __m256i first = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
-    X86_K_UNROLL
+    MOE_UNROLL
     for (int g = 0; g < 8; g++) {
         const __m256i at = _mm256_add_epi8(first, _mm256_set1_epi16((int16_t)(g % 4)));
         tile->scale[g] = _mm256_shuffle_epi8(h.scale[g / 4], at);
@@ -293,13 +286,13 @@ MOE_AVX2_INLINE void x86_k_dot32(const x86_k_tile *tile, size_t p, const int8_t 
     const __m256i row = _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c,
                                           0, 0x04040404, 0x08080808, 0x0c0c0c0c);
     const size_t n_fold = (size_t)f->n_fold, n_part = 8 / n_fold;
-    X86_K_UNROLL
+    MOE_UNROLL
     for (size_t i = 0; i < n_part; i++) {
         __m256i part[8];
-        X86_K_UNROLL
+        MOE_UNROLL
         for (size_t k = 0; k < n_fold; k++) {
             const size_t at = i * n_fold + k;
-            X86_K_UNROLL
+            MOE_UNROLL
             for (size_t j = 0; j < n_tile * n_tok; j++) {
                 const __m256i code = tile[j % n_tile].code[8 * p + at];
                 const __m256i v = x86_k_quad(code, q[j / n_tile] + 32 * p + 4 * at, f);
@@ -307,7 +300,7 @@ MOE_AVX2_INLINE void x86_k_dot32(const x86_k_tile *tile, size_t p, const int8_t 
                 x86_k_pin(&part[j]);
             }
         }
-        X86_K_UNROLL
+        MOE_UNROLL
         for (size_t j = 0; j < n_tile * n_tok; j++) {
             __m256i scale = tile[j % n_tile].scale[p];
             if (f->group == 16)
@@ -330,21 +323,21 @@ MOE_AVX2_INLINE void x86_k_step(const x86_k_tile *tile, const moe_q8 *x, size_t 
 {
     const int8_t *q[4];
     __m256i sum[8];
-    X86_K_UNROLL
+    MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++)
         q[t] = x[t].q + K_LEN * b;
-    X86_K_UNROLL
+    MOE_UNROLL
     for (size_t j = 0; j < n_tile * n_tok; j++)
         sum[j] = _mm256_setzero_si256();
     for (size_t p = 0; p < 8; p++)
         x86_k_dot32(tile, p, q, sum, n_tile, n_tok, f);
-    X86_K_UNROLL
+    MOE_UNROLL
     for (size_t j = 0; j < n_tile * n_tok; j++) {
         const size_t t = j / n_tile, r = j % n_tile;
         __m256i min = _mm256_setzero_si256();
         const __m256 x_scale = _mm256_broadcast_ss(x[t].scale + b);
         if (f->min != X86_K_NO_MIN) {
-            X86_K_UNROLL
+            MOE_UNROLL
             for (size_t p = 0; p < 8; p++) {
                 int32_t two;
                 memcpy(&two, x[t].sum + 16 * b + 2 * p, 4);
