@@ -536,39 +536,76 @@ static void on_damage(void *user, const char *what, uint64_t offset, uint64_t by
     snprintf(f->what, sizeof f->what, "%s", what);
 }
 
-/* Every bit counts: those of the directory, of records, and of the padding between them. */
+/* Opens the image as a model, with all checks. */
+static moe_status image_open_verified(const image *m, moe_error *error)
+{
+    moe_model_options o;
+    moe_model *model = NULL;
+    moe_model_options_init(&o);
+    o.data = m->data;
+    o.data_bytes = m->bytes;
+    o.verify = true;
+    const moe_status status = moe_model_open(&model, &o, error);
+    moe_model_close(model);
+    return status;
+}
+
+/* Turns one bit over, has it found by both ways to look for it, and turns it back. */
+static void flip_is_found(const image *m, size_t at, uint8_t bit)
+{
+    const moefile_header h = *image_header(m);
+    const size_t front = sizeof h + (size_t)h.directory_bytes;
+    moe_error error = {0};
+    moe_verify_report report = {.size = sizeof report};
+    found f = {0};
+    m->data[at] ^= bit;
+    const moe_status status = image_verify(m, on_damage, &f, &report, &error);
+    CHECK(status == MOE_ERR_FORMAT || (status == MOE_ERR_UNSUPPORTED && at < 24),
+          "byte %zu, bit %u: %s", at, bit, moe_status_name(status));
+    CHECK(image_open_verified(m, &error), "byte %zu, bit %u: opened", at, bit);
+    if (at >= front) {
+        CHECK(f.n == 1 && report.n_damaged == 1, "byte %zu: %u parts", at, f.n);
+        CHECK(at >= f.offset && at < align_up(f.offset + f.bytes, MOEFILE_RECORD_ALIGN),
+              "byte %zu is not in %s", at, f.what);
+    } else if (at >= sizeof h.magic) {
+        CHECK(image_open(m, &error), "byte %zu: the directory was used", at);
+    }
+    m->data[at] ^= bit;
+}
+
+/* Every bit counts: those of the directory, of raw and of compressed records, and of the padding. */
 static void every_flipped_bit_is_found(void)
 {
-    enum { FLIPS = 300 };
+    enum { FLIPS = 1000 };
     image m = make_image(CONV_STORE_ZSTD);
     REQUIRE(m.data, "no image");
     moe_error error = {0};
     moe_verify_report report = {.size = sizeof report};
     CHECK(!image_verify(&m, NULL, NULL, &report, &error), "%s", error.message);
+    CHECK(!image_open_verified(&m, &error), "%s", error.message);
     CHECK(report.n_records > 10 && report.file_bytes == m.bytes && !report.n_damaged, "%llu records",
           (unsigned long long)report.n_records);
     const moefile_header h = *image_header(&m);
+    const size_t front = sizeof h + (size_t)h.directory_bytes;
+    uint32_t n_slice_kind[2] = {0, 0};
+    for (uint32_t i = 0; i < h.n_slices; i++)
+        n_slice_kind[image_slice(&m, i)->encoding == MOEFILE_PLANES]++;
+    CHECK(n_slice_kind[0] && n_slice_kind[1], "%u raw, %u compressed", n_slice_kind[0],
+          n_slice_kind[1]);
     for (int i = 0; i < FLIPS; i++) {
         // a third each: anywhere, directory, behind the directory
-        const size_t front = sizeof h + (size_t)h.directory_bytes;
         const size_t at = i % 3 == 0   ? test_random() % m.bytes
                           : i % 3 == 1 ? test_random() % front
                                        : front + test_random() % (m.bytes - front);
-        const uint8_t bit = (uint8_t)(1u << (test_random() & 7));
-        found f = {0};
-        m.data[at] ^= bit;
-        const moe_status status = image_verify(&m, on_damage, &f, &report, &error);
-        const bool magic = at < sizeof h.magic;
-        CHECK(status == MOE_ERR_FORMAT || (status == MOE_ERR_UNSUPPORTED && at < 24),
-              "byte %zu, bit %u: %s", at, bit, moe_status_name(status));
-        if (at >= front) {
-            CHECK(f.n == 1 && report.n_damaged == 1, "byte %zu: %u parts", at, f.n);
-            CHECK(at >= f.offset && at < align_up(f.offset + f.bytes, MOEFILE_RECORD_ALIGN),
-                  "byte %zu is not in %s", at, f.what);
-        } else {
-            CHECK(magic || image_open(&m, &error), "byte %zu: the directory was used", at);
+        flip_is_found(&m, at, (uint8_t)(1u << (test_random() & 7)));
+    }
+    for (size_t end = front, r = 0; r < h.n_records; r++) { // both ends of the zeros in front of it
+        const moefile_record record = *image_record(&m, (uint32_t)r);
+        if (record.offset > end) {
+            flip_is_found(&m, end, 1);
+            flip_is_found(&m, (size_t)record.offset - 1, 0x80);
         }
-        m.data[at] ^= bit;
+        end = (size_t)(record.offset + record.stored_bytes);
     }
     free(m.data);
 }
