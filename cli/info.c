@@ -27,6 +27,7 @@ typedef struct info_file {
     moe_memory_estimate need; /* if it can run */
     info_type *types;         /* [n_types], the largest first */
     size_t n_types;
+    uint64_t decoded_bytes;   /* of tensors that are compressed in the file */
 } info_file;
 
 /* ----------------------------------------------------------------------------------- facts -- */
@@ -90,6 +91,8 @@ static void info_sum_types(info_file *file)
         file->types[k].n_weight += info_n_weight(&t);
         file->types[k].bytes += t.bytes;
         file->types[k].stored_bytes += t.stored_bytes;
+        if (t.stored_bytes != t.bytes)
+            file->decoded_bytes += t.bytes;
         if (t.error < 0 || file->types[k].error < 0)
             file->types[k].error = -1;
         else
@@ -252,6 +255,17 @@ static void text_receipt(const info_file *file)
     }
 }
 
+/* Compressed weights are decoded into memory of their own; the others stay where they are in the file. */
+static void text_weights_memory(const info_file *file, bool copied)
+{
+    const uint64_t decoded = copied ? 0 : file->decoded_bytes;
+    const uint64_t rest = file->info.weight_bytes - decoded;
+    if (rest)
+        text_size(copied ? "weights, allocated" : "weights, mapped", rest);
+    if (decoded)
+        text_size("weights, decoded", decoded);
+}
+
 static void text_memory(const info_file *file, const info_options *o)
 {
     const moe_memory_estimate *need = &file->need;
@@ -259,8 +273,7 @@ static void text_memory(const info_file *file, const info_options *o)
     text_size("key/value cache", need->cache_bytes);
     text_size("work", need->work_bytes);
     text_size("session, all", need->total_bytes);
-    text_size(o->common.no_mmap ? "weights, allocated" : "weights, mapped",
-              file->info.weight_bytes);
+    text_weights_memory(file, o->common.no_mmap);
     text_size("read per token", file->info.weight_bytes_active);
     if (need->fits)
         printf("  %-24s yes; up to %u tokens would\n", "fits", need->n_ctx_max);
@@ -349,6 +362,7 @@ static void json_memory(cli_json *json, const info_file *file, const info_option
     json_uint(json, "cache_bytes", need->cache_bytes);
     json_uint(json, "work_bytes", need->work_bytes);
     json_uint(json, "total_bytes", need->total_bytes);
+    json_uint(json, "weight_bytes_decoded", o->common.no_mmap ? 0 : file->decoded_bytes);
     json_bool(json, "fits", need->fits);
     json_uint(json, "n_ctx_max", need->n_ctx_max);
     json_close(json, '}');

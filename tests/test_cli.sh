@@ -420,6 +420,67 @@ run 1 info "$0"
 mkfifo "$work/fifo" && run 1 info "$work/fifo"
 end
 
+# The file was made by `moe-convert alphabet.gguf alphabet.moe`: it stays readable. Four records: small
+# tensors of the model, and of the layer; before and behind them, the compressed matrices of 24,864 bytes.
+begin moe_files
+packed=$root/data/alphabet.moe
+run 0 logits "$model" --tokens $ids --out "$work/base"
+for how in "" "--no-mmap"; do
+    # shellcheck disable=SC2086 # no option, or one
+    run 0 logits "$packed" --tokens $ids $how --out "$work/other"
+    same "$work/base" "$work/other"
+done
+run 0 info "$packed"
+out_has "weights, mapped          28.22 kB"
+out_has "weights, decoded         49.73 kB"
+out_has "source.files             [1] alphabet.gguf"
+run 0 info "$packed" --no-mmap
+out_has "weights, allocated       77.95 kB"
+run 0 info "$packed" --json
+out_has '"weight_bytes":77952'
+out_has '"weight_bytes_decoded":49728'
+end
+
+begin verify
+run 0 verify "$packed"
+out_has "good, 46.66 kB in 4 records, root 10868dee42429e78"
+err_empty
+run 0 verify "$packed" --json
+out_is "{\"file\":\"$packed\",\"good\":true,\"bytes\":46662,\"n_records\":4,\"root\":\"10868dee42429e78\",\"damaged\":[]}"
+# damage AT NAME: another byte at AT is a damaged NAME.
+damage() {
+    { head -c "$1" "$packed"; printf '\252'; tail -c +$(($1 + 2)) "$packed"; } >"$work/changed.moe"
+    run 1 verify "$work/changed.moe"
+    out_has "damaged: $2"
+    err_has "$2"
+    run 1 verify "$work/changed.moe" --json
+    out_has '"good":false'
+    out_has "\"damaged\":[{\"record\":\"$2\","
+}
+damage 6300 padding
+damage 8192 "token_embd.weight (record 0)"
+damage 12000 "token_embd.weight (record 0)" # the zeros behind it
+damage 12300 "blk.0.attn_norm.weight and 8 more (record 1)"
+damage 46661 "output.weight (record 3)"
+for at in 0 8 130 6000; do
+    { head -c $at "$packed"; printf '\252'; tail -c +$((at + 2)) "$packed"; } >"$work/changed.moe"
+    run 1 verify "$work/changed.moe"
+    [ -s "$work/err" ] || wrong "byte $at changed: no message"
+done
+err_has "directory: expected the checksum"
+for bytes in 0 1 127 4000 46661; do
+    head -c $bytes "$packed" >"$work/cut.moe"
+    run 1 verify "$work/cut.moe"
+    [ -s "$work/err" ] || wrong "cut at $bytes: no message"
+    run 1 verify "$work/cut.moe" --json
+    out_has '"good":false,"reason":"'
+done
+run 1 verify "$model"
+err_has "another kind"
+run 1 verify "$work/nowhere"
+run 2 verify
+end
+
 # Four tokens of one layer: 0 1, 1 2, 1 2, then a new sequence: 3 0. The figures are worked out by hand.
 begin experts_figures
 trace="$work/hand.trace"
