@@ -64,9 +64,10 @@ pick = $(if $(T),$(foreach t,$(T),$(foreach f,$(1),$(if $(findstring $(t),$(f)),
 TESTS := $(sort $(patsubst tests/%.c,$(B)/tests/%,$(call pick,$(wildcard tests/test_*.c))))
 # test_x86_emulated needs a library that nothing else needs: it is built if T names it.
 TESTS := $(if $(findstring emulated,$(T)),$(TESTS),$(filter-out %/test_x86_emulated,$(TESTS)))
-# Tests that set constants of the converter or the core stand alone.
-JOINED := $(filter-out %/test_moefile %/test_x86_emulated,$(TESTS))
+# To compile the library once instead of once per test, several tests are one program (tests/all.c).
+JOINED := $(filter-out %/test_x86_emulated,$(TESTS))
 JOINED := $(if $(word 2,$(JOINED)),$(JOINED))
+JOINED_SOURCES := $(JOINED:$(B)/%=%.c)
 TEST_SCRIPTS := $(call pick,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,$(B)/bench/%,$(wildcard bench/*.c))
 CLI_OBJECTS := $(patsubst %.c,$(B)/%.o,$(wildcard cli/*.c))
@@ -81,7 +82,7 @@ lib: $(STATIC_LIB) $(SHARED_LIB)
 $(shell mkdir -p $(B)/cli $(B)/tests $(B)/bench)
 keep = $(file >$1.new,$2)$(shell cmp -s $1.new $1 && rm $1.new || mv $1.new $1)
 $(call keep,$(B)/flags,$(CC) $(BUILD_CFLAGS) $(LDFLAGS) $(LIBS))
-$(if $(JOINED),$(call keep,$(B)/tests/list,$(JOINED)))
+$(call keep,$(B)/tests/list,$(JOINED))
 
 $(B)/moe.o: $(CORE_SOURCE) $(B)/flags
 	$(CC) $(BUILD_CFLAGS) -fPIC -fvisibility=hidden -MMD -MP -c $< -o $@
@@ -105,19 +106,14 @@ $(PROGRAM): $(CLI_OBJECTS) $(STATIC_LIB)
 $(B)/moe-convert: convert/main.c $(B)/flags
 	$(CC) $(BUILD_CFLAGS) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) -o $@
 
-# A test or bench is one file that includes the whole library, internals and all. To compile the
-# library once instead of once per test, several tests are joined into one program, to which each has
-# a link.
-$(JOINED): $(B)/tests/joined
+# A test or bench is one file that includes the whole library, internals and all.
+$(JOINED): $(B)/tests/all
 	ln -sf $(<F) $@
 
-$(B)/tests/joined: $(B)/tests/joined.c $(B)/flags | $(if $(CORE),$(CORE_SOURCE))
-	$(CC) $(BUILD_CFLAGS) $(TEST_CORE) -iquote . -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) \
-		$(TEST_LIBS) -o $@
-
-$(B)/tests/joined.c: $(JOINED:$(B)/%=%.c) $(wildcard tests/*.h convert/*.[ch]) tests/join.awk \
-	$(B)/tests/list
-	awk -f tests/join.awk $(filter %.c %.h,$^) >$@
+$(B)/tests/all: tests/all.c $(JOINED_SOURCES) $(B)/flags $(B)/tests/list \
+		| $(if $(CORE),$(CORE_SOURCE))
+	$(CC) $(BUILD_CFLAGS) $(TEST_CORE) -MMD -MP -MF $@.d $(JOINED_SOURCES:%=-include %) \
+		-DTEST_PROGRAMS='$(JOINED:$(B)/tests/test_%=TEST(%))' $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
 
 $(B)/tests/%: tests/%.c $(B)/flags | $(if $(CORE),$(CORE_SOURCE))
 	rm -f $@
@@ -126,7 +122,7 @@ $(B)/tests/%: tests/%.c $(B)/flags | $(if $(CORE),$(CORE_SOURCE))
 $(B)/bench/%: bench/%.c $(B)/flags
 	$(CC) $(BUILD_CFLAGS) -MMD -MP -MF $@.d $< $(LDFLAGS) $(LIBS) $(TEST_LIBS) -o $@
 
--include $(B)/moe.d $(B)/moe-convert.d $(CLI_OBJECTS:.o=.d) $(addsuffix .d,$(B)/tests/joined \
+-include $(B)/moe.d $(B)/moe-convert.d $(CLI_OBJECTS:.o=.d) $(addsuffix .d,$(B)/tests/all \
 	$(TESTS) $(BENCHES))
 
 # ----------------------------------------------------------------------------------- runs --

@@ -1,15 +1,16 @@
 /* tests/test.h - the smallest test harness that serves.
  *
  * A test program is tests/test_<part>.c. It includes this file, which brings the whole library with
- * its internals, defines test functions and a main():
+ * its internals, defines test functions and what to run:
  *
  *     static void addition_carries(void) { CHECK(add(1, 9) == 10, "got %d", add(1, 9)); }
- *     int main(int argc, char **argv)
+ *     TEST_PROGRAM(part)
  *     {
- *         test_begin(argc, argv);
  *         RUN(addition_carries);
- *         return test_end();
  *     }
+ *
+ * It compiles alone, with a main() of its own. `make test` compiles many at once, as one program
+ * (tests/all.c), so their names at file scope must differ: the compiler says which do not.
  *
  * It prints one line per test, "ok NAME" or "FAIL NAME", and what failed before it; the last line is
  * "N passed, N failed". Tests find their data below test_root() and, if the extra data set is there,
@@ -52,9 +53,19 @@ static const char *test_skip_reason, *test_only;
         return;                                                                                    \
     } while (0)
 
+/* Ends the test program, as failed, if none of its tests can run. */
+#define CANNOT_RUN(...)                                                                            \
+    do {                                                                                           \
+        printf("FAIL ");                                                                           \
+        printf(__VA_ARGS__);                                                                       \
+        printf("\n");                                                                              \
+        test_n_failed++;                                                                           \
+        return;                                                                                    \
+    } while (0)
+
 #define RUN(function) test_run(#function, function)
 
-MOE_UNUSED static void test_begin(int argc, char **argv)
+static void test_begin(int argc, char **argv)
 {
     test_only = argc > 1 ? argv[1] : NULL; /* run only the tests whose name contains this */
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -79,11 +90,28 @@ MOE_UNUSED static void test_run(const char *name, void (*function)(void))
     }
 }
 
-MOE_UNUSED static int test_end(void)
+static int test_end(void)
 {
     printf("%d passed, %d failed, %d skipped\n", test_n_passed, test_n_failed, test_n_skipped);
     return test_n_failed != 0;
 }
+
+MOE_UNUSED static int test_main(int argc, char **argv, void (*program)(void))
+{
+    test_begin(argc, argv);
+    program();
+    return test_end();
+}
+
+/* TEST_PROGRAMS is set where several are one program: see tests/all.c. */
+#ifdef TEST_PROGRAMS
+#define TEST_PROGRAM(part) MOE_UNUSED static void part##_program(void)
+#else
+#define TEST_PROGRAM(part)                                                                         \
+    static void part##_program(void);                                                              \
+    int main(int argc, char **argv) { return test_main(argc, argv, part##_program); }              \
+    static void part##_program(void)
+#endif
 
 /* The folder tests/, and the optional folder with more test data (environment MOE_TEST_SHARED). */
 MOE_UNUSED static const char *test_root(void)

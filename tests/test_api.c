@@ -5,6 +5,7 @@
 #include "test.h"
 
 #include "gguf_edit.h"
+#include "models.h"
 
 #include <pthread.h>
 #include <time.h>
@@ -83,13 +84,6 @@ static void host_setup(test_host *h)
 
 /* ----------------------------------------------------------------------------------- models -- */
 
-static const char *fixture_path(const char *name)
-{
-    static char path[512];
-    snprintf(path, sizeof path, "%s/fixtures/%s.gguf", test_root(), name);
-    return path;
-}
-
 static moe_model_options options_for(const char *fixture, test_host *h)
 {
     moe_model_options o;
@@ -99,16 +93,7 @@ static moe_model_options options_for(const char *fixture, test_host *h)
     return o;
 }
 
-static moe_model *open_model(const moe_model_options *o)
-{
-    moe_model *model = NULL;
-    moe_error error = {0};
-    moe_status status = moe_model_open(&model, o, &error);
-    CHECK(status == MOE_OK && model, "%s: %s", moe_status_name(status), error.message);
-    return model;
-}
-
-static moe_model *open_fixture(const char *name, test_host *h)
+static moe_model *open_hosted(const char *name, test_host *h)
 {
     moe_model_options o = options_for(name, h);
     return open_model(&o);
@@ -124,23 +109,7 @@ static moe_session_options session_options(uint32_t n_ctx)
     return o;
 }
 
-static moe_session *open_session(moe_model *model, const moe_session_options *o)
-{
-    moe_session *session = NULL;
-    moe_error error = {0};
-    moe_status status = moe_session_open(&session, model, o, &error);
-    CHECK(status == MOE_OK && session, "%s: %s", moe_status_name(status), error.message);
-    return session;
-}
-
-static uint32_t vocab_of(const moe_model *model)
-{
-    moe_model_info info = {.size = sizeof info};
-    moe_model_get_info(model, &info);
-    return info.n_vocab;
-}
-
-static const moe_token tokens[24] = {1, 5, 9, 2, 33, 71, 8, 8, 90, 3, 14, 15,
+static const moe_token api_tokens[24] = {1, 5, 9, 2, 33, 71, 8, 8, 90, 3, 14, 15,
                                      92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32};
 
 /* A model that keeps two cores busy for a second or more: about 72 million weights in Q8_0. */
@@ -294,7 +263,7 @@ static void model_options_are_versioned(void)
 
 static void session_options_are_versioned(void)
 {
-    moe_model *model = open_fixture("llama-tied", NULL);
+    moe_model *model = open_hosted("llama-tied", NULL);
     struct {
         moe_session_options o;
         uint8_t rest[64];
@@ -311,7 +280,7 @@ static void session_options_are_versioned(void)
         options.o.size = cuts[i];
         moe_session *session = open_session(model, &options.o);
         CHECK(session && moe_session_capacity(session) == 16, "capacity");
-        CHECK(session && moe_session_eval(session, tokens, 3, 0, NULL) == MOE_OK, "eval");
+        CHECK(session && moe_session_eval(session, api_tokens, 3, 0, NULL) == MOE_OK, "eval");
         moe_session_close(session);
     }
     moe_session *session = open_session(model, NULL); // the defaults
@@ -330,7 +299,7 @@ static void session_options_are_versioned(void)
 /* Structs that are filled in: nothing behind `size` is touched. */
 static void results_are_versioned(void)
 {
-    moe_model *model = open_fixture("qwen3moe", NULL);
+    moe_model *model = open_hosted("qwen3moe", NULL);
     union {
         moe_model_info info;
         moe_memory_estimate estimate;
@@ -387,7 +356,7 @@ static void results_are_versioned(void)
 
 static void null_is_an_argument_error(void)
 {
-    moe_model *model = open_fixture("llama-tied", NULL), *other = (moe_model *)&model;
+    moe_model *model = open_hosted("llama-tied", NULL), *other = (moe_model *)&model;
     moe_session_options so = session_options(16);
     moe_memory_estimate estimate = {.size = sizeof estimate};
     moe_error error = {0};
@@ -403,10 +372,10 @@ static void null_is_an_argument_error(void)
     CHECK(moe_session_open(&none, NULL, &so, &error) == MOE_ERR_ARGUMENT && !none, "model");
     CHECK(moe_session_estimate(NULL, &so, &estimate, &error) == MOE_ERR_ARGUMENT, "model");
     CHECK(moe_session_estimate(model, &so, NULL, &error) == MOE_ERR_ARGUMENT, "estimate");
-    CHECK(moe_session_eval(NULL, tokens, 1, 0, NULL) == MOE_ERR_ARGUMENT, "session");
+    CHECK(moe_session_eval(NULL, api_tokens, 1, 0, NULL) == MOE_ERR_ARGUMENT, "session");
     CHECK(moe_session_eval(session, NULL, 1, 0, NULL) == MOE_ERR_ARGUMENT, "tokens");
-    CHECK(moe_session_eval(session, tokens, 1, 1, NULL) == MOE_ERR_ARGUMENT, "logits");
-    CHECK(moe_session_eval(session, tokens, 1, 2, logits) == MOE_ERR_ARGUMENT, "n_logits > n_tok");
+    CHECK(moe_session_eval(session, api_tokens, 1, 1, NULL) == MOE_ERR_ARGUMENT, "logits");
+    CHECK(moe_session_eval(session, api_tokens, 1, 2, logits) == MOE_ERR_ARGUMENT, "n_logits > n_tok");
     CHECK(moe_session_rewind(NULL, 0) == MOE_ERR_ARGUMENT, "session");
     CHECK(moe_session_length(session) == 0, "a refused call changed the length");
     moe_session_close(NULL);
@@ -443,7 +412,7 @@ static void sources_are_exclusive(void)
 
 static void session_options_are_checked(void)
 {
-    moe_model *model = open_fixture("llama-tied", NULL);
+    moe_model *model = open_hosted("llama-tied", NULL);
     REQUIRE(model, "no model");
     for (int i = 0; i < 6; i++) {
         moe_session_options o = session_options(16);
@@ -473,14 +442,14 @@ static void session_options_are_checked(void)
     o.n_threads = 0;
     o.n_ctx = 1;
     session = open_session(model, &o);
-    CHECK(session && moe_session_eval(session, tokens, 1, 0, NULL) == MOE_OK, "a context of 1");
+    CHECK(session && moe_session_eval(session, api_tokens, 1, 0, NULL) == MOE_OK, "a context of 1");
     moe_session_close(session);
     moe_model_close(model);
 }
 
 static void refused_evals_change_nothing(void)
 {
-    moe_model *model = open_fixture("llama-tied", NULL);
+    moe_model *model = open_hosted("llama-tied", NULL);
     moe_session_options o = session_options(8);
     REQUIRE(model, "no model");
     moe_session *s = open_session(model, &o);
@@ -488,7 +457,7 @@ static void refused_evals_change_nothing(void)
     float *logits = calloc(3 * (size_t)n_vocab, sizeof *logits);
     moe_token bad[3] = {1, 2, 3};
     REQUIRE(s && logits, "no session");
-    CHECK(moe_session_eval(s, tokens, 5, 0, NULL) == MOE_OK, "%s", moe_session_error(s)->message);
+    CHECK(moe_session_eval(s, api_tokens, 5, 0, NULL) == MOE_OK, "%s", moe_session_error(s)->message);
     CHECK(moe_session_length(s) == 5 && moe_session_capacity(s) == 8, "length");
     const moe_token ids[] = {-1, (moe_token)n_vocab, INT32_MAX, INT32_MIN};
     for (size_t i = 0; i < MOE_COUNT(ids); i++) {
@@ -497,17 +466,17 @@ static void refused_evals_change_nothing(void)
         CHECK(moe_session_error(s)->status == MOE_ERR_ARGUMENT &&
                   moe_session_error(s)->message[0], "no message");
     }
-    CHECK(moe_session_eval(s, tokens, 4, 1, logits) == MOE_ERR_CONTEXT, "9 tokens in 8");
+    CHECK(moe_session_eval(s, api_tokens, 4, 1, logits) == MOE_ERR_CONTEXT, "9 tokens in 8");
     CHECK(strstr(moe_session_error(s)->message, "8"), "%s", moe_session_error(s)->message);
-    CHECK(moe_session_eval(s, tokens, SIZE_MAX / 2, 0, NULL) == MOE_ERR_CONTEXT, "huge n_tok");
+    CHECK(moe_session_eval(s, api_tokens, SIZE_MAX / 2, 0, NULL) == MOE_ERR_CONTEXT, "huge n_tok");
     CHECK(moe_session_rewind(s, 6) == MOE_ERR_ARGUMENT, "rewind beyond the end");
     CHECK(moe_session_length(s) == 5, "length %u", moe_session_length(s));
     for (size_t i = 0; i < 3 * (size_t)n_vocab; i++)
         CHECK(logits[i] == 0, "logits were written");
-    CHECK(moe_session_eval(s, tokens + 5, 3, 3, logits) == MOE_OK, "full");
-    CHECK(moe_session_eval(s, tokens, 1, 0, NULL) == MOE_ERR_CONTEXT, "over full");
+    CHECK(moe_session_eval(s, api_tokens + 5, 3, 3, logits) == MOE_OK, "full");
+    CHECK(moe_session_eval(s, api_tokens, 1, 0, NULL) == MOE_ERR_CONTEXT, "over full");
     CHECK(moe_session_rewind(s, 0) == MOE_OK && moe_session_length(s) == 0, "rewind to 0");
-    CHECK(moe_session_eval(s, tokens, 8, 0, NULL) == MOE_OK, "again");
+    CHECK(moe_session_eval(s, api_tokens, 8, 0, NULL) == MOE_OK, "again");
     free(logits);
     moe_session_close(s);
     moe_model_close(model);
@@ -521,7 +490,7 @@ static void estimate_is_what_is_allocated(void)
     for (size_t f = 0; f < MOE_COUNT(names); f++) {
         test_host h;
         host_setup(&h);
-        moe_model *model = open_fixture(names[f], &h);
+        moe_model *model = open_hosted(names[f], &h);
         REQUIRE(model, "no model");
         for (uint32_t i = 0; i < 12; i++) {
             moe_session_options o = session_options(1 + 61 * i);
@@ -544,7 +513,7 @@ static void estimate_is_what_is_allocated(void)
                   (unsigned long long)e.total_bytes, (unsigned long long)got);
             calls = h.calls;
             for (uint32_t k = 0; k < 4 && k < o.n_ctx; k++)
-                CHECK(moe_session_eval(s, tokens + k, 1, 0, NULL) == MOE_OK, "eval");
+                CHECK(moe_session_eval(s, api_tokens + k, 1, 0, NULL) == MOE_OK, "eval");
             CHECK(h.calls == calls, "%llu allocations in eval",
                   (unsigned long long)h.calls - calls);
             moe_session_close(s);
@@ -560,7 +529,7 @@ static uint64_t limit_for_300(void)
 {
     test_host h;
     host_setup(&h);
-    moe_model *model = open_fixture("llama-tied", &h);
+    moe_model *model = open_hosted("llama-tied", &h);
     moe_session_options o = session_options(300);
     moe_memory_estimate e = {.size = sizeof e};
     CHECK(model && moe_session_estimate(model, &o, &e, NULL) == MOE_OK, "estimate");
@@ -580,10 +549,10 @@ static void longest_context_works(moe_model *model, uint32_t n_ctx_max, bool fil
     s = open_session(model, &o);
     REQUIRE(s && moe_session_capacity(s) == n_ctx_max, "capacity");
     for (uint32_t k = 0; k < (fill ? n_ctx_max : 48); k += 24) {
-        moe_status status = moe_session_eval(s, tokens, MOE_MIN(24, n_ctx_max - k), 0, NULL);
+        moe_status status = moe_session_eval(s, api_tokens, MOE_MIN(24, n_ctx_max - k), 0, NULL);
         CHECK(status == MOE_OK, "at %u: %s", k, moe_session_error(s)->message);
     }
-    CHECK(!fill || moe_session_eval(s, tokens, 1, 0, NULL) == MOE_ERR_CONTEXT, "not full");
+    CHECK(!fill || moe_session_eval(s, api_tokens, 1, 0, NULL) == MOE_ERR_CONTEXT, "not full");
     moe_session_close(s);
 }
 
@@ -651,7 +620,7 @@ static void ceiling_holds(void)
                   error.message);
             CHECK(status == MOE_OK || error.message[0], "no message");
             if (s)
-                CHECK(moe_session_eval(s, tokens, 24, 0, NULL) == MOE_OK, "eval");
+                CHECK(moe_session_eval(s, api_tokens, 24, 0, NULL) == MOE_OK, "eval");
             CHECK(h.peak <= limit, "peak %llu over the ceiling of %llu", (unsigned long long)h.peak,
                   (unsigned long long)limit);
             moe_session_close(s);
@@ -710,7 +679,7 @@ static void evaluate_all(moe_model *model, uint32_t n_threads, float *logits)
     o.n_threads = n_threads;
     o.n_batch = 7;
     moe_session *s = open_session(model, &o);
-    moe_status status = s ? moe_session_eval(s, tokens, 24, 24, logits) : MOE_ERR_MEMORY;
+    moe_status status = s ? moe_session_eval(s, api_tokens, 24, 24, logits) : MOE_ERR_MEMORY;
     CHECK(status == MOE_OK, "%s", moe_status_name(status));
     moe_session_close(s);
 }
@@ -733,7 +702,7 @@ static void hosts_threads_are_used(void)
     test_host h;
     host_setup(&h);
     h.host.parallel_for = host_parallel_for;
-    moe_model *own = open_fixture("qwen3moe", NULL), *hosts = open_fixture("qwen3moe", &h);
+    moe_model *own = open_hosted("qwen3moe", NULL), *hosts = open_hosted("qwen3moe", &h);
     REQUIRE(own && hosts, "no model");
     size_t n = 24 * (size_t)vocab_of(own);
     float *a = calloc(n, sizeof *a), *b = calloc(n, sizeof *b);
@@ -760,17 +729,17 @@ static void hosts_threads_are_used(void)
 }
 
 /* A file behind a callback. It can fail, be slow, and set a cancel flag, at a given call. */
-typedef struct source {
+typedef struct api_source {
     const uint8_t *data;
     size_t bytes;
     uint32_t n_calls, fail_at, cancel_at;
     moe_cancel *cancel;
     bool out_of_range;
-} source;
+} api_source;
 
-static int source_read(void *user, uint64_t offset, void *dst, size_t bytes)
+static int api_source_read(void *user, uint64_t offset, void *dst, size_t bytes)
 {
-    source *s = user;
+    api_source *s = user;
     s->n_calls++;
     if (s->n_calls == s->cancel_at)
         moe_cancel_set(s->cancel);
@@ -798,19 +767,19 @@ static void callbacks_are_told(void)
 
 static void read_failures_are_reported(void)
 {
-    source file = {0};
+    api_source file = {0};
     file.data = (uint8_t *)test_read_file(fixture_path("llama-tied"), &file.bytes);
     REQUIRE(file.data, "no fixture");
     uint32_t n = 0;
     for (uint32_t fail_at = 0; fail_at <= n; fail_at++) {
         test_host h;
         host_setup(&h);
-        source s = file;
+        api_source s = file;
         s.fail_at = fail_at;
         moe_model_options o;
         moe_model_options_init(&o);
         o.host = &h.host;
-        o.read = source_read;
+        o.read = api_source_read;
         o.read_user = &s;
         o.read_bytes = file.bytes;
         moe_model *model = (moe_model *)&o;
@@ -832,20 +801,20 @@ static void read_failures_are_reported(void)
 
 static void load_can_be_cancelled(void)
 {
-    source file = {0};
+    api_source file = {0};
     file.data = big_model(&file.bytes);
     uint32_t n = 0;
     for (uint32_t cancel_at = 0; cancel_at < 2 || cancel_at < n; cancel_at++) {
         test_host h;
         host_setup(&h);
         moe_cancel cancel = {0};
-        source s = file;
+        api_source s = file;
         s.cancel = &cancel;
         s.cancel_at = cancel_at;
         moe_model_options o;
         moe_model_options_init(&o);
         o.host = &h.host;
-        o.read = source_read;
+        o.read = api_source_read;
         o.read_user = &s;
         o.read_bytes = file.bytes;
         o.cancel = &cancel;
@@ -892,7 +861,7 @@ static void check_prefill_cancel(moe_model *model, uint32_t n_batch, uint32_t n_
     size_t n_vocab = vocab_of(model);
     float *a = calloc(n_vocab, sizeof *a), *b = calloc(n_vocab, sizeof *b);
     REQUIRE(a && b, "no memory");
-    CHECK(moe_session_eval(s, tokens, n_prefix, 0, NULL) == MOE_OK, "prefix");
+    CHECK(moe_session_eval(s, api_tokens, n_prefix, 0, NULL) == MOE_OK, "prefix");
 
     const double limit_ms = 100.0 * test_slowness();
     double best = 1e9;
@@ -906,7 +875,7 @@ static void check_prefill_cancel(moe_model *model, uint32_t n_batch, uint32_t n_
         CHECK(moe_session_error(s)->status == MOE_ERR_CANCELLED, "no error");
         CHECK(moe_session_length(s) == n_prefix, "length %u", moe_session_length(s));
         best = MOE_MIN(best, end - l.set_at_ms);
-        status = moe_session_eval(s, tokens, 1, 0, NULL);
+        status = moe_session_eval(s, api_tokens, 1, 0, NULL);
         CHECK(status == MOE_ERR_CANCELLED, "the flag stays set: %s", moe_status_name(status));
         moe_cancel_clear(&cancel);
     }
@@ -915,8 +884,8 @@ static void check_prefill_cancel(moe_model *model, uint32_t n_batch, uint32_t n_
         CHECK(a[i] == 0, "logits were written");
 
     /* The session goes on as if nothing had been. */
-    CHECK(moe_session_eval(s, tokens + n_prefix, 9, 1, a) == MOE_OK, "after the cancel");
-    CHECK(moe_session_eval(fresh, tokens, n_prefix + 9, 1, b) == MOE_OK, "fresh");
+    CHECK(moe_session_eval(s, api_tokens + n_prefix, 9, 1, a) == MOE_OK, "after the cancel");
+    CHECK(moe_session_eval(fresh, api_tokens, n_prefix + 9, 1, b) == MOE_OK, "fresh");
     CHECK(moe_session_length(s) == n_prefix + 9, "length");
     CHECK(memcmp(a, b, n_vocab * sizeof *a) == 0, "another result after a cancel");
     free(a);
@@ -945,21 +914,21 @@ static void sessions_close_in_any_order(void)
     for (int order = 0; order < 6; order++) {
         test_host h;
         host_setup(&h);
-        moe_model *model = open_fixture("gemma3", &h);
+        moe_model *model = open_hosted("gemma3", &h);
         REQUIRE(model, "no model");
         moe_session *s[3];
         for (int i = 0; i < 3; i++) {
             moe_session_options o = session_options(16 << i);
             o.n_threads = (uint32_t)(1 + i);
             s[i] = open_session(model, &o);
-            CHECK(s[i] && moe_session_eval(s[i], tokens, (size_t)(4 + i), 0, NULL) == MOE_OK,
+            CHECK(s[i] && moe_session_eval(s[i], api_tokens, (size_t)(4 + i), 0, NULL) == MOE_OK,
                   "eval");
         }
         int first = order % 3, second = (first + 1 + order / 3) % 3, third = 3 - first - second;
         moe_session_close(s[first]);
-        CHECK(moe_session_eval(s[second], tokens, 3, 0, NULL) == MOE_OK, "one was closed");
+        CHECK(moe_session_eval(s[second], api_tokens, 3, 0, NULL) == MOE_OK, "one was closed");
         moe_session_close(s[second]);
-        CHECK(moe_session_eval(s[third], tokens, 3, 0, NULL) == MOE_OK, "two were closed");
+        CHECK(moe_session_eval(s[third], api_tokens, 3, 0, NULL) == MOE_OK, "two were closed");
         moe_session_close(s[third]);
         moe_model_close(model);
         CHECK(h.used == 0, "%llu bytes leaked", (unsigned long long)h.used);
@@ -968,7 +937,7 @@ static void sessions_close_in_any_order(void)
 
 static void metadata_can_be_listed(void)
 {
-    moe_model *model = open_fixture("llama-tied", NULL);
+    moe_model *model = open_hosted("llama-tied", NULL);
     REQUIRE(model, "no model");
     bool found = false;
     for (size_t i = 0; i < moe_model_meta_count(model); i++) {
@@ -1014,9 +983,8 @@ static void vocab_only_has_no_sessions(void)
     moe_model_close(model);
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(api)
 {
-    test_begin(argc, argv);
     RUN(every_status_has_a_name);
     RUN(model_options_are_versioned);
     RUN(session_options_are_versioned);
@@ -1037,5 +1005,4 @@ int main(int argc, char **argv)
     RUN(sessions_close_in_any_order);
     RUN(metadata_can_be_listed);
     RUN(vocab_only_has_no_sessions);
-    return test_end();
 }

@@ -5,72 +5,17 @@
 #include "test.h"
 
 #if defined MOE_NO_TEXT || defined MOE_NO_ZSTD
-int main(int argc, char **argv)
+TEST_PROGRAM(convert)
 {
-    test_begin(argc, argv);
-    return test_end();
 }
 #else
 
-#include "../convert/convert.c"
+#include "converter.h"
+#include "scratch.h"
 
 #include <sys/resource.h>
-#include <utime.h>
-
-static char scratch[200];
 
 /* ------------------------------------------------------------------------------- helpers -- */
-
-/* A path below the scratch folder; four at a time. */
-static const char *scratch_path(const char *name)
-{
-    static char paths[4][600];
-    static int next;
-    char *path = paths[next++ % 4];
-    snprintf(path, sizeof paths[0], "%s/%s", scratch, name);
-    return path;
-}
-
-static void write_file(const char *path, const void *data, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK(f && fwrite(data, 1, bytes, f) == bytes, "%s", path);
-    if (f)
-        fclose(f);
-}
-
-static void write_text(const char *path, const char *text)
-{
-    write_file(path, text, strlen(text));
-}
-
-static void remove_folder(const char *path)
-{
-    DIR *dir = opendir(path);
-    char name[1100];
-    for (struct dirent *e; dir && (e = readdir(dir));) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, ".."))
-            continue;
-        snprintf(name, sizeof name, "%s/%s", path, e->d_name);
-        struct stat info;
-        if (!lstat(name, &info) && S_ISDIR(info.st_mode))
-            remove_folder(name);
-        else
-            unlink(name);
-    }
-    if (dir)
-        closedir(dir);
-    rmdir(path);
-}
-
-static moe_status convert_with(const conv_options *options, moe_error *error)
-{
-    conv_job job;
-    moe_status status = conv_run(&job, options, error);
-    conv_close(&job);
-    CHECK(!atomic_load(&job.mem.used_bytes), "memory is left");
-    return status;
-}
 
 static moe_status convert(const char *source, const char *out, const char *quant, moe_error *error)
 {
@@ -78,14 +23,8 @@ static moe_status convert(const char *source, const char *out, const char *quant
     return convert_with(&options, error);
 }
 
-static bool exists(const char *path)
-{
-    struct stat info;
-    return !lstat(path, &info);
-}
-
 /* A conversion must fail with this status, say this, and leave nothing. */
-static void refused(const conv_options *options, moe_status status, const char *says)
+static void refused_conversion(const conv_options *options, moe_status status, const char *says)
 {
     char partial[700];
     moe_error error = {0};
@@ -95,7 +34,7 @@ static void refused(const conv_options *options, moe_status status, const char *
     CHECK(got == status, "expected %s, got %s: %s", moe_status_name(status), moe_status_name(got),
           error.message);
     CHECK(strstr(error.message, says), "expected \"%s\" in: %s", says, error.message);
-    CHECK(!exists(options->out) && !exists(partial), "%s is left", options->out);
+    CHECK(!scratch_exists(options->out) && !scratch_exists(partial), "%s is left", options->out);
     CHECK(plat_time_ns() - start < 1000000000ull * test_slowness(), "it took too long");
 }
 
@@ -113,14 +52,14 @@ static moe_directory *open_directory(const char *path, moe_mem *mem)
 
 /* --------------------------------------------------------------------------- checkpoints -- */
 
-typedef struct expected {
+typedef struct expected_logits {
     char *data;
     uint32_t n_tok, n_vocab;
     const int32_t *tok;
     const float *logits; // [n_tok][n_vocab]
-} expected;
+} expected_logits;
 
-static bool expected_load(expected *e, const char *folder)
+static bool expected_load(expected_logits *e, const char *folder)
 {
     char path[900];
     size_t bytes = 0;
@@ -136,7 +75,7 @@ static bool expected_load(expected *e, const char *folder)
 }
 
 /* The model's logits [n_tok][n_vocab] for the expected tokens; NULL after a failure. */
-static float *run_model(const char *path, const expected *e)
+static float *run_model(const char *path, const expected_logits *e)
 {
     moe_model *model = NULL;
     moe_session *session = NULL;
@@ -165,7 +104,7 @@ static float *run_model(const char *path, const expected *e)
 }
 
 /* The largest distance of a position's logits, in units of the largest of them. */
-static double run_distance(const char *path, const expected *e)
+static double run_distance(const char *path, const expected_logits *e)
 {
     float *logits = run_model(path, e);
     double worst = logits ? 0 : 1e9;
@@ -209,7 +148,7 @@ static int by_size(const void *a, const void *b)
 
 /* The median over the positions of the divergence from the expected logits: some positions lie at a tie of the
  * router, and there the divergence says nothing about the weights. */
-static double run_divergence(const char *path, const expected *e)
+static double run_divergence(const char *path, const expected_logits *e)
 {
     float *logits = run_model(path, e);
     double *each = calloc(e->n_tok, sizeof *each), median = 1e9;
@@ -226,16 +165,6 @@ static double run_divergence(const char *path, const expected *e)
     return median;
 }
 
-/* The folder of a checkpoint: of the committed ones, or of others that make_checkpoints.py made. */
-static const char *checkpoint(const char *name)
-{
-    static char path[500];
-    const char *other = getenv("MOE_TEST_CHECKPOINTS");
-    snprintf(path, sizeof path, "%s%s/%s", other ? other : test_root(), other ? "" : "/checkpoints",
-             name);
-    return path;
-}
-
 /* Every checkpoint as F32 gives transformers' logits; in its own types too, but for FP8, which becomes
  * BF16 with a rounding of 2^-9 for each weight, and MXFP4, which is multiplied with int8: both can
  * turn a close decision of a router, so their divergence is looked at. */
@@ -246,7 +175,7 @@ static void checkpoints_give_the_logits_of_transformers(void)
     REQUIRE(dir, "%s", checkpoint(""));
     for (struct dirent *d; (d = readdir(dir));) {
         char folder[800];
-        expected e = {0};
+        expected_logits e = {0};
         moe_error error = {0};
         if (d->d_name[0] == '.')
             continue;
@@ -278,7 +207,7 @@ static void quantized_checkpoints_diverge_as_their_bits_say(void)
     DIR *dir = opendir(checkpoint(""));
     REQUIRE(dir, "%s", checkpoint(""));
     for (struct dirent *d; (d = readdir(dir));) {
-        expected e = {0};
+        expected_logits e = {0};
         moe_error error = {0};
         double far[3];
         if (d->d_name[0] == '.')
@@ -306,7 +235,7 @@ static void draft_layer_is_converted(void)
 {
     char path[600];
     size_t bytes = 0;
-    expected e = {0};
+    expected_logits e = {0};
     moe_error error = {0};
     draft_guess guess;
     const char *out = scratch_path("drafts.gguf");
@@ -457,14 +386,14 @@ static void gguf_damage_is_refused(void)
     const char *cut = scratch_path("cut.gguf");
     const conv_options o = {.source = cut, .out = scratch_path("o.gguf")};
     REQUIRE(data, "%s", source);
-    write_file(cut, data, bytes - 1000);
-    refused(&o, MOE_ERR_FORMAT, "cut off");
-    write_file(cut, "GGUF", 4);
-    refused(&o, MOE_ERR_FORMAT, "version");
-    write_file(cut, "", 0);
-    refused(&o, MOE_ERR_FORMAT, "magic");
+    scratch_write(cut, data, bytes - 1000);
+    refused_conversion(&o, MOE_ERR_FORMAT, "cut off");
+    scratch_write(cut, "GGUF", 4);
+    refused_conversion(&o, MOE_ERR_FORMAT, "version");
+    scratch_write(cut, "", 0);
+    refused_conversion(&o, MOE_ERR_FORMAT, "magic");
     unlink(cut);
-    refused(&o, MOE_ERR_IO, "no such");
+    refused_conversion(&o, MOE_ERR_IO, "no such");
     free(data);
 }
 
@@ -674,7 +603,7 @@ static void make_small(const char *folder, uint32_t n_vocab)
     memcpy(file, &n, 8);
     memcpy(file + 8, header, n);
     snprintf(path, sizeof path, "%s/model.safetensors", folder);
-    write_file(path, file, 8 + n + at);
+    scratch_write(path, file, 8 + n + at);
     free(file);
     snprintf(config, sizeof config,
              "{\"model_type\": \"llama\", \"vocab_size\": %u, \"hidden_size\": 4, "
@@ -684,7 +613,7 @@ static void make_small(const char *folder, uint32_t n_vocab)
              "\"rope_scaling\": null, \"bos_token_id\": null, \"eos_token_id\": [260, 257]}",
              n_vocab);
     snprintf(path, sizeof path, "%s/config.json", folder);
-    write_text(path, config);
+    scratch_write_text(path, config);
 }
 
 static void tokenizer_json_becomes_keys(void)
@@ -696,10 +625,10 @@ static void tokenizer_json_becomes_keys(void)
     make_small(folder, 264);
     char *text = make_tokenizer(pre_gpt2);
     snprintf(path, sizeof path, "%s/tokenizer.json", folder);
-    write_text(path, text);
+    scratch_write_text(path, text);
     free(text);
     snprintf(path, sizeof path, "%s/chat_template.jinja", folder);
-    write_text(path, "{{ messages }}");
+    scratch_write_text(path, "{{ messages }}");
     const char *out = scratch_path("tok.gguf");
     REQUIRE(!convert(folder, out, NULL, &error), "%s", error.message);
     moe_directory *dir = open_directory(out, &mem);
@@ -744,9 +673,9 @@ static void unknown_patterns_are_refused(void)
         "\"[a-e]|[f-z]+\"}, \"behavior\": \"Isolated\", \"invert\": false}, {\"type\": "
         "\"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": false}]}");
     snprintf(path, sizeof path, "%s/tokenizer.json", folder);
-    write_text(path, text);
+    scratch_write_text(path, text);
     const conv_options o = {.source = folder, .out = scratch_path("t2.gguf")};
-    refused(&o, MOE_ERR_UNSUPPORTED, "--pre NAME");
+    refused_conversion(&o, MOE_ERR_UNSUPPORTED, "--pre NAME");
     free(text);
 }
 
@@ -759,17 +688,17 @@ static void tokenizers_that_contradict_the_model_are_refused(void)
     make_small(folder, 200);
     char *text = make_tokenizer(pre_gpt2);
     snprintf(path, sizeof path, "%s/tokenizer.json", folder);
-    write_text(path, text);
-    refused(&o, MOE_ERR_MODEL, "at most 200 tokens");
+    scratch_write_text(path, text);
+    refused_conversion(&o, MOE_ERR_MODEL, "at most 200 tokens");
     make_small(folder, 261);
-    write_text(path, "{\"model\": 3}");
-    refused(&o, MOE_ERR_FORMAT, "vocab");
-    write_text(path, text);
+    scratch_write_text(path, "{\"model\": 3}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "vocab");
+    scratch_write_text(path, text);
     snprintf(path, sizeof path, "%s/generation_config.json", folder);
-    write_text(path, "{\"eos_token_id\": 4000000000}");
-    refused(&o, MOE_ERR_MODEL, "eos_token_id");
-    write_text(path, "{\"temperature\": \"hot\"}");
-    refused(&o, MOE_ERR_MODEL, "temperature");
+    scratch_write_text(path, "{\"eos_token_id\": 4000000000}");
+    refused_conversion(&o, MOE_ERR_MODEL, "eos_token_id");
+    scratch_write_text(path, "{\"temperature\": \"hot\"}");
+    refused_conversion(&o, MOE_ERR_MODEL, "temperature");
     free(text);
 }
 
@@ -782,7 +711,7 @@ static void write_safetensors(const char *path, const char *header, size_t data_
     char *file = calloc(1, 8 + n + data_bytes);
     memcpy(file, &n, 8);
     memcpy(file + 8, header, n);
-    write_file(path, file, 8 + n + data_bytes);
+    scratch_write(path, file, 8 + n + data_bytes);
     free(file);
 }
 
@@ -846,32 +775,32 @@ static void lying_headers_are_refused(void)
     for (size_t i = 0; i < MOE_COUNT(cases); i++) {
         const int failures = test_failures;
         write_safetensors(path, cases[i].header, cases[i].data_bytes);
-        refused(&o, cases[i].status, cases[i].says);
+        refused_conversion(&o, cases[i].status, cases[i].says);
         if (test_failures != failures)
             printf("  in case %s\n", cases[i].id);
     }
     uint64_t huge = 1000; // S1, S2, S3, S6
-    write_file(path, "1234567", 7);
-    refused(&o, MOE_ERR_FORMAT, "too few");
-    write_file(path, "", 0);
-    refused(&o, MOE_ERR_FORMAT, "too few");
-    write_file(path, &huge, 8);
-    refused(&o, MOE_ERR_FORMAT, "within");
+    scratch_write(path, "1234567", 7);
+    refused_conversion(&o, MOE_ERR_FORMAT, "too few");
+    scratch_write(path, "", 0);
+    refused_conversion(&o, MOE_ERR_FORMAT, "too few");
+    scratch_write(path, &huge, 8);
+    refused_conversion(&o, MOE_ERR_FORMAT, "within");
     huge = UINT64_MAX;
-    write_file(path, &huge, 8);
-    refused(&o, MOE_ERR_FORMAT, "within");
+    scratch_write(path, &huge, 8);
+    refused_conversion(&o, MOE_ERR_FORMAT, "within");
     char *deep = malloc(200001);
     memset(deep, '[', 200000);
     deep[200000] = 0;
     write_safetensors(path, deep, 0);
-    refused(&o, MOE_ERR_FORMAT, "nested");
+    refused_conversion(&o, MOE_ERR_FORMAT, "nested");
     free(deep);
     huge = ST_MAX_HEADER_BYTES + 1ull;
-    write_file(path, &huge, 8);
+    scratch_write(path, &huge, 8);
     CHECK(!truncate(path, 8 + ST_MAX_HEADER_BYTES + 1ll), "truncate");
-    refused(&o, MOE_ERR_LIMIT, "at most 100000000");
+    refused_conversion(&o, MOE_ERR_LIMIT, "at most 100000000");
     unlink(path);
-    refused(&o, MOE_ERR_IO, "model.safetensors");
+    refused_conversion(&o, MOE_ERR_IO, "model.safetensors");
 }
 
 /* S15: a small header cannot name more tensors than there are bytes, and names for the same bytes are
@@ -891,7 +820,7 @@ static void aliases_are_refused(void)
                      i ? "," : "", i);
     strcpy(p, "}");
     write_safetensors(path, header, 4);
-    refused(&o, MOE_ERR_LIMIT, "at most 262144 tensors");
+    refused_conversion(&o, MOE_ERR_LIMIT, "at most 262144 tensors");
     free(header);
 }
 
@@ -900,7 +829,7 @@ static void write_index(const char *folder, const char *map)
     char path[700], text[2000];
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", folder);
     snprintf(text, sizeof text, "{\"weight_map\": %s}", map);
-    write_text(path, text);
+    scratch_write_text(path, text);
 }
 
 /* S16, S17: shards elsewhere, a tensor in two of them, one that is not where the index says. */
@@ -916,32 +845,32 @@ static void lying_indexes_are_refused(void)
         char map[200];
         snprintf(map, sizeof map, "{\"a\": \"%s\"}", outside[i]);
         write_index(folder, map);
-        refused(&o, MOE_ERR_FORMAT, "weight_map");
+        refused_conversion(&o, MOE_ERR_FORMAT, "weight_map");
     }
     snprintf(path, sizeof path, "%s/link.safetensors", folder);
     snprintf(other, sizeof other, "%s", scratch_path("outside.safetensors"));
     write_safetensors(other, "{" T("a", "F32", "[1]", "0", "4") "}", 4);
     CHECK(!symlink(other, path), "symlink");
     write_index(folder, "{\"a\": \"link.safetensors\"}");
-    refused(&o, MOE_ERR_FORMAT, "link that leaves");
+    refused_conversion(&o, MOE_ERR_FORMAT, "link that leaves");
     unlink(path);
     for (int i = 1; i <= 2; i++) {
         snprintf(path, sizeof path, "%s/%d.safetensors", folder, i);
         write_safetensors(path, "{" T("a", "F32", "[1]", "0", "4") "}", 4);
     }
     write_index(folder, "{\"a\": \"1.safetensors\", \"b\": \"2.safetensors\"}");
-    refused(&o, MOE_ERR_FORMAT, "in one shard");
+    refused_conversion(&o, MOE_ERR_FORMAT, "in one shard");
     write_index(folder, "{\"a\": \"1.safetensors\", \"b\": \"1.safetensors\"}");
-    refused(&o, MOE_ERR_FORMAT, "b: ");
+    refused_conversion(&o, MOE_ERR_FORMAT, "b: ");
     write_index(folder, "{\"a\": \"3.safetensors\"}");
-    refused(&o, MOE_ERR_IO, "3.safetensors");
+    refused_conversion(&o, MOE_ERR_IO, "3.safetensors");
     write_index(folder, "{\"a\": 7}");
-    refused(&o, MOE_ERR_FORMAT, "weight_map");
+    refused_conversion(&o, MOE_ERR_FORMAT, "weight_map");
     write_index(folder, "[]");
-    refused(&o, MOE_ERR_FORMAT, "weight_map");
+    refused_conversion(&o, MOE_ERR_FORMAT, "weight_map");
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", folder);
-    write_text(path, "null");
-    refused(&o, MOE_ERR_FORMAT, "object");
+    scratch_write_text(path, "null");
+    refused_conversion(&o, MOE_ERR_FORMAT, "object");
 }
 
 /* ------------------------------------------------------------------------------- configs -- */
@@ -1009,20 +938,20 @@ static void lying_configs_are_refused(void)
     char *good = test_read_file(path, &bytes);
     REQUIRE(good, "%s", path);
     for (size_t i = 0; i < MOE_COUNT(cases); i++) {
-        write_text(path, cases[i].config);
-        refused(&o, cases[i].status, cases[i].says);
+        scratch_write_text(path, cases[i].config);
+        refused_conversion(&o, cases[i].status, cases[i].says);
     }
     for (size_t i = 0; i < MOE_COUNT(edits); i++) {
         const char *at = strstr(good, edits[i].from);
         REQUIRE(at, "%s", edits[i].from);
         snprintf(config, sizeof config, "%.*s%s%s", (int)(at - good), good, edits[i].to,
                  at + strlen(edits[i].from));
-        write_text(path, config);
-        refused(&o, edits[i].status, edits[i].says);
+        scratch_write_text(path, config);
+        refused_conversion(&o, edits[i].status, edits[i].says);
     }
     unlink(path);
-    refused(&o, MOE_ERR_IO, "config.json");
-    write_text(path, good); // S19: auto_map is there and does nothing
+    refused_conversion(&o, MOE_ERR_IO, "config.json");
+    scratch_write_text(path, good); // S19: auto_map is there and does nothing
     moe_error error = {0};
     CHECK(!convert(folder, o.out, NULL, &error), "%s", error.message);
     unlink(o.out);
@@ -1042,9 +971,9 @@ static void unused_tensors_are_refused(void)
     char *name = strstr(data + 8, "model.norm.weight");
     REQUIRE(name, "name");
     memcpy(name, "model.nom2.weight", 17);
-    write_file(path, data, bytes);
+    scratch_write(path, data, bytes);
     const conv_options o = {.source = folder, .out = scratch_path("unused.gguf")};
-    refused(&o, MOE_ERR_MODEL, "model.norm.weight");
+    refused_conversion(&o, MOE_ERR_MODEL, "model.norm.weight");
     free(data);
 }
 
@@ -1070,7 +999,7 @@ static void copy_packed(const char *folder, const char *from, const char *to, co
             data[8 + header + strtoul(strstr(entry, "data_offsets\":[") + 15, NULL, 10)] =
                 (char)value;
         snprintf(path, sizeof path, "%s/%s", folder, files[i]);
-        write_file(path, data, bytes);
+        scratch_write(path, data, bytes);
         free(data);
     }
 }
@@ -1082,15 +1011,15 @@ static void packed_experts_that_lie_are_refused(void)
     mkdir(folder, 0700);
     const conv_options o = {.source = folder, .out = scratch_path("packed.gguf")};
     copy_packed(folder, "up_proj_scales", "up_proj_scalez", NULL, 0);
-    refused(&o, MOE_ERR_MODEL, "gate_up_proj_scales: expected this tensor");
+    refused_conversion(&o, MOE_ERR_MODEL, "gate_up_proj_scales: expected this tensor");
     copy_packed(folder, "up_proj_blocks", "up_proj_blockz", NULL, 0);
-    refused(&o, MOE_ERR_MODEL, "gate_up_proj_blocks: expected this tensor");
+    refused_conversion(&o, MOE_ERR_MODEL, "gate_up_proj_blocks: expected this tensor");
     copy_packed(folder, "[4,64,2,16]", "[4,64,16,2]", NULL, 0);
-    refused(&o, MOE_ERR_MODEL, "expected shape [4, 64, 2, 16] by config.json, got [4, 64, 16, 2]");
+    refused_conversion(&o, MOE_ERR_MODEL, "expected shape [4, 64, 2, 16] by config.json, got [4, 64, 16, 2]");
     copy_packed(folder, "[4,64,2]", "[4,32,4]", NULL, 0);
-    refused(&o, MOE_ERR_MODEL, "expected shape [4, 64, 2] by config.json, got [4, 32, 4]");
+    refused_conversion(&o, MOE_ERR_MODEL, "expected shape [4, 64, 2] by config.json, got [4, 32, 4]");
     copy_packed(folder, NULL, NULL, "layers.1.mlp.experts.down_proj_scales", 255);
-    refused(&o, MOE_ERR_MODEL, "blk.1.ffn_down_exps.weight: expected finite weights, got an "
+    refused_conversion(&o, MOE_ERR_MODEL, "blk.1.ffn_down_exps.weight: expected finite weights, got an "
                                "exponent of 255 at row 0");
 }
 
@@ -1120,13 +1049,13 @@ static void weights_that_are_not_finite_are_named(void)
     for (size_t i = 0; i < MOE_COUNT(types); i++) {
         o.quant = types[i];
         poison(folder, NAN);
-        refused(&o, MOE_ERR_MODEL, "token_embd.weight: expected finite weights, got nan at row 3, column 1");
+        refused_conversion(&o, MOE_ERR_MODEL, "token_embd.weight: expected finite weights, got nan at row 3, column 1");
         poison(folder, -INFINITY);
-        refused(&o, MOE_ERR_MODEL, "got -inf at row 3, column 1");
+        refused_conversion(&o, MOE_ERR_MODEL, "got -inf at row 3, column 1");
     }
     poison(folder, 70000.0f);
     o.quant = "f16";
-    refused(&o, MOE_ERR_MODEL, "BF16");
+    refused_conversion(&o, MOE_ERR_MODEL, "BF16");
     o.quant = "bf16";
     CHECK(!convert_with(&o, &error), "%s", error.message);
     poison(folder, NAN);
@@ -1134,13 +1063,6 @@ static void weights_that_are_not_finite_are_named(void)
     o.quant = "f32";
     CHECK(!convert_with(&o, &error), "%s", error.message);
     unlink(o.out);
-}
-
-static void touch_source(void *user, const conv_progress *progress)
-{
-    struct utimbuf times = {1, 1};
-    (void)progress;
-    utime(user, &times);
 }
 
 static void a_source_that_changes_is_noticed(void)
@@ -1151,7 +1073,7 @@ static void a_source_that_changes_is_noticed(void)
     snprintf(path, sizeof path, "%s/model.safetensors", folder);
     const conv_options o = {.source = folder, .out = scratch_path("change.gguf"), .n_threads = 1,
                             .progress = touch_source, .user = path};
-    refused(&o, MOE_ERR_IO, "changed during the conversion");
+    refused_conversion(&o, MOE_ERR_IO, "changed during the conversion");
 }
 
 static void nothing_is_left_after_a_failure(void)
@@ -1160,26 +1082,26 @@ static void nothing_is_left_after_a_failure(void)
     snprintf(source, sizeof source, "%s/fixtures/qwen3.gguf", test_root());
     moe_cancel cancel = {1};
     conv_options o = {.source = source, .out = scratch_path("x.gguf"), .cancel = &cancel};
-    refused(&o, MOE_ERR_CANCELLED, "cancelled");
+    refused_conversion(&o, MOE_ERR_CANCELLED, "cancelled");
     o.cancel = NULL;
     struct rlimit old, small = {20000, 20000};
     signal(SIGXFSZ, SIG_IGN);
     getrlimit(RLIMIT_FSIZE, &old);
     small.rlim_max = old.rlim_max;
     setrlimit(RLIMIT_FSIZE, &small);
-    refused(&o, MOE_ERR_IO, "x.gguf.partial");
+    refused_conversion(&o, MOE_ERR_IO, "x.gguf.partial");
     setrlimit(RLIMIT_FSIZE, &old);
     o.out = scratch_path("no/such/folder.gguf");
-    refused(&o, MOE_ERR_IO, "no such folder");
+    refused_conversion(&o, MOE_ERR_IO, "no such folder");
     o.out = scratch_path("x.bin");
-    refused(&o, MOE_ERR_ARGUMENT, ".gguf");
+    refused_conversion(&o, MOE_ERR_ARGUMENT, ".gguf");
     o.out = scratch_path("x.gguf");
     o.quant = "q9_k";
-    refused(&o, MOE_ERR_ARGUMENT, "q4_k_m");
+    refused_conversion(&o, MOE_ERR_ARGUMENT, "q4_k_m");
     o.quant = NULL;
     o.dry_run = true;
     moe_error error = {0};
-    CHECK(!convert_with(&o, &error) && !exists(o.out), "%s", error.message);
+    CHECK(!convert_with(&o, &error) && !scratch_exists(o.out), "%s", error.message);
 }
 
 /* A whole file that is there stays until the new one is whole. */
@@ -1191,7 +1113,7 @@ static void an_old_file_survives_a_failure(void)
     make_small(folder, 8);
     poison(folder, NAN);
     const char *out = scratch_path("old.gguf");
-    write_text(out, "precious");
+    scratch_write_text(out, "precious");
     moe_error error = {0};
     CHECK(convert(folder, out, NULL, &error) == MOE_ERR_MODEL, "%s", error.message);
     char *data = test_read_file(out, &bytes);
@@ -1200,15 +1122,10 @@ static void an_old_file_survives_a_failure(void)
     unlink(out);
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(convert)
 {
-    const char *tmp = getenv("TMPDIR");
-    test_begin(argc, argv);
-    snprintf(scratch, sizeof scratch, "%s/moe-test-convert.XXXXXX", tmp ? tmp : "/tmp");
-    if (!mkdtemp(scratch)) {
-        printf("cannot make a folder in %s\n", scratch);
-        return 1;
-    }
+    if (!scratch_begin("convert"))
+        return;
     RUN(checkpoints_give_the_logits_of_transformers);
     RUN(quantized_checkpoints_diverge_as_their_bits_say);
     RUN(fp8_codes_have_their_values);
@@ -1233,8 +1150,7 @@ int main(int argc, char **argv)
     RUN(a_source_that_changes_is_noticed);
     RUN(nothing_is_left_after_a_failure);
     RUN(an_old_file_survives_a_failure);
-    remove_folder(scratch);
-    return test_end();
+    scratch_end();
 }
 
 #endif

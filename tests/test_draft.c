@@ -2,21 +2,9 @@
  * decision whether they pay. */
 #include "test.h"
 
-/* -------------------------------------------------------------------------------- sessions -- */
+#include "models.h"
 
-static moe_model *open_fixture(const char *name)
-{
-    char path[512];
-    snprintf(path, sizeof path, "%s/fixtures/%s.gguf", test_root(), name);
-    moe_model_options o;
-    moe_model_options_init(&o);
-    o.path = path;
-    moe_model *model = NULL;
-    moe_error error = {0};
-    moe_status status = moe_model_open(&model, &o, &error);
-    CHECK(!status, "%s: %s", name, error.message);
-    return model;
-}
+/* -------------------------------------------------------------------------------- sessions -- */
 
 typedef struct setup {
     moe_draft draft;
@@ -24,7 +12,7 @@ typedef struct setup {
     moe_cache_type cache;
 } setup;
 
-static moe_session *open_session(moe_model *model, const setup *u)
+static moe_session *open_drafting(moe_model *model, const setup *u)
 {
     moe_session_options o;
     moe_session_options_init(&o);
@@ -34,18 +22,7 @@ static moe_session *open_session(moe_model *model, const setup *u)
     o.n_batch = u->n_batch ? u->n_batch : 32;
     o.cache_type = u->cache;
     o.n_threads = 1;
-    moe_session *s = NULL;
-    moe_error error = {0};
-    moe_status status = moe_session_open(&s, model, &o, &error);
-    CHECK(!status, "%s", error.message);
-    return s;
-}
-
-static uint32_t vocab_of(const moe_model *model)
-{
-    moe_model_info info = {.size = sizeof info};
-    moe_model_get_info(model, &info);
-    return info.n_vocab;
+    return open_session(model, &o);
 }
 
 static moe_draft_stats stats_of(const moe_session *s)
@@ -55,21 +32,21 @@ static moe_draft_stats stats_of(const moe_session *s)
     return stats;
 }
 
-enum { N_PROMPT = 9, N_GEN = 60 };
+enum { N_DRAFT_PROMPT = 9, N_GEN = 60 };
 
 /* Generates from a prompt as a program would: tokens [n], logits [n][n_vocab]. */
-static void generate(moe_session *s, const moe_sampler_options *so, uint32_t n_vocab, uint32_t n,
+static void draft_generate(moe_session *s, const moe_sampler_options *so, uint32_t n_vocab, uint32_t n,
                      moe_token *tokens, float *logits)
 {
-    moe_token prompt[N_PROMPT];
+    moe_token prompt[N_DRAFT_PROMPT];
     moe_sampler *sampler = NULL;
-    for (uint32_t i = 0; i < N_PROMPT; i++)
+    for (uint32_t i = 0; i < N_DRAFT_PROMPT; i++)
         prompt[i] = (moe_token)(i * 37 % n_vocab);
     REQUIRE(!moe_sampler_new(&sampler, n_vocab, so, NULL, NULL), "sampler");
-    moe_status status = moe_session_eval(s, prompt, N_PROMPT, 1, logits);
+    moe_status status = moe_session_eval(s, prompt, N_DRAFT_PROMPT, 1, logits);
     for (uint32_t i = 0; i < n && !status; i++) {
         CHECK(!moe_sampler_pick(sampler, logits + (size_t)i * n_vocab, &tokens[i]), "pick");
-        CHECK(moe_session_length(s) == N_PROMPT + i, "length %u after %u", moe_session_length(s), i);
+        CHECK(moe_session_length(s) == N_DRAFT_PROMPT + i, "length %u after %u", moe_session_length(s), i);
         if (i + 1 < n)
             status = moe_session_eval(s, &tokens[i], 1, 1, logits + (size_t)(i + 1) * n_vocab);
     }
@@ -79,7 +56,7 @@ static void generate(moe_session *s, const moe_sampler_options *so, uint32_t n_v
 
 /* The same generation with and without drafting: the same tokens, the same bits. Returns the number of
  * guesses that came true. */
-static uint64_t compare(const char *name, const setup *u, const moe_sampler_options *so)
+static uint64_t compare_with_plain(const char *name, const setup *u, const moe_sampler_options *so)
 {
     moe_model *model = open_fixture(name);
     if (!model)
@@ -90,9 +67,9 @@ static uint64_t compare(const char *name, const setup *u, const moe_sampler_opti
     float *b = calloc((size_t)N_GEN * n_vocab, sizeof *b);
     setup off = *u;
     off.draft = MOE_DRAFT_OFF;
-    moe_session *first = open_session(model, &off), *second = open_session(model, u);
-    generate(first, so, n_vocab, N_GEN, plain, a);
-    generate(second, so, n_vocab, N_GEN, drafted, b);
+    moe_session *first = open_drafting(model, &off), *second = open_drafting(model, u);
+    draft_generate(first, so, n_vocab, N_GEN, plain, a);
+    draft_generate(second, so, n_vocab, N_GEN, drafted, b);
     CHECK(!memcmp(plain, drafted, sizeof plain), "%s: other tokens", name);
     CHECK(!memcmp(a, b, (size_t)N_GEN * n_vocab * sizeof *a), "%s: other bits", name);
     const moe_draft_stats stats = stats_of(second);
@@ -122,9 +99,9 @@ static void lookup_gives_the_same_bits(void)
     const moe_sampler_options so = greedy();
     uint64_t n = 0;
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
-        n += compare(names[i], &(setup){MOE_DRAFT_NGRAM, 8, 0, 0, MOE_CACHE_F16}, &so);
-        n += compare(names[i], &(setup){MOE_DRAFT_NGRAM, 3, N_PROMPT + N_GEN, 4, MOE_CACHE_Q8_0}, &so);
-        n += compare(names[i], &(setup){MOE_DRAFT_AUTO, 5, 0, 7, MOE_CACHE_F32}, &so);
+        n += compare_with_plain(names[i], &(setup){MOE_DRAFT_NGRAM, 8, 0, 0, MOE_CACHE_F16}, &so);
+        n += compare_with_plain(names[i], &(setup){MOE_DRAFT_NGRAM, 3, N_DRAFT_PROMPT + N_GEN, 4, MOE_CACHE_Q8_0}, &so);
+        n += compare_with_plain(names[i], &(setup){MOE_DRAFT_AUTO, 5, 0, 7, MOE_CACHE_F32}, &so);
     }
     CHECK(n > 100, "only %llu guesses came true", (unsigned long long)n);
 }
@@ -139,7 +116,7 @@ static void sampling_gives_the_same_tokens(void)
     so.repetition_penalty = 1.05f;
     so.penalty_window = 8;
     for (so.seed = 1; so.seed <= 3; so.seed++)
-        n += compare("llama-tied", &(setup){MOE_DRAFT_NGRAM, 6, 0, 0, MOE_CACHE_F16}, &so);
+        n += compare_with_plain("llama-tied", &(setup){MOE_DRAFT_NGRAM, 6, 0, 0, MOE_CACHE_F16}, &so);
     CHECK(n > 0, "no guess came true");
 }
 
@@ -151,8 +128,8 @@ static void any_calls_give_the_same_bits(void)
         moe_model *model = open_fixture(names[i]);
         const uint32_t n_vocab = vocab_of(model);
         float *a = calloc(n_vocab, sizeof *a), *b = calloc(n_vocab, sizeof *b);
-        moe_session *plain = open_session(model, &(setup){.draft = MOE_DRAFT_OFF, .n_batch = 6});
-        moe_session *drafts = open_session(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_batch = 6});
+        moe_session *plain = open_drafting(model, &(setup){.draft = MOE_DRAFT_OFF, .n_batch = 6});
+        moe_session *drafts = open_drafting(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_batch = 6});
         for (uint32_t step = 0; step < 300; step++) {
             moe_token tokens[4];
             const uint32_t kind = test_random() % 16, n = kind < 14 ? 1 : 1 + test_random() % 4;
@@ -189,7 +166,7 @@ static void drafting_stops_at_the_context(void)
     moe_model *model = open_fixture("llama-tied");
     const uint32_t n_vocab = vocab_of(model);
     float *logits = calloc(n_vocab, sizeof *logits);
-    moe_session *s = open_session(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_ctx = 12});
+    moe_session *s = open_drafting(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_ctx = 12});
     const moe_token token = 7;
     for (uint32_t i = 0; i < 12; i++)
         CHECK(!moe_session_eval(s, &token, 1, 1, logits), "%s", moe_session_error(s)->message);
@@ -198,10 +175,10 @@ static void drafting_stops_at_the_context(void)
     CHECK(moe_session_length(s) == 12, "%u", moe_session_length(s));
     moe_session_close(s);
     /* One position, and batches of one token: nothing can be computed ahead. */
-    s = open_session(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_ctx = 1});
+    s = open_drafting(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_ctx = 1});
     CHECK(!moe_session_eval(s, &token, 1, 1, logits), "%s", moe_session_error(s)->message);
     moe_session_close(s);
-    s = open_session(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_batch = 1});
+    s = open_drafting(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_batch = 1});
     for (uint32_t i = 0; i < 12; i++)
         CHECK(!moe_session_eval(s, &token, 1, 1, logits), "%s", moe_session_error(s)->message);
     CHECK(stats_of(s).n_drafted == 0, "%llu", (unsigned long long)stats_of(s).n_drafted);
@@ -247,14 +224,14 @@ static void options_are_checked(void)
 /* ------------------------------------------------------------------ multi-token prediction -- */
 
 /* NAME.expected and NAME.drafts of tests/make_fixtures.py. */
-typedef struct reference {
+typedef struct draft_reference {
     uint32_t n_tok, n_vocab;
     moe_token *tokens;
     float *drafts; // [2][n_tok][n_vocab]
     char *files[2];
-} reference;
+} draft_reference;
 
-static bool read_reference(reference *r, const char *name)
+static bool read_reference(draft_reference *r, const char *name)
 {
     static const char *const endings[] = {"expected", "drafts"};
     for (int i = 0; i < 2; i++) {
@@ -285,7 +262,7 @@ static double distance(const float *got, const float *want, uint32_t n)
 }
 
 /* The layer's logits after the first n_tok tokens, one and two steps on. */
-static void check_layer(moe_session *s, const reference *r, double *worst)
+static void check_layer(moe_session *s, const draft_reference *r, double *worst)
 {
     draft_guess guess;
     const uint32_t p = moe_session_length(s);
@@ -302,7 +279,7 @@ static void check_layer(moe_session *s, const reference *r, double *worst)
 
 static void check_reference(const char *name)
 {
-    reference r;
+    draft_reference r;
     REQUIRE(read_reference(&r, name), "no fixture");
     moe_model *model = open_fixture(name);
     moe_model_info info = {.size = sizeof info};
@@ -311,7 +288,7 @@ static void check_reference(const char *name)
     float *logits = calloc(r.n_vocab, sizeof *logits);
     for (uint32_t n_batch = 3; n_batch < 32; n_batch += 7) {
         double worst = 0;
-        moe_session *s = open_session(model, &(setup){MOE_DRAFT_MTP, 2, r.n_tok + 2, n_batch,
+        moe_session *s = open_drafting(model, &(setup){MOE_DRAFT_MTP, 2, r.n_tok + 2, n_batch,
                                                       MOE_CACHE_F32});
         for (uint32_t p = 0; p + 1 < r.n_tok;) { /* in pieces of many lengths */
             const uint32_t wish = 1 + test_random() % 9, n = MOE_MIN(wish, r.n_tok - 1 - p);
@@ -354,8 +331,8 @@ static void follow_the_layer(const char *name)
     moe_model *model = open_fixture(name);
     const uint32_t n_vocab = vocab_of(model);
     float *a = calloc(n_vocab, sizeof *a), *b = calloc(n_vocab, sizeof *b);
-    moe_session *plain = open_session(model, &(setup){.draft = MOE_DRAFT_OFF});
-    moe_session *drafts = open_session(model, &(setup){.draft = MOE_DRAFT_MTP, .n_draft = 6});
+    moe_session *plain = open_drafting(model, &(setup){.draft = MOE_DRAFT_OFF});
+    moe_session *drafts = open_drafting(model, &(setup){.draft = MOE_DRAFT_MTP, .n_draft = 6});
     moe_token token = 5;
     for (uint32_t i = 0; i < 90; i++) {
         CHECK(!moe_session_eval(plain, &token, 1, 1, a) && !moe_session_eval(drafts, &token, 1, 1, b),
@@ -378,11 +355,11 @@ static void layer_gives_the_same_bits(void)
     for (size_t i = 0; i < MOE_COUNT(with_layer); i++) {
         moe_sampler_options so = greedy();
         const char *name = with_layer[i];
-        compare(name, &(setup){MOE_DRAFT_MTP, 4, 0, 0, MOE_CACHE_F16}, &so);
-        compare(name, &(setup){MOE_DRAFT_MTP, 2, N_PROMPT + N_GEN, 4, MOE_CACHE_Q8_0}, &so);
-        compare(name, &(setup){MOE_DRAFT_AUTO, 8, 0, 5, MOE_CACHE_F32}, &so);
+        compare_with_plain(name, &(setup){MOE_DRAFT_MTP, 4, 0, 0, MOE_CACHE_F16}, &so);
+        compare_with_plain(name, &(setup){MOE_DRAFT_MTP, 2, N_DRAFT_PROMPT + N_GEN, 4, MOE_CACHE_Q8_0}, &so);
+        compare_with_plain(name, &(setup){MOE_DRAFT_AUTO, 8, 0, 5, MOE_CACHE_F32}, &so);
         so.temperature = 0.7f;
-        compare(name, &(setup){MOE_DRAFT_MTP, 3, 0, 0, MOE_CACHE_F16}, &so);
+        compare_with_plain(name, &(setup){MOE_DRAFT_MTP, 3, 0, 0, MOE_CACHE_F16}, &so);
         follow_the_layer(name);
     }
 }
@@ -464,9 +441,8 @@ static void drafting_pays_where_it_can(void)
     CHECK(simulate(0.2, 0.6, 0.6, 0.1, 4000) < 0.85, "%.3f", simulate(0.2, 0.6, 0.6, 0.1, 4000));
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(draft)
 {
-    test_begin(argc, argv);
     RUN(lookup_finds_the_longest_match);
     RUN(drafting_never_costs_much);
     RUN(drafting_pays_where_it_can);
@@ -477,5 +453,4 @@ int main(int argc, char **argv)
     RUN(layer_matches_the_reference);
     RUN(layer_gives_the_same_bits);
     RUN(options_are_checked);
-    return test_end();
 }

@@ -6,7 +6,7 @@
 #include "../convert/encoders.h"
 #include "../convert/encode_tcq.c"
 
-enum { N_IN = 768, N_ROW = 5, N = N_IN * N_ROW };
+enum { ENCODE_IN = 768, ENCODE_ROW = 5, ENCODE_N = ENCODE_IN * ENCODE_ROW };
 
 /* The types whose quantizers convert/encode_32.h and encode_k.h are. */
 static bool has_own_encoder(const moe_quant *quant)
@@ -27,12 +27,12 @@ static float random_normal(void)
            0.866f;
 }
 
-typedef enum data_kind {
+typedef enum encode_data {
     DATA_NORMAL, DATA_HEAVY, DATA_ZERO, DATA_CONSTANT, DATA_POSITIVE, DATA_NEGATIVE, DATA_TINY,
     DATA_HUGE, DATA_SPARSE, DATA_MIXED, N_DATA
-} data_kind;
+} encode_data;
 
-static void fill(float *x, size_t n, data_kind kind)
+static void encode_fill(float *x, size_t n, encode_data kind)
 {
     test_random_state = 20260101 + kind;
     for (size_t i = 0; i < n; i++) {
@@ -74,9 +74,9 @@ static double error_of(const moe_quant *quant, const uint8_t *blocks, const floa
 static double encoded_error(const moe_quant *quant, encode_fn *encode, const float *x,
                             const float *importance, const float *judge)
 {
-    uint8_t *blocks = malloc(blocks_bytes(quant, N));
-    encode(x, importance, blocks, N_ROW, N_IN);
-    const double error = error_of(quant, blocks, x, judge, N_IN, N);
+    uint8_t *blocks = malloc(blocks_bytes(quant, ENCODE_N));
+    encode(x, importance, blocks, ENCODE_ROW, ENCODE_IN);
+    const double error = error_of(quant, blocks, x, judge, ENCODE_IN, ENCODE_N);
     free(blocks);
     return error;
 }
@@ -92,21 +92,21 @@ static void fill_importance(float *w, size_t n)
 
 static void vectors_give_the_bytes_of_plain_c(void)
 {
-    static float x[N], w[N_IN];
+    static float x[ENCODE_N], w[ENCODE_IN];
     if (!(cpu_detect() & MOE_CPU_AVX2))
         SKIP("needs AVX2");
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         for (int kind = 0; kind < N_DATA && has_own_encoder(quant_table[i]); kind++)
             for (int mode = 0; mode < 3; mode++) {
                 const moe_quant *quant = quant_table[i];
-                const size_t bytes = blocks_bytes(quant, N);
+                const size_t bytes = blocks_bytes(quant, ENCODE_N);
                 uint8_t *a = malloc(bytes), *b = malloc(bytes);
-                fill(x, N, kind);
-                fill_importance(w, N_IN);
-                for (size_t k = 0; k < N_IN / 2 && mode == 2; k++)
+                encode_fill(x, ENCODE_N, kind);
+                fill_importance(w, ENCODE_IN);
+                for (size_t k = 0; k < ENCODE_IN / 2 && mode == 2; k++)
                     w[k] = 0; // whole groups that do not matter
-                encoder_select(quant, 0)(x, mode ? w : NULL, a, N_ROW, N_IN);
-                encoder_select(quant, MOE_CPU_AVX2)(x, mode ? w : NULL, b, N_ROW, N_IN);
+                encoder_select(quant, 0)(x, mode ? w : NULL, a, ENCODE_ROW, ENCODE_IN);
+                encoder_select(quant, MOE_CPU_AVX2)(x, mode ? w : NULL, b, ENCODE_ROW, ENCODE_IN);
                 size_t k = 0;
                 while (k < bytes && a[k] == b[k])
                     k++;
@@ -119,8 +119,8 @@ static void vectors_give_the_bytes_of_plain_c(void)
 /* Rows alone, or in calls of several, with n_in that leaves a part of a tile. */
 static void cutting_rows_changes_nothing(void)
 {
-    static float x[7 * N_IN], w[N_IN];
-    fill(x, MOE_COUNT(x), DATA_MIXED);
+    static float x[7 * ENCODE_IN], w[ENCODE_IN];
+    encode_fill(x, MOE_COUNT(x), DATA_MIXED);
     fill_importance(w, MOE_COUNT(w));
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
         const moe_quant *quant = quant_table[i];
@@ -147,13 +147,13 @@ static void error_is_below_the_reference(void)
         {"Q4_0", 0.95}, {"Q4_1", 0.92}, {"Q5_0", 0.97}, {"Q5_1", 0.92}, {"Q8_0", 0.98},
         {"Q2_K", 0.99}, {"Q3_K", 1.001}, {"Q4_K", 0.99}, {"Q5_K", 0.99}, {"Q6_K", 1.001},
         {"IQ4_NL", 0.95}, {"IQ4_XS", 1.001}, {"MXFP4", 0.999}};
-    static float x[N];
+    static float x[ENCODE_N];
     for (size_t i = 0; i < MOE_COUNT(bounds); i++) {
         const moe_quant *quant = quant_by_name(bounds[i].name);
-        uint8_t *blocks = malloc(blocks_bytes(quant, N));
-        fill(x, N, DATA_NORMAL);
-        quant->quantize(x, blocks, N);
-        const double reference = error_of(quant, blocks, x, NULL, N_IN, N);
+        uint8_t *blocks = malloc(blocks_bytes(quant, ENCODE_N));
+        encode_fill(x, ENCODE_N, DATA_NORMAL);
+        quant->quantize(x, blocks, ENCODE_N);
+        const double reference = error_of(quant, blocks, x, NULL, ENCODE_IN, ENCODE_N);
         const double error = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
         CHECK(error <= bounds[i].part * reference, "%s: %.4f of the reference", quant->name,
               error / reference);
@@ -165,16 +165,16 @@ static void error_is_below_the_reference(void)
  * scales are subnormal, the error is that of the scale's own rounding. */
 static void error_is_never_far_above_the_reference(void)
 {
-    static float x[N];
+    static float x[ENCODE_N];
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         for (int kind = 0; kind < N_DATA; kind++) {
             const moe_quant *quant = quant_table[i];
             if (!has_own_encoder(quant))
                 continue;
-            uint8_t *blocks = malloc(blocks_bytes(quant, N));
-            fill(x, N, kind);
-            quant->quantize(x, blocks, N);
-            const double reference = error_of(quant, blocks, x, NULL, N_IN, N);
+            uint8_t *blocks = malloc(blocks_bytes(quant, ENCODE_N));
+            encode_fill(x, ENCODE_N, kind);
+            quant->quantize(x, blocks, ENCODE_N);
+            const double reference = error_of(quant, blocks, x, NULL, ENCODE_IN, ENCODE_N);
             const double error = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
             const bool luck = kind == DATA_CONSTANT || kind == DATA_TINY;
             CHECK(error <= reference * (luck ? 1.5 : 1.02), "%s, data %d: %g, reference %g", quant->name, kind,
@@ -185,10 +185,10 @@ static void error_is_never_far_above_the_reference(void)
 
 static void importance_lowers_the_weighted_error(void)
 {
-    static float x[N], w[N_IN], ones[N_IN];
-    fill(x, N, DATA_NORMAL);
-    fill_importance(w, N_IN);
-    for (size_t i = 0; i < N_IN; i++)
+    static float x[ENCODE_N], w[ENCODE_IN], ones[ENCODE_IN];
+    encode_fill(x, ENCODE_N, DATA_NORMAL);
+    fill_importance(w, ENCODE_IN);
+    for (size_t i = 0; i < ENCODE_IN; i++)
         ones[i] = 1;
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
         const moe_quant *quant = quant_table[i];
@@ -208,17 +208,17 @@ static void importance_lowers_the_weighted_error(void)
 /* Weights that a type can represent come back as they were. */
 static void what_fits_is_exact(void)
 {
-    static float x[N];
+    static float x[ENCODE_N];
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
         const moe_quant *quant = quant_table[i];
         const int low = quant->id == 2 || quant->id == 11 || quant->id == 10 ? -1 : -2;
-        for (size_t k = 0; k < N; k++) // a scale of 1/4 and the codes -2..1 or -1..1
+        for (size_t k = 0; k < ENCODE_N; k++) // a scale of 1/4 and the codes -2..1 or -1..1
             x[k] = 0.25f * (float)((int)(test_random() % (low == -1 ? 3 : 4)) + low);
         if (!has_own_encoder(quant))
             continue;
-        uint8_t *blocks = malloc(blocks_bytes(quant, N));
-        quant->quantize(x, blocks, N);
-        const double reference = error_of(quant, blocks, x, NULL, N_IN, N);
+        uint8_t *blocks = malloc(blocks_bytes(quant, ENCODE_N));
+        quant->quantize(x, blocks, ENCODE_N);
+        const double reference = error_of(quant, blocks, x, NULL, ENCODE_IN, ENCODE_N);
         const double error = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
         CHECK(error <= fmax(reference, 1e-4), "%s: %g, reference %g", quant->name, error,
               reference);
@@ -244,19 +244,19 @@ static void bytes_are_the_recorded_ones(void)
         {"IQ4_XS", 0xccdbb3032e9d9e35, 0x378abdfb4b93add1},
         {"MXFP4", 0x288e3f7e62d84339, 0xad7e0fb6dfa9137d},
     };
-    static float x[N], w[N_IN];
+    static float x[ENCODE_N], w[ENCODE_IN];
     test_random_state = 20260101;
-    for (size_t i = 0; i < N; i++)
-        x[i] = test_random_float() * test_random_float() * (i / N_IN == 3 ? 1e-3f : 1);
-    for (size_t i = 0; i < N_IN; i++)
+    for (size_t i = 0; i < ENCODE_N; i++)
+        x[i] = test_random_float() * test_random_float() * (i / ENCODE_IN == 3 ? 1e-3f : 1);
+    for (size_t i = 0; i < ENCODE_IN; i++)
         w[i] = test_random() % 16 ? (float)(1 + test_random() % 1000) : 0;
     for (size_t i = 0; i < MOE_COUNT(recorded); i++) {
         const moe_quant *quant = quant_by_name(recorded[i].name);
         uint64_t hash[2] = {14695981039346656037u, 14695981039346656037u};
-        uint8_t *blocks = malloc(blocks_bytes(quant, N));
+        uint8_t *blocks = malloc(blocks_bytes(quant, ENCODE_N));
         for (int weighted = 0; weighted < 2; weighted++) {
-            encoder_for(quant)(x, weighted ? w : NULL, blocks, N_ROW, N_IN);
-            for (size_t k = 0; k < blocks_bytes(quant, N); k++)
+            encoder_for(quant)(x, weighted ? w : NULL, blocks, ENCODE_ROW, ENCODE_IN);
+            for (size_t k = 0; k < blocks_bytes(quant, ENCODE_N); k++)
                 hash[weighted] = (hash[weighted] ^ blocks[k]) * 1099511628211u;
         }
         CHECK(hash[0] == recorded[i].plain && hash[1] == recorded[i].weighted,
@@ -305,10 +305,10 @@ static void unusable_numbers_are_found_anywhere(void)
 
 enum { TCQ_TEST_IN = 1088, TCQ_TEST_ROW = 15, TCQ_TEST_N = TCQ_TEST_IN * TCQ_TEST_ROW };
 
-static uint8_t *tcq_blocks(const tcq_plan *plan, const float *x, size_t n_row, void *room)
+static uint8_t *tcq_blocks(const tcq_plan *chosen, const float *x, size_t n_row, void *room)
 {
-    uint8_t *blocks = malloc(n_row * TCQ_TEST_IN / TCQ_LEN * plan->type->block_bytes);
-    tcq_encode(plan, x, blocks, n_row, TCQ_TEST_IN, room);
+    uint8_t *blocks = malloc(n_row * TCQ_TEST_IN / TCQ_LEN * chosen->type->block_bytes);
+    tcq_encode(chosen, x, blocks, n_row, TCQ_TEST_IN, room);
     return blocks;
 }
 
@@ -351,24 +351,24 @@ static void trellis_keeps_to_the_rate(void)
 {
     float *x = malloc(TCQ_TEST_N * sizeof *x);
     void *room = malloc(tcq_room_bytes(TCQ_TEST_IN));
-    fill(x, TCQ_TEST_N, DATA_NORMAL);
+    encode_fill(x, TCQ_TEST_N, DATA_NORMAL);
     double square = 0;
     for (size_t i = 0; i < TCQ_TEST_N; i++)
         square += (double)x[i] * (double)x[i];
     for (double rate = 1.5; rate <= 6; rate += 0.7) {
-        tcq_plan plan;
+        tcq_plan chosen;
         const moe_quant *type = tcq_type(rate);
         const size_t row_bytes = TCQ_TEST_IN / TCQ_LEN * type->block_bytes;
-        tcq_plan_make(&plan, type, rate, x, NULL, TCQ_TEST_ROW, TCQ_TEST_IN, room);
-        uint8_t *blocks = tcq_blocks(&plan, x, TCQ_TEST_ROW, room);
+        tcq_plan_make(&chosen, type, rate, x, NULL, TCQ_TEST_ROW, TCQ_TEST_IN, room);
+        uint8_t *blocks = tcq_blocks(&chosen, x, TCQ_TEST_ROW, room);
         const double bits = tcq_entropy(type, blocks);
         const double least = -0.5 * log2(tcq_error(type, x, blocks, NULL) / square);
         CHECK(fabs(bits - rate) < 0.08, "%s at %g: %g bits", type->name, rate, bits);
         CHECK(rate - least < 0.18, "%s at %g: error of %g bits", type->name, rate, least);
-        uint8_t *row = tcq_blocks(&plan, x + TCQ_TEST_N - TCQ_TEST_IN, 1, room);
+        uint8_t *row = tcq_blocks(&chosen, x + TCQ_TEST_N - TCQ_TEST_IN, 1, room);
         CHECK(!memcmp(row, blocks + (TCQ_TEST_ROW - 1) * row_bytes, row_bytes), "a row alone");
-        plan.search = tcq_search_c;
-        uint8_t *plain = tcq_blocks(&plan, x, TCQ_TEST_ROW, room);
+        chosen.search = tcq_search_c;
+        uint8_t *plain = tcq_blocks(&chosen, x, TCQ_TEST_ROW, room);
         CHECK(!memcmp(plain, blocks, TCQ_TEST_ROW * row_bytes), "%s at %g: plain C", type->name, rate);
         free(blocks);
         free(row);
@@ -383,15 +383,15 @@ static void trellis_takes_odd_weights(void)
 {
     float *x = malloc(TCQ_TEST_N * sizeof *x), row[TCQ_TEST_IN];
     void *room = malloc(tcq_room_bytes(TCQ_TEST_IN));
-    for (data_kind kind = 0; kind < N_DATA; kind++)
+    for (encode_data kind = 0; kind < N_DATA; kind++)
         for (size_t f = 0; f < MOE_COUNT(tcq_formats); f++) {
-            tcq_plan plan;
+            tcq_plan chosen;
             const moe_quant *type = quant_by_id(tcq_formats[f].id);
-            fill(x, TCQ_TEST_N, kind);
+            encode_fill(x, TCQ_TEST_N, kind);
             for (size_t i = 0; i < TCQ_TEST_N; i++)
                 x[i] = fminf(fmaxf(x[i], -65504), 65504);
-            tcq_plan_make(&plan, type, 0, x, NULL, TCQ_TEST_ROW, TCQ_TEST_IN, room);
-            uint8_t *blocks = tcq_blocks(&plan, x, TCQ_TEST_ROW, room);
+            tcq_plan_make(&chosen, type, 0, x, NULL, TCQ_TEST_ROW, TCQ_TEST_IN, room);
+            uint8_t *blocks = tcq_blocks(&chosen, x, TCQ_TEST_ROW, room);
             for (size_t r = 0; r < TCQ_TEST_ROW; r++) {
                 const float *want = x + r * TCQ_TEST_IN;
                 type->dequantize(blocks + r * TCQ_TEST_IN / TCQ_LEN * type->block_bytes, row,
@@ -414,17 +414,17 @@ static void importance_guides_the_trellis(void)
 {
     float *x = malloc(TCQ_TEST_N * sizeof *x), importance[TCQ_TEST_IN];
     void *room = malloc(tcq_room_bytes(TCQ_TEST_IN));
-    fill(x, TCQ_TEST_N, DATA_NORMAL);
+    encode_fill(x, TCQ_TEST_N, DATA_NORMAL);
     for (size_t k = 0; k < TCQ_TEST_IN; k++)
         importance[k] = k % 7 ? 1.0f : 20.0f;
     for (size_t f = 0; f < MOE_COUNT(tcq_formats); f++) {
         const moe_quant *type = quant_by_id(tcq_formats[f].id);
         double error[2];
         for (int with = 0; with < 2; with++) {
-            tcq_plan plan;
-            tcq_plan_make(&plan, type, 0, x, with ? importance : NULL, TCQ_TEST_ROW, TCQ_TEST_IN,
+            tcq_plan chosen;
+            tcq_plan_make(&chosen, type, 0, x, with ? importance : NULL, TCQ_TEST_ROW, TCQ_TEST_IN,
                           room);
-            uint8_t *blocks = tcq_blocks(&plan, x, TCQ_TEST_ROW, room);
+            uint8_t *blocks = tcq_blocks(&chosen, x, TCQ_TEST_ROW, room);
             error[with] = tcq_error(type, x, blocks, importance);
             free(blocks);
         }
@@ -434,9 +434,8 @@ static void importance_guides_the_trellis(void)
     free(room);
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(encode)
 {
-    test_begin(argc, argv);
     RUN(vectors_give_the_bytes_of_plain_c);
     RUN(cutting_rows_changes_nothing);
     RUN(error_is_below_the_reference);
@@ -449,5 +448,4 @@ int main(int argc, char **argv)
     RUN(trellis_keeps_to_the_rate);
     RUN(trellis_takes_odd_weights);
     RUN(importance_guides_the_trellis);
-    return test_end();
 }

@@ -242,12 +242,10 @@ static void breaches_are_reported(void)
     bench_close(&other);
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(fenced)
 {
-    test_begin(argc, argv);
     RUN(host_cannot_touch_memory);
     RUN(fresh_memory_is_nan);
     RUN(recording_keeps_the_order);
     RUN(breaches_are_reported);
-    return test_end();
 }

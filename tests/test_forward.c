@@ -96,11 +96,11 @@ static bool fixtures_load(void)
 /* -------------------------------------------------------------------------------- running -- */
 
 /* How a sequence is computed. 0 or NULL: the default. */
-typedef struct how {
+typedef struct run_options {
     moe_cache_type cache;
     uint32_t n_threads, n_batch, n_logits;
     size_t chunk; // tokens per call; 0: all in one
-} how;
+} run_options;
 
 static moe_model *model_open_with(const fixture *f, moe_model_options *options)
 {
@@ -121,7 +121,7 @@ static moe_model *model_open_isa(const fixture *f, moe_isa isa)
     return model_open_with(f, &options);
 }
 
-static moe_session *session_open_how(moe_model *model, const how *h, uint32_t n_ctx)
+static moe_session *session_open_how(moe_model *model, const run_options *h, uint32_t n_ctx)
 {
     moe_session_options options;
     moe_session_options_init(&options);
@@ -156,7 +156,7 @@ static bool eval_chunks(moe_session *session, const moe_token *tok, size_t n_tok
 }
 
 /* All logits of a sequence, from malloc and NaN where nothing was written; NULL if it failed. */
-static float *run(moe_model *model, const how *h, const moe_token *tok, size_t n_tok,
+static float *run(moe_model *model, const run_options *h, const moe_token *tok, size_t n_tok,
                   size_t n_vocab)
 {
     float *logits = malloc(n_tok * n_vocab * sizeof(float));
@@ -192,7 +192,7 @@ static uint64_t hash_of(const void *data, size_t bytes)
 }
 
 /* Both blocks of logits are the same bits; says where they differ. Frees `got`. */
-static void check_same(const fixture *f, const char *what, float *got, const float *want,
+static void check_same_logits(const fixture *f, const char *what, float *got, const float *want,
                        size_t n_tok)
 {
     if (!got)
@@ -223,7 +223,7 @@ static double tolerance(const fixture *f, moe_cache_type cache)
     return 1e-4 + 1.5 * (double)f->rounding[cache];
 }
 
-static void check_against_transformers(const how *h, const char *what)
+static void check_against_transformers(const run_options *h, const char *what)
 {
     for (size_t i = 0; i < n_fixtures; i++) {
         const fixture *f = &fixtures[i];
@@ -246,32 +246,32 @@ static void check_against_transformers(const how *h, const char *what)
 
 static void prefill_is_right(void)
 {
-    check_against_transformers(&(how){.cache = MOE_CACHE_F32}, "prefill");
+    check_against_transformers(&(run_options){.cache = MOE_CACHE_F32}, "prefill");
 }
 
 static void step_by_step_is_right(void)
 {
-    check_against_transformers(&(how){.cache = MOE_CACHE_F32, .chunk = 1}, "steps");
+    check_against_transformers(&(run_options){.cache = MOE_CACHE_F32, .chunk = 1}, "steps");
 }
 
 static void chunks_are_right(void)
 {
-    check_against_transformers(&(how){.cache = MOE_CACHE_F32, .chunk = 7}, "chunks");
+    check_against_transformers(&(run_options){.cache = MOE_CACHE_F32, .chunk = 7}, "chunks");
 }
 
 static void small_batches_are_right(void)
 {
-    check_against_transformers(&(how){.cache = MOE_CACHE_F32, .n_batch = 5}, "batches");
+    check_against_transformers(&(run_options){.cache = MOE_CACHE_F32, .n_batch = 5}, "batches");
 }
 
 static void f16_cache_is_right(void)
 {
-    check_against_transformers(&(how){.cache = MOE_CACHE_F16}, "F16 cache");
+    check_against_transformers(&(run_options){.cache = MOE_CACHE_F16}, "F16 cache");
 }
 
 static void q8_0_cache_is_right(void)
 {
-    check_against_transformers(&(how){.cache = MOE_CACHE_Q8_0}, "Q8_0 cache");
+    check_against_transformers(&(run_options){.cache = MOE_CACHE_Q8_0}, "Q8_0 cache");
 }
 
 /* A test of the tests: one other token at the start must be outside the tolerances at some position,
@@ -284,7 +284,7 @@ static void tolerances_can_fail(void)
         moe_token *tok = malloc(f->n_tok * sizeof *tok);
         memcpy(tok, f->tok, f->n_tok * sizeof *tok);
         tok[0] = (tok[0] + 1) % (int32_t)f->n_vocab;
-        float *got = run(model, &(how){.cache = MOE_CACHE_F32}, tok, f->n_tok, f->n_vocab);
+        float *got = run(model, &(run_options){.cache = MOE_CACHE_F32}, tok, f->n_tok, f->n_vocab);
         double worst = 0;
         for (size_t t = 1; got && t < f->n_tok; t++)
             worst = MOE_MAX(worst, relative_error(got + t * f->n_vocab, f->logits + t * f->n_vocab,
@@ -327,7 +327,7 @@ static void for_each_reference(void (*compare)(const fixture *, moe_model *, moe
         size_t n = long_tokens(&fixtures[i], model, tok);
         for (int c = 0; c < 3; c++) {
             moe_cache_type cache = (moe_cache_type)c;
-            float *want = run(model, &(how){.cache = cache}, tok, n, fixtures[i].n_vocab);
+            float *want = run(model, &(run_options){.cache = cache}, tok, n, fixtures[i].n_vocab);
             if (want)
                 compare(&fixtures[i], model, cache, tok, n, want);
             free(want);
@@ -349,10 +349,10 @@ static void compare_threads(const fixture *f, moe_model *model, moe_cache_type c
         char what[60];
         snprintf(what, sizeof what, "%u threads, calls of %zu, cache %d", ways[i].n_threads,
                  ways[i].chunk, (int)cache);
-        how h = {.cache = cache, .n_threads = ways[i].n_threads, .chunk = ways[i].chunk,
+        run_options h = {.cache = cache, .n_threads = ways[i].n_threads, .chunk = ways[i].chunk,
                  .n_logits = 64};
         size_t n_tok = MOE_MIN(n, ways[i].n_tok);
-        check_same(f, what, run(model, &h, tok, n_tok, f->n_vocab), want, n_tok);
+        check_same_logits(f, what, run(model, &h, tok, n_tok, f->n_vocab), want, n_tok);
     }
 }
 
@@ -372,9 +372,9 @@ static void compare_chunks(const fixture *f, moe_model *model, moe_cache_type ca
         char what[80];
         snprintf(what, sizeof what, "calls of %u, n_batch %u, n_logits %u, cache %d", ways[i].chunk,
                  ways[i].n_batch, ways[i].n_logits, (int)cache);
-        how h = {.cache = cache, .chunk = ways[i].chunk, .n_batch = ways[i].n_batch,
+        run_options h = {.cache = cache, .chunk = ways[i].chunk, .n_batch = ways[i].n_batch,
                  .n_logits = ways[i].n_logits};
-        check_same(f, what, run(model, &h, tok, n, f->n_vocab), want, n);
+        check_same_logits(f, what, run(model, &h, tok, n, f->n_vocab), want, n);
     }
 }
 
@@ -389,11 +389,11 @@ static void same_bits_for_any_context_length(void)
         const fixture *f = &fixtures[i];
         size_t n = f->n_tok, bytes = n * f->n_vocab * sizeof(float);
         moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
-        float *want = run(model, &(how){.chunk = 3}, f->tok, n, f->n_vocab);
-        moe_session *session = model ? session_open_how(model, &(how){0}, (uint32_t)n + 37) : NULL;
+        float *want = run(model, &(run_options){.chunk = 3}, f->tok, n, f->n_vocab);
+        moe_session *session = model ? session_open_how(model, &(run_options){0}, (uint32_t)n + 37) : NULL;
         float *got = malloc(bytes);
         if (session && want && eval_chunks(session, f->tok, n, 11, f->n_vocab, got))
-            check_same(f, "a longer context", got, want, n);
+            check_same_logits(f, "a longer context", got, want, n);
         else
             free(got);
         moe_session_close(session);
@@ -409,16 +409,16 @@ static void same_bits_on_any_instruction_set(void)
         const fixture *f = &fixtures[i];
         moe_model *best = model_open_isa(f, MOE_ISA_AUTO);
         for (int c = 0; c < 3; c++) {
-            how h = {.cache = (moe_cache_type)c};
+            run_options h = {.cache = (moe_cache_type)c};
             float *want = run(best, &h, f->tok, f->n_tok, f->n_vocab);
             for (size_t k = 0; want && k < MOE_COUNT(isas); k++) {
                 moe_model *model = model_open_isa(f, isas[k]);
                 char what[40];
                 snprintf(what, sizeof what, "isa %d, cache %d", (int)isas[k], c);
                 h.chunk = 0;
-                check_same(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want, f->n_tok);
+                check_same_logits(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want, f->n_tok);
                 h.chunk = 1;
-                check_same(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want, f->n_tok);
+                check_same_logits(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want, f->n_tok);
                 moe_model_close(model);
             }
             free(want);
@@ -429,7 +429,7 @@ static void same_bits_on_any_instruction_set(void)
 
 /* ------------------------------------------------------------------------- ways of opening -- */
 
-static int read_memory(void *user, uint64_t offset, void *dst, size_t bytes)
+static int fixture_read(void *user, uint64_t offset, void *dst, size_t bytes)
 {
     const fixture *f = user;
     if (offset > f->gguf_bytes || bytes > f->gguf_bytes - offset)
@@ -443,7 +443,7 @@ static void same_bits_for_any_way_of_opening(void)
     for (size_t i = 0; i < n_fixtures; i++) {
         fixture *f = &fixtures[i];
         moe_model *mapped = model_open_isa(f, MOE_ISA_AUTO);
-        float *want = run(mapped, &(how){0}, f->tok, f->n_tok, f->n_vocab);
+        float *want = run(mapped, &(run_options){0}, f->tok, f->n_tok, f->n_vocab);
         char *moved = malloc(f->gguf_bytes + 64);
         for (int way = 0; want && way < 5; way++) {
             static const char *const names[] = {"copied", "read by a callback", "a buffer",
@@ -454,7 +454,7 @@ static void same_bits_for_any_way_of_opening(void)
                 options.path = f->path;
                 options.copy = true;
             } else if (way == 1) {
-                options.read = read_memory;
+                options.read = fixture_read;
                 options.read_user = f;
                 options.read_bytes = f->gguf_bytes;
             } else {
@@ -465,7 +465,7 @@ static void same_bits_for_any_way_of_opening(void)
                 options.data_bytes = f->gguf_bytes;
             }
             moe_model *model = model_open_with(f, &options);
-            check_same(f, names[way], run(model, &(how){0}, f->tok, f->n_tok, f->n_vocab), want,
+            check_same_logits(f, names[way], run(model, &(run_options){0}, f->tok, f->n_tok, f->n_vocab), want,
                        f->n_tok);
             moe_model_close(model);
         }
@@ -489,8 +489,8 @@ static void rewound_session_equals_a_fresh_one(void)
             other[t] = (f->tok[t] + 5) % (moe_token)v;
         for (int c = 0; c < 3; c++) {
             /* Small batches: the caches of sliding windows hold less than the sequence. */
-            how h = {.cache = (moe_cache_type)c, .n_batch = c == 1 ? 0 : 3};
-            float *want = run(model, &(how){.cache = h.cache}, f->tok, n, v);
+            run_options h = {.cache = (moe_cache_type)c, .n_batch = c == 1 ? 0 : 3};
+            float *want = run(model, &(run_options){.cache = h.cache}, f->tok, n, v);
             float *got = malloc(n * v * sizeof(float));
             moe_session *session = want ? session_open_how(model, &h, (uint32_t)n) : NULL;
             const size_t backs[] = {n - 1, n - 3, n / 2, 9, 1, 0};
@@ -550,8 +550,8 @@ static void going_back_a_little_computes_nothing_anew(void)
         options.backend = &counting;
         moe_model *model = NULL;
         bool ok = moe_model_open(&model, &options, NULL) == MOE_OK;
-        moe_session *s = ok ? session_open_how(model, &(how){0}, f->n_tok) : NULL;
-        float *want = s ? run(model, &(how){0}, f->tok, f->n_tok, v) : NULL;
+        moe_session *s = ok ? session_open_how(model, &(run_options){0}, f->n_tok) : NULL;
+        float *want = s ? run(model, &(run_options){0}, f->tok, f->n_tok, v) : NULL;
         float *got = malloc(v * sizeof *got);
         counted.n_tok = 0;
         ok = want && moe_session_eval(s, f->tok, PROMPT, 0, NULL) == MOE_OK;
@@ -588,7 +588,7 @@ static void a_cancelled_call_loses_nothing(void)
         const fixture *f = &fixtures[i];
         size_t n = f->n_tok, v = f->n_vocab;
         moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
-        float *want = run(model, &(how){0}, f->tok, n, v);
+        float *want = run(model, &(run_options){0}, f->tok, n, v);
         float *got = malloc(n * v * sizeof(float));
         moe_cancel cancel = {0};
         moe_session_options options;
@@ -619,7 +619,7 @@ static void a_cancelled_call_loses_nothing(void)
         CHECK(!ok || moe_session_length(s) == n, "%s: %u tokens", f->name, moe_session_length(s));
         moe_session_close(s);
         if (ok)
-            check_same(f, "after cancelled calls", got, want, n);
+            check_same_logits(f, "after cancelled calls", got, want, n);
         else
             free(got);
         free(want);
@@ -661,7 +661,7 @@ static void interleaved_sessions_do_not_disturb_each_other(void)
         moe_token *reverse = malloc(n * sizeof *reverse);
         for (size_t t = 0; t < n; t++)
             reverse[t] = f->tok[n - 1 - t];
-        how h = {.n_threads = 2, .n_logits = 16};
+        run_options h = {.n_threads = 2, .n_logits = 16};
         float *want[2] = {run(model, &h, f->tok, n, v), run(model, &h, reverse, n, v)};
         float *got[2] = {malloc(n * v * sizeof(float)), malloc(n * v * sizeof(float))};
         moe_session *s[2] = {NULL, NULL};
@@ -673,7 +673,7 @@ static void interleaved_sessions_do_not_disturb_each_other(void)
                                  got[k] + t * v);
         for (int k = 0; k < 2; k++) {
             if (ok)
-                check_same(f, "interleaved", got[k], want[k], n);
+                check_same_logits(f, "interleaved", got[k], want[k], n);
             else
                 free(got[k]);
             moe_session_close(s[k]);
@@ -727,7 +727,7 @@ static void sessions_in_two_threads_share_a_model(void)
         for (int k = 0; k < 2; k++) {
             jobs[k] = (thread_job){f, model, k ? reverse : f->tok, n,
                                    malloc(n * v * sizeof(float)), false};
-            want[k] = run(model, &(how){0}, jobs[k].tok, n, v);
+            want[k] = run(model, &(run_options){0}, jobs[k].tok, n, v);
         }
         bool started = want[0] && want[1];
         for (int k = 0; started && k < 2; k++)
@@ -737,7 +737,7 @@ static void sessions_in_two_threads_share_a_model(void)
                 pthread_join(threads[k], NULL);
             CHECK(jobs[k].ok, "%s: a session in thread %d failed", f->name, k);
             if (jobs[k].ok)
-                check_same(f, "two threads", jobs[k].logits, want[k], n);
+                check_same_logits(f, "two threads", jobs[k].logits, want[k], n);
             else
                 free(jobs[k].logits);
             free(want[k]);
@@ -762,7 +762,7 @@ static void same_bits_with_the_hosts_threads(void)
     for (size_t i = 0; i < n_fixtures; i++) {
         const fixture *f = &fixtures[i];
         moe_model *own = model_open_isa(f, MOE_ISA_AUTO);
-        float *want = run(own, &(how){0}, f->tok, f->n_tok, f->n_vocab);
+        float *want = run(own, &(run_options){0}, f->tok, f->n_tok, f->n_vocab);
         uint32_t n_calls = 0;
         moe_host host;
         moe_host_init(&host);
@@ -773,9 +773,9 @@ static void same_bits_with_the_hosts_threads(void)
         options.path = f->path;
         options.host = &host;
         moe_model *model = model_open_with(f, &options);
-        how h = {.n_threads = 4};
+        run_options h = {.n_threads = 4};
         if (want)
-            check_same(f, "parallel_for", run(model, &h, f->tok, f->n_tok, f->n_vocab), want,
+            check_same_logits(f, "parallel_for", run(model, &h, f->tok, f->n_tok, f->n_vocab), want,
                        f->n_tok);
         CHECK(n_calls > 0, "%s: parallel_for was not called", f->name);
         free(want);
@@ -792,11 +792,11 @@ static void any_number_of_logits_gives_the_same_rows(void)
         const fixture *f = &fixtures[i];
         size_t n = f->n_tok, v = f->n_vocab;
         moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
-        float *want = run(model, &(how){0}, f->tok, n, v);
+        float *want = run(model, &(run_options){0}, f->tok, n, v);
         float *got = malloc(n * v * sizeof(float));
         static const size_t counts[] = {0, 1, 2, 17};
         for (size_t k = 0; want && k < MOE_COUNT(counts); k++) {
-            moe_session *session = session_open_how(model, &(how){.n_batch = 8}, (uint32_t)n);
+            moe_session *session = session_open_how(model, &(run_options){.n_batch = 8}, (uint32_t)n);
             if (!session)
                 break;
             size_t first = n - 1; /* the last token goes alone, after the logits of some before */
@@ -823,9 +823,9 @@ static void a_refused_call_changes_nothing(void)
         const fixture *f = &fixtures[i];
         size_t n = f->n_tok, v = f->n_vocab;
         moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
-        float *want = run(model, &(how){0}, f->tok, n, v);
+        float *want = run(model, &(run_options){0}, f->tok, n, v);
         float *got = malloc((n + 1) * v * sizeof(float));
-        moe_session *session = want ? session_open_how(model, &(how){0}, (uint32_t)n) : NULL;
+        moe_session *session = want ? session_open_how(model, &(run_options){0}, (uint32_t)n) : NULL;
         if (session && eval_chunks(session, f->tok, 10, 0, v, got)) {
             moe_token bad[2] = {f->tok[10], (moe_token)v};
             CHECK(moe_session_eval(session, f->tok, n - 9, 1, got) == MOE_ERR_CONTEXT, "%s", f->name);
@@ -864,7 +864,7 @@ static void bits_are_those_recorded(void)
         moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
         for (int c = 0; c < 3; c++) {
             static const char *const names[] = {"F16", "Q8_0", "F32"};
-            how h = {.cache = (moe_cache_type)c};
+            run_options h = {.cache = (moe_cache_type)c};
             float *got = run(model, &h, f->tok, f->n_tok, f->n_vocab);
             char key[80], line[128];
             snprintf(key, sizeof key, "%s %s ", f->name, names[c]);
@@ -886,13 +886,10 @@ static void bits_are_those_recorded(void)
     free(recorded);
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(forward)
 {
-    test_begin(argc, argv);
-    if (!fixtures_load()) {
-        printf("FAIL fixtures: cannot read all of %s\n", fixture_folder());
-        return 1;
-    }
+    if (!fixtures_load())
+        CANNOT_RUN("fixtures: cannot read all of %s", fixture_folder());
     RUN(prefill_is_right);
     RUN(step_by_step_is_right);
     RUN(chunks_are_right);
@@ -915,5 +912,4 @@ int main(int argc, char **argv)
     RUN(any_number_of_logits_gives_the_same_rows);
     RUN(a_refused_call_changes_nothing);
     RUN(bits_are_those_recorded);
-    return test_end();
 }

@@ -699,9 +699,8 @@ static void nan_activations_give_nan(void)
     }
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(kernels)
 {
-    test_begin(argc, argv);
     RUN(every_type_of_the_list_is_found);
     RUN(dequantize_equals_gguf);
     RUN(f16_conversion_is_exact);
@@ -715,5 +714,4 @@ int main(int argc, char **argv)
     RUN(float_kernels_keep_negative_zero);
     RUN(c_kernels_are_products);
     RUN(nan_activations_give_nan);
-    return test_end();
 }

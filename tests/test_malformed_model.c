@@ -144,8 +144,8 @@ static moe_status outcome(const gguf_edit *e, const char *what, moe_error *error
     return status;
 }
 
-/* The file must be refused, with `name` as the subject and a message that says what is expected. */
-static void refused(const gguf_edit *e, const family *f, const char *name, const char *what)
+/* The file must be refused_edit, with `name` as the subject and a message that says what is expected. */
+static void refused_edit(const gguf_edit *e, const family *f, const char *name, const char *what)
 {
     moe_error error;
     char label[256];
@@ -171,7 +171,7 @@ static void refuse_key(const family *f, const char *key, uint32_t type, const vo
         edit_set(e, name, type, value, bytes);
     else
         edit_drop(e, name);
-    refused(e, f, name, what);
+    refused_edit(e, f, name, what);
     edit_free(e);
 }
 
@@ -214,14 +214,14 @@ static void m1_architecture(void)
     {
         gguf_edit *e = edit_copy(f->valid);
         edit_drop(e, "general.architecture");
-        refused(e, f, "general.architecture", "missing");
+        refused_edit(e, f, "general.architecture", "missing");
         const char *const unknown[] = {"", "nosuch", "Llama", "llama2", "clip"};
         for (size_t i = 0; i < MOE_COUNT(unknown); i++) {
             edit_set_string(e, "general.architecture", unknown[i]);
-            refused(e, f, "general.architecture", unknown[i]);
+            refused_edit(e, f, "general.architecture", unknown[i]);
         }
         edit_set_u32(e, "general.architecture", 7);
-        refused(e, f, "general.architecture", "a number");
+        refused_edit(e, f, "general.architecture", "a number");
         edit_free(e);
     }
     /* A name of hostile length is cut, not copied over the end. */
@@ -230,7 +230,7 @@ static void m1_architecture(void)
     memset(name, 'x', 100000);
     name[100000] = 0;
     edit_set_string(e, "general.architecture", name);
-    refused(e, &families[0], "general.architecture", "100000 bytes");
+    refused_edit(e, &families[0], "general.architecture", "100000 bytes");
     free(name);
     edit_free(e);
 }
@@ -344,13 +344,13 @@ static void m8_short_arrays(void)
                 value[k] = number_of(f, keys[i]);
             for (uint32_t have = 0; have < n; have++) {
                 edit_set_array(e, name, META_U32, value, have, 4 * have);
-                refused(e, f, name, "short array");
+                refused_edit(e, f, name, "short array");
             }
             edit_set_array(e, name, META_U32, value, n, 4 * n); // the control: one for each layer
             CHECK(outcome(e, name, &error) == MOE_OK, "%s: %s: %s", f->file, name, error.message);
             value[n - 1] = UINT32_MAX; // all items are looked at
             edit_set_array(e, name, META_U32, value, n, 4 * n);
-            refused(e, f, name, "2^32 - 1 in the last item");
+            refused_edit(e, f, name, "2^32 - 1 in the last item");
             edit_free(e);
         }
     }
@@ -368,7 +368,7 @@ static void m9_heads_do_not_divide(void)
             n++;
         edit_set_u32(e, key_of(f, "attention.head_count"), n);
         edit_set_u32(e, key_of(f, "attention.head_count_kv"), 1);
-        refused(e, f, key_of(f, "attention.head_count"), "does not divide");
+        refused_edit(e, f, key_of(f, "attention.head_count"), "does not divide");
         edit_free(e);
     }
 }
@@ -405,14 +405,14 @@ static void m11_m12_floats(void)
             for (size_t k = 0; k < MOE_COUNT(scaling); k++) {
                 gguf_edit *one = edit_copy(e);
                 edit_set_f32(one, key_of(f, scaling[k]), bad[i]);
-                refused(one, f, key_of(f, scaling[k]), "not a sound number");
+                refused_edit(one, f, key_of(f, scaling[k]), "not a sound number");
                 edit_free(one);
             }
             edit_free(e);
         }
         gguf_edit *e = edit_copy(f->valid);
         edit_set_string(e, key_of(f, "rope.scaling.type"), "magic");
-        refused(e, f, key_of(f, "rope.scaling.type"), "unknown");
+        refused_edit(e, f, key_of(f, "rope.scaling.type"), "unknown");
         edit_free(e);
     }
 }
@@ -496,7 +496,7 @@ static void m6_m10_latent_attention(void)
         moe_error error;
         edit_set_u32(direct, key_of(f, "attention.q_lora_rank"), 0);
         if (number_of(f, "attention.q_lora_rank"))
-            refused(direct, f, "blk.0.attn_q.weight", "queries without a latent");
+            refused_edit(direct, f, "blk.0.attn_q.weight", "queries without a latent");
         else
             CHECK(outcome(direct, "no latent", &error) == MOE_OK, "%s", error.message);
         edit_free(direct);
@@ -518,7 +518,7 @@ static void m6_m10_latent_attention(void)
             refuse_u32(f, "attention.key_length_mla", 4096);
             gguf_edit *e = edit_copy(f->valid); // nothing left that is not rotated
             edit_set_u32(e, key_of(f, "attention.key_length_mla"), n_rot);
-            refused(e, f, key_of(f, "rope.dimension_count"), "all of a head");
+            refused_edit(e, f, key_of(f, "rope.dimension_count"), "all of a head");
             edit_free(e);
             n_split++;
         } else {
@@ -549,7 +549,7 @@ static void m6_m8_convolutions(void)
     gguf_edit *e = edit_copy(f->valid);
     for (size_t i = 0; i < MOE_COUNT(lists); i++) {
         edit_set_array(e, heads, META_U32, lists[i], 4, 16);
-        refused(e, f, heads, "a list that does not fit");
+        refused_edit(e, f, heads, "a list that does not fit");
     }
     const uint32_t fewer[] = {0, 0, 0, 1}; // another layer has attention: its tensors are missing
     edit_set_array(e, heads, META_U32, fewer, 4, 16);
@@ -563,16 +563,16 @@ static void m6_m8_convolutions(void)
         snprintf(name, sizeof name, "%s", t->name);
         const uint64_t longer[4] = {t->dims[0] + 1, t->dims[1], t->dims[2], t->dims[3]};
         edit_reshape(t, 0, t->n_dims, longer);
-        refused(e, f, name, "longer rows");
+        refused_edit(e, f, name, "longer rows");
         edit_drop_tensor(e, edit_find_tensor(e, name));
-        refused(e, f, name, "missing");
+        refused_edit(e, f, name, "missing");
         edit_free(e);
     }
     /* A family without convolutions. */
     const uint32_t none[] = {1, 0, 1};
     e = edit_copy(families[0].valid);
     edit_set_array(e, key_of(&families[0], "attention.head_count_kv"), META_U32, none, 3, 12);
-    refused(e, &families[0], key_of(&families[0], "attention.head_count_kv"), "0 in a layer");
+    refused_edit(e, &families[0], key_of(&families[0], "attention.head_count_kv"), "0 in a layer");
     edit_free(e);
     edit_free(f->valid);
 }
@@ -606,10 +606,10 @@ static void m6_m8_delta_rule(void)
         const uint32_t lists[][4] = {{1, 1, 2, 0}, {1, 1, 1, UINT32_MAX}};
         for (size_t i = 0; i < MOE_COUNT(lists); i++) {
             edit_set_array(e, layers, META_U32, lists[i], 4, 16);
-            refused(e, f, layers, "neither recurrent nor not");
+            refused_edit(e, f, layers, "neither recurrent nor not");
         }
         edit_set_array(e, layers, META_U32, lists[0], 2, 8);
-        refused(e, f, layers, "too short a list");
+        refused_edit(e, f, layers, "too short a list");
         const uint32_t other[] = {1, 0, 1, 0}, same[] = {1, 1, 1, 0};
         edit_set_array(e, layers, META_U32, same, 4, 16);
         CHECK(outcome(e, "the same layers", &error) == MOE_OK, "%s", error.message);
@@ -645,7 +645,7 @@ static void m8_gemma4(void)
     const uint32_t lists[][4] = {{2, 4, 1, 1}, {2, 2, 1, 2}, {3, 3, 1, 1}, {2, 2, 3, 3}};
     for (size_t i = 0; i < MOE_COUNT(lists); i++) {
         edit_set_array(e, heads, META_U32, lists[i], 4, 16);
-        refused(e, f, heads, "heads of layers of one kind that differ, or do not divide");
+        refused_edit(e, f, heads, "heads of layers of one kind that differ, or do not divide");
     }
     edit_free(e);
     e = edit_copy(f->valid);
@@ -653,9 +653,9 @@ static void m8_gemma4(void)
                               number_of(f, "expert_feed_forward_length"),
                               number_of(f, "expert_count")};
     edit_add_tensor(e, "blk.1.ffn_gate_exps.weight", "F32", 3, half);
-    refused(e, f, "blk.1.ffn_gate_up_exps.weight", "both forms");
+    refused_edit(e, f, "blk.1.ffn_gate_up_exps.weight", "both forms");
     edit_drop_tensor(e, edit_find_tensor(e, "blk.1.ffn_gate_up_exps.weight"));
-    refused(e, f, "blk.1.ffn_up_exps.weight", "one of two");
+    refused_edit(e, f, "blk.1.ffn_up_exps.weight", "one of two");
     edit_add_tensor(e, "blk.1.ffn_up_exps.weight", "F32", 3, half);
     moe_error error;
     CHECK(outcome(e, "apart", &error) == MOE_OK, "%s", error.message);
@@ -683,12 +683,12 @@ static void draft_layers_are_not_of_the_model(void)
         gguf_edit *more = edit_copy(e);
         snprintf(extra, sizeof extra, "blk.%u.nextn.eh_proj.weight", n);
         edit_add_tensor(more, extra, "F32", 1, (uint64_t[]){8});
-        refused(more, f, extra, "behind the draft layers");
+        refused_edit(more, f, extra, "behind the draft layers");
         edit_free(more);
         snprintf(extra, sizeof extra, "blk.%u.nextn.eh_proj.weight", n - 1);
         edit_add_tensor(e, extra, "F32", 1, (uint64_t[]){8});
         snprintf(extra, sizeof extra, "blk.%u.nextn.enorm.weight", n - 1);
-        refused(e, f, extra, "a draft layer that is not whole");
+        refused_edit(e, f, extra, "a draft layer that is not whole");
         edit_free(e);
     }
 }
@@ -746,7 +746,7 @@ static void m17_vocabulary(void)
         edit_tensor *t = edit_find_tensor(e, "token_embd.weight");
         uint64_t huge[4] = {t->dims[0], 1, 1, 1};
         edit_reshape(t, t->type, 1, huge);
-        refused(e, f, "token_embd.weight", "one dimension");
+        refused_edit(e, f, "token_embd.weight", "one dimension");
         edit_free(e);
     }
 }
@@ -770,12 +770,12 @@ static void m18_missing_tensors(void)
             if (may_be_missing(f, name))
                 CHECK(outcome(e, name, &error) == MOE_OK, "%s: %s", name, error.message);
             else
-                refused(e, f, name, "missing");
+                refused_edit(e, f, name, "missing");
             edit_free(e);
         }
         gguf_edit *e = edit_copy(f->valid);
         edit_add_tensor(e, "blk.0.attn_mystery.weight", "F32", 1, (uint64_t[]){8});
-        refused(e, f, "blk.0.attn_mystery.weight", "unknown");
+        refused_edit(e, f, "blk.0.attn_mystery.weight", "unknown");
         edit_free(e);
     }
 }
@@ -811,7 +811,7 @@ static void m19_wrong_shapes(void)
                     edit_drop_tensor(e, edit_find_tensor(e, "output.weight")
                                             ? edit_find_tensor(e, "output.weight")
                                             : &e->tensor[i]);
-                refused(e, f, t->name, what);
+                refused_edit(e, f, t->name, what);
                 edit_free(e);
             }
         }
@@ -831,7 +831,7 @@ static void m20_wrong_types(void)
             const uint32_t unknown[] = {4, 5, 24, 27, 31, 77, UINT32_MAX}; // removed, integer, none
             for (size_t k = 0; k < MOE_COUNT(unknown); k++) {
                 changed->type = unknown[k];
-                refused(e, f, t->name, "a type that cannot be computed with");
+                refused_edit(e, f, t->name, "a type that cannot be computed with");
             }
             edit_free(e);
             n_vectors += t->n_dims == 1;
@@ -855,7 +855,7 @@ static void m20_wrong_types(void)
     CHECK(status == MOE_OK, "%s", error.message);
     edit_tensor *norm = edit_find_tensor(e, "blk.0.attn_norm.weight");
     edit_reshape(norm, quant_by_name("Q8_0")->id, 1, (uint64_t[]){64});
-    refused(e, f, "blk.0.attn_norm.weight", "Q8_0 norm");
+    refused_edit(e, f, "blk.0.attn_norm.weight", "Q8_0 norm");
     edit_free(e);
 }
 
@@ -872,7 +872,7 @@ static void m21_weights_are_not_numbers(void)
                 edit_tensor *t = &e->tensor[i];
                 for (size_t at = 0; at + 4 <= t->bytes; at += 4)
                     memcpy(t->data + at, &patterns[p], 4);
-                refused(e, f, t->name, "not numbers");
+                refused_edit(e, f, t->name, "not numbers");
                 edit_free(e);
             }
         }
@@ -894,7 +894,7 @@ static void m21_scales_are_not_numbers(void)
         if (quant->block_len > 1) {
             for (size_t at = 0; at < t->bytes; at += quant->block_bytes)
                 memcpy(t->data + at, &(uint16_t){0x7e00}, 2);
-            refused(e, &f, t->name, "NaN in the scales");
+            refused_edit(e, &f, t->name, "NaN in the scales");
             n_tried++;
         }
         edit_free(e);
@@ -915,14 +915,14 @@ static void m22_rope_factors(void)
     for (uint64_t have = 1; have < n; have++) {
         gguf_edit *e = edit_copy(f->valid);
         edit_reshape(edit_find_tensor(e, "rope_freqs.weight"), 0, 1, &have);
-        refused(e, f, "rope_freqs.weight", "too few");
+        refused_edit(e, f, "rope_freqs.weight", "too few");
         edit_free(e);
     }
     const float bad[] = {0, -1, NAN, INFINITY};
     for (size_t i = 0; i < MOE_COUNT(bad); i++) {
         gguf_edit *e = edit_copy(f->valid);
         memcpy(edit_find_tensor(e, "rope_freqs.weight")->data + 4, &bad[i], 4);
-        refused(e, f, "rope_freqs.weight", "not a divisor");
+        refused_edit(e, f, "rope_freqs.weight", "not a divisor");
         edit_free(e);
     }
 }
@@ -963,14 +963,10 @@ static void m23_large_products(void)
     }
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(malformed_model)
 {
-    test_begin(argc, argv);
-    if (!families_load()) {
-        printf("FAIL fixtures: cannot be read below %s\n0 passed, 1 failed, 0 skipped\n",
-               test_root());
-        return 1;
-    }
+    if (!families_load())
+        CANNOT_RUN("fixtures: cannot be read below %s", test_root());
     RUN(valid_files_open);
     RUN(m1_architecture);
     RUN(m2_m3_block_count);
@@ -1000,5 +996,4 @@ int main(int argc, char **argv)
     RUN(m23_large_products);
     for (size_t i = 0; i < N_FAMILIES; i++)
         edit_free(families[i].valid);
-    return test_end();
 }

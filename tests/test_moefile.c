@@ -3,67 +3,26 @@
  *
  * Everything is written into a folder of its own below $TMPDIR, which is removed at the end. */
 
-/* Small enough that the little models here have compressed slices of many segments. */
-#define MOE_CONVERT_SMALL_BYTES 512
-#define MOE_CONVERT_SEGMENT_BYTES 3000
-
 #include "test.h"
 
 #if defined MOE_NO_TEXT || defined MOE_NO_ZSTD
-int main(int argc, char **argv)
+TEST_PROGRAM(moefile)
 {
-    test_begin(argc, argv);
-    return test_end();
 }
 #else
 
-#include "../convert/convert.c"
+#include "converter.h"
 #include "fenced_backend.h"
 #include "gguf_walk.h"
+#include "scratch.h"
 
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
-#include <utime.h>
-
-static char scratch[200];
 
 /* ------------------------------------------------------------------------------- helpers -- */
 
-/* A path below the scratch folder; eight at a time. */
-static const char *scratch_path(const char *name)
-{
-    static char paths[8][600];
-    static int next;
-    char *path = paths[next++ % 8];
-    snprintf(path, sizeof paths[0], "%s/%s", scratch, name);
-    return path;
-}
-
-static void write_file(const char *path, const void *data, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK(f && fwrite(data, 1, bytes, f) == bytes, "%s", path);
-    if (f)
-        fclose(f);
-}
-
-static bool exists(const char *path)
-{
-    struct stat info;
-    return !lstat(path, &info);
-}
-
-static moe_status convert_with(const conv_options *options, moe_error *error)
-{
-    conv_job job;
-    moe_status status = conv_run(&job, options, error);
-    conv_close(&job);
-    CHECK(!atomic_load(&job.mem.used_bytes), "memory is left");
-    return status;
-}
-
-static bool convert(const char *source, const char *out, conv_store store)
+static bool convert_as(const char *source, const char *out, conv_store store)
 {
     moe_error error = {0};
     const conv_options o = {.source = source, .out = out, .store = store, .n_threads = 2};
@@ -80,13 +39,6 @@ static bool same_files(const char *a, const char *b)
     free(x);
     free(y);
     return same;
-}
-
-static const char *checkpoint(const char *name)
-{
-    static char path[500];
-    snprintf(path, sizeof path, "%s/checkpoints/%s", test_root(), name);
-    return path;
 }
 
 /* --------------------------------------------------------------------------------- hashes -- */
@@ -193,7 +145,7 @@ static void write_all_types(const char *path, uint32_t alignment)
     }
     while (file.n % alignment)
         meta_number(&w, 0, 1);
-    write_file(path, file.data, file.n);
+    scratch_write(path, file.data, file.n);
     buf_free(&file);
     buf_free(&keys);
 }
@@ -206,11 +158,11 @@ static void every_type_comes_back_from_moe(void)
     for (uint32_t alignment = 32; alignment <= 256; alignment *= 8) {
         write_all_types(gguf, alignment);
         for (size_t i = 0; i < MOE_COUNT(stores); i++) {
-            if (!convert(gguf, moe, stores[i]) || !convert(moe, back, CONV_STORE_AUTO))
+            if (!convert_as(gguf, moe, stores[i]) || !convert_as(moe, back, CONV_STORE_AUTO))
                 return;
             CHECK(same_files(gguf, back), "store %d, alignment %u", stores[i], alignment);
             // from one way of storing to another and back
-            CHECK(convert(moe, again, stores[(i + 1) % 3]) && convert(again, back, CONV_STORE_AUTO) &&
+            CHECK(convert_as(moe, again, stores[(i + 1) % 3]) && convert_as(again, back, CONV_STORE_AUTO) &&
                   same_files(gguf, back), "through two .moe files, %d", stores[i]);
         }
     }
@@ -257,7 +209,7 @@ static void planes_pay(void)
 
 /* -------------------------------------------------------------------------------- logits -- */
 
-enum { N_TOK = 9 };
+enum { MOEFILE_TOK = 9 };
 
 typedef struct opening {
     bool copy, verify;
@@ -265,7 +217,7 @@ typedef struct opening {
     const moe_backend *backend;
 } opening;
 
-static int read_memory(void *user, uint64_t offset, void *dst, size_t bytes)
+static int moefile_read(void *user, uint64_t offset, void *dst, size_t bytes)
 {
     memcpy(dst, (const char *)user + offset, bytes);
     return 0;
@@ -279,7 +231,7 @@ static uint64_t logits_of(const char *path, opening way)
     moe_model_options mo;
     moe_session_options so;
     moe_error error = {0};
-    static const moe_token tokens[N_TOK] = {3, 1, 4, 1, 5, 9, 2, 6, 5};
+    static const moe_token tokens[MOEFILE_TOK] = {3, 1, 4, 1, 5, 9, 2, 6, 5};
     size_t bytes = 0;
     char *data = test_read_file(path, &bytes);
     moe_model_options_init(&mo);
@@ -292,7 +244,7 @@ static uint64_t logits_of(const char *path, opening way)
         mo.data = data;
         mo.data_bytes = bytes;
     } else {
-        mo.read = read_memory;
+        mo.read = moefile_read;
         mo.read_user = data;
         mo.read_bytes = bytes;
     }
@@ -306,9 +258,9 @@ static uint64_t logits_of(const char *path, opening way)
     if (!status && model) {
         moe_model_info info = {.size = sizeof info};
         moe_model_get_info(model, &info);
-        float *logits = malloc((size_t)N_TOK * info.n_vocab * sizeof *logits);
-        status = moe_session_eval(session, tokens, N_TOK, N_TOK, logits);
-        hash = xxh64(logits, (uint64_t)N_TOK * info.n_vocab * sizeof *logits);
+        float *logits = malloc((size_t)MOEFILE_TOK * info.n_vocab * sizeof *logits);
+        status = moe_session_eval(session, tokens, MOEFILE_TOK, MOEFILE_TOK, logits);
+        hash = xxh64(logits, (uint64_t)MOEFILE_TOK * info.n_vocab * sizeof *logits);
         free(logits);
         if (status)
             error = *moe_session_error(session);
@@ -326,10 +278,10 @@ static void logits_are_those_of_gguf(void)
                                         "deepseek3", "glm4-moe-lite", "lfm2moe"};
     const char *gguf = scratch_path("m.gguf"), *moe = scratch_path("m.moe");
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
-        REQUIRE(convert(checkpoint(names[i]), gguf, CONV_STORE_AUTO), "%s", names[i]);
+        REQUIRE(convert_as(checkpoint(names[i]), gguf, CONV_STORE_AUTO), "%s", names[i]);
         const uint64_t want = logits_of(gguf, (opening){0});
         for (conv_store store = CONV_STORE_RAW; store <= CONV_STORE_ZSTD; store++) {
-            REQUIRE(convert(gguf, moe, store), "%s", names[i]);
+            REQUIRE(convert_as(gguf, moe, store), "%s", names[i]);
             for (int source = 0; source < 3; source++)
                 CHECK(logits_of(moe, (opening){.source = source}) == want, "%s, store %d, source %d",
                       names[i], store, source);
@@ -346,9 +298,9 @@ static void checkpoints_become_moe(void)
     const char *back = scratch_path("back.gguf");
     static const char *const names[] = {"llama-fp8", "qwen3moe-fused"};
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
-        REQUIRE(convert(checkpoint(names[i]), gguf, CONV_STORE_AUTO) &&
-                convert(checkpoint(names[i]), a, CONV_STORE_ZSTD) &&
-                convert(a, back, CONV_STORE_AUTO), "%s", names[i]);
+        REQUIRE(convert_as(checkpoint(names[i]), gguf, CONV_STORE_AUTO) &&
+                convert_as(checkpoint(names[i]), a, CONV_STORE_ZSTD) &&
+                convert_as(a, back, CONV_STORE_AUTO), "%s", names[i]);
         CHECK(same_files(gguf, back), "%s", names[i]);
     }
 }
@@ -374,7 +326,7 @@ static void experts_have_types_of_their_own(void)
                   source);
         CHECK(logits_of(moe, (opening){.copy = true}) == want, "store %d, copy", store);
         CHECK(logits_of(moe, (opening){.backend = fenced_backend()}) == want, "store %d, fenced", store);
-        REQUIRE(convert(moe, again, store), "again");
+        REQUIRE(convert_as(moe, again, store), "again");
         CHECK(logits_of(again, (opening){0}) == want, "types are lost on the way");
     }
     o = (conv_options){.source = moe, .out = scratch_path("x.gguf")};
@@ -516,20 +468,20 @@ static image make_image(conv_store store)
 {
     const char *path = scratch_path("image.moe");
     const char *source = scratch_path("image.gguf");
-    if (!convert(checkpoint("qwen3moe"), source, CONV_STORE_AUTO) || !convert(source, path, store))
+    if (!convert_as(checkpoint("qwen3moe"), source, CONV_STORE_AUTO) || !convert_as(source, path, store))
         return (image){0};
     return image_read(path);
 }
 
-typedef struct found {
+typedef struct damage_found {
     uint32_t n;
     uint64_t offset, bytes;
     char what[160];
-} found;
+} damage_found;
 
 static void on_damage(void *user, const char *what, uint64_t offset, uint64_t bytes)
 {
-    found *f = user;
+    damage_found *f = user;
     f->n++;
     f->offset = offset;
     f->bytes = bytes;
@@ -557,7 +509,7 @@ static void flip_is_found(const image *m, size_t at, uint8_t bit)
     const size_t front = sizeof h + (size_t)h.directory_bytes;
     moe_error error = {0};
     moe_verify_report report = {.size = sizeof report};
-    found f = {0};
+    damage_found f = {0};
     m->data[at] ^= bit;
     const moe_status status = image_verify(m, on_damage, &f, &report, &error);
     CHECK(status == MOE_ERR_FORMAT || (status == MOE_ERR_UNSUPPORTED && at < 24),
@@ -632,7 +584,7 @@ static void damage_is_named_at_load(void)
               moe_status_name(status));
         if (image_record(&m, r)->kind == MOEFILE_EXPERT && !tried++) {
             moe_model_options o;
-            write_file(path, m.data, m.bytes);
+            scratch_write(path, m.data, m.bytes);
             moe_model_options_init(&o);
             o.path = path;
             o.verify = true;
@@ -791,9 +743,9 @@ static bool one_segment_image(image *m, uint8_t **frames)
         x[i] = (test_random_float() + test_random_float()) * 0.02f;
     quant_bf16.quantize(x, blocks, ROW * ROWS);
     meta_bytes(&w, blocks, sizeof blocks);
-    write_file(scratch_path("one.gguf"), file.data, file.n);
+    scratch_write(scratch_path("one.gguf"), file.data, file.n);
     buf_free(&file);
-    if (!convert(scratch_path("one.gguf"), scratch_path("one.moe"), CONV_STORE_ZSTD))
+    if (!convert_as(scratch_path("one.gguf"), scratch_path("one.moe"), CONV_STORE_ZSTD))
         return false;
     *m = image_read(scratch_path("one.moe"));
     *frames = m->data + image_record(m, 0)->offset;
@@ -940,7 +892,7 @@ static void a_killed_conversion_goes_on(void)
     const char *source = scratch_path("types.gguf"), *whole = scratch_path("whole.moe");
     const char *out = scratch_path("killed.moe"), *partial = scratch_path("killed.moe.partial");
     write_all_types(source, 32);
-    REQUIRE(convert(source, whole, CONV_STORE_ZSTD), "the whole");
+    REQUIRE(convert_as(source, whole, CONV_STORE_ZSTD), "the whole");
     for (int round = 0; round < 4; round++) {
         stopper s = {.at_percent = 50, .kill = round < 2};
         moe_error error = {0};
@@ -958,16 +910,16 @@ static void a_killed_conversion_goes_on(void)
         } else {
             CHECK(convert_with(&o, &error) == MOE_ERR_CANCELLED, "%s", error.message);
         }
-        CHECK(exists(partial) && !exists(out), "round %d", round);
+        CHECK(scratch_exists(partial) && !scratch_exists(out), "round %d", round);
         if (round % 2) { // what is damaged meanwhile is made again
             image m = image_read(partial);
             m.data[m.bytes / 5] ^= 4;
-            write_file(partial, m.data, m.bytes);
+            scratch_write(partial, m.data, m.bytes);
             free(m.data);
         }
         s = (stopper){0};
         CHECK(!convert_with(&o, &error), "%s", error.message);
-        CHECK(same_files(out, whole) && !exists(partial), "round %d: other bytes", round);
+        CHECK(same_files(out, whole) && !scratch_exists(partial), "round %d: other bytes", round);
         uint64_t total = 0;
         stopper fresh = {0};
         o.user = &fresh;
@@ -990,19 +942,13 @@ static void another_conversion_starts_anew(void)
     conv_options o = {.source = source, .out = out, .n_threads = 1, .progress = stop_at, .user = &s,
                       .cancel = &s.cancel, .store = CONV_STORE_RAW};
     CHECK(convert_with(&o, &error) == MOE_ERR_CANCELLED, "%s", error.message);
-    REQUIRE(convert(source, out, CONV_STORE_ZSTD) && convert(source, whole, CONV_STORE_ZSTD), "zstd");
+    REQUIRE(convert_as(source, out, CONV_STORE_ZSTD) && convert_as(source, whole, CONV_STORE_ZSTD), "zstd");
     CHECK(same_files(out, whole), "something of the raw file is in it");
     s.cancel.flag = 0;
     CHECK(convert_with(&o, &error) == MOE_ERR_CANCELLED, "%s", error.message);
     write_all_types(source, 32); // the source is another one now
-    REQUIRE(convert(source, out, CONV_STORE_RAW) && convert(source, whole, CONV_STORE_RAW), "raw");
+    REQUIRE(convert_as(source, out, CONV_STORE_RAW) && convert_as(source, whole, CONV_STORE_RAW), "raw");
     CHECK(same_files(out, whole), "something of the old source is in it");
-}
-
-static void touch_source(void *user, const conv_progress *p)
-{
-    (void)p;
-    utime(user, &(struct utimbuf){1, 1});
 }
 
 static void failures_leave_nothing(void)
@@ -1020,16 +966,16 @@ static void failures_leave_nothing(void)
     CHECK(convert_with(&o, &error) == MOE_ERR_IO && strstr(error.message, "fail.moe.partial"), "%s",
           error.message);
     setrlimit(RLIMIT_FSIZE, &old);
-    CHECK(!exists(out) && !exists(partial), "something is left");
+    CHECK(!scratch_exists(out) && !scratch_exists(partial), "something is left");
     o.progress = touch_source;
     o.user = (void *)(uintptr_t)source;
     CHECK(convert_with(&o, &error) == MOE_ERR_IO && strstr(error.message, "was changed"), "%s",
           error.message);
-    CHECK(!exists(out) && !exists(partial), "something is left");
+    CHECK(!scratch_exists(out) && !scratch_exists(partial), "something is left");
     o = (conv_options){.source = scratch_path("none.moe"), .out = out};
     write_all_types(o.source, 32); // a GGUF under another name
     CHECK(convert_with(&o, &error) == MOE_ERR_FORMAT, "%s", error.message);
-    CHECK(!exists(out) && !exists(partial), "something is left");
+    CHECK(!scratch_exists(out) && !scratch_exists(partial), "something is left");
 }
 
 /* The receipt says what the file was made from, and how well. */
@@ -1072,28 +1018,10 @@ static void the_receipt_is_there(void)
     free(made.data);
 }
 
-static void remove_scratch(void)
+TEST_PROGRAM(moefile)
 {
-    DIR *dir = opendir(scratch);
-    char name[600];
-    for (struct dirent *e; dir && (e = readdir(dir));) {
-        snprintf(name, sizeof name, "%s/%s", scratch, e->d_name);
-        unlink(name);
-    }
-    if (dir)
-        closedir(dir);
-    rmdir(scratch);
-}
-
-int main(int argc, char **argv)
-{
-    test_begin(argc, argv);
-    const char *tmp = getenv("TMPDIR");
-    snprintf(scratch, sizeof scratch, "%s/moefile-XXXXXX", tmp ? tmp : "/tmp");
-    if (!mkdtemp(scratch)) {
-        printf("cannot make %s\n", scratch);
-        return 1;
-    }
+    if (!scratch_begin("moefile"))
+        return;
     RUN(xxh64_is_the_public_one);
     RUN(sha256_is_the_public_one);
     RUN(fields_cover_the_block);
@@ -1113,7 +1041,6 @@ int main(int argc, char **argv)
     RUN(another_conversion_starts_anew);
     RUN(failures_leave_nothing);
     RUN(the_receipt_is_there);
-    remove_scratch();
-    return test_end();
+    scratch_end();
 }
 #endif

@@ -4,10 +4,10 @@
 #include "test.h"
 
 #include "fenced_backend.h"
+#include "models.h"
+#include "scratch.h"
 
-#include <dirent.h>
-
-enum { N_TOK = 7, MAX_TENSORS = 1024, MAX_ROWS = 1 << 16 };
+enum { N_SEEN_TOK = 7, MAX_TENSORS = 1024, MAX_ROWS = 1 << 16 };
 
 /* All that was seen of one tensor. */
 typedef struct seen_tensor {
@@ -24,7 +24,7 @@ typedef struct seen_rows {
     int32_t matrix[MAX_ROWS / 16];
 } seen_rows;
 
-typedef struct seen {
+typedef struct all_seen {
     seen_tensor tensors[MAX_TENSORS];
     uint32_t n_tensor;
     uint64_t route_hash, n_route;
@@ -33,16 +33,16 @@ typedef struct seen {
     int32_t ids[1024];
     float weights[1024];
     uint32_t n_ids;
-} seen;
+} all_seen;
 
-static uint64_t hash_bytes(uint64_t hash, const void *data, size_t bytes)
+static uint64_t hash_seen(uint64_t hash, const void *data, size_t bytes)
 {
     for (const uint8_t *p = data; bytes--; p++)
         hash = (hash ^ *p) * 1099511628211u;
     return hash;
 }
 
-static seen_tensor *seen_find(seen *s, const char *name)
+static seen_tensor *seen_find(all_seen *s, const char *name)
 {
     for (uint32_t i = 0; i < s->n_tensor; i++)
         if (!strcmp(s->tensors[i].name, name))
@@ -57,7 +57,7 @@ static seen_tensor *seen_find(seen *s, const char *name)
 
 static void see_input(void *user, const moe_observed_input *in)
 {
-    seen *s = user;
+    all_seen *s = user;
     seen_tensor *t = seen_find(s, in->tensor);
     REQUIRE(t && in->size == sizeof *in, "too many tensors");
     t->n_in = in->n_in;
@@ -66,8 +66,8 @@ static void see_input(void *user, const moe_observed_input *in)
         const float *row = in->rows + (size_t)(i / in->n_per_row) * in->row_stride;
         CHECK(in->matrix[i] >= 0 && (uint32_t)in->matrix[i] < in->n_matrix, "%s: matrix %d",
               in->tensor, in->matrix[i]);
-        t->hash = hash_bytes(t->hash, row, in->n_in * sizeof *row);
-        t->hash = hash_bytes(t->hash, &in->matrix[i], sizeof in->matrix[i]);
+        t->hash = hash_seen(t->hash, row, in->n_in * sizeof *row);
+        t->hash = hash_seen(t->hash, &in->matrix[i], sizeof in->matrix[i]);
         t->n_product++;
         for (size_t k = 0; k < MOE_COUNT(s->close); k++) {
             seen_rows *c = &s->close[k];
@@ -85,13 +85,13 @@ static void see_input(void *user, const moe_observed_input *in)
 
 static void see_experts(void *user, const moe_observed_experts *e)
 {
-    seen *s = user;
+    all_seen *s = user;
     const size_t n = (size_t)e->n_tok * e->n_used;
     for (uint32_t t = 0; t < e->n_tok; t++) { // by token, so that batches do not show
         const uint32_t at[2] = {e->layer, e->pos + t};
-        uint64_t hash = hash_bytes(1, at, sizeof at);
-        hash = hash_bytes(hash, e->ids + t * e->n_used, e->n_used * sizeof *e->ids);
-        s->route_hash += hash_bytes(hash, e->weights + t * e->n_used, e->n_used * sizeof(float));
+        uint64_t hash = hash_seen(1, at, sizeof at);
+        hash = hash_seen(hash, e->ids + t * e->n_used, e->n_used * sizeof *e->ids);
+        s->route_hash += hash_seen(hash, e->weights + t * e->n_used, e->n_used * sizeof(float));
     }
     s->n_route += e->n_tok;
     for (size_t i = 0; e->layer == 0 && i < n && s->n_ids < MOE_COUNT(s->ids); i++) {
@@ -104,23 +104,19 @@ static void see_experts(void *user, const moe_observed_experts *e)
 
 /* ---------------------------------------------------------------------------------- helpers -- */
 
-static moe_model *open_model(const char *name, const moe_backend *backend)
+static moe_model *open_observed(const char *file, const moe_backend *backend)
 {
     char path[512];
-    moe_model *model = NULL;
-    moe_error error = {0};
     moe_model_options options;
     moe_model_options_init(&options);
-    snprintf(path, sizeof path, "%s/fixtures/%s", test_root(), name);
+    snprintf(path, sizeof path, "%s/fixtures/%s", test_root(), file);
     options.path = path;
     options.backend = backend;
-    moe_status status = moe_model_open(&model, &options, &error);
-    CHECK(status == MOE_OK, "%s: %s", name, error.message);
-    return model;
+    return open_model(&options);
 }
 
-/* Evaluates N_TOK tokens in calls of `chunk`; all logits. `s` NULL: without an observer. */
-static bool evaluate(moe_model *model, seen *s, uint32_t chunk, uint32_t n_threads, float *logits)
+/* Evaluates N_SEEN_TOK tokens in calls of `chunk`; all logits. `s` NULL: without an observer. */
+static bool evaluate(moe_model *model, all_seen *s, uint32_t chunk, uint32_t n_threads, float *logits)
 {
     const moe_observer observer = {sizeof observer, s, see_experts, see_input};
     moe_session_options options;
@@ -133,9 +129,9 @@ static bool evaluate(moe_model *model, seen *s, uint32_t chunk, uint32_t n_threa
     options.n_threads = n_threads;
     options.observer = s ? &observer : NULL;
     moe_status status = moe_session_open(&session, model, &options, &error);
-    for (uint32_t at = 0, n; !status && at < N_TOK; at += n) {
-        moe_token tokens[N_TOK];
-        n = MOE_MIN(chunk, N_TOK - at);
+    for (uint32_t at = 0, n; !status && at < N_SEEN_TOK; at += n) {
+        moe_token tokens[N_SEEN_TOK];
+        n = MOE_MIN(chunk, N_SEEN_TOK - at);
         for (uint32_t i = 0; i < n; i++)
             tokens[i] = (moe_token)((at + i) * 11 + 3) % (moe_token)model->hp.n_vocab;
         status = moe_session_eval(session, tokens, n, n, logits + (size_t)at * model->hp.n_vocab);
@@ -166,16 +162,16 @@ static bool is_matrix(const moe_model *model, const moe_tensor *t)
            !ends_with(t->name, "ssm_conv1d.weight");
 }
 
-/* How many products N_TOK tokens make with a tensor. */
+/* How many products N_SEEN_TOK tokens make with a tensor. */
 static uint64_t products(const moe_model *model, const char *name)
 {
     const bool heads = strstr(name, "attn_k_b") || strstr(name, "attn_v_b");
-    return strstr(name, "_exps.") ? N_TOK * model->hp.router.n_used
-           : heads                ? N_TOK * model->hp.n_head
-                                  : N_TOK;
+    return strstr(name, "_exps.") ? N_SEEN_TOK * model->hp.router.n_used
+           : heads                ? N_SEEN_TOK * model->hp.n_head
+                                  : N_SEEN_TOK;
 }
 
-static void check_complete(const moe_model *model, const char *file, seen *s)
+static void check_complete(const moe_model *model, const char *file, all_seen *s)
 {
     uint32_t n = 0;
     for (size_t i = 0; i < directory_n_tensors(model->dir); i++) {
@@ -194,7 +190,7 @@ static void check_complete(const moe_model *model, const char *file, seen *s)
     CHECK(s->n_tensor == n, "%s: %u tensors seen, %u in the file", file, s->n_tensor, n);
 }
 
-static void check_same(const char *file, const char *what, const seen *a, const seen *b)
+static void check_same_seen(const char *file, const char *what, const all_seen *a, const all_seen *b)
 {
     CHECK(a->n_tensor == b->n_tensor && a->route_hash == b->route_hash && a->n_route == b->n_route,
           "%s: %s: other tensors, or other experts", file, what);
@@ -207,22 +203,22 @@ static void check_same(const char *file, const char *what, const seen *a, const 
 
 static void check_fixture(const char *file)
 {
-    moe_model *model = open_model(file, NULL), *fenced = open_model(file, fenced_backend());
-    seen *s = calloc(4, sizeof *s);
+    moe_model *model = open_observed(file, NULL), *fenced = open_observed(file, fenced_backend());
+    all_seen *s = calloc(4, sizeof *s);
     if (model && fenced && s) {
-        const size_t bytes = (size_t)N_TOK * model->hp.n_vocab * sizeof(float);
+        const size_t bytes = (size_t)N_SEEN_TOK * model->hp.n_vocab * sizeof(float);
         float *plain = malloc(bytes), *observed = malloc(bytes);
-        if (plain && observed && evaluate(model, NULL, N_TOK, 1, plain) &&
-            evaluate(model, &s[0], N_TOK, 1, observed)) {
+        if (plain && observed && evaluate(model, NULL, N_SEEN_TOK, 1, plain) &&
+            evaluate(model, &s[0], N_SEEN_TOK, 1, observed)) {
             CHECK(!memcmp(plain, observed, bytes), "%s: other logits when observed", file);
             check_complete(model, file, &s[0]);
         }
-        if (evaluate(model, &s[1], N_TOK, 3, observed))
-            check_same(file, "3 threads", &s[0], &s[1]);
+        if (evaluate(model, &s[1], N_SEEN_TOK, 3, observed))
+            check_same_seen(file, "3 threads", &s[0], &s[1]);
         if (evaluate(model, &s[2], 2, 2, observed))
-            check_same(file, "in parts", &s[0], &s[2]);
-        if (evaluate(fenced, &s[3], N_TOK, 1, observed))
-            check_same(file, "fenced", &s[0], &s[3]);
+            check_same_seen(file, "in parts", &s[0], &s[2]);
+        if (evaluate(fenced, &s[3], N_SEEN_TOK, 1, observed))
+            check_same_seen(file, "fenced", &s[0], &s[3]);
         CHECK(!memcmp(plain, observed, bytes), "%s: other logits when fenced", file);
         free(plain);
         free(observed);
@@ -273,8 +269,8 @@ static double silu(double x)
  * matrix makes the logits out of its input. */
 static void what_is_shown_is_what_is_computed(void)
 {
-    moe_model *model = open_model("qwen3moe.gguf", NULL);
-    seen *s = calloc(1, sizeof *s);
+    moe_model *model = open_observed("qwen3moe.gguf", NULL);
+    all_seen *s = calloc(1, sizeof *s);
     REQUIRE(model && s, "no model");
     const moe_tensor *gate = directory_tensor(model->dir, "blk.0.ffn_gate_exps.weight");
     const moe_tensor *up = directory_tensor(model->dir, "blk.0.ffn_up_exps.weight");
@@ -282,14 +278,14 @@ static void what_is_shown_is_what_is_computed(void)
     const moe_tensor *output = directory_tensor(model->dir, "output.weight");
     REQUIRE(gate && up && router && output && gate->quant->block_len == 1, "not this fixture");
     const uint32_t n_used = model->hp.router.n_used, n_vocab = model->hp.n_vocab;
-    float *logits = malloc((size_t)N_TOK * n_vocab * sizeof *logits);
+    float *logits = malloc((size_t)N_SEEN_TOK * n_vocab * sizeof *logits);
     s->close[0].tensor = gate->name;
     s->close[1].tensor = "blk.0.ffn_down_exps.weight";
     s->close[2].tensor = router->name;
     s->close[3].tensor = output->name;
     REQUIRE(logits && evaluate(model, s, 3, 2, logits), "evaluate");
-    REQUIRE(s->close[0].n == N_TOK * n_used && s->n_ids == N_TOK * n_used, "%u products", s->n_ids);
-    for (uint32_t i = 0; i < N_TOK * n_used; i++) {
+    REQUIRE(s->close[0].n == N_SEEN_TOK * n_used && s->n_ids == N_SEEN_TOK * n_used, "%u products", s->n_ids);
+    for (uint32_t i = 0; i < N_SEEN_TOK * n_used; i++) {
         const float *h = s->close[0].rows + (size_t)i * gate->dims[0];
         const float *a = s->close[1].rows + (size_t)i * gate->dims[1];
         const uint64_t e = (uint64_t)s->ids[i];
@@ -301,7 +297,7 @@ static void what_is_shown_is_what_is_computed(void)
                   "product %u, %u: %g, not %g", i, (unsigned)k, (double)a[k], want);
         }
     }
-    for (uint32_t t = 0; t < N_TOK; t++) {
+    for (uint32_t t = 0; t < N_SEEN_TOK; t++) {
         const float *h = s->close[2].rows + (size_t)t * router->dims[0];
         double sum = 0;
         for (uint32_t i = 0; i < n_used; i++)
@@ -331,8 +327,8 @@ static void what_is_shown_is_what_is_computed(void)
 /* Gemma's windows lose what a long way back needs; what is computed anew is not shown again. */
 static void tokens_computed_anew_are_not_shown(void)
 {
-    moe_model *model = open_model("gemma3.gguf", NULL);
-    seen *s = calloc(1, sizeof *s);
+    moe_model *model = open_observed("gemma3.gguf", NULL);
+    all_seen *s = calloc(1, sizeof *s);
     REQUIRE(model && s && model->hp.window, "no model with a window");
     const moe_observer observer = {.size = sizeof observer, .user = s, .input = see_input};
     moe_session_options options;
@@ -359,8 +355,8 @@ static void tokens_computed_anew_are_not_shown(void)
 
 static void a_cancelled_look_is_an_error(void)
 {
-    moe_model *model = open_model("olmoe.gguf", NULL);
-    seen *s = calloc(1, sizeof *s);
+    moe_model *model = open_observed("olmoe.gguf", NULL);
+    all_seen *s = calloc(1, sizeof *s);
     moe_cancel cancel = {0};
     REQUIRE(model && s, "no model");
     const moe_observer observer = {sizeof observer, s, see_experts, see_input};
@@ -388,7 +384,7 @@ static void a_cancelled_look_is_an_error(void)
 
 static void options_of_observers(void)
 {
-    moe_model *model = open_model("qwen3moe.gguf", NULL);
+    moe_model *model = open_observed("qwen3moe.gguf", NULL);
     REQUIRE(model, "no model");
     moe_observer observer;
     moe_session_options options;
@@ -421,7 +417,7 @@ static void options_of_observers(void)
 
 #if !defined MOE_NO_TEXT && !defined MOE_NO_ZSTD
 
-#include "../convert/convert.c"
+#include "converter.h"
 
 /* A GGUF file in the making. */
 typedef struct made_file {
@@ -431,17 +427,6 @@ typedef struct made_file {
 } made_file;
 
 enum { N_IN = 256, N_OUT = 48, N_EXPERT = 5 };
-
-static char scratch[200];
-
-static const char *scratch_path(const char *name)
-{
-    static char paths[16][300];
-    static int next;
-    char *path = paths[next++ % 16];
-    snprintf(path, sizeof paths[0], "%s/%s", scratch, name);
-    return path;
-}
 
 static void made_put(made_file *m, const void *data, size_t bytes)
 {
@@ -545,15 +530,6 @@ static void make_sums(void)
     }
 }
 
-static moe_status convert(const conv_options *o, moe_error *error)
-{
-    conv_job job;
-    *error = (moe_error){0};
-    moe_status status = conv_run(&job, o, error);
-    conv_close(&job);
-    return status;
-}
-
 /* What expert e's columns weigh: the unused one's are the mean of all. */
 static void expected_columns(uint32_t e, float *columns)
 {
@@ -581,7 +557,7 @@ static void importance_reaches_the_quantizers(void)
             continue;
         const conv_options o = {.source = source, .out = out, .quant = quant->name,
                                 .imatrix = scratch_path("a.imatrix"), .n_threads = 2};
-        REQUIRE(convert(&o, &error) == MOE_OK, "%s: %s", quant->name, error.message);
+        REQUIRE(convert_with(&o, &error) == MOE_OK, "%s: %s", quant->name, error.message);
         size_t bytes;
         char *data = test_read_file(out, &bytes);
         REQUIRE(data, "no file");
@@ -626,7 +602,7 @@ static void imatrix_fails(const char *name, uint64_t n_in, uint64_t n_matrix, mo
     make_imatrix(scratch_path("bad.imatrix"), name, n_in, n_matrix);
     const conv_options o = {.source = scratch_path("source.gguf"), .out = scratch_path("bad.gguf"),
                             .quant = "q4_0", .imatrix = scratch_path("bad.imatrix")};
-    const moe_status status = convert(&o, &error);
+    const moe_status status = convert_with(&o, &error);
     CHECK(status == want && strstr(error.message, message), "%s: expected %s, got %s: %s", message,
           moe_status_name(want), moe_status_name(status), error.message);
     CHECK(access(scratch_path("bad.gguf"), F_OK), "%s: a file was written", message);
@@ -653,10 +629,10 @@ static void imatrices_that_do_not_fit(void)
     moe_error error;
     conv_options o = {.source = scratch_path("source.gguf"), .out = scratch_path("zero.gguf"),
                       .quant = "q4_0", .imatrix = scratch_path("zero.imatrix")};
-    CHECK(convert(&o, &error) == MOE_OK, "%s", error.message);
+    CHECK(convert_with(&o, &error) == MOE_OK, "%s", error.message);
     o.out = scratch_path("none.gguf");
     o.imatrix = NULL;
-    CHECK(convert(&o, &error) == MOE_OK, "%s", error.message);
+    CHECK(convert_with(&o, &error) == MOE_OK, "%s", error.message);
     size_t n[2];
     char *a = test_read_file(scratch_path("zero.gguf"), &n[0]);
     char *b = test_read_file(o.out, &n[1]);
@@ -727,14 +703,14 @@ static void sizes_that_cannot_be(void)
     const char *source = scratch_path("source.gguf"), *out = scratch_path("no.gguf");
     make_source(source);
     conv_options o = {.source = source, .out = out, .bits_per_weight = 2};
-    CHECK(convert(&o, &error) == MOE_ERR_LIMIT && strstr(error.message, "smallest types"), "%s",
+    CHECK(convert_with(&o, &error) == MOE_ERR_LIMIT && strstr(error.message, "smallest types"), "%s",
           error.message);
     o = (conv_options){.source = source, .out = out, .max_bytes = 5000};
-    CHECK(convert(&o, &error) == MOE_ERR_LIMIT, "%s", error.message);
+    CHECK(convert_with(&o, &error) == MOE_ERR_LIMIT, "%s", error.message);
     o = (conv_options){.source = source, .out = out, .max_bytes = 50000, .quant = "q4_0"};
-    CHECK(convert(&o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
+    CHECK(convert_with(&o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
     o = (conv_options){.source = source, .out = out, .max_bytes = 50000, .bits_per_weight = 5};
-    CHECK(convert(&o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
+    CHECK(convert_with(&o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
     CHECK(access(out, F_OK), "a file was written");
     const conv_keep keep = {"^blk.0.attn_q.weight$", quant_by_name("Q8_0")};
     conv_job job;
@@ -768,24 +744,14 @@ static void allocation_is_deterministic(void)
 
 static void run_convert_tests(void)
 {
-    static const char *const files[] = {"source.gguf", "out.gguf", "a.imatrix", "bad.imatrix",
-                                        "zero.imatrix", "zero.gguf", "none.gguf", "fit.gguf",
-                                        "fit.moe", "no.gguf", "a.gguf", "b.gguf"};
-    const char *tmp = getenv("TMPDIR");
-    snprintf(scratch, sizeof scratch, "%s/moe-test-observe.XXXXXX", tmp ? tmp : "/tmp");
-    if (!mkdtemp(scratch)) {
-        printf("FAIL cannot make a folder: %s\n", scratch);
-        test_n_failed++;
+    if (!scratch_begin("observe"))
         return;
-    }
     RUN(importance_reaches_the_quantizers);
     RUN(imatrices_that_do_not_fit);
     RUN(types_fit_the_size);
     RUN(sizes_that_cannot_be);
     RUN(allocation_is_deterministic);
-    for (size_t i = 0; i < MOE_COUNT(files); i++)
-        unlink(scratch_path(files[i]));
-    rmdir(scratch);
+    scratch_end();
 }
 
 #else
@@ -794,14 +760,12 @@ static void run_convert_tests(void) {}
 
 #endif
 
-int main(int argc, char **argv)
+TEST_PROGRAM(observe)
 {
-    test_begin(argc, argv);
     RUN(every_family_shows_every_matrix);
     RUN(what_is_shown_is_what_is_computed);
     RUN(tokens_computed_anew_are_not_shown);
     RUN(a_cancelled_look_is_an_error);
     RUN(options_of_observers);
     run_convert_tests();
-    return test_end();
 }

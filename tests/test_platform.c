@@ -112,7 +112,7 @@ static void affinity_limits_cores(void)
     sched_setaffinity(0, sizeof before, &before);
 }
 
-static bool write_text(const char *dir, const char *name, const char *text)
+static bool write_limit(const char *dir, const char *name, const char *text)
 {
     char path[512];
     snprintf(path, sizeof path, "%s/%s", dir, name);
@@ -152,7 +152,7 @@ static void cgroup_limits(void)
     for (size_t i = 0; i < MOE_COUNT(cases); i++) {
         uint64_t cores = 64, bytes = 1000000000000u;
         for (size_t k = 0; k < 3 && cases[i].files[k][0]; k++)
-            REQUIRE(write_text(dir, cases[i].files[k][0], cases[i].files[k][1]), "%s", dir);
+            REQUIRE(write_limit(dir, cases[i].files[k][0], cases[i].files[k][1]), "%s", dir);
         plat_look_quota(dir, &cores);
         plat_look_memory_v1(dir, &bytes);
         plat_look_memory_v2(dir, &bytes);
@@ -379,9 +379,8 @@ static void utf8_sequences(void)
               utf8_sequence(cases[i].text, cases[i].bytes));
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(platform)
 {
-    test_begin(argc, argv);
     RUN(file_reads_and_maps);
     RUN(empty_file_is_not_mapped);
     RUN(open_says_why_not);
@@ -397,5 +396,4 @@ int main(int argc, char **argv)
     RUN(cancel_from_a_signal);
     RUN(names_and_defaults);
     RUN(utf8_sequences);
-    return test_end();
 }

@@ -27,7 +27,7 @@ static const double PERPLEXITY_LIMIT = 0.015;
 
 static const char *figures_at; // what has not been read of real_models.txt
 static char *figures;
-static moe_model *model;
+static moe_model *real_model;
 static char model_name[64];
 
 /* -- reading the figures: words -- */
@@ -97,13 +97,13 @@ static bool find_model(const char *name)
     snprintf(path, sizeof path, "%s/%s", folder, name);
     options.path = path;
     options.backend = TEST_BACKEND;
-    moe_status status = moe_model_open(&model, &options, &error);
+    moe_status status = moe_model_open(&real_model, &options, &error);
     CHECK(status == MOE_OK, "%s: %s", name, error.message);
     snprintf(model_name, sizeof model_name, "%s", name);
     return status == MOE_OK;
 }
 
-static moe_session *open_session(uint32_t n_ctx)
+static moe_session *open_real_session(uint32_t n_ctx)
 {
     moe_session *session = NULL;
     moe_error error = {0};
@@ -111,7 +111,7 @@ static moe_session *open_session(uint32_t n_ctx)
     moe_session_options_init(&options);
     options.n_ctx = n_ctx;
     options.n_logits = LOGIT_ROWS;
-    moe_status status = moe_session_open(&session, model, &options, &error);
+    moe_status status = moe_session_open(&session, real_model, &options, &error);
     CHECK(status == MOE_OK, "%s", error.message);
     return session;
 }
@@ -158,7 +158,7 @@ static void check_perplexity(const moe_token *text, size_t n_text, size_t n_voca
     double *got = malloc(n * sizeof *got), mean = 0, distance = 0;
     moe_token *tok = malloc(window * sizeof *tok);
     float *logits = malloc(LOGIT_ROWS * n_vocab * sizeof *logits);
-    moe_session *session = open_session((uint32_t)window);
+    moe_session *session = open_real_session((uint32_t)window);
     bool ok = session != NULL;
     for (size_t w = 0; ok && w < n_text / window; w++, k += window - 1 - window / 2) {
         memcpy(tok, text + w * window, window * sizeof *tok);
@@ -205,7 +205,7 @@ static void check_greedy(size_t n_vocab, greedy_count *count)
     for (size_t i = 0; i < n; i++)
         largest = MOE_MAX(largest, shift[i]);
     float *logits = malloc(n_vocab * sizeof *logits);
-    moe_session *session = open_session((uint32_t)(n_prompt + n));
+    moe_session *session = open_real_session((uint32_t)(n_prompt + n));
     const moe_token *step = prompt;
     for (size_t i = 0, n_step = n_prompt; session && i < n; step = want + i++, n_step = 1) {
         moe_status status = moe_session_eval(session, step, n_step, 1, logits);
@@ -233,7 +233,7 @@ static void check_model(const char *name, moe_token bos)
     if (!find_model(name))
         SKIP("MOE_TEST_MODELS names no folder with this file");
     moe_model_info info = {.size = sizeof info};
-    moe_model_get_info(model, &info);
+    moe_model_get_info(real_model, &info);
     size_t n_text;
     moe_token *text = next_tokens("text", &n_text);
     REQUIRE(text, "no text");
@@ -248,8 +248,8 @@ static void check_model(const char *name, moe_token bos)
            count.steps - count.other, count.steps, count.steps - count.rounded_other);
     CHECK(count.other <= count.steps / 20 + 2 * count.rounded_other, "%zu other tokens", count.other);
     free(text);
-    moe_model_close(model);
-    model = NULL;
+    moe_model_close(real_model);
+    real_model = NULL;
 }
 
 static void smollm2_agrees_with_transformers(void)
@@ -262,19 +262,15 @@ static void gemma3_agrees_with_transformers(void)
     check_model("gemma3.gguf", 2);
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(realmodel)
 {
-    test_begin(argc, argv);
     char path[512];
     size_t bytes;
     snprintf(path, sizeof path, "%s/data/real_models.txt", test_root());
     figures = test_read_file(path, &bytes);
-    if (!figures) {
-        printf("FAIL cannot read %s\n", path);
-        return 1;
-    }
+    if (!figures)
+        CANNOT_RUN("cannot read %s", path);
     RUN(smollm2_agrees_with_transformers);
     RUN(gemma3_agrees_with_transformers);
     free(figures);
-    return test_end();
 }

@@ -4,7 +4,7 @@
 #include "test.h"
 
 /* Numbers of both signs; of widely different sizes; or with zeros. */
-static void fill(float *x, size_t n, unsigned kind)
+static void recurrent_fill(float *x, size_t n, unsigned kind)
 {
     uint32_t state = 7 + kind;
     for (size_t i = 0; i < n; i++) {
@@ -17,12 +17,12 @@ static void fill(float *x, size_t n, unsigned kind)
     }
 }
 
-static bool same_floats(const float *a, const float *b, size_t n)
+static bool recurrent_same(const float *a, const float *b, size_t n)
 {
     return memcmp(a, b, n * sizeof *a) == 0;
 }
 
-/* Convolutions of some taps; steps of the delta rule, one after another, with rows that fill no chain. */
+/* Convolutions of some taps; steps of the delta rule, one after another, with rows that recurrent_fill no chain. */
 static void recurrent_kernels_equal_c(void)
 {
     enum { STRIP = CPU_CONV_STRIP, B = MOE_DELTA_BLOCK, DIM = 13, TAPS = 5, STEPS = 3 };
@@ -33,20 +33,20 @@ static void recurrent_kernels_equal_c(void)
     if (m == &cpu_recurrent_c)
         SKIP("only C runs here");
     for (unsigned kind = 0; kind < 3; kind++) {
-        fill(u, MOE_COUNT(u), kind);
-        fill(weight, MOE_COUNT(weight), kind);
-        fill(qk, MOE_COUNT(qk), kind);
-        fill(v, B, kind);
+        recurrent_fill(u, MOE_COUNT(u), kind);
+        recurrent_fill(weight, MOE_COUNT(weight), kind);
+        recurrent_fill(qk, MOE_COUNT(qk), kind);
+        recurrent_fill(v, B, kind);
         for (size_t k = 0; k < TAPS; k++)
             rows[k] = u + k * STRIP;
         for (size_t n = 1; n <= TAPS; n++) {
             float want[STRIP], got[STRIP];
             conv_c(want, rows, weight, n);
             m->conv(got, rows, weight, n);
-            CHECK(same_floats(want, got, STRIP), "convolution, %zu taps", n);
+            CHECK(recurrent_same(want, got, STRIP), "convolution, %zu taps", n);
         }
         for (size_t dim = 1; dim <= DIM; dim++) {
-            fill(state[0], DIM * B, kind);
+            recurrent_fill(state[0], DIM * B, kind);
             memcpy(state[1], state[0], sizeof state[0]);
             for (int step = 0; step < STEPS; step++) {
                 float want[B], got[B];
@@ -55,7 +55,7 @@ static void recurrent_kernels_equal_c(void)
                 s.state = state[1];
                 s.dst = got;
                 m->delta(&s);
-                CHECK(same_floats(want, got, B) && same_floats(state[0], state[1], DIM * B),
+                CHECK(recurrent_same(want, got, B) && recurrent_same(state[0], state[1], DIM * B),
                       "delta rule, %zu rows, data %u", dim, kind);
             }
         }
@@ -72,10 +72,8 @@ static void softplus_is_accurate(void)
     }
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(recurrent)
 {
-    test_begin(argc, argv);
     RUN(recurrent_kernels_equal_c);
     RUN(softplus_is_accurate);
-    return test_end();
 }

@@ -142,7 +142,7 @@ static moe_sampler_options random_options(uint32_t n_vocab, moe_logit_bias *bias
 }
 
 /* Our candidates must be a prefix of the reference's, by id, with its probabilities. */
-static void compare(const moe_sampler *s, uint64_t sum, const ref_result *r)
+static void compare_with_reference(const moe_sampler *s, uint64_t sum, const ref_result *r)
 {
     uint32_t n = s->n_candidates;
     CHECK(n >= r->n_min && n <= r->n_max, "%u candidates, expected %u..%u", n, r->n_min, r->n_max);
@@ -219,7 +219,7 @@ static void random_options_equal_reference(void)
                 CHECK(ref.item[0].p == 0 || n_vocab < 9, "nothing left");
                 break;
             }
-            compare(s, sum, &ref);
+            compare_with_reference(s, sum, &ref);
             moe_token token = -1;
             CHECK(moe_sampler_pick(s, logits, &token) == MOE_OK, "pick failed");
             bool found = false;
@@ -460,7 +460,7 @@ static void history_is_a_window(void)
 
 /* ---------------------------------------------------------------------------- bad arguments -- */
 
-static void refused(const moe_sampler_options *o, uint32_t n_vocab, const char *subject)
+static void refused_sampler(const moe_sampler_options *o, uint32_t n_vocab, const char *subject)
 {
     moe_sampler *s = (moe_sampler *)&s;
     moe_error error = {0};
@@ -497,29 +497,29 @@ static void bad_options_are_named(void)
         for (size_t i = 0; i < 6; i++) {
             moe_sampler_options o = defaults();
             memcpy((char *)&o + fields[f].offset, &fields[f].bad[i], sizeof(float));
-            refused(&o, 10, fields[f].name);
+            refused_sampler(&o, 10, fields[f].name);
         }
     moe_sampler_options o = defaults();
-    refused(&o, 0, "n_vocab");
-    refused(&o, UINT32_MAX, "n_vocab");
+    refused_sampler(&o, 0, "n_vocab");
+    refused_sampler(&o, UINT32_MAX, "n_vocab");
     o.penalty_window = UINT32_MAX;
-    refused(&o, 10, "penalty_window");
+    refused_sampler(&o, 10, "penalty_window");
     o = defaults();
     o.size = 0;
-    refused(&o, 10, "size");
+    refused_sampler(&o, 10, "size");
 
     const moe_logit_bias bad[] = {{-1, 1}, {10, 1}, {INT32_MAX, 1}, {3, NAN}, {3, INFINITY}};
     for (size_t i = 0; i < MOE_COUNT(bad); i++) {
         o = defaults();
         o.logit_bias = &bad[i];
         o.n_logit_bias = 1;
-        refused(&o, 10, "logit_bias");
+        refused_sampler(&o, 10, "logit_bias");
     }
     o.logit_bias = NULL;
-    refused(&o, 10, "logit_bias");
+    refused_sampler(&o, 10, "logit_bias");
     o.logit_bias = bad;
     o.n_logit_bias = SIZE_MAX / 2;
-    refused(&o, 10, "n_logit_bias");
+    refused_sampler(&o, 10, "n_logit_bias");
     CHECK(moe_sampler_new(NULL, 10, &o, NULL, NULL) == MOE_ERR_ARGUMENT, "out NULL");
 }
 
@@ -556,7 +556,7 @@ static void option_sizes_are_versions(void)
     older.size = offsetof(moe_sampler_options, penalty_window);
     CHECK(pick_one(&older, (float[]){1, 2}, 2) == 1, "older");
     older.size = sizeof older;
-    refused(&older, 2, "penalty_window");
+    refused_sampler(&older, 2, "penalty_window");
     CHECK(pick_one(NULL, (float[]){1, 2, 2}, 3) == 1, "no options are the defaults");
 }
 
@@ -625,9 +625,8 @@ static void memory_is_the_hosts(void)
     CHECK(moe_sampler_new(&s, 1000, &o, &host, &error) == MOE_ERR_ARGUMENT, "alloc without free");
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(sample)
 {
-    test_begin(argc, argv);
     RUN(weights_are_powers);
     RUN(all_floats_keep_their_order);
     RUN(random_options_equal_reference);
@@ -641,5 +640,4 @@ int main(int argc, char **argv)
     RUN(null_arguments_are_refused);
     RUN(option_sizes_are_versions);
     RUN(memory_is_the_hosts);
-    return test_end();
 }

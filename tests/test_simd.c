@@ -175,12 +175,10 @@ static void exp_is_accurate(void)
     CHECK(isnan(cpu_exp(NAN)), "NaN");
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(simd)
 {
-    test_begin(argc, argv);
     RUN(elementwise_equals_c);
     RUN(sums_equal_c);
     RUN(products_equal_c);
     RUN(exp_is_accurate);
-    return test_end();
 }

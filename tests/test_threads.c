@@ -5,9 +5,11 @@
  * Made for ThreadSanitizer (make test SAN=tsan T=threads), and of use without it. */
 #include "test.h"
 
+#include "models.h"
+
 #include <pthread.h>
 
-enum { N_THREADS = 4, N_PROMPT = 20, N_STEPS = 12, MAX_VOCAB = 512 };
+enum { N_JOBS = 4, JOB_PROMPT = 20, N_STEPS = 12, MAX_VOCAB = 512 };
 
 /* -------------------------------------------------------------------------------- generation -- */
 
@@ -20,7 +22,7 @@ typedef struct job {
     moe_status status;
 } job;
 
-static void hash_bytes(uint64_t *hash, const void *data, size_t bytes)
+static void job_hash(uint64_t *hash, const void *data, size_t bytes)
 {
     const uint8_t *p = data;
     for (size_t i = 0; i < bytes; i++)
@@ -33,7 +35,7 @@ static void hash_text(job *j, moe_decoder *decoder, moe_token token)
     if (!j->tokenizer)
         return;
     size_t n = moe_tokenizer_decode(j->tokenizer, decoder, token, text, sizeof text);
-    hash_bytes(&j->hash, text, MOE_MIN(n, sizeof text));
+    job_hash(&j->hash, text, MOE_MIN(n, sizeof text));
 }
 
 /* The prompt: text through the tokenizer if there is one, else numbers. */
@@ -42,21 +44,21 @@ static size_t make_prompt(job *j, moe_token *prompt, uint32_t n_vocab)
     size_t n = 0;
     char text[64];
     if (!j->tokenizer) {
-        for (; n < N_PROMPT; n++)
+        for (; n < JOB_PROMPT; n++)
             prompt[n] = (moe_token)((j->seed * 7919u + (uint32_t)n * 104729u) % n_vocab);
         return n;
     }
     int bytes = snprintf(text, sizeof text, "h\xc3\xa9llo xyz %c", (int)('b' + 3 * j->seed));
     j->status = moe_tokenizer_encode(j->tokenizer, text, (size_t)bytes, MOE_ENCODE_ADD_SPECIAL,
-                                     prompt, N_PROMPT, &n, NULL);
+                                     prompt, JOB_PROMPT, &n, NULL);
     return n;
 }
 
-static moe_status generate(job *j, moe_session *session, moe_sampler *sampler)
+static moe_status job_generate(job *j, moe_session *session, moe_sampler *sampler)
 {
     moe_model_info info = {.size = sizeof info};
     moe_model_get_info(j->model, &info);
-    moe_token tokens[N_PROMPT];
+    moe_token tokens[JOB_PROMPT];
     moe_decoder decoder = {0};
     float logits[MAX_VOCAB];
     if (info.n_vocab > MAX_VOCAB)
@@ -69,8 +71,8 @@ static moe_status generate(job *j, moe_session *session, moe_sampler *sampler)
         if (status)
             return status;
         n = 1;
-        hash_bytes(&j->hash, logits, info.n_vocab * sizeof *logits);
-        hash_bytes(&j->hash, &tokens[0], sizeof tokens[0]);
+        job_hash(&j->hash, logits, info.n_vocab * sizeof *logits);
+        job_hash(&j->hash, &tokens[0], sizeof tokens[0]);
         hash_text(j, &decoder, tokens[0]);
     }
     return j->status;
@@ -83,7 +85,7 @@ static void *run_job(void *arg)
     moe_sampler *sampler = NULL;
     moe_session_options so;
     moe_session_options_init(&so);
-    so.n_ctx = N_PROMPT + N_STEPS;
+    so.n_ctx = JOB_PROMPT + N_STEPS;
     so.n_threads = j->n_threads;
     so.n_batch = j->n_batch;
     moe_sampler_options to;
@@ -99,7 +101,7 @@ static void *run_job(void *arg)
     if (!j->status)
         j->status = moe_sampler_new(&sampler, info.n_vocab, &to, NULL, NULL);
     if (!j->status)
-        j->status = generate(j, session, sampler);
+        j->status = job_generate(j, session, sampler);
     moe_sampler_free(sampler);
     moe_session_close(session);
     return NULL;
@@ -107,7 +109,7 @@ static void *run_job(void *arg)
 
 /* ------------------------------------------------------------------------------------- tests -- */
 
-static moe_model *open_model(const char *folder, const char *name, uint64_t limit)
+static moe_model *open_for_jobs(const char *folder, const char *name, uint64_t limit)
 {
     char path[512];
     snprintf(path, sizeof path, "%s/%s/%s.gguf", test_root(), folder, name);
@@ -115,17 +117,14 @@ static moe_model *open_model(const char *folder, const char *name, uint64_t limi
     moe_model_options_init(&o);
     o.path = path;
     o.memory_limit_bytes = limit;
-    moe_model *model = NULL;
-    moe_error error = {0};
-    CHECK(moe_model_open(&model, &o, &error) == MOE_OK, "%s", error.message);
-    return model;
+    return open_model(&o);
 }
 
 /* The same jobs one after another and all at once, each time with other numbers of threads. */
 static void compare_alone_and_together(moe_model *model, const moe_tokenizer *tokenizer)
 {
-    uint64_t alone[N_THREADS];
-    for (uint32_t i = 0; i < N_THREADS; i++) {
+    uint64_t alone[N_JOBS];
+    for (uint32_t i = 0; i < N_JOBS; i++) {
         job j = {.model = model, .tokenizer = tokenizer, .seed = i, .n_threads = 1, .n_batch = 64};
         run_job(&j);
         CHECK(j.status == MOE_OK, "%s", moe_status_name(j.status));
@@ -133,14 +132,14 @@ static void compare_alone_and_together(moe_model *model, const moe_tokenizer *to
         CHECK(i == 0 || alone[i] != alone[i - 1], "two seeds gave the same");
     }
     for (uint32_t round = 0; round < 2; round++) {
-        pthread_t thread[N_THREADS];
-        job jobs[N_THREADS];
-        for (uint32_t i = 0; i < N_THREADS; i++) {
+        pthread_t thread[N_JOBS];
+        job jobs[N_JOBS];
+        for (uint32_t i = 0; i < N_JOBS; i++) {
             jobs[i] = (job){.model = model, .tokenizer = tokenizer, .seed = i,
                             .n_threads = 1 + (i + round) % 3, .n_batch = 1 + 6 * ((i + round) % 4)};
             CHECK(pthread_create(&thread[i], NULL, run_job, &jobs[i]) == 0, "no thread");
         }
-        for (uint32_t i = 0; i < N_THREADS; i++) {
+        for (uint32_t i = 0; i < N_JOBS; i++) {
             pthread_join(thread[i], NULL);
             CHECK(jobs[i].status == MOE_OK, "%s", moe_status_name(jobs[i].status));
             CHECK(jobs[i].hash == alone[i], "job %u in round %u: other bits than alone", i, round);
@@ -152,7 +151,7 @@ static void sessions_share_a_model(void)
 {
     static const char *const names[] = {"llama-tied", "qwen3moe-q", "gemma3"};
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
-        moe_model *model = open_model("fixtures", names[i], 0);
+        moe_model *model = open_for_jobs("fixtures", names[i], 0);
         REQUIRE(model, "%s", names[i]);
         compare_alone_and_together(model, NULL);
         moe_model_close(model);
@@ -164,7 +163,7 @@ static void threads_share_a_tokenizer(void)
 #ifdef MOE_NO_TEXT
     SKIP("this build has no tokenizers");
 #else
-    moe_model *model = open_model("data", "alphabet", 0);
+    moe_model *model = open_for_jobs("data", "alphabet", 0);
     REQUIRE(model && moe_model_tokenizer(model), "no tokenizer");
     compare_alone_and_together(model, moe_model_tokenizer(model));
     moe_model_close(model);
@@ -200,7 +199,7 @@ static void *open_and_close(void *arg)
 
 static void sessions_compete_for_memory(void)
 {
-    moe_model *probe = open_model("fixtures", "llama-tied", 0);
+    moe_model *probe = open_for_jobs("fixtures", "llama-tied", 0);
     REQUIRE(probe, "no model");
     moe_session_options o;
     moe_session_options_init(&o);
@@ -212,17 +211,17 @@ static void sessions_compete_for_memory(void)
     uint64_t limit = probe->mem.used_bytes + 2 * e.total_bytes;
     moe_model_close(probe);
 
-    moe_model *model = open_model("fixtures", "llama-tied", limit);
+    moe_model *model = open_for_jobs("fixtures", "llama-tied", limit);
     REQUIRE(model, "no model");
     uint64_t before = model->mem.used_bytes;
-    pthread_t thread[N_THREADS];
-    job jobs[N_THREADS] = {{0}};
+    pthread_t thread[N_JOBS];
+    job jobs[N_JOBS] = {{0}};
     uint32_t n_opened = 0;
-    for (uint32_t i = 0; i < N_THREADS; i++) {
+    for (uint32_t i = 0; i < N_JOBS; i++) {
         jobs[i].model = model;
         CHECK(pthread_create(&thread[i], NULL, open_and_close, &jobs[i]) == 0, "no thread");
     }
-    for (uint32_t i = 0; i < N_THREADS; i++) {
+    for (uint32_t i = 0; i < N_JOBS; i++) {
         pthread_join(thread[i], NULL);
         CHECK(jobs[i].status == MOE_OK, "%s", moe_status_name(jobs[i].status));
         n_opened += jobs[i].n_batch;
@@ -263,13 +262,13 @@ static void *open_models(void *arg)
 
 static void models_are_opened_side_by_side(void)
 {
-    pthread_t thread[N_THREADS];
-    job jobs[N_THREADS] = {{0}};
-    for (uint32_t i = 0; i < N_THREADS; i++) {
+    pthread_t thread[N_JOBS];
+    job jobs[N_JOBS] = {{0}};
+    for (uint32_t i = 0; i < N_JOBS; i++) {
         jobs[i].n_batch = 8;
         CHECK(pthread_create(&thread[i], NULL, open_models, &jobs[i]) == 0, "no thread");
     }
-    for (uint32_t i = 0; i < N_THREADS; i++) {
+    for (uint32_t i = 0; i < N_JOBS; i++) {
         pthread_join(thread[i], NULL);
         CHECK(jobs[i].status == MOE_OK, "%s", moe_status_name(jobs[i].status));
         CHECK(jobs[i].hash == jobs[0].hash, "other bits");
@@ -299,7 +298,7 @@ static void *flicker_run(void *arg)
 
 static void another_thread_cancels(void)
 {
-    moe_model *model = open_model("fixtures", "qwen3moe", 0);
+    moe_model *model = open_for_jobs("fixtures", "qwen3moe", 0);
     REQUIRE(model, "no model");
     static flicker f;
     moe_session *disturbed = NULL, *quiet = NULL;
@@ -346,13 +345,11 @@ static void another_thread_cancels(void)
     moe_model_close(model);
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(threads)
 {
-    test_begin(argc, argv);
     RUN(sessions_share_a_model);
     RUN(threads_share_a_tokenizer);
     RUN(sessions_compete_for_memory);
     RUN(models_are_opened_side_by_side);
     RUN(another_thread_cancels);
-    return test_end();
 }

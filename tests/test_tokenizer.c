@@ -173,7 +173,7 @@ static moe_tokenizer *open_path(const char *path)
     return tok;
 }
 
-static moe_tokenizer *open_fixture(const char *name)
+static moe_tokenizer *open_tokenizer(const char *name)
 {
     char path[500];
     snprintf(path, sizeof path, "%s/data/tok_%s.json", test_root(), name);
@@ -361,7 +361,7 @@ static void invalid_utf8_becomes_replacement_characters(void)
                  {"\xF0\x9F\x99", "\uFFFD"}, {"\xF4\x90\x80\x80", "\uFFFD\uFFFD\uFFFD\uFFFD"},
                  {"\xF0\x80\x80", "\uFFFD\uFFFD\uFFFD"}, {"\x80\x80", "\uFFFD\uFFFD"},
                  {"\xE4\xBD\xE4\xBD\xA0", "\uFFFD\u4F60"}};
-    moe_tokenizer *tok = open_fixture("bpe_bytes");
+    moe_tokenizer *tok = open_tokenizer("bpe_bytes");
     REQUIRE(tok, "no fixture");
     for (size_t i = 0; i < MOE_COUNT(cases); i++) {
         moe_token a[64], b[64];
@@ -380,7 +380,7 @@ static void plain_text_never_makes_control_tokens(void)
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
         moe_token ids[256];
         size_t n, n_special = 0;
-        moe_tokenizer *tok = open_fixture(names[i]);
+        moe_tokenizer *tok = open_tokenizer(names[i]);
         REQUIRE(tok, "no fixture");
         moe_tokenizer_encode(tok, text, strlen(text), MOE_ENCODE_PLAIN, ids, 256, &n, NULL);
         for (size_t k = 0; k < n; k++)
@@ -396,7 +396,7 @@ static void plain_text_never_makes_control_tokens(void)
 
 static void a_small_buffer_is_reported_with_the_size(void)
 {
-    moe_tokenizer *tok = open_fixture("bpe_bytes");
+    moe_tokenizer *tok = open_tokenizer("bpe_bytes");
     REQUIRE(tok, "no fixture");
     moe_token all[64], some[3] = {0};
     size_t n, m;
@@ -413,7 +413,7 @@ static void a_small_buffer_is_reported_with_the_size(void)
 
 static void decoding_streams_whole_characters(void)
 {
-    moe_tokenizer *tok = open_fixture("bpe_marks");
+    moe_tokenizer *tok = open_tokenizer("bpe_marks");
     REQUIRE(tok, "no fixture");
     const char *text = " two  spaces \U0001F9EC\U0001F642 end";
     moe_token ids[128];
@@ -441,7 +441,7 @@ static void long_runs_take_linear_time(void)
     char *text = malloc(BYTES + 8);
     for (size_t i = 0; i < MOE_COUNT(names); i++)
         for (size_t k = 0; k < MOE_COUNT(runs); k++) {
-            moe_tokenizer *tok = open_fixture(names[i]);
+            moe_tokenizer *tok = open_tokenizer(names[i]);
             REQUIRE(tok, "no fixture");
             size_t one = strlen(runs[k]), n = BYTES / one * one, count;
             for (size_t at = 0; at < n; at += one)
@@ -564,25 +564,25 @@ typedef struct gguf_text {
     uint64_t n_keys;
 } gguf_text;
 
-static void put_string(gguf_text *g, const char *text)
+static void put_text(gguf_text *g, const char *text)
 {
     uint64_t n = strlen(text);
     corpus_put(&g->bytes, &n, 8);
     corpus_put(&g->bytes, text, (size_t)n);
 }
 
-static void put_key(gguf_text *g, const char *name, uint32_t type)
+static void put_tokenizer_key(gguf_text *g, const char *name, uint32_t type)
 {
     char key[80];
     snprintf(key, sizeof key, "tokenizer.ggml.%s", name);
-    put_string(g, key);
+    put_text(g, key);
     corpus_put(&g->bytes, &type, 4);
     g->n_keys++;
 }
 
 static void put_array(gguf_text *g, const char *name, uint32_t item, uint64_t n)
 {
-    put_key(g, name, 9);
+    put_tokenizer_key(g, name, 9);
     corpus_put(&g->bytes, &item, 4);
     corpus_put(&g->bytes, &n, 8);
 }
@@ -598,7 +598,7 @@ static void put_strings(gguf_text *g, const char *name, const char *text)
         char item[100];
         size_t bytes = strcspn(text, "|");
         snprintf(item, sizeof item, "%.*s", (int)bytes, text);
-        put_string(g, item);
+        put_text(g, item);
         text += bytes + 1;
     }
 }
@@ -621,10 +621,10 @@ static moe_status gguf_case_open(const gguf_case *c, moe_tokenizer **tok, moe_er
     corpus_put(&g.bytes, version, 8);
     corpus_put(&g.bytes, counts, 16);
     int n_tokens = 4;
-    put_key(&g, "model", 8);
-    put_string(&g, c->model ? c->model : "gpt2");
-    put_key(&g, "pre", 8);
-    put_string(&g, c->pre ? c->pre : "gpt-2");
+    put_tokenizer_key(&g, "model", 8);
+    put_text(&g, c->model ? c->model : "gpt2");
+    put_tokenizer_key(&g, "pre", 8);
+    put_text(&g, c->pre ? c->pre : "gpt-2");
     put_strings(&g, "tokens", c->tokens ? c->tokens : "a|b|ab|<s>");
     put_strings(&g, "merges", c->merges ? c->merges : "a b");
     int n_scores = n_tokens + c->n_scores, n_types = n_tokens + c->n_types;
@@ -644,7 +644,7 @@ static moe_status gguf_case_open(const gguf_case *c, moe_tokenizer **tok, moe_er
             corpus_put(&g.bytes, i < 4 ? "\xFF" : "", 1);
     }
     if (c->id_key) {
-        put_key(&g, c->id_key, 4);
+        put_tokenizer_key(&g, c->id_key, 4);
         corpus_put(&g.bytes, &c->id, 4);
     }
     memcpy(g.bytes.data + 16, &g.n_keys, 8);
@@ -734,7 +734,7 @@ static void changed_bytes_do_no_harm(void)
 
 static void ends_and_roles_are_found(void)
 {
-    moe_tokenizer *tok = open_fixture("bpe_bytes");
+    moe_tokenizer *tok = open_tokenizer("bpe_bytes");
     REQUIRE(tok, "no fixture");
     moe_token end;
     moe_tokenizer_encode(tok, "<|im_end|>", 10, MOE_ENCODE_PARSE_SPECIAL, &end, 1, &(size_t){0}, NULL);
@@ -749,9 +749,8 @@ static void ends_and_roles_are_found(void)
     moe_tokenizer_close(tok);
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(tokenizer)
 {
-    test_begin(argc, argv);
     RUN(small_tokenizers_give_the_oracles_ids);
     RUN(large_tokenizers_give_the_oracles_ids);
     RUN(vocabulary_files_give_their_pairs);
@@ -765,5 +764,4 @@ int main(int argc, char **argv)
     RUN(malformed_json_is_refused);
     RUN(malformed_metadata_is_refused);
     RUN(changed_bytes_do_no_harm);
-    return test_end();
 }

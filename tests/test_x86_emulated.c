@@ -8,6 +8,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"           /* and it passes vectors to nobody else */
 #define MOE_X86_EMULATED "../tests/emulated/x86.h"
 #undef MOE_TEST_CORE
+#define TEST_PROGRAMS
 #define MOE_TEST_CORE "../quant/quant.c"
 #include "test.h"
 
@@ -22,22 +23,20 @@ static uint32_t cpu_detect(void)
     return MOE_CPU_AVX2 | MOE_CPU_AVX512 | MOE_CPU_AVX512_VNNI;
 }
 
-#define main kernels_main
 #include "test_kernels.c"
-#undef main
-
-#define main simd_main
 #include "test_simd.c"
-#undef main
 
-int main(int argc, char **argv)
+static void emulated_program(void)
 {
-    test_begin(argc, argv);
     RUN(kernels_equal_c);
     RUN(float_kernels_keep_negative_zero);
     RUN(nan_activations_give_nan);
     RUN(elementwise_equals_c);
     RUN(sums_equal_c);
     RUN(products_equal_c);
-    return test_end();
+}
+
+int main(int argc, char **argv)
+{
+    return test_main(argc, argv, emulated_program);
 }
