@@ -1,8 +1,10 @@
-/* convert/planes.c - blocks -> planes -> frames of zstd that hold literals only.
+/* convert/planes.c - blocks -> planes -> frames of zstd, most of which hold literals only.
  *
  * The bytes of quantized weights have a skewed distribution but do not repeat: what a match saves is
  * less than what it costs. So zstd is told, through its interface for sequence producers, that there
- * are none, and codes each plane's bytes with Huffman codes. Any zstd decoder reads the frames. */
+ * are none, and codes each plane's bytes with Huffman codes. Those are a bit long at least; planes
+ * that would need little more, such as scales that are nearly all alike, are also compressed as
+ * usual, and the shorter frame is taken. Any zstd decoder reads both. */
 #ifndef MOE_CONVERT_PLANES_C
 #define MOE_CONVERT_PLANES_C
 
@@ -21,10 +23,10 @@ enum {
     PLANES_MAX_SEGMENTS = 4096       // in one task
 };
 
-/* One thread's compressor. */
+/* One thread's compressors. */
 typedef struct planes_packer {
     moe_mem *mem;
-    ZSTD_CCtx *zstd;
+    ZSTD_CCtx *literals, *matches;
     uint8_t *plane;     // [MOEFILE_SEGMENT_BYTES]
     text_buf out;       // segments
     uint32_t *sizes;    // [PLANES_MAX_SEGMENTS] of each
@@ -47,11 +49,29 @@ static void planes_close(planes_packer *p)
 {
     if (!p)
         return;
-    ZSTD_freeCCtx(p->zstd);
+    ZSTD_freeCCtx(p->literals);
+    ZSTD_freeCCtx(p->matches);
     mem_free(p->mem, p->plane);
     mem_free(p->mem, p->sizes);
     buf_free(&p->out);
     mem_free(p->mem, p);
+}
+
+/* A compressor with the settings of a strategy, or NULL. Frames are of 1 MiB at most. */
+static ZSTD_CCtx *planes_compressor(int strategy, int hash_log, int chain_log, int search_log)
+{
+    const struct { ZSTD_cParameter name; int value; } params[] = {
+        {ZSTD_c_strategy, strategy}, {ZSTD_c_windowLog, 20}, {ZSTD_c_hashLog, hash_log},
+        {ZSTD_c_chainLog, chain_log}, {ZSTD_c_searchLog, search_log}, {ZSTD_c_minMatch, 4},
+        {ZSTD_c_targetLength, 0}, {ZSTD_c_checksumFlag, 1}, {ZSTD_c_contentSizeFlag, 1},
+        {ZSTD_c_dictIDFlag, 0}};
+    ZSTD_CCtx *zstd = ZSTD_createCCtx();
+    for (size_t i = 0; zstd && i < MOE_COUNT(params); i++)
+        if (ZSTD_isError(ZSTD_CCtx_setParameter(zstd, params[i].name, params[i].value))) {
+            ZSTD_freeCCtx(zstd);
+            zstd = NULL;
+        }
+    return zstd;
 }
 
 /* NULL if there is no memory. */
@@ -63,22 +83,15 @@ static planes_packer *planes_open(moe_mem *mem)
     p->mem = p->out.mem = mem;
     p->plane = mem_alloc_uncleared(mem, MOEFILE_SEGMENT_BYTES, 1);
     p->sizes = mem_alloc(mem, PLANES_MAX_SEGMENTS, sizeof *p->sizes);
-    p->zstd = ZSTD_createCCtx();
-    // The strategy finds nothing here, but it decides what is worth coding: this one wants the least.
-    // The tables of the finders that are not used are made small.
-    const struct { ZSTD_cParameter name; int value; } params[] = {
-        {ZSTD_c_strategy, ZSTD_btultra2}, {ZSTD_c_windowLog, 20}, {ZSTD_c_hashLog, 6},
-        {ZSTD_c_chainLog, 6}, {ZSTD_c_searchLog, 1}, {ZSTD_c_minMatch, 4},
-        {ZSTD_c_targetLength, 0}, {ZSTD_c_checksumFlag, 1}, {ZSTD_c_contentSizeFlag, 1},
-        {ZSTD_c_dictIDFlag, 0}};
-    bool ok = p->plane && p->sizes && p->zstd;
-    for (size_t i = 0; ok && i < MOE_COUNT(params); i++)
-        ok = !ZSTD_isError(ZSTD_CCtx_setParameter(p->zstd, params[i].name, params[i].value));
-    if (!ok) {
+    // Without matches the strategy only decides what is worth coding: this one wants the least. The
+    // tables of the finders that are not used are made small.
+    p->literals = planes_compressor(ZSTD_btultra2, 6, 6, 1);
+    p->matches = planes_compressor(ZSTD_btopt, 14, 14, 4);
+    if (!p->plane || !p->sizes || !p->literals || !p->matches) {
         planes_close(p);
         return NULL;
     }
-    ZSTD_registerSequenceProducer(p->zstd, NULL, planes_literals);
+    ZSTD_registerSequenceProducer(p->literals, NULL, planes_literals);
     return p;
 }
 
@@ -104,6 +117,19 @@ static size_t planes_store(uint8_t *dst, const uint8_t *src, size_t n)
     return (size_t)(p + 4 - dst);
 }
 
+/* The frame of n bytes; 0 if zstd fails. */
+static size_t planes_compress(planes_packer *p, uint8_t *dst, size_t room, const uint8_t *src,
+                              size_t n)
+{
+    const size_t bytes = ZSTD_compress2(p->literals, dst, room, src, n);
+    if (ZSTD_isError(bytes) || bytes > n / 4)
+        return ZSTD_isError(bytes) ? 0 : bytes;
+    const size_t other = ZSTD_compress2(p->matches, dst, room, src, n);
+    if (ZSTD_isError(other) || other <= bytes)
+        return ZSTD_isError(other) ? 0 : other;
+    return ZSTD_compress2(p->literals, dst, room, src, n);
+}
+
 /* Appends the frame of a plane of n bytes: coded if that saves 1 %, else stored. */
 static moe_status planes_frame(planes_packer *p, const uint8_t *plane, size_t n, const char *name,
                                moe_error *error)
@@ -112,9 +138,9 @@ static moe_status planes_frame(planes_packer *p, const uint8_t *plane, size_t n,
     if (!buf_reserve(&p->out, room))
         return fail_memory(error, p->mem, name, room);
     uint8_t *dst = p->out.data + p->out.n;
-    size_t bytes = ZSTD_compress2(p->zstd, dst, room, plane, n);
-    if (ZSTD_isError(bytes))
-        return fail(error, MOE_ERR_MEMORY, name, "cannot compress: %s", ZSTD_getErrorName(bytes));
+    size_t bytes = planes_compress(p, dst, room, plane, n);
+    if (!bytes)
+        return fail(error, MOE_ERR_MEMORY, name, "cannot compress %zu bytes", n);
     if (bytes > n - n / 100)
         bytes = planes_store(dst, plane, n);
     p->out.n += bytes;
