@@ -11,6 +11,7 @@
 #include "meta.c"         /* keys and values in the making */
 #include "safetensors.c"  /* shards -> a table of tensors */
 #include "config.c"       /* config.json -> keys, by the family's tables */
+#include "sentencepiece.c" /* tokenizer.model -> keys */
 #include "vocab.c"        /* tokenizer.json -> keys */
 #include "hf.c"           /* a checkpoint -> a source */
 #include "gguf_source.c"  /* a GGUF file -> a source */

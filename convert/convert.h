@@ -45,6 +45,7 @@ typedef struct conv_input {
                                // MXFP4: byte [n_row][row_len / 32]
     uint32_t scale_block;
     uint32_t row_step;         // from row to row, in rows of the file; 0: 1
+    uint32_t transposed;       // rows are columns of the file's matrix, which has so many; 0: they are rows
     uint32_t planes;           // of a .moe source: the compressed slice, counted from 1; 0: plain rows
 } conv_input;
 

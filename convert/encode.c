@@ -158,6 +158,26 @@ static moe_status encode_read_rows(encode_worker *w, const encode_chunk *c, cons
     return status;
 }
 
+/* Reads rows that are columns in the file: of each of its rows the piece that they share. */
+static moe_status encode_read_columns(encode_worker *w, const encode_chunk *c, uint64_t row_bytes)
+{
+    const uint64_t step = MOE_MAX(c->in->row_step, 1), item = c->in->type->block_bytes;
+    const uint64_t piece = ((c->n_rows - 1) * step + 1) * item;
+    uint64_t at = c->in->offset + c->in_row * step * item;
+    moe_status status = MOE_OK;
+    w->raw.n = w->packed.n = 0;
+    if (!buf_reserve(&w->raw, (size_t)(c->n_rows * row_bytes)) ||
+        !buf_reserve(&w->packed, (size_t)piece))
+        return fail_memory(&w->error, w->mem, c->t->name, c->n_rows * row_bytes);
+    for (uint64_t i = 0; i < c->t->row_len && !status; i++, at += c->in->transposed * item) {
+        status = plat_read(&c->in->file->os, at, w->packed.data, piece, c->in->file->path, &w->error);
+        for (uint64_t r = 0; r < c->n_rows; r++)
+            memcpy(w->raw.data + r * row_bytes + i * item, w->packed.data + r * step * item,
+                   (size_t)item);
+    }
+    return status;
+}
+
 /* Codes and exponents that stand apart become blocks. Byte i of 16 has the codes 2i and 2i + 1. */
 static moe_status encode_read_mxfp4(encode_worker *w, const encode_chunk *c)
 {
@@ -192,6 +212,8 @@ static moe_status encode_read(encode_worker *w, const encode_chunk *c)
     const uint64_t row_bytes = encode_row_bytes(c->in->type, t->row_len);
     if (c->in->type && c->in->scale_file)
         return encode_read_mxfp4(w, c);
+    if (c->in->transposed)
+        return encode_read_columns(w, c, row_bytes);
     if (c->in->planes) {
         w->raw.n = 0;
         return buf_reserve(&w->raw, (size_t)(c->n_rows * row_bytes))

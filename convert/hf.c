@@ -385,10 +385,6 @@ static moe_status hf_packed_part(hf_source *h, const char *name, const char *par
     char full[CONVERT_MAX_NAME_BYTES + 16];
     snprintf(full, sizeof full, "%s_%s", name, part);
     st_tensor *st = *out = st_find(&h->table, full);
-    if (!st && st_find(&h->table, name))
-        return fail(h->error, MOE_ERR_UNSUPPORTED, name,
-                    "expected experts in MXFP4 (\"%s\"), got floats, which this family stores "
-                    "transposed: they are not read; convert the MXFP4 checkpoint", full);
     if (!st)
         return fail(h->error, MOE_ERR_MODEL, full,
                     "expected this tensor in a checkpoint of model_type %s, got none",
@@ -398,6 +394,36 @@ static moe_status hf_packed_part(hf_source *h, const char *name, const char *par
                     st->dtype->name);
     st->used = true;
     return hf_shape_is(st, dims, n_dims) ? MOE_OK : hf_fail_shape(h, st, dims, n_dims);
+}
+
+/* gpt-oss in floats: the stack's matrices are transposed, [expert][in][out], and columns of gate and up
+ * take turns. */
+static moe_status hf_transposed_experts(hf_source *h, st_tensor *st, uint64_t step, bool up,
+                                        conv_tensor *t)
+{
+    const uint64_t dims[3] = {step * t->dims[1], t->dims[0], t->dims[2]};
+    const uint64_t n_expert = t->dims[2];
+    conv_input whole;
+    if (!hf_shape_is(st, dims, 3))
+        return hf_fail_shape(h, st, dims, 3);
+    moe_status status = hf_input(h, st, &whole);
+    if (status)
+        return status;
+    if (!whole.type)
+        return fail(h->error, MOE_ERR_UNSUPPORTED, st->name,
+                    "expected experts in F32, F16, BF16 or MXFP4, got %s", st->dtype->name);
+    t->inputs = arena_alloc(&h->source->arena, n_expert, sizeof *t->inputs);
+    if (!t->inputs)
+        return fail_memory(h->error, h->source->mem, t->name, n_expert * sizeof *t->inputs);
+    t->n_inputs = (uint32_t)n_expert;
+    whole.row_step = (uint32_t)step;
+    whole.transposed = (uint32_t)dims[0];
+    whole.offset += up ? st->dtype->bytes : 0;
+    for (uint64_t e = 0; e < n_expert; e++) {
+        t->inputs[e] = whole;
+        t->inputs[e].offset += e * dims[0] * dims[1] * st->dtype->bytes;
+    }
+    return MOE_OK;
 }
 
 /* gpt-oss: experts stacked and in MXFP4, 16 bytes of codes for each 32 weights in one tensor and
@@ -414,8 +440,10 @@ static moe_status hf_packed_experts(hf_source *h, const moe_binding *b, uint32_t
     st_tensor *codes, *scales;
     moe_status status;
     hf_name(h, b->hf, layer, 0, name);
+    st_tensor *st = st_find(&h->table, name);
+    if (st && !t->is_vector)
+        return hf_transposed_experts(h, st, step, up, t);
     if (t->is_vector) {
-        st_tensor *st = st_find(&h->table, name);
         if (!st)
             return fail(h->error, MOE_ERR_MODEL, name,
                         "expected this tensor in a checkpoint of model_type %s, got none",

@@ -14,7 +14,7 @@ static const char help_text[] =
 "\n"
 "SOURCE is\n"
 "  a folder with a Hugging Face checkpoint: config.json, safetensors (one file or shards;\n"
-"      F32, F16, BF16, FP8, or gpt-oss' MXFP4), tokenizer.json and its config\n"
+"      F32, F16, BF16, FP8, or gpt-oss' MXFP4), tokenizer.json or tokenizer.model, and its config\n"
 "  a GGUF file, or the first part of a split one\n"
 "  a .moe file\n"
 "\n"

@@ -1,12 +1,15 @@
-/* convert/vocab.c - tokenizer.json, tokenizer_config.json and chat templates -> tokenizer.ggml.* keys.
+/* convert/vocab.c - tokenizer.json or tokenizer.model, tokenizer_config.json and chat templates ->
+ * tokenizer.ggml.* keys.
  *
  * The tokenizer.json is opened by the runtime's own reader; what is written is opened again as GGUF,
  * and both must give the same ids for a text that has something of everything. A vocabulary for which
- * that cannot be had is refused rather than written slightly wrong. */
+ * that cannot be had is refused rather than written slightly wrong. A tokenizer.model is read if there
+ * is no tokenizer.json. */
 #ifndef MOE_CONVERT_VOCAB_C
 #define MOE_CONVERT_VOCAB_C
 
 #include "config.c"
+#include "sentencepiece.c"
 
 typedef struct vocab_writer {
     conv_source *source;
@@ -253,17 +256,22 @@ static moe_status vocab_put_role(vocab_writer *w, const char *role, int32_t othe
     return status;
 }
 
-static moe_status vocab_put_roles(vocab_writer *w)
+/* What the tokenizer's own file says; the configs may say it better. */
+typedef struct vocab_roles {
+    int32_t bos, eos, unknown, pad; // -1: nothing
+    bool add_bos, add_eos;
+} vocab_roles;
+
+static moe_status vocab_put_roles(vocab_writer *w, const vocab_roles *own)
 {
-    const moe_tokenizer *tok = w->tok;
     int32_t bos = -1, eos = -1, other = -1;
-    moe_status status = vocab_put_role(w, "bos", tok->n_before ? tok->template_ids[0] : -1, &bos);
+    moe_status status = vocab_put_role(w, "bos", own->bos, &bos);
     if (!status)
-        status = vocab_put_role(w, "eos", -1, &eos);
+        status = vocab_put_role(w, "eos", own->eos, &eos);
     if (!status)
-        status = vocab_put_role(w, "unk", w->bytes ? -1 : tok->unknown, &other);
+        status = vocab_put_role(w, "unk", own->unknown, &other);
     if (!status)
-        status = vocab_put_role(w, "pad", -1, &other);
+        status = vocab_put_role(w, "pad", own->pad, &other);
     for (uint32_t i = 0; i < 8 && !status; i++) { // one more token that ends a turn
         int32_t id = -1;
         status = vocab_config_id(w, w->generation, "eos_token_id", i, &id);
@@ -273,8 +281,9 @@ static moe_status vocab_put_roles(vocab_writer *w)
         }
     }
     // always said: what readers take for a missing key differs
-    const bool before = tok->n_before && bos >= 0 && tok->template_ids[0] == bos;
-    const bool after = tok->n_after && eos >= 0 && tok->template_ids[tok->n_before] == eos;
+    const moe_tokenizer *tok = w->tok;
+    const bool before = own->add_bos || (tok->n_before && tok->template_ids[0] == bos);
+    const bool after = own->add_eos || (tok->n_after && tok->template_ids[tok->n_before] == eos);
     meta_put_bool(&w->kv, "tokenizer.ggml.add_bos_token",
                   bos >= 0 && json_bool(json_get(w->tokenizer_config, "add_bos_token"), before));
     meta_put_bool(&w->kv, "tokenizer.ggml.add_eos_token",
@@ -452,7 +461,7 @@ static moe_status vocab_put_pre(vocab_writer *w)
     return status;
 }
 
-/* -------------------------------------------------------------------------------------- entry -- */
+/* ----------------------------------------------------------------------------- tokenizer.json -- */
 
 /* A space in front of the text: a step of the normalizer or of the pre-tokenizer. */
 static bool vocab_has_prefix(const moe_tokenizer *tok)
@@ -506,8 +515,10 @@ static moe_status vocab_put(vocab_writer *w)
     meta_put_string(&w->kv, "tokenizer.ggml.model", w->bytes ? "gpt2" : "llama");
     vocab_put_tokens(w);
     status = w->bytes ? vocab_put_merges(w) : vocab_put_scores(w);
+    const vocab_roles own = {.bos = tok->n_before ? tok->template_ids[0] : -1, .eos = -1,
+                             .unknown = w->bytes ? -1 : tok->unknown, .pad = -1};
     if (!status)
-        status = vocab_put_roles(w);
+        status = vocab_put_roles(w, &own);
     if (!status && w->bytes && vocab_has_nfc(tok))
         meta_put_bool(&w->kv, "tokenizer.ggml.normalizer.nfc", true);
     if (!status)
@@ -515,35 +526,129 @@ static moe_status vocab_put(vocab_writer *w)
     return status ? status : vocab_put_template(w);
 }
 
+/* ------------------------------------------------------------------------------ tokenizer.model -- */
+
+/* Sets one added token, which may stand in for a piece. */
+static moe_status vocab_sp_set(vocab_writer *w, sp_model *m, double id, json_ref text, bool special)
+{
+    if (json_typeof(text) != JSON_STRING || !text.node->n || !(id >= 0 && id < TOK_MAX_TOKENS))
+        return fail(w->error, MOE_ERR_FORMAT, "added tokens", "expected texts with ids from 0 to %d",
+                    TOK_MAX_TOKENS - 1);
+    if (id >= m->capacity) {
+        conv_note(w->source, "added token %.0f has no row in the embedding and is left out", id);
+        return MOE_OK;
+    }
+    sp_piece *p = &m->pieces[(uint32_t)id];
+    const moe_str got = {text.node->as.text, text.node->n};
+    const bool same = p->text.bytes == got.bytes && !memcmp(p->text.data, got.data, got.bytes);
+    if (same && (p->kind == TOK_UNKNOWN || p->kind == TOK_BYTE))
+        return MOE_OK;
+    p->text = got;
+    p->kind = special || tok_looks_control(got.data, (size_t)got.bytes) ? TOK_CONTROL : TOK_USER;
+    return MOE_OK;
+}
+
+/* The tokens that were added behind SentencePiece's back: in tokenizer_config.json by their ids, in
+ * added_tokens.json by their texts. */
+static moe_status vocab_sp_add(vocab_writer *w, sp_model *m)
+{
+    json_doc doc;
+    json_ref by_text, by_id = json_get(w->tokenizer_config, "added_tokens_decoder");
+    moe_status status = conv_read_json(w->source, w->dir, "added_tokens.json", false, &doc, &by_text,
+                                       w->error);
+    for (json_ref k = json_first(by_text); k.node && !status; k = json_next(by_text, k))
+        status = vocab_sp_set(w, m, json_double(json_held(k), -1), k, false);
+    for (json_ref k = json_first(by_id); k.node && !status; k = json_next(by_id, k)) {
+        char digits[16], *end;
+        snprintf(digits, sizeof digits, "%.*s", (int)MOE_MIN(k.node->n, 15u), k.node->as.text);
+        const double id = strtod(digits, &end);
+        status = vocab_sp_set(w, m, *end || end == digits ? -1 : id, json_get(json_held(k), "content"),
+                              json_bool(json_get(json_held(k), "special"), false));
+    }
+    if (by_text.node)
+        json_free(&doc);
+    return status;
+}
+
+/* Opens what was written so far. */
+static moe_status vocab_open_written(vocab_writer *w)
+{
+    moe_directory *dir = NULL;
+    text_buf file = {.mem = w->source->mem};
+    moe_status status = w->kv.failed ? fail_memory(w->error, w->source->mem, "metadata", w->source->kv.n)
+                                     : meta_read_back(&dir, w->source, &file, w->error);
+    if (!status)
+        status = tokenizer_from_directory(&w->tok, dir, w->source->mem, w->error);
+    directory_close(dir);
+    buf_free(&file);
+    return status;
+}
+
+/* What tokenizer.model says of itself is all there is to go by: whether BOS goes in front of the text
+ * stands in no field of it, but is what the models of these families were trained with. */
+static moe_status vocab_put_sp(vocab_writer *w, const char *data, uint64_t bytes)
+{
+    sp_model m;
+    sp_piece *pieces = arena_alloc(&w->source->arena, w->n_vocab, sizeof *pieces);
+    if (!pieces)
+        return fail_memory(w->error, w->source->mem, sp_subject, w->n_vocab * sizeof *pieces);
+    moe_status status = sp_read(&m, pieces, w->n_vocab, data, bytes, w->error);
+    if (!status)
+        status = vocab_sp_add(w, &m);
+    if (status)
+        return status;
+    sp_put(&m, &w->kv);
+    if ((status = vocab_open_written(w)))
+        return status;
+    w->n_tokens = w->n_vocab;
+    w->prefix = m.prefix;
+    if (m.kind == SP_BPE && (m.squeeze || m.charsmap.bytes))
+        conv_note(w->source, "tokenizer.model: other readers of GGUF do not know that BPE models can "
+                  "have a map of characters, or drop blanks");
+    const vocab_roles own = {m.bos, m.eos, m.unknown, m.pad, .add_bos = true};
+    status = vocab_put_roles(w, &own);
+    return status ? status : vocab_put_template(w);
+}
+
+/* -------------------------------------------------------------------------------------- entry -- */
+
+static moe_status vocab_convert_json(vocab_writer *w)
+{
+    moe_model_options options;
+    moe_model_options_init(&options);
+    options.path = conv_text(w->source, "%s/tokenizer.json", w->dir);
+    if (!options.path)
+        return fail_memory(w->error, w->source->mem, "path", strlen(w->dir));
+    moe_status status = moe_tokenizer_open(&w->tok, &options, w->error);
+    return status ? status : vocab_put(w);
+}
+
 /* Reads the tokenizer's files, if there are any, and adds their keys to the source. */
 static moe_status vocab_convert(vocab_writer *w)
 {
     json_doc doc = {0}, config_doc = {0};
     conv_source *s = w->source;
-    moe_error *error = w->error;
-    moe_status status = conv_read_json(s, w->dir, "tokenizer.json", false, &doc, &w->json, error);
-    if (status)
-        return status;
-    if (!w->json.node) {
-        conv_note(s, "%s: no tokenizer.json: the file will have no tokenizer", w->dir);
-        return MOE_OK;
-    }
-    status = conv_read_json(s, w->dir, "tokenizer_config.json", false, &config_doc,
-                            &w->tokenizer_config, error);
-    moe_model_options options;
-    moe_model_options_init(&options);
-    options.path = conv_text(s, "%s/tokenizer.json", w->dir);
-    if (!status && !options.path)
-        status = fail_memory(error, s->mem, "path", strlen(w->dir));
+    char *text = NULL;
+    uint64_t bytes = 0;
+    moe_status status = conv_read_json(s, w->dir, "tokenizer.json", false, &doc, &w->json, w->error);
+    if (!status && !w->json.node)
+        status = conv_read_text(s, w->dir, "tokenizer.model", false, &text, &bytes, w->error);
+    if (!status && !w->json.node && !text)
+        conv_note(s, "%s: no tokenizer.json and no tokenizer.model: the file will have no tokenizer",
+                  w->dir);
     if (!status)
-        status = moe_tokenizer_open(&w->tok, &options, error);
+        status = conv_read_json(s, w->dir, "tokenizer_config.json", false, &config_doc,
+                                &w->tokenizer_config, w->error);
     w->kv = (meta_writer){&s->kv, &s->n_kv, false};
-    if (!status)
-        status = vocab_put(w);
+    if (!status && w->json.node)
+        status = vocab_convert_json(w);
+    else if (!status && text)
+        status = vocab_put_sp(w, text, bytes);
     if (!status && w->kv.failed)
-        status = fail_memory(error, s->mem, "metadata", s->kv.n);
+        status = fail_memory(w->error, s->mem, "metadata", s->kv.n);
     moe_tokenizer_close(w->tok);
-    json_free(&doc);
+    if (w->json.node)
+        json_free(&doc);
     if (w->tokenizer_config.node)
         json_free(&config_doc);
     return status;

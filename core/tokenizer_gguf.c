@@ -291,32 +291,13 @@ static moe_status vocab_load_bpe(vocab_loader *g)
     return meta_bool(g->dir, "tokenizer.ggml.add_space_prefix", false, &g->add_prefix, g->error);
 }
 
-/* SentencePiece: BPE by score. */
-static moe_status vocab_load_scores(vocab_loader *g)
-{
-    g->tok->model = MODEL_SCORES;
-    g->tok->byte_fallback = g->tok->fuse_unknown = true;
-    g->tok->bytes_one_by_one = true;
-    g->add_bos = g->add_prefix = g->marks = true;
-    moe_status status = vocab_load_tokens(g);
-    if (status == MOE_OK)
-        status = meta_bool(g->dir, "tokenizer.ggml.add_space_prefix", false, &g->add_prefix, g->error);
-    if (status == MOE_OK && g->add_prefix)
-        vocab_add_norm(g, NORM_PREPEND);
-    return status == MOE_OK ? vocab_add_marks(g) : status;
-}
-
-static moe_status vocab_load_unigram(vocab_loader *g)
+/* SentencePiece's normalizer: a map of characters, blanks dropped, one put in front. */
+static moe_status vocab_load_normalizer(vocab_loader *g)
 {
     moe_tokenizer *tok = g->tok;
     static const char charsmap_key[] = "tokenizer.ggml.precompiled_charsmap";
     const moe_meta *map;
-    tok->model = MODEL_UNIGRAM;
-    tok->fuse_unknown = tok->byte_fallback = true;
-    g->add_eos = g->add_prefix = g->squeeze = g->marks = true;
-    moe_status status = vocab_load_tokens(g);
-    if (status == MOE_OK)
-        status = vocab_array(g, charsmap_key, false, &map);
+    moe_status status = vocab_array(g, charsmap_key, false, &map);
     if (status == MOE_OK && map && map->n) {
         if (map->item != META_U8 && map->item != META_I8)
             return fail(g->error, MOE_ERR_MODEL, charsmap_key, "expected an array of bytes");
@@ -335,9 +316,30 @@ static moe_status vocab_load_unigram(vocab_loader *g)
         vocab_add_norm(g, NORM_SQUEEZE);
     if (g->add_prefix)
         vocab_add_norm(g, NORM_PREPEND);
-    if ((status = vocab_add_marks(g)) != MOE_OK)
-        return status;
-    return unigram_prepare(tok, "tokenizer.ggml.tokens", g->error);
+    return vocab_add_marks(g);
+}
+
+/* SentencePiece: BPE by score. */
+static moe_status vocab_load_scores(vocab_loader *g)
+{
+    g->tok->model = MODEL_SCORES;
+    g->tok->byte_fallback = g->tok->fuse_unknown = true;
+    g->tok->bytes_one_by_one = true;
+    g->add_bos = g->add_prefix = g->marks = true;
+    moe_status status = vocab_load_tokens(g);
+    return status == MOE_OK ? vocab_load_normalizer(g) : status;
+}
+
+static moe_status vocab_load_unigram(vocab_loader *g)
+{
+    moe_tokenizer *tok = g->tok;
+    tok->model = MODEL_UNIGRAM;
+    tok->fuse_unknown = tok->byte_fallback = true;
+    g->add_eos = g->add_prefix = g->squeeze = g->marks = true;
+    moe_status status = vocab_load_tokens(g);
+    if (status == MOE_OK)
+        status = vocab_load_normalizer(g);
+    return status == MOE_OK ? unigram_prepare(tok, "tokenizer.ggml.tokens", g->error) : status;
 }
 
 /* WordPiece. The writers of these files put U+2581 in front of tokens that begin a word, and take

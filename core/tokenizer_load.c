@@ -295,9 +295,11 @@ static moe_status unigram_prepare(moe_tokenizer *tok, const char *subject, moe_e
         return fail_memory(error, tok->mem, subject, tok->n_tokens);
     for (uint32_t id = 0; id < tok->n_tokens; id++) {
         const tok_entry *t = &tok->tokens[id];
-        if (t->model && isfinite(t->score))
+        if (!t->model || t->kind == TOK_UNUSED) // unused: never made from text
+            continue;
+        if (isfinite(t->score))
             lowest = MOE_MIN(lowest, t->score);
-        if (t->model && t->bytes)
+        if (t->bytes)
             set->items[set->n++] = (tok_added){.text = (const uint8_t *)t->text, .bytes = t->bytes,
                                                .id = id};
     }

@@ -14,7 +14,8 @@ Models, weights, oracle and versions are those of tests/make_fixtures.py. Each f
 checkpoint and, in NAME/expected, what make_fixtures.py writes into NAME.expected. Beside F32: one is
 saved in BF16, one in several shards, one holds FP8 (E4M3) weights with a scale for each block of
 128 x 128, made here as DeepSeek's are, one FP8 with one scale for each matrix, and one MXFP4 experts as
-gpt-oss has them, which transformers' own reader must read as the same numbers. One has a layer for
+gpt-oss has them, which transformers' own reader must read as the same numbers. Beside it stands one whose
+experts are floats, which gpt-oss transposes. One has a layer for
 multi-token prediction, named as in DeepSeek's checkpoints; NAME/drafts is what it says behind the last
 token, float32[n_vocab].
 """
@@ -58,6 +59,8 @@ CHECKPOINTS = {
     "olmoe": dict(mf.MODELS["olmoe"], tok=20),
     "gpt-oss-mxfp4": dict(mf.MODELS["gpt-oss-mxfp4"], vocab=67, embd=64, head=2, dim=24, ff=32,
                           expert=4, tok=16, dtype="mxfp4"),
+    "gpt-oss-bf16": dict(mf.MODELS["gpt-oss"], vocab=67, embd=52, head=2, dim=20, ff=24, expert=4,
+                         tok=16, dtype="bf16"),
     "gemma3": dict(mf.MODELS["gemma3"], tok=20),
     "qwen35moe": dict(mf.MODELS["qwen35moe"], tok=16, layer=2, expert=3, used=2,
                       delta=dict(head=4, head_k=2, dim=10, dim_v=8, period=2)),

@@ -702,6 +702,221 @@ static void tokenizers_that_contradict_the_model_are_refused(void)
     free(text);
 }
 
+/* ------------------------------------------------------------------------------ SentencePiece -- */
+
+/* A checkpoint whose tokenizer is tests/data/spm_NAME.model. */
+static bool make_small_spm(const char *folder, const char *name, uint32_t n_vocab)
+{
+    char path[700];
+    size_t bytes;
+    snprintf(path, sizeof path, "%s/data/spm_%s.model", test_root(), name);
+    char *model = test_read_file(path, &bytes);
+    if (!model)
+        return false;
+    make_small(folder, n_vocab);
+    snprintf(path, sizeof path, "%s/tokenizer.model", folder);
+    write_file(path, model, bytes);
+    free(model);
+    return true;
+}
+
+/* Bytes of hexadecimal digits, in place; "-" stands for none. */
+static size_t from_hex(char *text)
+{
+    size_t n = 0;
+    unsigned value;
+    if (!strcmp(text, "-"))
+        return 0;
+    for (; sscanf(text + 2 * n, "%2x", &value) == 1; n++)
+        text[n] = (char)value;
+    return n;
+}
+
+/* The ids are those that SentencePiece gives: tests/make_sentencepiece.py. */
+static void sentencepiece_gives_its_ids(void)
+{
+    char path[700], name[32], now[32] = "";
+    static char line[8192], hex[4096];
+    moe_tokenizer *tok = NULL;
+    moe_error error = {0};
+    uint32_t n_line = 0, n_model = 0;
+    snprintf(path, sizeof path, "%s/data/spm_expected.txt", test_root());
+    FILE *f = fopen(path, "r");
+    REQUIRE(f, "%s", path);
+    while (fgets(line, sizeof line, f)) {
+        moe_token want[512], got[512];
+        size_t n_want = 0, n_got = 0;
+        int at = 0, step;
+        if (*line == '#')
+            continue;
+        REQUIRE(sscanf(line, "%31s %4095s%n", name, hex, &at) == 2, "%s", line);
+        while (n_want < 512 && sscanf(line + at, "%d%n", &want[n_want], &step) == 1) {
+            at += step;
+            n_want++;
+        }
+        if (strcmp(name, now)) {
+            char folder[600];
+            moe_model_options o;
+            moe_tokenizer_close(tok);
+            tok = NULL;
+            snprintf(now, sizeof now, "%s", name);
+            snprintf(folder, sizeof folder, "%s", scratch_path(name));
+            const char *out = scratch_path("spm.gguf");
+            REQUIRE(make_small_spm(folder, name, 484), "%s", name);
+            REQUIRE(!convert(folder, out, NULL, &error), "%s: %s", name, error.message);
+            moe_model_options_init(&o);
+            o.path = out;
+            REQUIRE(!moe_tokenizer_open(&tok, &o, &error), "%s: %s", name, error.message);
+            n_model++;
+        }
+        const size_t bytes = from_hex(hex);
+        CHECK(!moe_tokenizer_encode(tok, hex, bytes, 0, got, 512, &n_got, &error), "%s",
+              error.message);
+        size_t k = 0;
+        while (k < n_want && k < n_got && want[k] == got[k])
+            k++;
+        CHECK(k == n_want && k == n_got, "%s, \"%.*s\": token %zu of %zu (%zu): expected %d, got %d",
+              name, (int)bytes, hex, k, n_want, n_got, k < n_want ? want[k] : -1,
+              k < n_got ? got[k] : -1);
+        n_line++;
+    }
+    CHECK(n_model == 5 && n_line > 100, "%u models, %u lines", n_model, n_line);
+    moe_tokenizer_close(tok);
+    fclose(f);
+}
+
+/* Added tokens and roles come from the configs, the rest from the model. */
+static void sentencepiece_has_added_tokens(void)
+{
+    char folder[600], path[700];
+    moe_mem mem;
+    moe_error error = {0};
+    snprintf(folder, sizeof folder, "%s", scratch_path("spm_added"));
+    REQUIRE(make_small_spm(folder, "bpe", 490), "no model");
+    snprintf(path, sizeof path, "%s/tokenizer_config.json", folder);
+    write_text(path, "{\"added_tokens_decoder\": {\"480\": {\"content\": \"<|turn|>\", \"special\": true}, "
+                     "\"481\": {\"content\": \"<tool>\", \"special\": false}, \"0\": {\"content\": "
+                     "\"<unk>\", \"special\": true}}, \"eos_token\": \"<|turn|>\"}");
+    snprintf(path, sizeof path, "%s/added_tokens.json", folder);
+    write_text(path, "{\"<extra>\": 482}");
+    const char *out = scratch_path("spm_added.gguf");
+    REQUIRE(!convert(folder, out, NULL, &error), "%s", error.message);
+    moe_directory *dir = open_directory(out, &mem);
+    REQUIRE(dir, "open");
+    const moe_meta *tokens = directory_meta(dir, "tokenizer.ggml.tokens");
+    const moe_meta *kinds = directory_meta(dir, "tokenizer.ggml.token_type");
+    static const struct { uint32_t id; const char *text; tok_kind kind; } want[] = {
+        {0, "<unk>", TOK_UNKNOWN}, {1, "<s>", TOK_CONTROL}, {3, "<|im_end|>", TOK_CONTROL},
+        {4, "<code>", TOK_USER}, {5, "<0x00>", TOK_BYTE}, {480, "<|turn|>", TOK_CONTROL},
+        {481, "<tool>", TOK_USER}, {482, "<extra>", TOK_USER}, {483, "[PAD483]", TOK_UNUSED}};
+    for (size_t i = 0; i < MOE_COUNT(want); i++) {
+        const moe_str text = tokens->strings[want[i].id];
+        CHECK(str_equal(text, want[i].text) && meta_item_i64(kinds, want[i].id) == want[i].kind,
+              "%u: \"%.*s\", %lld", want[i].id, (int)text.bytes, text.data,
+              (long long)meta_item_i64(kinds, want[i].id));
+    }
+    uint32_t bos = 0, eos = 0;
+    bool before = false;
+    meta_u32(dir, "tokenizer.ggml.bos_token_id", true, 0, 999, &bos, NULL);
+    meta_u32(dir, "tokenizer.ggml.eos_token_id", true, 0, 999, &eos, NULL);
+    meta_bool(dir, "tokenizer.ggml.add_bos_token", true, &before, NULL);
+    CHECK(bos == 1 && eos == 480 && before, "%u %u %d", bos, eos, before);
+    directory_close(dir);
+}
+
+/* Reads bytes of which a sanitizer guards the end, and says what came of it. */
+static moe_status spm_read(const void *data, size_t bytes, moe_error *error)
+{
+    sp_model m;
+    sp_piece pieces[490] = {{.score = 0}};
+    char *exact = malloc(bytes ? bytes : 1);
+    memcpy(exact, data, bytes);
+    *error = (moe_error){0};
+    const moe_status status = sp_read(&m, pieces, 490, exact, bytes, error);
+    CHECK(!status || error->message[0], "no message");
+    free(exact);
+    return status;
+}
+
+static void lying_sentencepiece_models_are_refused(void)
+{
+    static const struct {
+        const char *what, *says;
+        size_t bytes;
+        char data[24];
+        moe_status status;
+    } lies[] = {
+        {"nothing", "a model of SentencePiece", 0, "", MOE_ERR_FORMAT},
+        {"tiktoken", "a model of SentencePiece", 7, "IQ== 0\n", MOE_ERR_FORMAT},
+        {"a length of 2^63", "a model of SentencePiece", 12,
+         "\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01\x00", MOE_ERR_FORMAT},
+        {"a length behind the end", "a model of SentencePiece", 4, "\x0a\x03\x0a\x01", MOE_ERR_FORMAT},
+        {"a number of 11 bytes", "a model of SentencePiece", 13,
+         "\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", MOE_ERR_FORMAT},
+        {"a group", "a model of SentencePiece", 2, "\x0b\x0c", MOE_ERR_FORMAT},
+        {"field 0", "a model of SentencePiece", 2, "\x00\x00", MOE_ERR_FORMAT},
+        {"a piece inside of which a length lies", "a model of SentencePiece", 4, "\x0a\x02\x0a\x7f",
+         MOE_ERR_FORMAT},
+        {"a piece without a text", "1 to 65536 bytes for token 0", 2, "\x0a\x00", MOE_ERR_FORMAT},
+        {"a text that is no UTF-8", "UTF-8", 5, "\x0a\x03\x0a\x01\xff", MOE_ERR_FORMAT},
+        {"a text with NUL", "UTF-8", 6, "\x0a\x04\x0a\x02\x61\x00", MOE_ERR_FORMAT},
+        {"kind 9", "a kind from 1 to 6", 7, "\x0a\x05\x0a\x01\x61\x18\x09", MOE_ERR_FORMAT},
+        {"a byte that is none", "a kind from 1 to 6", 7, "\x0a\x05\x0a\x01\x61\x18\x06", MOE_ERR_FORMAT},
+        {"a score that is no number", "a finite score", 10,
+         "\x0a\x08\x0a\x01\x61\x15\x00\x00\xc0\x7f", MOE_ERR_FORMAT},
+        {"words", "a unigram (1) or a BPE model (2), got kind 3", 9,
+         "\x0a\x03\x0a\x01\x61\x12\x02\x18\x03", MOE_ERR_UNSUPPORTED},
+        {"spaces behind words", "treat_whitespace_as_suffix", 10,
+         "\x0a\x03\x0a\x01\x61\x12\x03\xc0\x01\x01", MOE_ERR_UNSUPPORTED},
+        {"spaces that stay", "escape_whitespaces", 9, "\x0a\x03\x0a\x01\x61\x1a\x02\x28\x00",
+         MOE_ERR_UNSUPPORTED}};
+    moe_error error = {0};
+    char folder[600], path[700];
+    for (size_t i = 0; i < MOE_COUNT(lies); i++) {
+        const moe_status status = spm_read(lies[i].data, lies[i].bytes, &error);
+        CHECK(status == lies[i].status && strstr(error.message, lies[i].says), "%s: %s: %s",
+              lies[i].what, moe_status_name(status), error.message);
+    }
+    snprintf(folder, sizeof folder, "%s", scratch_path("spm_lies"));
+    const conv_options o = {.source = folder, .out = scratch_path("spm_lies.gguf")};
+    REQUIRE(make_small_spm(folder, "unigram", 479), "no model");
+    refused(&o, MOE_ERR_MODEL, "at most 479 tokens, one for each row");
+    make_small_spm(folder, "unigram", 480);
+    snprintf(path, sizeof path, "%s/added_tokens.json", folder);
+    write_text(path, "{\"<extra>\": 1e300}");
+    refused(&o, MOE_ERR_FORMAT, "added tokens");
+    snprintf(path, sizeof path, "%s/tokenizer_config.json", folder);
+    write_text(path, "{\"added_tokens_decoder\": {\"7x\": {\"content\": \"a\"}}}");
+    refused(&o, MOE_ERR_FORMAT, "added tokens");
+}
+
+/* Cut at every byte, and with changed bytes: an error or a success, nothing else. */
+static void damaged_sentencepiece_models_are_harmless(void)
+{
+    char path[700];
+    moe_error error;
+    size_t bytes;
+    uint32_t n_good = 0, n_bad = 0;
+    snprintf(path, sizeof path, "%s/data/spm_unigram.model", test_root());
+    char *data = test_read_file(path, &bytes);
+    REQUIRE(data, "%s", path);
+    for (size_t n = 0; n < bytes; n++)
+        n_bad += spm_read(data, n, &error) != MOE_OK;
+    CHECK(n_bad > bytes / 2, "%u cuts refused", n_bad);
+    for (int i = 0; i < 4000; i++) {
+        const size_t at = test_random() % bytes;
+        const char old = data[at];
+        data[at] = (char)test_random();
+        if (spm_read(data, bytes, &error))
+            n_bad++;
+        else
+            n_good++;
+        data[at] = old;
+    }
+    CHECK(n_good > 100, "%u changes are harmless", n_good);
+    free(data);
+}
+
 /* --------------------------------------------------------------------- hostile safetensors -- */
 
 /* Writes a file with this header and data_bytes bytes of zeros. */
@@ -1140,6 +1355,10 @@ TEST_PROGRAM(convert)
     RUN(tokenizer_json_becomes_keys);
     RUN(unknown_patterns_are_refused);
     RUN(tokenizers_that_contradict_the_model_are_refused);
+    RUN(sentencepiece_gives_its_ids);
+    RUN(sentencepiece_has_added_tokens);
+    RUN(lying_sentencepiece_models_are_refused);
+    RUN(damaged_sentencepiece_models_are_harmless);
     RUN(lying_headers_are_refused);
     RUN(aliases_are_refused);
     RUN(lying_indexes_are_refused);
