@@ -715,7 +715,7 @@ static bool make_small_spm(const char *folder, const char *name, uint32_t n_voca
         return false;
     make_small(folder, n_vocab);
     snprintf(path, sizeof path, "%s/tokenizer.model", folder);
-    write_file(path, model, bytes);
+    scratch_write(path, model, bytes);
     free(model);
     return true;
 }
@@ -794,11 +794,11 @@ static void sentencepiece_has_added_tokens(void)
     snprintf(folder, sizeof folder, "%s", scratch_path("spm_added"));
     REQUIRE(make_small_spm(folder, "bpe", 490), "no model");
     snprintf(path, sizeof path, "%s/tokenizer_config.json", folder);
-    write_text(path, "{\"added_tokens_decoder\": {\"480\": {\"content\": \"<|turn|>\", \"special\": true}, "
+    scratch_write_text(path, "{\"added_tokens_decoder\": {\"480\": {\"content\": \"<|turn|>\", \"special\": true}, "
                      "\"481\": {\"content\": \"<tool>\", \"special\": false}, \"0\": {\"content\": "
                      "\"<unk>\", \"special\": true}}, \"eos_token\": \"<|turn|>\"}");
     snprintf(path, sizeof path, "%s/added_tokens.json", folder);
-    write_text(path, "{\"<extra>\": 482}");
+    scratch_write_text(path, "{\"<extra>\": 482}");
     const char *out = scratch_path("spm_added.gguf");
     REQUIRE(!convert(folder, out, NULL, &error), "%s", error.message);
     moe_directory *dir = open_directory(out, &mem);
@@ -880,14 +880,14 @@ static void lying_sentencepiece_models_are_refused(void)
     snprintf(folder, sizeof folder, "%s", scratch_path("spm_lies"));
     const conv_options o = {.source = folder, .out = scratch_path("spm_lies.gguf")};
     REQUIRE(make_small_spm(folder, "unigram", 479), "no model");
-    refused(&o, MOE_ERR_MODEL, "at most 479 tokens, one for each row");
+    refused_conversion(&o, MOE_ERR_MODEL, "at most 479 tokens, one for each row");
     make_small_spm(folder, "unigram", 480);
     snprintf(path, sizeof path, "%s/added_tokens.json", folder);
-    write_text(path, "{\"<extra>\": 1e300}");
-    refused(&o, MOE_ERR_FORMAT, "added tokens");
+    scratch_write_text(path, "{\"<extra>\": 1e300}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "added tokens");
     snprintf(path, sizeof path, "%s/tokenizer_config.json", folder);
-    write_text(path, "{\"added_tokens_decoder\": {\"7x\": {\"content\": \"a\"}}}");
-    refused(&o, MOE_ERR_FORMAT, "added tokens");
+    scratch_write_text(path, "{\"added_tokens_decoder\": {\"7x\": {\"content\": \"a\"}}}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "added tokens");
 }
 
 /* Cut at every byte, and with changed bytes: an error or a success, nothing else. */
