@@ -82,6 +82,7 @@ static uint32_t cpu_allowed(uint32_t cpu, moe_isa isa)
     switch (isa) {
     case MOE_ISA_C: return 0;
     case MOE_ISA_AVX2: return cpu & MOE_CPU_AVX2;
+    case MOE_ISA_AVXVNNI: return cpu & (MOE_CPU_AVX2 | MOE_CPU_AVX_VNNI);
     case MOE_ISA_NEON: return cpu & MOE_CPU_NEON;
     default: return cpu;
     }
@@ -104,6 +105,7 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
     snprintf(d->name, sizeof d->name, "CPU (%s)",
              d->cpu & MOE_CPU_AVX512_VNNI ? "AVX-512 VNNI"
              : d->cpu & MOE_CPU_AVX512    ? "AVX-512"
+             : d->cpu & MOE_CPU_AVX_VNNI  ? "AVX-VNNI"
              : d->cpu & MOE_CPU_AVX2      ? "AVX2"
              : d->cpu & MOE_CPU_I8MM      ? "NEON, dotprod, i8mm"
              : d->cpu & MOE_CPU_DOTPROD   ? "NEON, dotprod"

@@ -69,7 +69,7 @@ void *cli_alloc(void *old, size_t n, size_t item_bytes)
 
 /* ------------------------------------------------------------------------ common options -- */
 
-static const char *const isa_names[] = {"auto", "c", "avx2", "avx512", "neon", NULL};
+static const char *const isa_names[] = {"auto", "c", "avx2", "avx512", "neon", "avxvnni", NULL};
 const char *const cache_names[] = {"f16", "q8_0", "f32", NULL};
 
 bool common_init(cli_common *common)
@@ -78,7 +78,7 @@ bool common_init(cli_common *common)
     const char *isa = getenv("MOE_ISA"), *threads = getenv("MOE_THREADS");
     while (isa && *isa && strcmp(isa, isa_names[common->isa]))
         if (!isa_names[++common->isa]) {
-            cli_fail("MOE_ISA: expected auto, c, avx2, avx512 or neon, got \"%s\"", isa);
+            cli_fail("MOE_ISA: expected auto, c, avx2, avxvnni, avx512 or neon, got \"%s\"", isa);
             return false;
         }
     uint64_t n = 0;

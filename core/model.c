@@ -846,8 +846,8 @@ moe_status moe_model_open(moe_model **out, const moe_model_options *options, moe
     o.size = sizeof o;
     if (o.host && !o.host->alloc != !o.host->free)
         return fail(error, MOE_ERR_ARGUMENT, "host", "alloc and free must be set together");
-    if (o.isa < MOE_ISA_AUTO || o.isa > MOE_ISA_NEON)
-        return fail(error, MOE_ERR_ARGUMENT, "isa", "expected 0 to %d, got %d", MOE_ISA_NEON,
+    if (o.isa < MOE_ISA_AUTO || o.isa > MOE_ISA_AVXVNNI)
+        return fail(error, MOE_ERR_ARGUMENT, "isa", "expected 0 to %d, got %d", MOE_ISA_AVXVNNI,
                     (int)o.isa);
     moe_mem boot; /* allocates the model, which then has its own */
     mem_init(&boot, o.host, o.memory_limit_bytes);

@@ -14,8 +14,8 @@
 #include "arm.h"
 #include "common.h"
 #include "quant.h"
-#include "x86.h"
 #include "x86_512.h"
+#include "x86_tile.h"
 
 typedef struct iq4_nl_block {
     uint8_t d[2];
@@ -95,9 +95,28 @@ MOE_AVX2 static void iq4_nl_gemv_avx2(const moe_mm *mm)
     x86_gemv32(mm, sizeof(iq4_nl_block), iq4_nl_unpack_avx2, iq4_nl_step_avx2);
 }
 
-MOE_AVX2 static void iq4_nl_gemm_avx2(const moe_mm *mm)
+MOE_AVX2 static void iq4_nl_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                      x86_tile *tile)
 {
-    x86_gemm32(mm, sizeof(iq4_nl_block), iq4_nl_unpack_avx2, iq4_nl_step_avx2);
+    for (size_t b = 0; b < n_block; b++) {
+        const size_t at = offset + b * sizeof(iq4_nl_block);
+        __m256i *code = tile->code + 8 * b;
+        x86_tile_nibbles(row, at + offsetof(iq4_nl_block, q), code);
+        x86_tile_look_up(iq4_value, code);
+        tile->d[b] = x86_f16x8(row, at);
+    }
+}
+
+static const x86_format iq4_nl_x86 = {32, sizeof(iq4_nl_block), 128, iq4_nl_load_avx2};
+
+static void iq4_nl_gemm_avx2(const moe_mm *mm)
+{
+    x86_gemm(mm, &iq4_nl_x86, x86_block_i8_avx2, iq4_nl_gemv_avx2);
+}
+
+static void iq4_nl_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &iq4_nl_x86, x86_block_i8_avxvnni, iq4_nl_gemv_avx2);
 }
 
 /* iq4_value + 128 */
@@ -146,6 +165,8 @@ static moe_kernels iq4_nl_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){iq4_nl_gemv_avx2, iq4_nl_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = iq4_nl_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){iq4_nl_gemm_vnni512, iq4_nl_gemm_vnni512};
 #endif

@@ -216,35 +216,42 @@ MOE_AVX2_INLINE void iq4_xs_dot8_avx2(const uint8_t *const row[8], size_t offset
     x86_k_sum_rows(dot, dot, row, offset + offsetof(iq4_xs_block, d), X86_K_NO_MIN, out);
 }
 
-MOE_AVX2_INLINE void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
+MOE_AVX2 static void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                      x86_tile *tile)
 {
+    (void)n_block;
     for (size_t g = 0; g < 8; g++) {
         __m256i v[4], *code = tile->code + 8 * g;
-        x86_k_load_transposed(row, offset + offsetof(iq4_xs_block, qs) + 16 * g, v);
+        x86_load_transposed(row, offset + offsetof(iq4_xs_block, qs) + 16 * g, v);
         MOE_UNROLL
         for (int j = 0; j < 4; j++)
             iq4_xs_values_avx2(v[j], &code[j], &code[j + 4]);
     }
     __m256i v[4]; /* d and scales_h, scales_l, two vectors of qs */
-    x86_k_load_transposed(row, offset, v);
+    x86_load_transposed(row, offset, v);
     v[0] = _mm256_srli_epi32(v[0], 16 - 4);
     MOE_UNROLL
     for (int g = 0; g < 8; g++)
         tile->scale[g] = iq4_xs_join_avx2(_mm256_srli_epi32(v[1], 4 * g),
                                           _mm256_srli_epi32(v[0], 2 * g));
-    tile->d = x86_f16x8(row, offset);
+    tile->d[0] = x86_f16x8(row, offset);
 }
 
-static const x86_k_format iq4_xs_avx2 = {sizeof(iq4_xs_block), X86_K_NO_MIN, 32, 1};
+static const x86_format iq4_xs_x86 = {K_LEN, sizeof(iq4_xs_block), 128, iq4_xs_load_avx2};
 
 MOE_AVX2 static void iq4_xs_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &iq4_xs_avx2, iq4_xs_dot8_avx2);
+    x86_k_gemv(mm, sizeof(iq4_xs_block), X86_K_NO_MIN, iq4_xs_dot8_avx2);
 }
 
-MOE_AVX2 static void iq4_xs_gemm_avx2(const moe_mm *mm)
+static void iq4_xs_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &iq4_xs_avx2, iq4_xs_load_avx2, iq4_xs_gemv_avx2);
+    x86_gemm(mm, &iq4_xs_x86, x86_k32_i8_avx2, iq4_xs_gemv_avx2);
+}
+
+static void iq4_xs_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &iq4_xs_x86, x86_k32_i8_avxvnni, iq4_xs_gemv_avx2);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -324,6 +331,8 @@ static moe_kernels iq4_xs_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){iq4_xs_gemv_avx2, iq4_xs_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = iq4_xs_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){iq4_xs_gemm_vnni512, iq4_xs_gemm_vnni512};
 #endif

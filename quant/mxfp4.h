@@ -18,8 +18,8 @@
 #include "arm.h"
 #include "common.h"
 #include "quant.h"
-#include "x86.h"
 #include "x86_512.h"
+#include "x86_tile.h"
 
 typedef struct mxfp4_block {
     uint8_t e;
@@ -108,11 +108,12 @@ MOE_AVX2_INLINE __m256 mxfp4_scales_avx2(const uint8_t *const row[8], size_t off
 }
 
 /* The values are raised by 12, which makes them unsigned codes 0..24. */
+static const int8_t mxfp4_code[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
 MOE_AVX2_INLINE void mxfp4_unpack_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
 {
-    static const int8_t code[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
     x86_nibbles(row, offset + offsetof(mxfp4_block, q), w);
-    x86_look_up(w, code);
+    x86_look_up(w, mxfp4_code);
     w->d = mxfp4_scales_avx2(row, offset);
 }
 
@@ -127,9 +128,28 @@ MOE_AVX2 static void mxfp4_gemv_avx2(const moe_mm *mm)
     x86_gemv32(mm, sizeof(mxfp4_block), mxfp4_unpack_avx2, mxfp4_step_avx2);
 }
 
-MOE_AVX2 static void mxfp4_gemm_avx2(const moe_mm *mm)
+MOE_AVX2 static void mxfp4_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                     x86_tile *tile)
 {
-    x86_gemm32(mm, sizeof(mxfp4_block), mxfp4_unpack_avx2, mxfp4_step_avx2);
+    for (size_t b = 0; b < n_block; b++) {
+        const size_t at = offset + b * sizeof(mxfp4_block);
+        __m256i *code = tile->code + 8 * b;
+        x86_tile_nibbles(row, at + offsetof(mxfp4_block, q), code);
+        x86_tile_look_up(mxfp4_code, code);
+        tile->d[b] = mxfp4_scales_avx2(row, at);
+    }
+}
+
+static const x86_format mxfp4_x86 = {32, sizeof(mxfp4_block), 12, mxfp4_load_avx2};
+
+static void mxfp4_gemm_avx2(const moe_mm *mm)
+{
+    x86_gemm(mm, &mxfp4_x86, x86_block_u5_avx2, mxfp4_gemv_avx2);
+}
+
+static void mxfp4_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &mxfp4_x86, x86_block_u8_avxvnni, mxfp4_gemv_avx2);
 }
 
 /* mxfp4_scale() of the lowest byte of each lane. */
@@ -201,6 +221,8 @@ static moe_kernels mxfp4_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){mxfp4_gemv_avx2, mxfp4_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = mxfp4_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best.gemm = mxfp4_gemm_vnni512;
 #endif

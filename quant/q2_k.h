@@ -146,11 +146,13 @@ MOE_AVX2_INLINE void q2_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
     x86_k_sum_rows(dot, min, row, offset + offsetof(q2_k_block, d), X86_K_FLOAT_MIN, out);
 }
 
-MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
+MOE_AVX2 static void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                    x86_tile *tile)
 {
+    (void)n_block;
     for (size_t i = 0; i < 4; i++) { /* half i / 2, 16 bytes of each row */
         __m256i v[4], code[4];
-        x86_k_load_transposed(row, offset + offsetof(q2_k_block, qs) + 16 * i, v);
+        x86_load_transposed(row, offset + offsetof(q2_k_block, qs) + 16 * i, v);
         MOE_UNROLL
         for (int k = 0; k < 4; k++) {
             q2_k_codes_avx2(v[k], code);
@@ -161,7 +163,7 @@ MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     }
     const __m256i mask = _mm256_set1_epi8(15);
     __m256i scale[4], min[4];
-    x86_k_load_transposed(row, offset, scale);
+    x86_load_transposed(row, offset, scale);
     MOE_UNROLL
     for (int i = 0; i < 4; i++) {
         min[i] = _mm256_and_si256(_mm256_srli_epi16(scale[i], 4), mask);
@@ -169,21 +171,25 @@ MOE_AVX2_INLINE void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     }
     x86_k_spread_pairs(scale, tile->scale);
     x86_k_spread_pairs(min, tile->min);
-    tile->d = x86_f16x8(row, offset + offsetof(q2_k_block, d));
-    tile->dmin = x86_f16x8(row, offset + offsetof(q2_k_block, dmin));
+    tile->d[0] = x86_f16x8(row, offset + offsetof(q2_k_block, d));
+    tile->m[0] = x86_f16x8(row, offset + offsetof(q2_k_block, dmin));
 }
 
-/* Codes up to 3: a whole group, 4 * 2 * 127 * 3 = 3048 */
-static const x86_k_format q2_k_avx2 = {sizeof(q2_k_block), X86_K_FLOAT_MIN, 16, 4};
+static const x86_format q2_k_x86 = {K_LEN, sizeof(q2_k_block), 0, q2_k_load_avx2};
 
 MOE_AVX2 static void q2_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q2_k_avx2, q2_k_dot8_avx2);
+    x86_k_gemv(mm, sizeof(q2_k_block), X86_K_FLOAT_MIN, q2_k_dot8_avx2);
 }
 
-MOE_AVX2 static void q2_k_gemm_avx2(const moe_mm *mm)
+static void q2_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q2_k_avx2, q2_k_load_avx2, q2_k_gemv_avx2);
+    x86_gemm(mm, &q2_k_x86, x86_k16_u4_min_avx2, q2_k_gemv_avx2);
+}
+
+static void q2_k_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &q2_k_x86, x86_k16_min_avxvnni, q2_k_gemv_avx2);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -269,6 +275,8 @@ static moe_kernels q2_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q2_k_gemv_avx2, q2_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = q2_k_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){q2_k_gemm_vnni512, q2_k_gemm_vnni512};
 #endif

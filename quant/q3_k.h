@@ -168,17 +168,19 @@ MOE_AVX2_INLINE void q3_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
     __m256i dot[8];
     for (size_t r = 0; r < 8; r++)
         dot[r] = q3_k_dot_avx2(row[r] + offset, q, sum);
-    x86_k_sum_rows(dot, dot, row, offset + offsetof(q3_k_block, d), X86_K_INT_MIN, out);
+    x86_k_sum_rows(dot, dot, row, offset + offsetof(q3_k_block, d), X86_K_NO_MIN, out);
 }
 
-MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
+MOE_AVX2 static void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                    x86_tile *tile)
 {
+    (void)n_block;
     for (size_t i = 0; i < 2; i++) { /* 16 bytes of each half of each row */
         const size_t qs = offset + offsetof(q3_k_block, qs) + 16 * i;
         __m256i h[4], v0[4], v1[4], code[8];
-        x86_k_load_transposed(row, offset + 16 * i, h);
-        x86_k_load_transposed(row, qs, v0);
-        x86_k_load_transposed(row, qs + 32, v1);
+        x86_load_transposed(row, offset + 16 * i, h);
+        x86_load_transposed(row, qs, v0);
+        x86_load_transposed(row, qs + 32, v1);
         MOE_UNROLL
         for (int k = 0; k < 4; k++) {
             q3_k_codes_avx2(v0[k], _mm256_slli_epi16(h[k], 2), code);
@@ -197,25 +199,26 @@ MOE_AVX2_INLINE void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, 
         _mm_storeu_si128((__m128i *)packed[r], s);
         from[r] = packed[r];
     }
-    x86_k_load_transposed(from, 0, scale);
+    x86_load_transposed(from, 0, scale);
     x86_k_spread_pairs(scale, tile->scale);
-    MOE_UNROLL
-    for (int p = 0; p < 8; p++)
-        tile->min[p] = _mm256_slli_epi16(tile->scale[p], 2);
-    tile->d = x86_f16x8(row, offset + offsetof(q3_k_block, d));
+    tile->d[0] = x86_f16x8(row, offset + offsetof(q3_k_block, d));
 }
 
-/* Codes up to 7: a whole group, 4 * 2 * 127 * 7 = 7112 */
-static const x86_k_format q3_k_avx2 = {sizeof(q3_k_block), X86_K_INT_MIN, 16, 4};
+static const x86_format q3_k_x86 = {K_LEN, sizeof(q3_k_block), 4, q3_k_load_avx2};
 
 MOE_AVX2 static void q3_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q3_k_avx2, q3_k_dot8_avx2);
+    x86_k_gemv(mm, sizeof(q3_k_block), X86_K_NO_MIN, q3_k_dot8_avx2);
 }
 
-MOE_AVX2 static void q3_k_gemm_avx2(const moe_mm *mm)
+static void q3_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q3_k_avx2, q3_k_load_avx2, q3_k_gemv_avx2);
+    x86_gemm(mm, &q3_k_x86, x86_k16_u6_avx2, q3_k_gemv_avx2);
+}
+
+static void q3_k_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &q3_k_x86, x86_k16_avxvnni, q3_k_gemv_avx2);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -324,6 +327,8 @@ static moe_kernels q3_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q3_k_gemv_avx2, q3_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = q3_k_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){q3_k_gemm_vnni512, q3_k_gemm_vnni512};
 #endif

@@ -14,8 +14,8 @@
 #include "arm.h"
 #include "common.h"
 #include "quant.h"
-#include "x86.h"
 #include "x86_512.h"
+#include "x86_tile.h"
 
 typedef struct q4_1_block {
     uint8_t d[2], m[2];
@@ -98,9 +98,28 @@ MOE_AVX2 static void q4_1_gemv_avx2(const moe_mm *mm)
     x86_gemv32(mm, sizeof(q4_1_block), q4_1_unpack_avx2, q4_1_step_avx2);
 }
 
-MOE_AVX2 static void q4_1_gemm_avx2(const moe_mm *mm)
+MOE_AVX2 static void q4_1_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                    x86_tile *tile)
 {
-    x86_gemm32(mm, sizeof(q4_1_block), q4_1_unpack_avx2, q4_1_step_avx2);
+    for (size_t b = 0; b < n_block; b++) {
+        const size_t at = offset + b * sizeof(q4_1_block);
+        __m256i *code = tile->code + 8 * b;
+        x86_tile_nibbles(row, at + offsetof(q4_1_block, q), code);
+        tile->d[b] = x86_f16x8(row, at);
+        tile->m[b] = x86_f16x8(row, at + offsetof(q4_1_block, m));
+    }
+}
+
+static const x86_format q4_1_x86 = {32, sizeof(q4_1_block), 0, q4_1_load_avx2};
+
+static void q4_1_gemm_avx2(const moe_mm *mm)
+{
+    x86_gemm(mm, &q4_1_x86, x86_affine_u4_avx2, q4_1_gemv_avx2);
+}
+
+static void q4_1_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &q4_1_x86, x86_affine_avxvnni, q4_1_gemv_avx2);
 }
 
 MOE_VNNI512 static void q4_1_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
@@ -140,6 +159,8 @@ static moe_kernels q4_1_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q4_1_gemv_avx2, q4_1_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = q4_1_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best.gemm = q4_1_gemm_vnni512;
 #endif

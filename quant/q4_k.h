@@ -147,12 +147,14 @@ MOE_AVX2_INLINE void q4_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
     out->dmin = h.dmin;
 }
 
-MOE_AVX2_INLINE void q4_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
+MOE_AVX2 static void q4_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                    x86_tile *tile)
 {
+    (void)n_block;
     const __m256i mask = _mm256_set1_epi8(15);
     for (size_t i = 0; i < 8; i++) {
         __m256i v[4], *code = tile->code + 16 * (i / 2) + 4 * (i % 2);
-        x86_k_load_transposed(row, offset + offsetof(q4_k_block, qs) + 16 * i, v);
+        x86_load_transposed(row, offset + offsetof(q4_k_block, qs) + 16 * i, v);
         MOE_UNROLL
         for (int j = 0; j < 4; j++) {
             code[j] = _mm256_and_si256(v[j], mask);
@@ -162,17 +164,21 @@ MOE_AVX2_INLINE void q4_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     x86_k_load_scales(row, offset, tile);
 }
 
-/* 8 * 2 * 127 * 15 = 30480 */
-static const x86_k_format q4_k_avx2 = {sizeof(q4_k_block), X86_K_FLOAT_MIN, 32, 8};
+static const x86_format q4_k_x86 = {K_LEN, sizeof(q4_k_block), 0, q4_k_load_avx2};
 
 MOE_AVX2 static void q4_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q4_k_avx2, q4_k_dot8_avx2);
+    x86_k_gemv(mm, sizeof(q4_k_block), X86_K_FLOAT_MIN, q4_k_dot8_avx2);
 }
 
-MOE_AVX2 static void q4_k_gemm_avx2(const moe_mm *mm)
+static void q4_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q4_k_avx2, q4_k_load_avx2, q4_k_gemv_avx2);
+    x86_gemm(mm, &q4_k_x86, x86_k32_u4_min_avx2, q4_k_gemv_avx2);
+}
+
+static void q4_k_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &q4_k_x86, x86_k32_min_avxvnni, q4_k_gemv_avx2);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -231,6 +237,8 @@ static moe_kernels q4_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q4_k_gemv_avx2, q4_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = q4_k_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best.gemm = q4_k_gemm_vnni512;
 #endif

@@ -171,14 +171,16 @@ MOE_AVX2_INLINE void q5_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
     out->dmin = h.dmin;
 }
 
-MOE_AVX2_INLINE void q5_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
+MOE_AVX2 static void q5_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                    x86_tile *tile)
 {
+    (void)n_block;
     for (size_t half = 0; half < 2; half++) {
         __m256i qh[4];
-        x86_k_load_transposed(row, offset + offsetof(q5_k_block, qh) + 16 * half, qh);
+        x86_load_transposed(row, offset + offsetof(q5_k_block, qh) + 16 * half, qh);
         for (size_t p = 0; p < 4; p++) {
             __m256i qs[4], *code = tile->code + 16 * p + 4 * half;
-            x86_k_load_transposed(row, offset + offsetof(q5_k_block, qs) + 32 * p + 16 * half, qs);
+            x86_load_transposed(row, offset + offsetof(q5_k_block, qs) + 32 * p + 16 * half, qs);
             MOE_UNROLL
             for (int j = 0; j < 4; j++) {
                 code[j] = q5_k_low_avx2(qs[j], qh[j]);
@@ -190,17 +192,21 @@ MOE_AVX2_INLINE void q5_k_load_avx2(const uint8_t *const row[8], size_t offset, 
     x86_k_load_scales(row, offset, tile);
 }
 
-/* 4 * 2 * 127 * 31 = 31496 */
-static const x86_k_format q5_k_avx2 = {sizeof(q5_k_block), X86_K_FLOAT_MIN, 32, 4};
+static const x86_format q5_k_x86 = {K_LEN, sizeof(q5_k_block), 0, q5_k_load_avx2};
 
 MOE_AVX2 static void q5_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q5_k_avx2, q5_k_dot8_avx2);
+    x86_k_gemv(mm, sizeof(q5_k_block), X86_K_FLOAT_MIN, q5_k_dot8_avx2);
 }
 
-MOE_AVX2 static void q5_k_gemm_avx2(const moe_mm *mm)
+static void q5_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q5_k_avx2, q5_k_load_avx2, q5_k_gemv_avx2);
+    x86_gemm(mm, &q5_k_x86, x86_k32_u5_min_avx2, q5_k_gemv_avx2);
+}
+
+static void q5_k_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &q5_k_x86, x86_k32_min_avxvnni, q5_k_gemv_avx2);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -277,6 +283,8 @@ static moe_kernels q5_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q5_k_gemv_avx2, q5_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = q5_k_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){q5_k_gemm_vnni512, q5_k_gemm_vnni512};
 #endif

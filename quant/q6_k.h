@@ -143,18 +143,20 @@ MOE_AVX2_INLINE void q6_k_dot8_avx2(const uint8_t *const row[8], size_t offset, 
     __m256i dot[8];
     for (size_t r = 0; r < 8; r++)
         dot[r] = q6_k_dot_avx2(row[r] + offset, q, sum);
-    x86_k_sum_rows(dot, dot, row, offset + offsetof(q6_k_block, d), X86_K_INT_MIN, out);
+    x86_k_sum_rows(dot, dot, row, offset + offsetof(q6_k_block, d), X86_K_NO_MIN, out);
 }
 
-MOE_AVX2_INLINE void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, x86_k_tile *tile)
+MOE_AVX2 static void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                    x86_tile *tile)
 {
+    (void)n_block;
     for (size_t i = 0; i < 4; i++) { /* half i / 2, 16 bytes of each row */
         const size_t ql = offset + 64 * (i / 2) + 16 * (i % 2);
         const size_t qh = offset + offsetof(q6_k_block, qh) + 16 * i;
         __m256i v0[4], v1[4], h[4], code[4];
-        x86_k_load_transposed(row, ql, v0);
-        x86_k_load_transposed(row, ql + 32, v1);
-        x86_k_load_transposed(row, qh, h);
+        x86_load_transposed(row, ql, v0);
+        x86_load_transposed(row, ql + 32, v1);
+        x86_load_transposed(row, qh, h);
         MOE_UNROLL
         for (int k = 0; k < 4; k++) {
             q6_k_codes_avx2(v0[k], v1[k], h[k], code);
@@ -164,25 +166,26 @@ MOE_AVX2_INLINE void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, 
         }
     }
     __m256i scale[4];
-    x86_k_load_transposed(row, offset + offsetof(q6_k_block, scales), scale);
+    x86_load_transposed(row, offset + offsetof(q6_k_block, scales), scale);
     x86_k_spread_pairs(scale, tile->scale);
-    MOE_UNROLL
-    for (int p = 0; p < 8; p++)
-        tile->min[p] = _mm256_slli_epi16(tile->scale[p], 5);
-    tile->d = x86_f16x8(row, offset + offsetof(q6_k_block, d));
+    tile->d[0] = x86_f16x8(row, offset + offsetof(q6_k_block, d));
 }
 
-/* 2 * 2 * 127 * 63 = 32004 */
-static const x86_k_format q6_k_avx2 = {sizeof(q6_k_block), X86_K_INT_MIN, 16, 2};
+static const x86_format q6_k_x86 = {K_LEN, sizeof(q6_k_block), 32, q6_k_load_avx2};
 
 MOE_AVX2 static void q6_k_gemv_avx2(const moe_mm *mm)
 {
-    x86_k_gemv(mm, &q6_k_avx2, q6_k_dot8_avx2);
+    x86_k_gemv(mm, sizeof(q6_k_block), X86_K_NO_MIN, q6_k_dot8_avx2);
 }
 
-MOE_AVX2 static void q6_k_gemm_avx2(const moe_mm *mm)
+static void q6_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_k_gemm(mm, &q6_k_avx2, q6_k_load_avx2, q6_k_gemv_avx2);
+    x86_gemm(mm, &q6_k_x86, x86_k16_u6_avx2, q6_k_gemv_avx2);
+}
+
+static void q6_k_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &q6_k_x86, x86_k16_avxvnni, q6_k_gemv_avx2);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -268,6 +271,8 @@ static moe_kernels q6_k_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q6_k_gemv_avx2, q6_k_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = q6_k_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){q6_k_gemm_vnni512, q6_k_gemm_vnni512};
 #endif

@@ -12,8 +12,8 @@
 #include "arm.h"
 #include "common.h"
 #include "quant.h"
-#include "x86.h"
 #include "x86_512.h"
+#include "x86_tile.h"
 
 typedef struct q8_0_block {
     uint8_t d[2];
@@ -86,9 +86,28 @@ MOE_AVX2 static void q8_0_gemv_avx2(const moe_mm *mm)
     x86_gemv32(mm, sizeof(q8_0_block), q8_0_unpack_avx2, q8_0_step_avx2);
 }
 
-MOE_AVX2 static void q8_0_gemm_avx2(const moe_mm *mm)
+MOE_AVX2 static void q8_0_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                    x86_tile *tile)
 {
-    x86_gemm32(mm, sizeof(q8_0_block), q8_0_unpack_avx2, q8_0_step_avx2);
+    for (size_t b = 0; b < n_block; b++) {
+        const size_t at = offset + b * sizeof(q8_0_block);
+        __m256i *code = tile->code + 8 * b;
+        x86_load_transposed(row, at + offsetof(q8_0_block, q), code);
+        x86_load_transposed(row, at + offsetof(q8_0_block, q) + 16, code + 4);
+        tile->d[b] = x86_f16x8(row, at);
+    }
+}
+
+static const x86_format q8_0_x86 = {32, sizeof(q8_0_block), 128, q8_0_load_avx2};
+
+static void q8_0_gemm_avx2(const moe_mm *mm)
+{
+    x86_gemm(mm, &q8_0_x86, x86_block_i8_avx2, q8_0_gemv_avx2);
+}
+
+static void q8_0_gemm_avxvnni(const moe_mm *mm)
+{
+    x86_gemm(mm, &q8_0_x86, x86_block_i8_avxvnni, q8_0_gemv_avx2);
 }
 /* q + 128 */
 MOE_VNNI512 static void q8_0_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
@@ -136,6 +155,8 @@ static moe_kernels q8_0_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q8_0_gemv_avx2, q8_0_gemm_avx2};
+    if (cpu & MOE_CPU_AVX_VNNI)
+        best.gemm = q8_0_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
         best.gemm = q8_0_gemm_vnni512;
 #endif

@@ -314,42 +314,6 @@ MOE_AVX2_INLINE void x86_gemv32(const moe_mm *mm, size_t block_bytes, x86_unpack
     }
 }
 
-/* Tokens computed on one unpacked block before the next is unpacked. The prefetch matters where few
- * tokens use weights from memory, as with experts: Zen 5, Q4_0, 8 tokens: 141 Gop/s instead of
- * 87. */
-enum { X86_TOKENS = 16 };
-
-MOE_AVX2_INLINE void x86_gemm32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
-                                x86_step_fn *step)
-{
-    const size_t n_block = mm->n_in / 32;
-    for (size_t t0 = 0; t0 < mm->n_tok; t0 += X86_TOKENS) {
-        const size_t n_tok = MOE_MIN(mm->n_tok - t0, (size_t)X86_TOKENS);
-        moe_q8 x[X86_TOKENS];
-        for (size_t t = 0; t < n_tok; t++)
-            x[t] = act_q8(MOE_ACT_Q8_32, mm->x + (t0 + t) * mm->x_stride, mm->n_in);
-        for (size_t r = 0; r < mm->n_row; r += 8) {
-            const uint8_t *row[8];
-            x86_rows(mm, r, row);
-            __m256 acc[X86_TOKENS];
-            for (size_t t = 0; t < n_tok; t++)
-                acc[t] = _mm256_setzero_ps();
-            const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
-            for (size_t b = 0; b < n_block; b++) {
-                x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
-                x86_block w;
-                unpack(row, b * block_bytes, &w);
-                for (size_t t = 0; t < n_tok; t++) {
-                    x86_x32 xb = x86_load_x32(&x[t], b);
-                    acc[t] = step(&w, &xb, acc[t]);
-                }
-            }
-            for (size_t t = 0; t < n_tok; t++)
-                x86_store_rows(mm->y + (t0 + t) * mm->y_stride + r, acc[t], mm->n_row - r);
-        }
-    }
-}
-
 /* -------------------------------------------------------------------------- float weights -- */
 
 /* 8 weights as floats, and the last n < 8 of a row, the rest 0. */

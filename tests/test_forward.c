@@ -404,7 +404,8 @@ static void same_bits_for_any_context_length(void)
 
 static void same_bits_on_any_instruction_set(void)
 {
-    static const moe_isa isas[] = {MOE_ISA_C, MOE_ISA_AVX2, MOE_ISA_AVX512, MOE_ISA_NEON};
+    static const moe_isa isas[] = {MOE_ISA_C, MOE_ISA_AVX2, MOE_ISA_AVXVNNI, MOE_ISA_AVX512,
+                                   MOE_ISA_NEON};
     for (size_t i = 0; i < n_fixtures; i++) {
         const fixture *f = &fixtures[i];
         moe_model *best = model_open_isa(f, MOE_ISA_AUTO);

@@ -17,10 +17,10 @@
 #include "../backends/cpu_outer.h"
 #include "../backends/cpu_simd.h"
 
-/* The machine that is emulated. AVX-VNNI's instructions are AVX-512's under other names. */
+/* The machine that is emulated. */
 static uint32_t cpu_detect(void)
 {
-    return MOE_CPU_AVX2 | MOE_CPU_AVX512 | MOE_CPU_AVX512_VNNI;
+    return MOE_CPU_AVX2 | MOE_CPU_AVX_VNNI | MOE_CPU_AVX512 | MOE_CPU_AVX512_VNNI;
 }
 
 #include "test_kernels.c"
