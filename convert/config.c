@@ -15,6 +15,7 @@ typedef struct config_reader {
     json_ref root;
     meta_writer kv;
     moe_error *error;
+    uint32_t n_draft;       // layers for multi-token prediction that the checkpoint has
 } config_reader;
 
 /* ---------------------------------------------------------------------------- expressions -- */
@@ -189,7 +190,7 @@ static moe_status config_put_layers(config_reader *r, const moe_config_key *k, c
 {
     if (json_typeof(list) != JSON_ARRAY)
         return config_fail(r, MOE_ERR_MODEL, k->hf, "a list", list);
-    meta_put_array(&r->kv, key, META_U32, json_count(list));
+    meta_put_array(&r->kv, key, META_U32, (uint64_t)json_count(list) + r->n_draft);
     for (json_ref v = json_first(list); v.node; v = json_next(list, v)) {
         char buf[64], what[128], mark;
         json_ref value;
@@ -204,6 +205,8 @@ static moe_status config_put_layers(config_reader *r, const moe_config_key *k, c
             return config_fail(r, MOE_ERR_MODEL, what, "a whole number", value);
         meta_number(&r->kv, (uint32_t)x, 4);
     }
+    for (uint32_t i = 0; i < r->n_draft; i++) // they have attention, not a state
+        meta_number(&r->kv, 0, 4);
     return MOE_OK;
 }
 

@@ -17,6 +17,8 @@ typedef struct hf_source {
     moe_hparams hp;
     st_table table;
     const char *prefix;     // stands for "model." at the start of names
+    const char *draft_prefix; // of the layer for multi-token prediction, if it has names of its own
+    uint32_t n_draft;       // such layers that are carried over: 0 or 1
     uint32_t fp8_block;
     size_t capacity;        // of source->tensors
     moe_error *error;
@@ -74,7 +76,7 @@ static moe_status hf_explain(const hf_source *h, moe_status status)
 static moe_status hf_read_config(hf_source *h, json_ref generation)
 {
     conv_source *s = h->source;
-    config_reader r = {s, h->family, h->root, {&s->kv, &s->n_kv, false}, h->error};
+    config_reader r = {s, h->family, h->root, {&s->kv, &s->n_kv, false}, h->error, h->n_draft};
     text_buf file = {.mem = s->mem};
     moe_model model = {.family = h->family};
     hf_put_general(h, &r.kv);
@@ -105,14 +107,36 @@ static moe_status hf_read_config(hf_source *h, json_ref generation)
 
 /* ---------------------------------------------------------------------------------- names -- */
 
+/* What stands for "model.layers.%u." of a layer with names of its own, and the rest of the name. */
+static const char *hf_draft_place(const char **rest)
+{
+    static const char *const own[][2] = {{"eh_proj.weight", "fc.weight"},
+                                         {"enorm.weight", "pre_fc_norm_embedding.weight"},
+                                         {"hnorm.weight", "pre_fc_norm_hidden.weight"},
+                                         {"shared_head.norm.weight", "norm.weight"}};
+    for (size_t i = 0; i < MOE_COUNT(own); i++)
+        if (!strcmp(*rest, own[i][0])) {
+            *rest = own[i][1];
+            return "";
+        }
+    return "layers.0.";
+}
+
 /* "model.layers.%u.x.%u.y" with its numbers, and the checkpoint's prefix for "model.". */
 static const char *hf_name(const hf_source *h, const char *format, uint32_t layer, uint32_t expert,
                            char buf[CONVERT_MAX_NAME_BYTES])
 {
+    static const char layers[] = "model.layers.%u.";
     const uint32_t numbers[2] = {layer, expert};
     uint32_t n = 0;
     size_t used = 0;
-    if (!strncmp(format, "model.", 6)) {
+    if (h->draft_prefix && h->hp.n_layer && layer >= h->hp.n_layer &&
+        !strncmp(format, layers, sizeof layers - 1)) {
+        format += sizeof layers - 1;
+        const char *place = hf_draft_place(&format);
+        used = (size_t)snprintf(buf, CONVERT_MAX_NAME_BYTES, "%s%s", h->draft_prefix, place);
+        n = 1;
+    } else if (!strncmp(format, "model.", 6)) {
         used = (size_t)snprintf(buf, CONVERT_MAX_NAME_BYTES, "%s", h->prefix);
         format += 6;
     }
@@ -144,6 +168,39 @@ static moe_status hf_find_prefix(hf_source *h)
     return fail(h->error, MOE_ERR_MODEL, "model.embed_tokens.weight",
                 "expected the token embedding among the %zu tensors of %s, got none", h->table.n,
                 h->dir);
+}
+
+/* The bytes with which names of a layer for multi-token prediction of Qwen3.5's kind begin; 0: it is none
+ * of them. */
+static size_t hf_draft_names(const char *name)
+{
+    static const char *const prefixes[] = {"mtp.", "model.mtp."};
+    for (size_t i = 0; i < MOE_COUNT(prefixes); i++)
+        if (!strncmp(name, prefixes[i], strlen(prefixes[i])))
+            return strlen(prefixes[i]);
+    return 0;
+}
+
+/* Of the layers for multi-token prediction, of which config.json tells the number, one is carried over,
+ * if the checkpoint has it. The number becomes what is carried over: the file tells of no other. */
+static void hf_count_draft(hf_source *h)
+{
+    static const char *const keys[] = {"num_nextn_predict_layers", "mtp_num_hidden_layers"};
+    char name[CONVERT_MAX_NAME_BYTES];
+    const double n_layer = json_double(config_path(h->root, "num_hidden_layers"), 0);
+    for (size_t i = 0; i < MOE_COUNT(keys); i++) {
+        json_ref v = config_path(h->root, keys[i]);
+        if (!(json_double(v, 0) > 0))
+            continue;
+        snprintf(name, sizeof name, "%slayers.%.0f.eh_proj.weight", h->prefix, n_layer);
+        h->draft_prefix = st_find(&h->table, "mtp.fc.weight")         ? "mtp."
+                          : st_find(&h->table, "model.mtp.fc.weight") ? "model.mtp." : NULL;
+        h->n_draft = h->draft_prefix || st_find(&h->table, name);
+        h->root.doc->nodes[v.node - h->root.doc->nodes].as.number = h->n_draft;
+        if (!h->n_draft)
+            conv_note(h->source, "the layer for multi-token prediction, of which config.json tells, is "
+                      "not in the checkpoint");
+    }
 }
 
 /* --------------------------------------------------------------------------------- inputs -- */
@@ -558,7 +615,7 @@ static moe_status hf_new_tensor(hf_source *h, const moe_binding *b, uint32_t lay
  * frequencies that they have among all: the others are divided until they stand still. */
 static moe_status hf_make_proportional(hf_source *h, const moe_binding *b, json_ref rope)
 {
-    config_reader r = {h->source, h->family, h->root, {0}, h->error};
+    config_reader r = {h->source, h->family, h->root, {0}, h->error, 0};
     double share, factor;
     conv_tensor *t;
     moe_status status;
@@ -584,7 +641,7 @@ static moe_status hf_make_proportional(hf_source *h, const moe_binding *b, json_
 static moe_status hf_make_rope_freqs(hf_source *h, const moe_binding *b)
 {
     json_ref rope = config_rope(h->root);
-    config_reader r = {h->source, h->family, h->root, {0}, h->error};
+    config_reader r = {h->source, h->family, h->root, {0}, h->error, 0};
     double factor, low, high, n_ctx;
     conv_tensor *t;
     moe_status status;
@@ -694,10 +751,12 @@ static bool hf_ignored(const hf_source *h, const char *name)
     if (h->root.node != h->whole.node && strncmp(name, h->prefix, strlen(h->prefix)) &&
         !strstr(name, "lm_head"))
         return true;
-    if (!strncmp(name, "mtp.", 4)) // multi-token prediction of Qwen3.5: not used yet
-        return true;
     // multi-token prediction: layers behind the first, and what that one shares with the model
     char start[128];
+    const size_t own = hf_draft_names(name);
+    if (own)
+        return !h->n_draft || strstr(name, "embed_tokens.weight") || strstr(name, "head.weight") ||
+               (!strncmp(name + own, "layers.", 7) && strncmp(name + own, "layers.0.", 9));
     const int bytes = snprintf(start, sizeof start, "%slayers.", h->prefix);
     if (!h->hp.n_layer_draft || strncmp(name, start, (size_t)bytes))
         return false;
@@ -726,24 +785,8 @@ static moe_status hf_check_unused(hf_source *h)
     return MOE_OK;
 }
 
-/* Whether the checkpoint has the layer for multi-token prediction that config.json tells of. */
-static bool hf_has_draft(hf_source *h)
-{
-    char name[CONVERT_MAX_NAME_BYTES];
-    if (!h->hp.n_layer_draft)
-        return false;
-    if (st_find(&h->table, hf_name(h, "model.layers.%u.eh_proj.weight", h->hp.n_layer, 0, name)))
-        return true;
-    conv_note(h->source, "the layer for multi-token prediction, of which config.json tells, is not in "
-              "the checkpoint");
-    return false;
-}
-
 static moe_status hf_find_tensors(hf_source *h)
 {
-    moe_status status = hf_find_prefix(h);
-    if (status)
-        return status;
     char name[CONVERT_MAX_NAME_BYTES];
     const st_tensor *embedding = st_find(&h->table, hf_name(h, "model.embed_tokens.weight", 0, 0,
                                                             name));
@@ -754,8 +797,8 @@ static moe_status hf_find_tensors(hf_source *h)
                     "expected %.0f rows, the vocab_size of config.json, got %llu", vocab,
                     (unsigned long long)(embedding->n_dims ? embedding->dims[0] : 0));
     h->hp.n_vocab = (uint32_t)embedding->dims[0];
-    h->hp.n_layer_all = h->hp.n_layer + hf_has_draft(h);
-    status = hf_reserve(h);
+    h->hp.n_layer_all = h->hp.n_layer + h->hp.n_layer_draft;
+    moe_status status = hf_reserve(h);
     if (!status)
         status = hf_add_all(h, 0, true, true);
     for (uint32_t i = 0; i < h->hp.n_layer_all && !status; i++)
@@ -805,7 +848,11 @@ static moe_status hf_convert(hf_source *h, json_ref generation, const char *pre)
     if (!status)
         status = st_load(&h->table, h->dir, h->error);
     if (!status)
+        status = hf_find_prefix(h);
+    if (!status) {
+        hf_count_draft(h);
         status = hf_read_config(h, generation);
+    }
     if (!status)
         status = hf_find_tensors(h);
     if (status)

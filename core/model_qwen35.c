@@ -223,6 +223,8 @@ static const moe_config_key config_qwen35[] = {
      "linear_attention=1 full_attention=0", 0},
     {"full_attention_interval", "full_attention_interval", CONFIG_U32, NULL, 0},
     {"shared_expert_intermediate_size", "expert_shared_feed_forward_length", CONFIG_U32, NULL, 0},
+    {"num_hidden_layers+mtp_num_hidden_layers", "block_count", CONFIG_U32, NULL, 0},
+    {"mtp_num_hidden_layers", "nextn_predict_layers", CONFIG_U32, NULL, 0},
     {0},
 };
 

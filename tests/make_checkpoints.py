@@ -16,7 +16,7 @@ saved in BF16, one in several shards, one holds FP8 (E4M3) weights with a scale 
 128 x 128, made here as DeepSeek's are, one FP8 with one scale for each matrix, and one MXFP4 experts as
 gpt-oss has them, which transformers' own reader must read as the same numbers. Beside it stands one whose
 experts are floats, which gpt-oss transposes. One has a layer for
-multi-token prediction, named as in DeepSeek's checkpoints; NAME/drafts is what it says behind the last
+multi-token prediction, named as in DeepSeek's checkpoints, one as in Qwen3.5's; NAME/drafts is what it says behind the last
 token, float32[n_vocab].
 """
 import argparse
@@ -64,6 +64,8 @@ CHECKPOINTS = {
     "gemma3": dict(mf.MODELS["gemma3"], tok=20),
     "qwen35moe": dict(mf.MODELS["qwen35moe"], tok=16, layer=2, expert=3, used=2,
                       delta=dict(head=4, head_k=2, dim=10, dim_v=8, period=2)),
+    "qwen35moe-mtp": dict(mf.MODELS["qwen35moe-mtp"], tok=12, layer=2, expert=3, used=2,
+                          delta=dict(head=2, head_k=1, dim=8, period=2)),
     # 0.4 of 16 dimensions turn: 6, since transformers rounds down
     "qwen3next": dict(mf.MODELS["qwen3next"], tok=16, layer=2, expert=3, dim=16, rot=6,
                       delta=dict(head=4, head_k=2, dim=6, dim_v=9, period=2)),
@@ -153,6 +155,16 @@ def add_draft_layer(folder, weights, m):
     path = os.path.join(folder, "model.safetensors")
     tensors = load_file(path)
     start = f"model.layers.{m['layer']}."
+    if m["family"].startswith("qwen"):  # which names them otherwise, and tells of them in the config
+        own = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden",
+               "shared_head.norm": "norm"}
+        for name, w in weights.items():
+            part = name.removeprefix(start)
+            part = f"{own[part[:-7]]}.weight" if part[:-7] in own else "layers.0." + part
+            tensors["mtp." + part] = torch.tensor(w)
+        save_file(tensors, path, metadata={"format": "pt"})
+        edit_config(folder, mtp_num_hidden_layers=1)
+        return
     for name, w in weights.items():
         t = torch.tensor(w)
         experts = start + "mlp.experts."

@@ -230,20 +230,27 @@ static void quantized_checkpoints_diverge_as_their_bits_say(void)
     CHECK(n >= 3, "only %d checkpoints were quantized", n);
 }
 
-/* A layer for multi-token prediction is carried over, and says what transformers' says. */
-static void draft_layer_is_converted(void)
+/* A layer for multi-token prediction is carried over, and says what transformers' says; through GGUF, and
+ * through a .moe file to another one. */
+static void draft_layer_comes_through(const char *name, bool twice)
 {
     char path[600];
     size_t bytes = 0;
     expected_logits e = {0};
     moe_error error = {0};
     draft_guess guess;
-    const char *out = scratch_path("drafts.gguf");
-    REQUIRE(expected_load(&e, checkpoint("deepseek3-mtp")), "expected");
-    snprintf(path, sizeof path, "%s/drafts", checkpoint("deepseek3-mtp"));
+    const char *out = scratch_path(twice ? "drafts.moe" : "drafts.gguf");
+    REQUIRE(expected_load(&e, checkpoint(name)), "expected");
+    snprintf(path, sizeof path, "%s/drafts", checkpoint(name));
     float *want = (float *)(void *)test_read_file(path, &bytes);
     REQUIRE(want && bytes == e.n_vocab * sizeof *want, "%s", path);
-    REQUIRE(!convert(checkpoint("deepseek3-mtp"), out, NULL, &error), "%s", error.message);
+    REQUIRE(!convert(checkpoint(name), out, NULL, &error), "%s", error.message);
+    if (twice) {
+        const char *through = out;
+        out = scratch_path("drafts-again.gguf");
+        REQUIRE(!convert(through, out, NULL, &error), "%s", error.message);
+        unlink(through);
+    }
     moe_model_options mo;
     moe_session_options so;
     moe_model *model;
@@ -264,12 +271,20 @@ static void draft_layer_is_converted(void)
         far = fmax(far, fabs((double)s->mtp.logits[v] - (double)want[v]));
         most = fmax(most, fabs((double)want[v]));
     }
-    CHECK(far <= 1e-4 * most, "%g of %g", far, most);
+    CHECK(far <= 1e-4 * most, "%s: %g of %g", name, far, most);
     moe_session_close(s);
     moe_model_close(model);
     unlink(out);
     free(want);
     free(e.data);
+}
+
+static void draft_layer_is_converted(void)
+{
+    for (int twice = 0; twice < 2; twice++) {
+        draft_layer_comes_through("deepseek3-mtp", twice);
+        draft_layer_comes_through("qwen35moe-mtp", twice);
+    }
 }
 
 /* Values of E4M3 as torch's float8_e4m3fn has them: subnormals, both ends, the one NaN of each sign. */
