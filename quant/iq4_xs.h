@@ -292,6 +292,53 @@ MOE_VNNI512 static void iq4_xs_gemm_vnni512(const moe_mm *mm)
     x86_512_gemm(mm, &iq4_xs_vnni512);
 }
 
+/* A quarter of a vector holds 16 bytes, a group: its low nibbles are followed by its high ones. */
+MOE_VNNI512_INLINE void iq4_xs_dot8_vnni512(const uint8_t *const row[8], size_t offset,
+                                            const int8_t *q, const int16_t *sum, x86_k_sums *out)
+{
+    const __m512i table = _mm512_broadcast_i32x4(
+        _mm_xor_si128(_mm_loadu_si128((const __m128i *)iq4_value), _mm_set1_epi8(-128)));
+    const __m512i shift[2] = {
+        _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12),
+        _mm512_setr_epi32(16, 16, 16, 16, 20, 20, 20, 20, 24, 24, 24, 24, 28, 28, 28, 28)};
+    __m512i x_low[2], x_high[2], init[2], dot[8];
+    (void)sum;
+    MOE_UNROLL
+    for (size_t p = 0; p < 2; p++) {
+        const __m512i a = x86_512_load64(q + 128 * p), b = x86_512_load64(q + 128 * p + 64);
+        x_low[p] = _mm512_shuffle_i32x4(a, b, 0x88);
+        x_high[p] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        init[p] = x86_512_init(_mm512_setzero_si512(), x_low[p], 128);
+        init[p] = x86_512_init(init[p], x_high[p], 128);
+    }
+    for (size_t r = 0; r < 8; r++) {
+        const iq4_xs_block *block = (const iq4_xs_block *)(row[r] + offset);
+        const __m512i s_low = _mm512_set1_epi32(x86_load_i32(block->scales_l));
+        const __m512i s_high = _mm512_set1_epi32(load_u16(block->scales_h) << 4);
+        dot[r] = _mm512_setzero_si512();
+        MOE_UNROLL
+        for (size_t p = 0; p < 2; p++) {
+            __m512i low, high;
+            x86_512_nibbles(x86_512_load64(block->qs + 64 * p), &low, &high);
+            __m512i part = _mm512_dpbusd_epi32(init[p], _mm512_shuffle_epi8(table, low), x_low[p]);
+            part = _mm512_dpbusd_epi32(part, _mm512_shuffle_epi8(table, high), x_high[p]);
+            const __m512i scale = _mm512_or_si512(
+                _mm512_and_si512(_mm512_srlv_epi32(s_low, shift[p]), _mm512_set1_epi32(15)),
+                _mm512_and_si512(_mm512_srlv_epi32(s_high, _mm512_srli_epi32(shift[p], 1)),
+                                 _mm512_set1_epi32(48)));
+            part = _mm512_mullo_epi32(part, _mm512_sub_epi32(scale, _mm512_set1_epi32(32)));
+            dot[r] = _mm512_add_epi32(dot[r], part);
+        }
+    }
+    out->dot = x86_512_sum8(dot);
+    out->d = x86_f16x8(row, offset);
+}
+
+MOE_VNNI512 static void iq4_xs_gemv_vnni512(const moe_mm *mm)
+{
+    x86_k_gemv(mm, sizeof(iq4_xs_block), X86_K_NO_MIN, iq4_xs_dot8_vnni512);
+}
+
 #endif
 
 /* -- NEON -- */
@@ -334,7 +381,7 @@ static moe_kernels iq4_xs_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = iq4_xs_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best = (moe_kernels){iq4_xs_gemm_vnni512, iq4_xs_gemm_vnni512};
+        best = (moe_kernels){iq4_xs_gemv_vnni512, iq4_xs_gemm_vnni512};
 #endif
 #if MOE_ARM64
     best = iq4_xs_select_arm(cpu, best);

@@ -237,6 +237,41 @@ MOE_VNNI512 static void q2_k_gemm_vnni512(const moe_mm *mm)
     x86_512_gemm(mm, &q2_k_vnni512);
 }
 
+MOE_VNNI512_INLINE void q2_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
+                                          const int8_t *q, const int16_t *sum, x86_k_sums *out)
+{
+    const __m512i low2 = _mm512_set1_epi8(3), zero = _mm512_setzero_si512();
+    const __m512i groups[2] = {X86_512_GROUPS(0, 2, 1, 3, 8, 10, 9, 11),
+                               X86_512_GROUPS(4, 6, 5, 7, 12, 14, 13, 15)};
+    __m512i x[4], dot[8];
+    __m256i min[8];
+    MOE_UNROLL
+    for (size_t j = 0; j < 4; j++)
+        x[j] = x86_512_pair(q + 32 * j, 128);
+    for (size_t r = 0; r < 8; r++) {
+        const q2_k_block *block = (const q2_k_block *)(row[r] + offset);
+        __m128i scales, mins;
+        q2_k_scales_avx2(block, &scales, &mins);
+        min[r] = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x86_k_load(sum));
+        const __m512i v = x86_512_load64(block->qs);
+        __m512i part[4];
+        MOE_UNROLL
+        for (unsigned j = 0; j < 4; j++)
+            part[j] = _mm512_dpbusd_epi32(
+                zero, _mm512_and_si512(_mm512_srli_epi16(v, 2 * j), low2), x[j]);
+        dot[r] = x86_512_scaled(zero, part[0], part[1], x86_512_spread16(scales, groups[0]));
+        dot[r] = x86_512_scaled(dot[r], part[2], part[3], x86_512_spread16(scales, groups[1]));
+    }
+    *out = (x86_k_sums){x86_512_sum8(dot), x86_sum8_i32(min),
+                        x86_f16x8(row, offset + offsetof(q2_k_block, d)),
+                        x86_f16x8(row, offset + offsetof(q2_k_block, dmin))};
+}
+
+MOE_VNNI512 static void q2_k_gemv_vnni512(const moe_mm *mm)
+{
+    x86_k_gemv(mm, sizeof(q2_k_block), X86_K_FLOAT_MIN, q2_k_dot8_vnni512);
+}
+
 #endif
 
 /* -- NEON -- */
@@ -278,7 +313,7 @@ static moe_kernels q2_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = q2_k_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best = (moe_kernels){q2_k_gemm_vnni512, q2_k_gemm_vnni512};
+        best = (moe_kernels){q2_k_gemv_vnni512, q2_k_gemm_vnni512};
 #endif
 #if MOE_ARM64
     best = q2_k_select_arm(cpu, best);

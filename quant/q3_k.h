@@ -273,6 +273,45 @@ MOE_VNNI512 static void q3_k_gemm_vnni512(const moe_mm *mm)
     x86_512_gemm(mm, &q3_k_vnni512);
 }
 
+MOE_VNNI512_INLINE void q3_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
+                                          const int8_t *q, const int16_t *sum, x86_k_sums *out)
+{
+    const __m512i low2 = _mm512_set1_epi8(3), third = _mm512_set1_epi8(4);
+    const __m512i turn = x86_512_halves(2, 62); /* bit 0, or bit 4, of hmask to bit 2 */
+    const __m512i groups[2] = {X86_512_GROUPS(0, 2, 1, 3, 8, 10, 9, 11),
+                               X86_512_GROUPS(4, 6, 5, 7, 12, 14, 13, 15)};
+    __m512i x[4], init[4], dot[8];
+    (void)sum;
+    MOE_UNROLL
+    for (size_t j = 0; j < 4; j++) {
+        x[j] = x86_512_pair(q + 32 * j, 128);
+        init[j] = x86_512_init(_mm512_setzero_si512(), x[j], 4);
+    }
+    for (size_t r = 0; r < 8; r++) {
+        const q3_k_block *block = (const q3_k_block *)(row[r] + offset);
+        const __m128i scales = q3_k_scales_avx2(block);
+        const __m512i v = x86_512_load64(block->qs);
+        const __m512i h = _mm512_rolv_epi64(x86_512_twice(block->hmask), turn);
+        __m512i part[4];
+        MOE_UNROLL
+        for (unsigned j = 0; j < 4; j++) {
+            const __m512i low = _mm512_and_si512(_mm512_srli_epi16(v, 2 * j), low2);
+            const __m512i high = _mm512_and_si512(_mm512_srli_epi16(h, j), third);
+            part[j] = _mm512_dpbusd_epi32(init[j], _mm512_or_si512(low, high), x[j]);
+        }
+        dot[r] = x86_512_scaled(_mm512_setzero_si512(), part[0], part[1],
+                                x86_512_spread16(scales, groups[0]));
+        dot[r] = x86_512_scaled(dot[r], part[2], part[3], x86_512_spread16(scales, groups[1]));
+    }
+    out->dot = x86_512_sum8(dot);
+    out->d = x86_f16x8(row, offset + offsetof(q3_k_block, d));
+}
+
+MOE_VNNI512 static void q3_k_gemv_vnni512(const moe_mm *mm)
+{
+    x86_k_gemv(mm, sizeof(q3_k_block), X86_K_NO_MIN, q3_k_dot8_vnni512);
+}
+
 #endif
 
 /* -- NEON -- */
@@ -330,7 +369,7 @@ static moe_kernels q3_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = q3_k_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best = (moe_kernels){q3_k_gemm_vnni512, q3_k_gemm_vnni512};
+        best = (moe_kernels){q3_k_gemv_vnni512, q3_k_gemm_vnni512};
 #endif
 #if MOE_ARM64
     best = q3_k_select_arm(cpu, best);

@@ -239,6 +239,49 @@ MOE_VNNI512 static void q5_k_gemm_vnni512(const moe_mm *mm)
     x86_512_gemm(mm, &q5_k_vnni512);
 }
 
+/* The codes' fifth bits, which `shift` moves to bit 4. */
+MOE_VNNI512_INLINE __m512i q5_k_join_vnni512(__m512i nibble, __m512i high, __m512i shift)
+{
+    return _mm512_or_si512(nibble, _mm512_and_si512(_mm512_rolv_epi64(high, shift),
+                                                    _mm512_set1_epi8(16)));
+}
+
+MOE_VNNI512_INLINE void q5_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
+                                          const int8_t *q, const int16_t *sum, x86_k_sums *out)
+{
+    const x86_k_header h = x86_k_load_header(row, offset);
+    const x86_512_nibble_x x = x86_512_nibble_order(q);
+    const __m512i zero = _mm512_setzero_si512();
+    /* Left by 4 - g; to the right is left by 64 less. */
+    const __m512i low_shift[2] = {x86_512_halves(4, 2), x86_512_halves(0, 62)};
+    const __m512i high_shift[2] = {x86_512_halves(3, 1), x86_512_halves(63, 61)};
+    uint32_t scale[2][8];
+    __m512i dot[8];
+    _mm256_storeu_si256((__m256i *)scale[0], h.scale[0]);
+    _mm256_storeu_si256((__m256i *)scale[1], h.scale[1]);
+    for (size_t r = 0; r < 8; r++) {
+        const uint8_t *block = row[r] + offset, *qs = block + offsetof(q5_k_block, qs);
+        const __m512i qh = x86_512_twice(block + offsetof(q5_k_block, qh));
+        dot[r] = zero;
+        MOE_UNROLL
+        for (size_t p = 0; p < 2; p++) {
+            __m512i low, high;
+            x86_512_nibbles(x86_512_load64(qs + 64 * p), &low, &high);
+            low = q5_k_join_vnni512(low, qh, low_shift[p]);
+            high = q5_k_join_vnni512(high, qh, high_shift[p]);
+            low = _mm512_dpbusd_epi32(zero, low, x.low[p]);
+            high = _mm512_dpbusd_epi32(zero, high, x.high[p]);
+            dot[r] = x86_512_scaled(dot[r], low, high, x86_512_nibble_scales(scale[p][r]));
+        }
+    }
+    *out = (x86_k_sums){x86_512_sum8(dot), x86_k_min_sum(&h, sum), h.d, h.dmin};
+}
+
+MOE_VNNI512 static void q5_k_gemv_vnni512(const moe_mm *mm)
+{
+    x86_k_gemv(mm, sizeof(q5_k_block), X86_K_FLOAT_MIN, q5_k_dot8_vnni512);
+}
+
 #endif
 
 /* -- NEON -- */
@@ -286,7 +329,7 @@ static moe_kernels q5_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = q5_k_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best = (moe_kernels){q5_k_gemm_vnni512, q5_k_gemm_vnni512};
+        best = (moe_kernels){q5_k_gemv_vnni512, q5_k_gemm_vnni512};
 #endif
 #if MOE_ARM64
     best = q5_k_select_arm(cpu, best);
