@@ -172,8 +172,9 @@ static void *cpu_take(uint8_t *base, uint64_t *used, uint64_t bytes)
 static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
 {
     const moe_queue_options *o = &q->options;
-    const uint64_t n_query = MOE_MAX(CPU_QUERIES, o->n_head_max);
-    const uint64_t row = ((uint64_t)o->dim_max + 2) * sizeof(float);
+    const uint64_t n_query = MOE_MAX(cpu_most_queries(o->dim_max),
+                                     align_up(o->n_head_max, CPU_PANEL));
+    const uint64_t row = cpu_sum_stride(o->dim_max) * sizeof(float);
     const uint64_t n_segment = (uint64_t)o->n_slot_max / CPU_SEGMENT + 1;
     const uint64_t experts = ((uint64_t)o->n_expert_max + 1) * sizeof(uint32_t);
     const uint64_t n_slot = (uint64_t)o->n_tok_max * o->n_used_max;
@@ -394,7 +395,8 @@ static void cpu_record_attend(moe_queue *q, const moe_attend_op *o)
     }
     /* Many queries per converted key, but enough tasks for all threads. */
     const uint32_t most = o->n_tok * op->k.n_head / (2 * q->options.n_threads);
-    op->chunk = MOE_MAX(1, MOE_MIN(most, CPU_QUERIES / (o->n_head / op->k.n_head)));
+    const uint32_t fit = cpu_most_queries(q->options.dim_max) / (o->n_head / op->k.n_head);
+    op->chunk = MOE_MAX(1, MOE_MIN(most, fit));
     cpu_new_phase(q, op, cpu_attend, (uint64_t)cpu_ceil_div(o->n_tok, op->chunk) * op->k.n_head);
 }
 

@@ -68,18 +68,26 @@ static void cpu_cache_transposed(const moe_queue *q, const moe_cache *c, uint32_
     }
 }
 
+/* From one query's sum of `dim` values, followed by maximum and sum, to the next one's. */
+MOE_INLINE size_t cpu_sum_stride(size_t dim)
+{
+    return (size_t)align_up(dim + 2, 16);
+}
+
 MOE_INLINE size_t cpu_value_dim(const moe_attend_op *o, const moe_cache *v)
 {
     return o->dim_v ? o->dim_v : v->dim;
 }
 
 /* The queries of one task: tokens [tok, tok + n_tok) of heads that share a key/value head: all of
- * them, or in decode, where few tasks would be left, some. */
+ * them, or in decode, where few tasks would be left, some. Query i is head i % group of token
+ * i / group. */
 typedef struct cpu_queries {
     const moe_attend_op *o;
     const moe_cache *k, *v;
     uint32_t kv_head, tok, n_tok;
     uint32_t head, group; // heads [head, head + group)
+    uint32_t n_query;     // n_tok * group
 } cpu_queries;
 
 /* The positions of segment [start, start + CPU_SEGMENT) that token t may see: [*lo, *hi). */
@@ -98,29 +106,46 @@ MOE_INLINE uint32_t cpu_query_head(const cpu_queries *a, uint32_t i)
     return a->head + i % a->group;
 }
 
-/* The task's queries, times the scale, one after another: s->queries[query][dim]. */
-static void cpu_gather_queries(const moe_queue *q, const cpu_queries *a, const cpu_scratch *s)
+/* The heads of token t, times the scale: dst[group][dim]. */
+static void cpu_scale_queries(const moe_queue *q, const cpu_queries *a, uint32_t t, float *dst)
 {
-    const size_t n = a->group * (size_t)a->k->dim;
-    for (uint32_t t = 0; t < a->n_tok; t++) {
-        const size_t first = (size_t)(a->tok + t) * a->o->n_head + a->head;
-        q->device->simd->scale_rows(s->queries + t * n, cpu_floats(a->o->q) + first * a->k->dim,
-                                    a->o->scale, NULL, n);
-    }
+    const size_t dim = a->k->dim, first = (size_t)(a->tok + t) * a->o->n_head + a->head;
+    q->device->simd->scale_rows(dst, cpu_floats(a->o->q) + first * dim, a->o->scale, NULL,
+                                a->group * dim);
+}
+
+static void cpu_softcap_scores(const cpu_queries *a, float *score, size_t n)
+{
+    for (size_t j = 0; a->o->cap > 0 && j < n; j++)
+        score[j] = a->o->cap * cpu_tanh(score[j] / a->o->cap);
+}
+
+/* A segment for all queries of a task: partial[i] = (sum of exp(s - max) v, max, sum of exp(s - max)).
+ * A query that sees nothing of the segment gets a sum of 0. There are two ways to it, with the same
+ * bits: the neighbours in a vector are keys, or they are queries. */
+
+/* --------------------------------------------------------------------------- few queries -- */
+
+/* One after another: s->queries[query][dim]. */
+static void cpu_gather_rows(const moe_queue *q, const cpu_queries *a, const cpu_scratch *s)
+{
+    for (uint32_t t = 0; t < a->n_tok; t++)
+        cpu_scale_queries(q, a, t, s->queries + t * a->group * (size_t)a->k->dim);
 }
 
 /* Scores of all queries with positions [first, first + n) of the segment at `start`. */
-static void cpu_scores(const moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
-                       uint32_t n, const cpu_scratch *s)
+static void cpu_row_scores(const moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
+                           uint32_t n, const cpu_scratch *s)
 {
     const cpu_outer o = {
         .c = s->scores + (first - start),
         .c_stride = CPU_SCORES,
         .a = s->queries,
         .a_stride = a->k->dim,
+        .a_step = 1,
         .b = s->block,
         .b_stride = CPU_KEY_BLOCK,
-        .n_row = a->n_tok * a->group,
+        .n_row = a->n_query,
         .n_k = a->k->dim,
         .n_col = (size_t)align_up(n, CPU_KEY_ROWS),
         .fresh = true,
@@ -131,11 +156,11 @@ static void cpu_scores(const moe_queue *q, const cpu_queries *a, uint32_t start,
 
 /* Turns the scores of positions [first, end) of a query into weights, in place: exp(score - max), and 0
  * where it does not see. */
-static void cpu_weights(const moe_queue *q, const cpu_queries *a, uint32_t query, uint32_t start,
-                        uint32_t first, uint32_t end, const cpu_scratch *s)
+static void cpu_row_weights(const moe_queue *q, const cpu_queries *a, uint32_t query, uint32_t start,
+                            uint32_t first, uint32_t end, const cpu_scratch *s)
 {
     const size_t dim = cpu_value_dim(a->o, a->v);
-    float *score = s->scores + (size_t)query * CPU_SCORES, *partial = s->partial + query * (dim + 2);
+    float *score = s->scores + (size_t)query * CPU_SCORES, *partial = s->partial + query * cpu_sum_stride(dim);
     uint32_t lo, hi;
     if (!cpu_visible(a->o, a->tok + query / a->group, start, &lo, &hi))
         lo = hi = end;
@@ -144,66 +169,251 @@ static void cpu_weights(const moe_queue *q, const cpu_queries *a, uint32_t query
     if (lo == hi)
         return;
     score += lo - start;
-    for (uint32_t j = 0; a->o->cap > 0 && j < hi - lo; j++)
-        score[j] = a->o->cap * cpu_tanh(score[j] / a->o->cap);
+    cpu_softcap_scores(a, score, hi - lo);
     partial[dim] = q->device->simd->max(score, hi - lo);
     partial[dim + 1] = q->device->simd->exp_sum(score, hi - lo, partial[dim]);
 }
 
 /* Adds the values of positions [first, first + n), weighted, to the queries' partial sums. */
-static void cpu_values(const moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
-                       uint32_t n, const cpu_scratch *s)
+static void cpu_row_values(const moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
+                           uint32_t n, const cpu_scratch *s)
 {
     const size_t dim = cpu_value_dim(a->o, a->v), stride = (size_t)align_up(a->v->dim, 32);
     cpu_cache_floats(q, a->v, a->kv_head, first, n, s->block);
     q->device->outer->outer(&(cpu_outer){
         .c = s->partial,
-        .c_stride = dim + 2,
+        .c_stride = cpu_sum_stride(dim),
         .a = s->scores + (first - start),
         .a_stride = CPU_SCORES,
+        .a_step = 1,
         .b = s->block,
         .b_stride = stride,
-        .n_row = a->n_tok * a->group,
+        .n_row = a->n_query,
         .n_k = n,
         .n_col = dim,
     });
 }
 
-/* One segment for all queries: partial[i] = (sum of exp(s - max) v, max, sum of exp(s - max)). A query
- * that sees nothing of the segment gets a sum of 0. */
-static void cpu_segment(const moe_queue *q, const cpu_queries *a, uint32_t start,
-                        const cpu_scratch *s)
+static void cpu_segment_rows(const moe_queue *q, const cpu_queries *a, uint32_t start,
+                             const cpu_scratch *s)
 {
     const size_t dim = cpu_value_dim(a->o, a->v);
-    const uint32_t n_query = a->n_tok * a->group;
     uint32_t first, end, ignored;
-    memset(s->partial, 0, n_query * (dim + 2) * sizeof(float));
+    memset(s->partial, 0, a->n_query * cpu_sum_stride(dim) * sizeof(float));
     cpu_visible(a->o, a->tok, start, &first, &ignored);
     cpu_visible(a->o, a->tok + a->n_tok - 1, start, &ignored, &end);
     for (uint32_t b = first; b < end; b += CPU_KEY_BLOCK)
-        cpu_scores(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
-    for (uint32_t i = 0; i < n_query; i++)
-        cpu_weights(q, a, i, start, first, end, s);
+        cpu_row_scores(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
+    for (uint32_t i = 0; i < a->n_query; i++)
+        cpu_row_weights(q, a, i, start, first, end, s);
     for (uint32_t b = first; b < end; b += CPU_KEY_BLOCK)
-        cpu_values(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
+        cpu_row_values(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
 }
 
-/* Joins a segment to those before it: both are sums relative to their own maximum. Milakov and
- * Gimelshein 2018, arXiv:1805.02867. */
-static void cpu_merge(const moe_queue *q, float *total, const float *partial, size_t dim)
+/* -------------------------------------------------------------------------- many queries -- */
+
+/* Queries [query, query + n), side by side, and a segment. */
+typedef struct cpu_panel {
+    uint32_t query, n, n_col; // n_col: n rounded up to whole vectors
+    uint32_t start, lo, hi;   // some query sees positions [lo, hi) of the segment
+    float *queries;           // [dim][CPU_PANEL]
+    float *scores;            // [CPU_SEGMENT][CPU_PANEL]
+    float *partial;           // [n][cpu_sum_stride(dim_v)]
+} cpu_panel;
+
+static cpu_panel cpu_panel_at(const cpu_queries *a, uint32_t query, uint32_t start,
+                              const cpu_scratch *s)
 {
-    if (partial[dim + 1] == 0)
-        return;
-    if (total[dim + 1] == 0) {
-        memcpy(total, partial, (dim + 2) * sizeof *total);
-        return;
+    cpu_panel p = {.query = query, .n = MOE_MIN(CPU_PANEL, a->n_query - query), .start = start};
+    uint32_t ignored;
+    p.n_col = (uint32_t)align_up(p.n, 16);
+    cpu_visible(a->o, a->tok + query / a->group, start, &p.lo, &ignored);
+    cpu_visible(a->o, a->tok + (query + p.n - 1) / a->group, start, &ignored, &p.hi);
+    p.lo = MOE_MIN(p.lo, start + CPU_SEGMENT);
+    p.queries = s->queries + (size_t)query * a->k->dim;
+    p.scores = s->scores + (size_t)query * CPU_SEGMENT;
+    p.partial = s->partial + query * cpu_sum_stride(cpu_value_dim(a->o, a->v));
+    return p;
+}
+
+/* Panels of queries: s->queries[panel][dim][CPU_PANEL]. Columns without a query are 0. */
+static void cpu_gather_panels(const moe_queue *q, const cpu_queries *a, const cpu_scratch *s)
+{
+    const size_t dim = a->k->dim;
+    float *rows = s->partial; // [n_query][dim]
+    for (uint32_t t = 0; t < a->n_tok; t++)
+        cpu_scale_queries(q, a, t, rows + t * a->group * dim);
+    for (uint32_t i = 0; i < a->n_query; i += CPU_PANEL) {
+        const uint32_t n = MOE_MIN(CPU_PANEL, a->n_query - i);
+        float *panel = s->queries + i * dim;
+        if (n < CPU_PANEL)
+            memset(panel, 0, dim * CPU_PANEL * sizeof *panel);
+        q->device->outer->transpose(panel, CPU_PANEL, rows + i * dim, dim, n, dim);
     }
-    const float max = total[dim] > partial[dim] ? total[dim] : partial[dim];
-    float factor[2] = {total[dim], partial[dim]};
-    q->device->simd->exp_sum(factor, 2, max);
-    q->device->simd->scale_rows(total, total, factor[0], NULL, dim + 2);
-    q->device->simd->add(total, total, partial, factor[1], dim + 2);
-    total[dim] = max;
+}
+
+/* Part of a cache that will be read soon: each of n products fetches a share of it. */
+typedef struct cpu_ahead {
+    uintptr_t next;
+    size_t step;
+} cpu_ahead;
+
+static cpu_ahead cpu_ahead_of(const moe_cache *c, uint32_t head, uint32_t first, uint32_t n_product)
+{
+    const uint64_t bytes = CPU_KEY_BLOCK * cache_row_bytes(c->type, c->dim);
+    return (cpu_ahead){(uintptr_t)cpu_cache_row(c, head, first),
+                       (size_t)align_up(bytes / n_product, 64)};
+}
+
+MOE_INLINE uintptr_t cpu_ahead_share(cpu_ahead *ahead)
+{
+    ahead->next += ahead->step;
+    return ahead->next - ahead->step;
+}
+
+/* Scores with the keys of positions [first, end), of which s->block holds floats. */
+static void cpu_panel_scores(const moe_queue *q, const cpu_queries *a, const cpu_panel *p,
+                             uint32_t first, uint32_t end, cpu_ahead *ahead, const cpu_scratch *s)
+{
+    const size_t dim = a->k->dim, stride = (size_t)align_up(dim, 32);
+    const uint32_t lo = MOE_MAX(first, p->lo), hi = MOE_MIN(end, p->hi);
+    for (size_t k = 0; lo < hi && k < dim; k += CPU_DIM_BLOCK)
+        q->device->outer->outer(&(cpu_outer){
+            .c = p->scores + (lo - p->start) * CPU_PANEL,
+            .c_stride = CPU_PANEL,
+            .a = s->block + (lo - first) * stride + k,
+            .a_stride = stride,
+            .a_step = 1,
+            .b = p->queries + k * CPU_PANEL,
+            .b_stride = CPU_PANEL,
+            .n_row = hi - lo,
+            .n_k = MOE_MIN(CPU_DIM_BLOCK, dim - k),
+            .n_col = p->n_col,
+            .fresh = k == 0,
+            .next = cpu_ahead_share(ahead),
+            .next_bytes = ahead->step,
+        });
+}
+
+/* Turns scores into weights, in place. */
+static void cpu_panel_weights(const moe_queue *q, const cpu_queries *a, const cpu_panel *p)
+{
+    const size_t dim = cpu_value_dim(a->o, a->v), stride = cpu_sum_stride(dim);
+    const uint32_t n_row = p->hi > p->lo ? p->hi - p->lo : 0;
+    uint32_t first[CPU_PANEL] = {0}, end[CPU_PANEL];
+    float max[CPU_PANEL], sum[CPU_PANEL], *scores = p->scores + (p->lo - p->start) * CPU_PANEL;
+    for (uint32_t i = 0, lo = 0, hi = 0; i < p->n_col; i++) {
+        if (i < p->n && (i == 0 || (p->query + i) % a->group == 0) &&
+            !cpu_visible(a->o, a->tok + (p->query + i) / a->group, p->start, &lo, &hi))
+            lo = hi = p->lo;
+        first[i] = i < p->n ? lo - p->lo : 0;
+        end[i] = i < p->n ? hi - p->lo : n_row;
+    }
+    cpu_softcap_scores(a, scores, (size_t)n_row * CPU_PANEL);
+    q->device->simd->exp_columns(&(cpu_columns){scores, CPU_PANEL, n_row, p->n_col, first, end, max,
+                                                sum});
+    for (uint32_t i = 0; i < p->n; i++) {
+        p->partial[i * stride + dim] = max[i];
+        p->partial[i * stride + dim + 1] = sum[i];
+    }
+}
+
+/* Adds the values of positions [first, end), of which s->block holds floats, weighted. */
+static void cpu_panel_values(const moe_queue *q, const cpu_queries *a, const cpu_panel *p,
+                             uint32_t first, uint32_t end, cpu_ahead *ahead, const cpu_scratch *s)
+{
+    const size_t dim = cpu_value_dim(a->o, a->v), stride = (size_t)align_up(a->v->dim, 32);
+    const uint32_t lo = MOE_MAX(first, p->lo), hi = MOE_MIN(end, p->hi);
+    if (lo < hi)
+        q->device->outer->outer(&(cpu_outer){
+            .c = p->partial,
+            .c_stride = cpu_sum_stride(dim),
+            .a = p->scores + (lo - p->start) * CPU_PANEL,
+            .a_stride = 1,
+            .a_step = CPU_PANEL,
+            .b = s->block + (lo - first) * stride,
+            .b_stride = stride,
+            .n_row = p->n,
+            .n_k = hi - lo,
+            .n_col = dim,
+            .fresh = lo == p->lo,
+            .next = cpu_ahead_share(ahead),
+            .next_bytes = ahead->step,
+        });
+}
+
+static void cpu_segment_panels(const moe_queue *q, const cpu_queries *a, uint32_t start,
+                               const cpu_scratch *s)
+{
+    const uint32_t n = a->n_query, n_panel = cpu_ceil_div(n, CPU_PANEL);
+    const uint32_t n_k_block = cpu_ceil_div(a->k->dim, CPU_DIM_BLOCK);
+    uint32_t first, end, ignored;
+    cpu_visible(a->o, a->tok, start, &first, &ignored);
+    cpu_visible(a->o, a->tok + a->n_tok - 1, start, &ignored, &end);
+    for (uint32_t b = first, next; b < end; b = next) {
+        next = MOE_MIN(b + CPU_KEY_BLOCK, end);
+        cpu_ahead ahead = cpu_ahead_of(next < end ? a->k : a->v, a->kv_head, next < end ? next : first,
+                                       n_panel * n_k_block);
+        cpu_cache_floats(q, a->k, a->kv_head, b, next - b, s->block);
+        for (uint32_t i = 0; i < n; i += CPU_PANEL) {
+            const cpu_panel p = cpu_panel_at(a, i, start, s);
+            cpu_panel_scores(q, a, &p, b, next, &ahead, s);
+        }
+    }
+    for (uint32_t i = 0; i < n; i += CPU_PANEL) {
+        const cpu_panel p = cpu_panel_at(a, i, start, s);
+        cpu_panel_weights(q, a, &p);
+    }
+    for (uint32_t b = first, next; b < end; b = next) {
+        next = MOE_MIN(b + CPU_KEY_BLOCK, end);
+        cpu_ahead ahead = cpu_ahead_of(next < end ? a->v : a->k, a->kv_head, next, n_panel);
+        cpu_cache_floats(q, a->v, a->kv_head, b, next - b, s->block);
+        for (uint32_t i = 0; i < n; i += CPU_PANEL) {
+            const cpu_panel p = cpu_panel_at(a, i, start, s);
+            cpu_panel_values(q, a, &p, b, next, &ahead, s);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------- segments -- */
+
+static void cpu_gather_queries(const moe_queue *q, const cpu_queries *a, const cpu_scratch *s)
+{
+    (a->n_query > CPU_FEW_QUERIES ? cpu_gather_panels : cpu_gather_rows)(q, a, s);
+}
+
+static void cpu_segment(const moe_queue *q, const cpu_queries *a, uint32_t start,
+                        const cpu_scratch *s)
+{
+    (a->n_query > CPU_FEW_QUERIES ? cpu_segment_panels : cpu_segment_rows)(q, a, start, s);
+}
+
+/* Joins a segment to those before it, for n <= CPU_PANEL queries: both are sums relative to their own
+ * maximum. Milakov and Gimelshein 2018, arXiv:1805.02867. */
+static void cpu_merge(const moe_queue *q, float *total, const float *partial, size_t dim, size_t n)
+{
+    const size_t stride = cpu_sum_stride(dim);
+    float factor[2 * CPU_PANEL];
+    for (size_t i = 0; i < n; i++) {
+        const float before = total[i * stride + dim], now = partial[i * stride + dim];
+        const float max = before > now ? before : now;
+        factor[2 * i] = before - max;
+        factor[2 * i + 1] = now - max;
+    }
+    q->device->simd->exp_sum(factor, 2 * n, 0);
+    for (size_t i = 0; i < n; i++, total += stride, partial += stride) {
+        if (partial[dim + 1] == 0)
+            continue;
+        if (total[dim + 1] == 0) {
+            memcpy(total, partial, (dim + 2) * sizeof *total);
+            continue;
+        }
+        const float max = total[dim] > partial[dim] ? total[dim] : partial[dim];
+        if (factor[2 * i] != 1) // it mostly is, once the maximum is found
+            q->device->simd->scale_rows(total, total, factor[2 * i], NULL, dim + 2);
+        q->device->simd->add(total, total, partial, factor[2 * i + 1], dim + 2);
+        total[dim] = max;
+    }
 }
 
 /* dst = total / (sum + sink) */
@@ -225,25 +435,27 @@ static void cpu_attend_finish(moe_queue *q, const moe_attend_op *o, size_t dim, 
 static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     const moe_attend_op *o = &op->u.attend;
-    const size_t dim = cpu_value_dim(o, &op->v);
+    const size_t dim = cpu_value_dim(o, &op->v), stride = cpu_sum_stride(dim);
     cpu_scratch *s = &q->scratch[thread];
     const uint32_t group = o->n_head / op->k.n_head, kv_head = task % op->k.n_head;
     cpu_queries a = {o, &op->k, &op->v, kv_head, task / op->k.n_head * op->chunk, 0,
-                     kv_head * group, group};
+                     kv_head * group, group, 0};
     a.n_tok = MOE_MIN(op->chunk, o->n_tok - a.tok);
-    const uint32_t n_query = a.n_tok * a.group, end = o->pos + a.tok + a.n_tok;
+    a.n_query = a.n_tok * group;
+    const uint32_t n_query = a.n_query, end = o->pos + a.tok + a.n_tok;
     const uint32_t oldest = o->pos + a.tok;
     const uint32_t first = o->window && oldest + 1 > o->window ? oldest + 1 - o->window : 0;
-    memset(s->total, 0, n_query * (dim + 2) * sizeof(float));
+    memset(s->total, 0, n_query * stride * sizeof(float));
     cpu_gather_queries(q, &a, s);
     for (uint32_t start = first / CPU_SEGMENT * CPU_SEGMENT; start < end; start += CPU_SEGMENT) {
         cpu_segment(q, &a, start, s);
-        for (uint32_t i = 0; i < n_query; i++)
-            cpu_merge(q, s->total + i * (dim + 2), s->partial + i * (dim + 2), dim);
+        for (uint32_t i = 0; i < n_query; i += CPU_PANEL)
+            cpu_merge(q, s->total + i * stride, s->partial + i * stride, dim,
+                      MOE_MIN(CPU_PANEL, n_query - i));
     }
     for (uint32_t i = 0; i < n_query; i++)
         cpu_attend_finish(q, o, dim, a.tok + i / a.group, cpu_query_head(&a, i),
-                          s->total + i * (dim + 2));
+                          s->total + i * stride);
 }
 
 /* Decode: a task is one segment and op->chunk heads of one key/value head; the next phase joins the
@@ -251,34 +463,35 @@ static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t t
 static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     const moe_attend_op *o = &op->u.attend;
-    const size_t dim = cpu_value_dim(o, &op->v);
+    const size_t dim = cpu_value_dim(o, &op->v), stride = cpu_sum_stride(dim);
     const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
     const uint32_t group = o->n_head / op->k.n_head, n_part = cpu_ceil_div(group, op->chunk);
     const uint32_t part = task % n_part, kv_head = task / n_part % op->k.n_head;
     const uint32_t segment = task / n_part / op->k.n_head;
-    cpu_queries a = {o, &op->k, &op->v, kv_head, 0, 1, kv_head * group + part * op->chunk,
-                     MOE_MIN(op->chunk, group - part * op->chunk)};
+    const uint32_t n_head = MOE_MIN(op->chunk, group - part * op->chunk);
+    cpu_queries a = {o, &op->k, &op->v, kv_head, 0, 1, kv_head * group + part * op->chunk, n_head,
+                     n_head};
     cpu_scratch *s = &q->scratch[thread];
     uint32_t lo, hi;
     cpu_gather_queries(q, &a, s);
     if (cpu_visible(o, 0, segment * CPU_SEGMENT, &lo, &hi))
         cpu_segment(q, &a, segment * CPU_SEGMENT, s);
     else
-        memset(s->partial, 0, a.group * (dim + 2) * sizeof(float));
-    for (uint32_t i = 0; i < a.group; i++)
-        memcpy(q->segments + ((size_t)cpu_query_head(&a, i) * n_segment + segment) * (dim + 2),
-               s->partial + i * (dim + 2), (dim + 2) * sizeof(float));
+        memset(s->partial, 0, n_head * stride * sizeof(float));
+    for (uint32_t i = 0; i < n_head; i++)
+        memcpy(q->segments + ((size_t)cpu_query_head(&a, i) * n_segment + segment) * stride,
+               s->partial + i * stride, stride * sizeof(float));
 }
 
 static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint32_t thread)
 {
     const moe_attend_op *o = &op->u.attend;
-    const size_t dim = cpu_value_dim(o, &op->v);
+    const size_t dim = cpu_value_dim(o, &op->v), stride = cpu_sum_stride(dim);
     const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
     float *total = q->scratch[thread].total;
-    memset(total, 0, (dim + 2) * sizeof *total);
+    memset(total, 0, stride * sizeof *total);
     for (uint32_t i = 0; i < n_segment; i++)
-        cpu_merge(q, total, q->segments + ((size_t)head * n_segment + i) * (dim + 2), dim);
+        cpu_merge(q, total, q->segments + ((size_t)head * n_segment + i) * stride, dim, 1);
     cpu_attend_finish(q, o, dim, 0, head, total);
 }
 

@@ -25,9 +25,12 @@ enum {
     CPU_ELEMENTS = 8192,    /* elements per task of the element-wise operations */
     CPU_SEGMENT = 256,      /* positions over which a softmax is computed in one piece */
     CPU_KEY_BLOCK = 64,     /* positions converted to float at once: they stay in L1/L2 */
-    CPU_SCORES = CPU_SEGMENT + 16, /* from one query's scores to the next one's */
-    CPU_KEY_ROWS = 16,      /* of them before they are transposed */
-    CPU_QUERIES = 64        /* queries (tokens x heads) that share converted keys */
+    CPU_DIM_BLOCK = 128,    /* elements of a panel of queries that stay in L1 */
+    CPU_PANEL = 64,         /* queries (tokens x heads) side by side */
+    CPU_QUERY_BYTES = 448 << 10, /* of the queries that share converted keys, with all that is theirs: in L2 */
+    CPU_FEW_QUERIES = 15,   /* up to so many, keys are transposed instead of queries */
+    CPU_SCORES = CPU_SEGMENT + 16, /* then: from one query's scores to the next one's */
+    CPU_KEY_ROWS = 16       /* and keys before they are transposed */
 };
 
 struct moe_buffer {
@@ -83,12 +86,12 @@ struct cpu_op {
 /* Memory of one thread. */
 typedef struct cpu_scratch {
     float *tile;    // [CPU_TILE] results of a matrix tile; also scores of a router
-    float *queries; // [n_query][dim_max]
+    float *queries; // [n_panel][dim_max][CPU_PANEL]; few: [n_query][dim_max]
     float *rows;    // [CPU_KEY_ROWS][dim_max rounded up to 32]: keys as they are stored
-    float *block;   // [dim_max rounded up to 32][CPU_KEY_BLOCK] keys, or as many values
-    float *scores;  // [n_query][CPU_SCORES]
-    float *partial; // [n_query][dim_max + 2]: a segment's sum of values, then maximum and sum
-    float *total;   // [n_query][dim_max + 2]: of the segments so far
+    float *block;   // [CPU_KEY_BLOCK][dim_max rounded up to 32] keys or values; few: keys transposed
+    float *scores;  // [n_panel][CPU_SEGMENT][CPU_PANEL]; few: [n_query][CPU_SCORES]
+    float *partial; // [n_query][cpu_sum_stride(dim_max)]: a segment's values, maximum and sum
+    float *total;   // the same of the segments so far
 } cpu_scratch;
 
 struct moe_queue {
@@ -101,7 +104,7 @@ struct moe_queue {
     cpu_op *ops;       // [CPU_MAX_OPS]
     cpu_phase *phases; // [CPU_MAX_PHASES]
     uint8_t *act[3];   // by moe_act: quantized rows of the running product
-    float *segments;   // [n_head_max][n_segment][dim_max + 2]: partial attention of one token
+    float *segments;   // [n_head_max][n_segment][cpu_sum_stride(dim_max)]: of one token
     uint32_t *expert_start;  // [n_expert_max + 1]: first row of each active expert's tokens
     uint32_t *expert_id;     // [n_expert_max]: the experts in use, ascending
     uint32_t *expert_count;  // [n_expert_max]
@@ -110,6 +113,13 @@ struct moe_queue {
     uint32_t n_active;
     cpu_scratch *scratch;    // [n_threads]
 };
+
+/* The queries of keys and values of `dim` that one task computes in prefill: whole panels. */
+MOE_INLINE uint32_t cpu_most_queries(uint32_t dim)
+{
+    const uint64_t bytes = (3 * (uint64_t)dim + CPU_SEGMENT) * sizeof(float);
+    return MOE_MAX(1, (uint32_t)(CPU_QUERY_BYTES / bytes) / CPU_PANEL) * CPU_PANEL;
+}
 
 MOE_INLINE float *cpu_floats(moe_view v)
 {
@@ -568,6 +578,7 @@ static void cpu_combine(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thr
     q->device->outer->outer(&(cpu_outer){
         .c = dst,
         .a = cpu_floats(o->weights) + (size_t)t * o->n_used,
+        .a_step = 1,
         .b = cpu_floats(o->src) + (size_t)t * o->n_used * o->dim,
         .b_stride = o->dim,
         .n_row = 1,

@@ -1,6 +1,6 @@
 /* backends/cpu_outer.h - products of two small float matrices, for attention: scores are queries times
- * keys, and what comes out is weights times values. Both have the same form once the keys stand
- * transposed, so there is one kernel, and its transposition.
+ * keys, and what comes out is weights times values. Both have the same form once the queries, or the
+ * keys, stand transposed, so there is one kernel, and its transposition.
  *
  * Each kernel stands first in C, which specifies its result to the bit; the vector forms put
  * neighbouring columns into the lanes of a vector, so that each element is the same chain of fmaf in
@@ -19,11 +19,13 @@
  * from 0 on if `fresh`, whatever c held. The strides are in floats. */
 typedef struct cpu_outer {
     float *c;       // [n_row][c_stride]
-    const float *a; // [n_row][a_stride]
+    const float *a; // a[i][k] is at i * a_stride + k * a_step: one of them is 1
     const float *b; // [n_k][b_stride]
-    size_t c_stride, a_stride, b_stride;
+    size_t c_stride, a_stride, a_step, b_stride;
     size_t n_row, n_k, n_col;
     bool fresh;
+    uintptr_t next; // memory that will be read soon, fetched bit by bit meanwhile
+    size_t next_bytes;
 } cpu_outer;
 
 typedef struct cpu_outer_kernels {
@@ -42,7 +44,7 @@ static void outer_c(const cpu_outer *o)
         if (o->fresh)
             memset(c, 0, o->n_col * sizeof *c);
         for (size_t k = 0; k < o->n_k; k++) {
-            const float a = o->a[i * o->a_stride + k], *b = o->b + k * o->b_stride;
+            const float a = o->a[i * o->a_stride + k * o->a_step], *b = o->b + k * o->b_stride;
             for (size_t x = 0; x < o->n_col; x++)
                 c[x] = fmaf(a, b[x], c[x]);
         }
@@ -70,6 +72,18 @@ MOE_INLINE cpu_outer outer_part(const cpu_outer *o, size_t row, size_t n_row, si
     part.n_row = n_row;
     part.n_col = n_col;
     return part;
+}
+
+/* Fetches the share of tile i of n. */
+MOE_UNUSED static void outer_fetch(const cpu_outer *o, size_t i, size_t n)
+{
+#ifdef __GNUC__
+    const size_t step = (o->next_bytes / n + 63) / 64 * 64;
+    for (size_t at = i * step; at < MOE_MIN((i + 1) * step, o->next_bytes); at += 64)
+        __builtin_prefetch((const void *)(o->next + at), 0, 2);
+#else
+    (void)o, (void)i, (void)n;
+#endif
 }
 
 /* What is left of a transposition after blocks of `block` rows and columns. */
@@ -111,15 +125,15 @@ AVX2 MOE_INLINE void outer_tile_avx2(const cpu_outer *o, size_t n_row, size_t n_
         for (size_t v = 0; v < n_vec; v++)
             c[i][v] = o->fresh ? _mm256_setzero_ps()
                                 : _mm256_loadu_ps(o->c + i * o->c_stride + 8 * v);
-    for (size_t k = 0; k < o->n_k; k++) {
-        const float *row = o->b + k * o->b_stride;
+    const float *a_k = o->a, *row = o->b;
+    for (size_t k = 0; k < o->n_k; k++, a_k += o->a_step, row += o->b_stride) {
         __m256 b[2];
         MOE_UNROLL
         for (size_t v = 0; v < n_vec; v++)
             b[v] = _mm256_loadu_ps(row + 8 * v);
         MOE_UNROLL
         for (size_t i = 0; i < n_row; i++) {
-            const __m256 a = _mm256_broadcast_ss(o->a + i * o->a_stride + k);
+            const __m256 a = _mm256_broadcast_ss(a_k + i * o->a_stride);
             MOE_UNROLL
             for (size_t v = 0; v < n_vec; v++)
                 c[i][v] = _mm256_fmadd_ps(a, b[v], c[i][v]);
@@ -134,10 +148,12 @@ AVX2 MOE_INLINE void outer_tile_avx2(const cpu_outer *o, size_t n_row, size_t n_
 
 AVX2 static void outer_avx2(const cpu_outer *o)
 {
-    size_t x = 0;
+    const size_t n_tile = (o->n_col + 15) / 16 * ((o->n_row + OUTER_ROWS - 1) / OUTER_ROWS);
+    size_t x = 0, tile = 0;
     for (size_t n; o->n_col - x >= 8; x += n) {
         n = o->n_col - x >= 16 ? 16 : 8;
         for (size_t i = 0; i < o->n_row; i += OUTER_ROWS) {
+            outer_fetch(o, tile++, n_tile);
             const cpu_outer part = outer_part(o, i, MOE_MIN(OUTER_ROWS, o->n_row - i), x, n);
             if (n == 16)
                 OUTER_DISPATCH(outer_tile_avx2, &part, 2);
@@ -146,7 +162,8 @@ AVX2 static void outer_avx2(const cpu_outer *o)
         }
     }
     const cpu_outer rest = outer_part(o, 0, o->n_row, x, o->n_col - x);
-    outer_c(&rest);
+    if (rest.n_col)
+        outer_c(&rest);
 }
 
 /* 8 x 8: pairs of rows, then quadruples, then halves. */
@@ -205,15 +222,15 @@ AVX512 MOE_INLINE void outer_tile_avx512(const cpu_outer *o, size_t n_row, size_
         for (size_t v = 0; v < n_vec; v++)
             c[i][v] = o->fresh ? _mm512_setzero_ps()
                                 : _mm512_loadu_ps(o->c + i * o->c_stride + 16 * v);
-    for (size_t k = 0; k < o->n_k; k++) {
-        const float *row = o->b + k * o->b_stride;
+    const float *a_k = o->a, *row = o->b;
+    for (size_t k = 0; k < o->n_k; k++, a_k += o->a_step, row += o->b_stride) {
         __m512 b[4];
         MOE_UNROLL
         for (size_t v = 0; v < n_vec; v++)
             b[v] = _mm512_loadu_ps(row + 16 * v);
         MOE_UNROLL
         for (size_t i = 0; i < n_row; i++) {
-            const __m512 a = _mm512_set1_ps(o->a[i * o->a_stride + k]);
+            const __m512 a = _mm512_set1_ps(a_k[i * o->a_stride]);
             MOE_UNROLL
             for (size_t v = 0; v < n_vec; v++)
                 c[i][v] = _mm512_fmadd_ps(a, b[v], c[i][v]);
@@ -228,10 +245,12 @@ AVX512 MOE_INLINE void outer_tile_avx512(const cpu_outer *o, size_t n_row, size_
 
 AVX512 static void outer_avx512(const cpu_outer *o)
 {
-    size_t x = 0;
+    const size_t n_tile = (o->n_col + 63) / 64 * ((o->n_row + OUTER_ROWS - 1) / OUTER_ROWS);
+    size_t x = 0, tile = 0;
     for (size_t n; o->n_col - x >= 16; x += n) {
         n = o->n_col - x >= 64 ? 64 : o->n_col - x >= 32 ? 32 : 16;
         for (size_t i = 0; i < o->n_row; i += OUTER_ROWS) {
+            outer_fetch(o, tile++, n_tile);
             const cpu_outer part = outer_part(o, i, MOE_MIN(OUTER_ROWS, o->n_row - i), x, n);
             if (n == 64)
                 OUTER_DISPATCH(outer_tile_avx512, &part, 4);
@@ -262,15 +281,15 @@ MOE_INLINE void outer_tile_neon(const cpu_outer *o, size_t n_row, size_t n_vec)
         for (size_t v = 0; v < n_vec; v++)
             c[i][v] = o->fresh ? vdupq_n_f32(0)
                                 : vld1q_f32(o->c + i * o->c_stride + 4 * v);
-    for (size_t k = 0; k < o->n_k; k++) {
-        const float *row = o->b + k * o->b_stride;
+    const float *a_k = o->a, *row = o->b;
+    for (size_t k = 0; k < o->n_k; k++, a_k += o->a_step, row += o->b_stride) {
         float32x4_t b[4];
         MOE_UNROLL
         for (size_t v = 0; v < n_vec; v++)
             b[v] = vld1q_f32(row + 4 * v);
         MOE_UNROLL
         for (size_t i = 0; i < n_row; i++) {
-            const float32x4_t a = vld1q_dup_f32(o->a + i * o->a_stride + k);
+            const float32x4_t a = vld1q_dup_f32(a_k + i * o->a_stride);
             MOE_UNROLL
             for (size_t v = 0; v < n_vec; v++)
                 c[i][v] = vfmaq_f32(c[i][v], a, b[v]);
@@ -285,10 +304,12 @@ MOE_INLINE void outer_tile_neon(const cpu_outer *o, size_t n_row, size_t n_vec)
 
 static void outer_neon(const cpu_outer *o)
 {
-    size_t x = 0;
+    const size_t n_tile = (o->n_col + 15) / 16 * ((o->n_row + OUTER_ROWS - 1) / OUTER_ROWS);
+    size_t x = 0, tile = 0;
     for (size_t n; o->n_col - x >= 4; x += n) {
         n = o->n_col - x >= 16 ? 16 : 4;
         for (size_t i = 0; i < o->n_row; i += OUTER_ROWS) {
+            outer_fetch(o, tile++, n_tile);
             const cpu_outer part = outer_part(o, i, MOE_MIN(OUTER_ROWS, o->n_row - i), x, n);
             if (n == 16)
                 OUTER_DISPATCH(outer_tile_neon, &part, 4);
@@ -297,7 +318,8 @@ static void outer_neon(const cpu_outer *o)
         }
     }
     const cpu_outer rest = outer_part(o, 0, o->n_row, x, o->n_col - x);
-    outer_c(&rest);
+    if (rest.n_col)
+        outer_c(&rest);
 }
 
 /* 4 x 4: pairs of rows, then halves. */

@@ -15,6 +15,14 @@
 #include MOE_X86_INTRINSICS
 #endif
 
+/* Scores of attention, one query per column. */
+typedef struct cpu_columns {
+    float *x;                    // [n_row][stride]
+    size_t stride, n_row, n_col; // n_col: a multiple of 16
+    const uint32_t *first, *end; // [n_col]: the rows of each column that count are [first, end)
+    float *max, *sum;            // [n_col]
+} cpu_columns;
+
 typedef struct cpu_simd {
     /* sum of x[i] * x[i] */
     float (*sum_squares)(const float *x, size_t n);
@@ -24,6 +32,8 @@ typedef struct cpu_simd {
     float (*max)(const float *x, size_t n);
     /* x[i] = exp(x[i] - max); returns the sum */
     float (*exp_sum)(float *x, size_t n, float max);
+    /* max() of each column, then exp_sum(); rows that do not count become 0 */
+    void (*exp_columns)(const cpu_columns *c);
     /* dst = silu(gate) * up */
     void (*silu)(float *dst, const float *gate, const float *up, size_t n);
     /* dst = sigmoid(gate) * up */
@@ -122,6 +132,44 @@ static float exp_sum_c(float *x, size_t n, float max)
     return reduce8(lane);
 }
 
+static void exp_columns_c(const cpu_columns *c)
+{
+    for (size_t x = 0; x < c->n_col; x++) {
+        float max = -INFINITY, lane[8] = {0};
+        for (size_t j = c->first[x]; j < c->end[x]; j++)
+            max = c->x[j * c->stride + x] > max ? c->x[j * c->stride + x] : max;
+        c->max[x] = max + 0.0f;
+        for (size_t j = 0; j < c->n_row; j++) {
+            float *e = c->x + j * c->stride + x;
+            const bool counts = j >= c->first[x] && j < c->end[x];
+            *e = counts ? cpu_exp(*e - c->max[x]) : 0;
+            if (counts)
+                lane[(j - c->first[x]) % 8] += *e;
+        }
+        c->sum[x] = reduce8(lane);
+    }
+}
+
+/* Whether all rows of columns [x, x + n) count. */
+MOE_INLINE bool columns_are_whole(const cpu_columns *c, size_t x, size_t n)
+{
+    uint32_t missing = 0;
+    for (size_t i = x; i < x + n; i++)
+        missing |= c->first[i] | (c->end[i] ^ (uint32_t)c->n_row);
+    return !missing;
+}
+
+/* The sums of columns [x, x + n) from sums[r][n] over the rows r modulo 8. */
+MOE_UNUSED static void columns_reduce(const cpu_columns *c, size_t x, size_t n, const float *sums)
+{
+    for (size_t i = 0; i < n; i++) {
+        float lane[8];
+        for (size_t r = 0; r < 8; r++)
+            lane[r] = sums[(r + c->first[x + i]) % 8 * n + i];
+        c->sum[x + i] = reduce8(lane);
+    }
+}
+
 static void silu_c(float *dst, const float *gate, const float *up, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -182,6 +230,7 @@ static const cpu_simd cpu_simd_c = {
     .scale_rows = scale_rows_c,
     .max = max_c,
     .exp_sum = exp_sum_c,
+    .exp_columns = exp_columns_c,
     .silu = silu_c,
     .sigmoid = sigmoid_c,
     .gelu = gelu_c,
@@ -211,20 +260,41 @@ AVX2 MOE_INLINE __m256i tail_mask_avx2(size_t n)
                               _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+/* n vectors at once, a constant: the steps of one wait for each other, and those of several fill the
+ * gaps. */
+AVX2 MOE_INLINE void exp_many_avx2(__m256 *x, size_t n)
+{
+    const __m256 magic = _mm256_set1_ps(EXP_MAGIC);
+    __m256 shifted[4], p[4];
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        x[i] = _mm256_max_ps(_mm256_set1_ps(EXP_MIN), x[i]); /* the order keeps NaN */
+        x[i] = _mm256_min_ps(_mm256_set1_ps(EXP_MAX), x[i]);
+        shifted[i] = _mm256_fmadd_ps(x[i], _mm256_set1_ps(EXP_LOG2E), magic);
+    }
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        const __m256 round = _mm256_sub_ps(shifted[i], magic);
+        x[i] = _mm256_fmadd_ps(round, _mm256_set1_ps(-EXP_LN2_HIGH), x[i]);
+        x[i] = _mm256_fmadd_ps(round, _mm256_set1_ps(-EXP_LN2_LOW), x[i]);
+        p[i] = _mm256_set1_ps(exp_taylor[7]);
+    }
+    MOE_UNROLL
+    for (int k = 6; k >= 0; k--)
+        MOE_UNROLL
+        for (size_t i = 0; i < n; i++)
+            p[i] = _mm256_fmadd_ps(p[i], x[i], _mm256_set1_ps(exp_taylor[k]));
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        __m256i power = _mm256_add_epi32(_mm256_castps_si256(shifted[i]), _mm256_set1_epi32(127));
+        x[i] = _mm256_mul_ps(p[i], _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+    }
+}
+
 AVX2 MOE_INLINE __m256 exp_avx2(__m256 x)
 {
-    x = _mm256_max_ps(_mm256_set1_ps(EXP_MIN), x); /* the order keeps NaN */
-    x = _mm256_min_ps(_mm256_set1_ps(EXP_MAX), x);
-    const __m256 magic = _mm256_set1_ps(EXP_MAGIC);
-    __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(EXP_LOG2E), magic);
-    __m256 n = _mm256_sub_ps(shifted, magic);
-    __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-EXP_LN2_HIGH), x);
-    r = _mm256_fmadd_ps(n, _mm256_set1_ps(-EXP_LN2_LOW), r);
-    __m256 p = _mm256_set1_ps(exp_taylor[7]);
-    for (int i = 6; i >= 0; i--)
-        p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(exp_taylor[i]));
-    __m256i power = _mm256_add_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(power, 23)));
+    exp_many_avx2(&x, 1);
+    return x;
 }
 
 AVX2 MOE_INLINE __m256 sigmoid_avx2(__m256 x)
@@ -292,6 +362,87 @@ AVX2 static float exp_sum_avx2(float *x, size_t n, float max)
         sum = _mm256_add_ps(sum, _mm256_and_ps(e, _mm256_castsi256_ps(mask)));
     }
     return reduce8_avx2(sum);
+}
+
+/* Where row j counts: first <= j < end. */
+AVX2 MOE_INLINE __m256 row_counts_avx2(__m256i first, __m256i end, size_t j)
+{
+    const __m256i row = _mm256_set1_epi32((int)j);
+    return _mm256_castsi256_ps(
+        _mm256_andnot_si256(_mm256_cmpgt_epi32(first, row), _mm256_cmpgt_epi32(end, row)));
+}
+
+/* Columns [x, x + 8); `whole`: all their rows count. */
+typedef struct exp_strip_x8 {
+    const cpu_columns *c;
+    size_t x;
+    bool whole;
+    __m256i first, end;
+    __m256 max;
+} exp_strip_x8;
+
+AVX2 MOE_INLINE __m256 max_strip_avx2(const exp_strip_x8 *s)
+{
+    const __m256 least = _mm256_set1_ps(-INFINITY);
+    __m256 max = least;
+    for (size_t j = 0; j < s->c->n_row; j++) {
+        __m256 v = _mm256_loadu_ps(s->c->x + j * s->c->stride + s->x);
+        if (!s->whole)
+            v = _mm256_blendv_ps(least, v, row_counts_avx2(s->first, s->end, j));
+        max = _mm256_max_ps(v, max); /* the order passes over NaN */
+    }
+    return _mm256_add_ps(max, _mm256_setzero_ps());
+}
+
+/* Rows [j, j + n), n <= 4. */
+AVX2 MOE_INLINE void exp_rows_avx2(const exp_strip_x8 *s, size_t j, size_t n, __m256 *sums)
+{
+    float *row = s->c->x + j * s->c->stride + s->x;
+    __m256 e[4];
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++)
+        e[i] = _mm256_sub_ps(_mm256_loadu_ps(row + i * s->c->stride), s->max);
+    exp_many_avx2(e, n);
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        if (!s->whole)
+            e[i] = _mm256_and_ps(e[i], row_counts_avx2(s->first, s->end, j + i));
+        _mm256_storeu_ps(row + i * s->c->stride, e[i]);
+        sums[i] = _mm256_add_ps(sums[i], e[i]);
+    }
+}
+
+AVX2 MOE_INLINE void exp_strip_avx2(const cpu_columns *c, size_t x, bool whole)
+{
+    exp_strip_x8 s = {c, x, whole, _mm256_loadu_si256((const __m256i *)(c->first + x)),
+                      _mm256_loadu_si256((const __m256i *)(c->end + x)), _mm256_setzero_ps()};
+    __m256 sums[8];
+    for (size_t r = 0; r < 8; r++)
+        sums[r] = _mm256_setzero_ps();
+    s.max = max_strip_avx2(&s);
+    _mm256_storeu_ps(c->max + x, s.max);
+    size_t j = 0;
+    for (; j + 4 <= c->n_row; j += 4)
+        exp_rows_avx2(&s, j, 4, sums + j % 8);
+    for (; j < c->n_row; j++)
+        exp_rows_avx2(&s, j, 1, sums + j % 8);
+    if (!whole) {
+        columns_reduce(c, x, 8, (const float *)sums);
+        return;
+    }
+    for (size_t half = 4; half; half /= 2)
+        for (size_t r = 0; r < half; r++)
+            sums[r] = _mm256_add_ps(sums[r], sums[r + half]);
+    _mm256_storeu_ps(c->sum + x, sums[0]);
+}
+
+AVX2 static void exp_columns_avx2(const cpu_columns *c)
+{
+    for (size_t x = 0; x < c->n_col; x += 8)
+        if (columns_are_whole(c, x, 8))
+            exp_strip_avx2(c, x, true);
+        else
+            exp_strip_avx2(c, x, false);
 }
 
 AVX2 static void silu_avx2(float *dst, const float *gate, const float *up, size_t n)
@@ -367,6 +518,7 @@ static const cpu_simd cpu_simd_avx2 = {
     .scale_rows = scale_rows_avx2,
     .max = max_avx2,
     .exp_sum = exp_sum_avx2,
+    .exp_columns = exp_columns_avx2,
     .silu = silu_avx2,
     .sigmoid = sigmoid_rows_avx2,
     .gelu = gelu_avx2,
@@ -381,21 +533,39 @@ static const cpu_simd cpu_simd_avx2 = {
 /* What a long context spends its time with. The rest gains nothing from longer vectors. */
 #define AVX512 MOE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
+AVX512 MOE_INLINE void exp_many_avx512(__m512 *x, size_t n)
+{
+    const __m512 magic = _mm512_set1_ps(EXP_MAGIC);
+    __m512 shifted[4], p[4];
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        x[i] = _mm512_max_ps(_mm512_set1_ps(EXP_MIN), x[i]); /* the order keeps NaN */
+        x[i] = _mm512_min_ps(_mm512_set1_ps(EXP_MAX), x[i]);
+        shifted[i] = _mm512_fmadd_ps(x[i], _mm512_set1_ps(EXP_LOG2E), magic);
+    }
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        const __m512 round = _mm512_sub_ps(shifted[i], magic);
+        x[i] = _mm512_fmadd_ps(round, _mm512_set1_ps(-EXP_LN2_HIGH), x[i]);
+        x[i] = _mm512_fmadd_ps(round, _mm512_set1_ps(-EXP_LN2_LOW), x[i]);
+        p[i] = _mm512_set1_ps(exp_taylor[7]);
+    }
+    MOE_UNROLL
+    for (int k = 6; k >= 0; k--)
+        MOE_UNROLL
+        for (size_t i = 0; i < n; i++)
+            p[i] = _mm512_fmadd_ps(p[i], x[i], _mm512_set1_ps(exp_taylor[k]));
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        __m512i power = _mm512_add_epi32(_mm512_castps_si512(shifted[i]), _mm512_set1_epi32(127));
+        x[i] = _mm512_mul_ps(p[i], _mm512_castsi512_ps(_mm512_slli_epi32(power, 23)));
+    }
+}
+
 AVX512 MOE_INLINE __m512 exp_avx512(__m512 x)
 {
-    x = _mm512_max_ps(_mm512_set1_ps(EXP_MIN), x); /* the order keeps NaN */
-    x = _mm512_min_ps(_mm512_set1_ps(EXP_MAX), x);
-    const __m512 magic = _mm512_set1_ps(EXP_MAGIC);
-    __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(EXP_LOG2E), magic);
-    __m512 n = _mm512_sub_ps(shifted, magic);
-    __m512 r = _mm512_fmadd_ps(n, _mm512_set1_ps(-EXP_LN2_HIGH), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(-EXP_LN2_LOW), r);
-    __m512 p = _mm512_set1_ps(exp_taylor[7]);
-    MOE_UNROLL
-    for (int i = 6; i >= 0; i--)
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp_taylor[i]));
-    __m512i power = _mm512_add_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(127));
-    return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(power, 23)));
+    exp_many_avx512(&x, 1);
+    return x;
 }
 
 /* The first n < 16 lanes. */
@@ -445,6 +615,85 @@ AVX512 static float max_avx512(const float *x, size_t n)
     return max_avx2(lane, 16);
 }
 
+/* Where row j counts: first <= j < end. */
+AVX512 MOE_INLINE __mmask16 row_counts_avx512(__m512i first, __m512i end, size_t j)
+{
+    const __m512i row = _mm512_set1_epi32((int)j);
+    return (__mmask16)(_mm512_cmpgt_epi32_mask(end, row) & ~_mm512_cmpgt_epi32_mask(first, row));
+}
+
+/* Columns [x, x + 16); `whole`: all their rows count. */
+typedef struct exp_strip_x16 {
+    const cpu_columns *c;
+    size_t x;
+    bool whole;
+    __m512i first, end;
+    __m512 max;
+} exp_strip_x16;
+
+AVX512 MOE_INLINE __m512 max_strip_avx512(const exp_strip_x16 *s)
+{
+    __m512 max = _mm512_set1_ps(-INFINITY);
+    for (size_t j = 0; j < s->c->n_row; j++) {
+        const __m512 v = _mm512_loadu_ps(s->c->x + j * s->c->stride + s->x);
+        const __mmask16 counts = s->whole ? (__mmask16)0xffff
+                                          : row_counts_avx512(s->first, s->end, j);
+        max = _mm512_mask_max_ps(max, counts, v, max); /* the order passes over NaN */
+    }
+    return _mm512_add_ps(max, _mm512_setzero_ps());
+}
+
+/* Rows [j, j + n), n <= 4. */
+AVX512 MOE_INLINE void exp_rows_avx512(const exp_strip_x16 *s, size_t j, size_t n, __m512 *sums)
+{
+    float *row = s->c->x + j * s->c->stride + s->x;
+    __m512 e[4];
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++)
+        e[i] = _mm512_sub_ps(_mm512_loadu_ps(row + i * s->c->stride), s->max);
+    exp_many_avx512(e, n);
+    MOE_UNROLL
+    for (size_t i = 0; i < n; i++) {
+        if (!s->whole)
+            e[i] = _mm512_maskz_mov_ps(row_counts_avx512(s->first, s->end, j + i), e[i]);
+        _mm512_storeu_ps(row + i * s->c->stride, e[i]);
+        sums[i] = _mm512_add_ps(sums[i], e[i]);
+    }
+}
+
+AVX512 MOE_INLINE void exp_strip_avx512(const cpu_columns *c, size_t x, bool whole)
+{
+    exp_strip_x16 s = {c, x, whole, _mm512_loadu_si512(c->first + x),
+                       _mm512_loadu_si512(c->end + x), _mm512_setzero_ps()};
+    __m512 sums[8];
+    for (size_t r = 0; r < 8; r++)
+        sums[r] = _mm512_setzero_ps();
+    s.max = max_strip_avx512(&s);
+    _mm512_storeu_ps(c->max + x, s.max);
+    size_t j = 0;
+    for (; j + 4 <= c->n_row; j += 4)
+        exp_rows_avx512(&s, j, 4, sums + j % 8);
+    for (; j < c->n_row; j++)
+        exp_rows_avx512(&s, j, 1, sums + j % 8);
+    if (!whole) {
+        columns_reduce(c, x, 16, (const float *)sums);
+        return;
+    }
+    for (size_t half = 4; half; half /= 2)
+        for (size_t r = 0; r < half; r++)
+            sums[r] = _mm512_add_ps(sums[r], sums[r + half]);
+    _mm512_storeu_ps(c->sum + x, sums[0]);
+}
+
+AVX512 static void exp_columns_avx512(const cpu_columns *c)
+{
+    for (size_t x = 0; x < c->n_col; x += 16)
+        if (columns_are_whole(c, x, 16))
+            exp_strip_avx512(c, x, true);
+        else
+            exp_strip_avx512(c, x, false);
+}
+
 AVX512 static void silu_avx512(float *dst, const float *gate, const float *up, size_t n)
 {
     const __m512 one = _mm512_set1_ps(1.0f);
@@ -472,6 +721,7 @@ static const cpu_simd cpu_simd_avx512 = {
     .scale_rows = scale_rows_avx2,
     .max = max_avx512,
     .exp_sum = exp_sum_avx512,
+    .exp_columns = exp_columns_avx512,
     .silu = silu_avx512,
     .sigmoid = sigmoid_rows_avx2,
     .gelu = gelu_avx2,
@@ -598,6 +848,52 @@ static float exp_sum_neon(float *x, size_t n, float max)
     return reduce8(lane);
 }
 
+/* Where row j counts: first <= j < end. */
+MOE_INLINE uint32x4_t row_counts_neon(uint32x4_t first, uint32x4_t end, size_t j)
+{
+    const uint32x4_t row = vdupq_n_u32((uint32_t)j);
+    return vandq_u32(vcgeq_u32(row, first), vcltq_u32(row, end));
+}
+
+/* The columns [x, x + 4), one after another of the 8 sums; `whole`: all rows count. */
+MOE_INLINE void exp_strip_neon(const cpu_columns *c, size_t x, bool whole)
+{
+    const uint32x4_t first = vld1q_u32(c->first + x), end = vld1q_u32(c->end + x);
+    const float32x4_t least = vdupq_n_f32(-INFINITY);
+    float sums[32];
+    float32x4_t max = least;
+    for (size_t j = 0; j < c->n_row; j++) {
+        float32x4_t v = vld1q_f32(c->x + j * c->stride + x);
+        if (!whole)
+            v = vbslq_f32(row_counts_neon(first, end, j), v, least);
+        max = vmaxnmq_f32(v, max);
+    }
+    max = vaddq_f32(max, vdupq_n_f32(0));
+    vst1q_f32(c->max + x, max);
+    for (size_t r = 0; r < 8; r++) {
+        float32x4_t sum = vdupq_n_f32(0);
+        for (size_t j = r; j < c->n_row; j += 8) {
+            float *p = c->x + j * c->stride + x;
+            float32x4_t e = exp_neon(vsubq_f32(vld1q_f32(p), max));
+            if (!whole)
+                e = vbslq_f32(row_counts_neon(first, end, j), e, vdupq_n_f32(0));
+            vst1q_f32(p, e);
+            sum = vaddq_f32(sum, e);
+        }
+        vst1q_f32(sums + 4 * r, sum);
+    }
+    columns_reduce(c, x, 4, sums);
+}
+
+static void exp_columns_neon(const cpu_columns *c)
+{
+    for (size_t x = 0; x < c->n_col; x += 4)
+        if (columns_are_whole(c, x, 4))
+            exp_strip_neon(c, x, true);
+        else
+            exp_strip_neon(c, x, false);
+}
+
 static void silu_neon(float *dst, const float *gate, const float *up, size_t n)
 {
     size_t i = 0;
@@ -659,6 +955,7 @@ static const cpu_simd cpu_simd_neon = {
     .scale_rows = scale_rows_neon,
     .max = max_neon,
     .exp_sum = exp_sum_neon,
+    .exp_columns = exp_columns_neon,
     .silu = silu_neon,
     .sigmoid = sigmoid_rows_neon,
     .gelu = gelu_neon,

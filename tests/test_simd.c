@@ -127,12 +127,43 @@ static void sums_equal_c(void)
             }
 }
 
+/* Columns of which all rows count, the first ones, the last ones, or none. */
+static void columns_equal_c(void)
+{
+    enum { ROWS = 41, COLS = 48, STRIDE = COLS + 3 };
+    static float x[2][ROWS * STRIDE];
+    float max[2][COLS], sum[2][COLS];
+    uint32_t first[COLS], end[COLS];
+    const sets s = sets_of_machine();
+    if (!s.n)
+        SKIP("only C runs here");
+    for (size_t i = 0; i < s.n; i++)
+        for (uint32_t n = 0; n <= ROWS; n++)
+            for (unsigned kind = 0; kind < 3; kind++) {
+                fill(x[0], MOE_COUNT(x[0]), kind);
+                memcpy(x[1], x[0], sizeof x[0]);
+                for (uint32_t c = 0; c < COLS; c++) {
+                    first[c] = c < 16 ? 0 : c * 7 % (n + 1);
+                    end[c] = c < 32 ? n : first[c] + c * 5 % (n + 1 - first[c]);
+                }
+                cpu_columns c = {x[0] + 1, STRIDE, n, COLS, first, end, max[0], sum[0]};
+                exp_columns_c(&c);
+                c.x = x[1] + 1;
+                c.max = max[1];
+                c.sum = sum[1];
+                s.simd[i]->exp_columns(&c);
+                CHECK(same_floats(x[0], x[1], MOE_COUNT(x[0])), "exp_columns, %u rows", n);
+                CHECK(same_floats(max[0], max[1], COLS) && same_floats(sum[0], sum[1], COLS),
+                      "exp_columns, sums of %u rows", n);
+            }
+}
+
 /* Products around the sizes of the tiles, with strides larger than the rows. */
 static void products_equal_c(void)
 {
     enum { ROWS = 8, STRIDE = N_MAX + 3 };
     static const size_t cols[] = {1, 7, 8, 15, 16, 17, 24, 31, 33, 48, 63, 64, 67};
-    static float a[ROWS * STRIDE], b[9 * STRIDE], c[2][10 * STRIDE];
+    static float a[9 * STRIDE], b[9 * STRIDE], c[2][10 * STRIDE];
     const uint32_t machine = cpu_detect();
     size_t n_checked = 0;
     for (uint32_t cpu = 1; cpu < 128; cpu++) {
@@ -147,7 +178,10 @@ static void products_equal_c(void)
                     fill(b, MOE_COUNT(b), i % 3);
                     fill(c[0], MOE_COUNT(c[0]), i % 3);
                     memcpy(c[1], c[0], sizeof c[0]);
-                    cpu_outer o = {c[0] + 1, a, b, STRIDE, STRIDE, STRIDE, n_row, n_k, cols[i], i % 2};
+                    /* the rows of a, or its columns, lie one after another */
+                    const size_t step = n_row % 2 ? 1 : STRIDE;
+                    cpu_outer o = {c[0] + 1, a, b, STRIDE, STRIDE + 1 - step, step, STRIDE, n_row, n_k,
+                                   cols[i], i % 2, (uintptr_t)a, n_k * 100};
                     outer_c(&o);
                     o.c = c[1] + 1;
                     m->outer(&o);
@@ -179,6 +213,7 @@ TEST_PROGRAM(simd)
 {
     RUN(elementwise_equals_c);
     RUN(sums_equal_c);
+    RUN(columns_equal_c);
     RUN(products_equal_c);
     RUN(exp_is_accurate);
 }

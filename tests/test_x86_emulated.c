@@ -33,6 +33,7 @@ static void emulated_program(void)
     RUN(nan_activations_give_nan);
     RUN(elementwise_equals_c);
     RUN(sums_equal_c);
+    RUN(columns_equal_c);
     RUN(products_equal_c);
 }
 
