@@ -357,8 +357,9 @@ static void cpu_record_matmul(moe_queue *q, const moe_matmul_op *o)
     op->chunk = cpu_chunk_rows(q, rows, o->out[0].w->row_bytes, o->n_tok);
     for (uint32_t i = 0; i < o->n_out; i++)
         tasks += cpu_ceil_div(o->out[i].w->dims[1], op->chunk);
+    op->tok_chunk = cpu_chunk_tokens(q, tasks, o->n_tok);
     cpu_new_phase(q, op, cpu_matmul_quantize, o->n_tok);
-    cpu_new_phase(q, op, cpu_matmul, tasks);
+    cpu_new_phase(q, op, cpu_matmul, tasks * cpu_ceil_div(o->n_tok, op->tok_chunk));
 }
 
 static void cpu_record_rope(moe_queue *q, const moe_rope_op *o)

@@ -18,9 +18,12 @@
 enum {
     CPU_MAX_OPS = 2048,
     CPU_MAX_PHASES = 3 * CPU_MAX_OPS,
-    CPU_TOK_TILE = 64,      /* tokens per call of a gemm kernel: their int8 rows stay in L2 */
+    CPU_TOK_TILE = 256,     /* tokens per call of a gemm kernel, which cuts them to suit its caches */
+    CPU_TOK_PART = 64,      /* tokens of a task are a multiple of this */
     CPU_ROW_TILE = 64,      /* rows per task in prefill */
-    CPU_TILE = 4096,        /* floats of a task's result tile; the most rows of a decode task */
+    CPU_TASKS = 16,         /* tasks per thread that even out what threads differ in */
+    CPU_TILE = CPU_TOK_TILE * CPU_ROW_TILE, /* floats of a task's result tile */
+    CPU_DECODE_ROWS = 4096,     /* the most rows of a decode task */
     CPU_DECODE_BYTES = 1 << 16, /* weights per decode task */
     CPU_ELEMENTS = 8192,    /* elements per task of the element-wise operations */
     CPU_SEGMENT = 256,      /* positions over which a softmax is computed in one piece */
@@ -60,6 +63,7 @@ typedef struct cpu_phase {
 
 struct cpu_op {
     uint32_t chunk; // rows, elements or tokens per task
+    uint32_t tok_chunk; // tokens per task of a product
     uint32_t act_mask; // bit i: moe_act i is needed
     union {
         moe_embed_op embed;
@@ -182,19 +186,20 @@ static void cpu_matmul_quantize(moe_queue *q, const cpu_op *op, uint32_t t, uint
 }
 
 /* dst = (add ? dst : 0) + (tile + bias), n_row elements of one token. */
-static void cpu_finish_row(float *dst, const float *tile, const float *bias, bool add, size_t n_row)
+static void cpu_finish_row(const cpu_simd *simd, float *dst, float *tile, const float *bias,
+                           bool add, size_t n_row)
 {
-    for (size_t r = 0; r < n_row; r++) {
-        float y = tile[r];
-        if (bias)
-            y += bias[r];
-        dst[r] = add ? dst[r] + y : y;
-    }
+    if (bias)
+        simd->add(add ? tile : dst, tile, bias, 1.0f, n_row);
+    if (add)
+        simd->add(dst, dst, tile, 1.0f, n_row);
+    else if (!bias)
+        memcpy(dst, tile, n_row * sizeof *dst);
 }
 
-/* Rows [row, row + n_row) of a matrix times all tokens. */
+/* Rows [row, row + n_row) of a matrix times the tokens [tok, end). */
 static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, size_t row,
-                            size_t n_row, float *tile)
+                            size_t n_row, size_t tok, size_t end, float *tile)
 {
     const moe_weight *w = o->out[i].w;
     const moe_act act = w->quant->act;
@@ -204,7 +209,7 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
     const size_t tok_tile = o->n_tok == 1 ? 1 : MOE_MIN(CPU_TOK_TILE, CPU_TILE / n_row);
     float *dst = cpu_floats(o->out[i].dst) + row;
     const float *bias = o->out[i].bias.buffer ? cpu_floats(o->out[i].bias) + row : NULL;
-    for (size_t t = 0; t < o->n_tok; t += tok_tile) {
+    for (size_t t = tok; t < end; t += tok_tile) {
         moe_mm mm = {
             .w = w->data.buffer->data + w->data.offset + row * w->row_bytes,
             .w_stride = (size_t)w->row_bytes,
@@ -213,25 +218,28 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
             .y_stride = direct ? n_out : n_row,
             .n_in = (size_t)w->dims[0],
             .n_row = n_row,
-            .n_tok = MOE_MIN(tok_tile, o->n_tok - t),
+            .n_tok = MOE_MIN(tok_tile, end - t),
         };
         mm.x = q->act[act] + t * mm.x_stride;
         (o->n_tok == 1 ? kernels->gemv : kernels->gemm)(&mm);
         for (size_t k = 0; !direct && k < mm.n_tok; k++)
-            cpu_finish_row(dst + (t + k) * n_out, tile + k * n_row, bias, o->out[i].add, n_row);
+            cpu_finish_row(q->device->simd, dst + (t + k) * n_out, tile + k * n_row, bias,
+                           o->out[i].add, n_row);
     }
 }
 
-/* Phase 2: a chunk of rows of one of the matrices. */
+/* Phase 2: a chunk of rows of one of the matrices times a chunk of the tokens. */
 static void cpu_matmul(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     const moe_matmul_op *o = &op->u.matmul;
+    const uint32_t n_part = cpu_ceil_div(o->n_tok, op->tok_chunk);
     uint32_t i = 0;
-    for (uint32_t n; task >= (n = cpu_ceil_div(o->out[i].w->dims[1], op->chunk)); i++)
+    for (uint32_t n; task >= (n = cpu_ceil_div(o->out[i].w->dims[1], op->chunk) * n_part); i++)
         task -= n;
-    const uint64_t row = (uint64_t)task * op->chunk;
+    const uint64_t row = (uint64_t)(task / n_part) * op->chunk;
+    const uint32_t tok = task % n_part * op->tok_chunk;
     cpu_matmul_rows(q, o, i, (size_t)row, (size_t)MOE_MIN(op->chunk, o->out[i].w->dims[1] - row),
-                    q->scratch[thread].tile);
+                    tok, MOE_MIN(o->n_tok, tok + op->tok_chunk), q->scratch[thread].tile);
 }
 
 /* Rows per task: enough weights to be worth a task, enough tasks to keep all threads busy. */
@@ -240,9 +248,20 @@ static uint32_t cpu_chunk_rows(const moe_queue *q, uint64_t total_rows, uint64_t
 {
     uint64_t rows = CPU_ROW_TILE;
     if (n_tok == 1)
-        rows = MOE_MIN(CPU_TILE, CPU_DECODE_BYTES / MOE_MAX(row_bytes, 1));
+        rows = MOE_MIN(CPU_DECODE_ROWS, CPU_DECODE_BYTES / MOE_MAX(row_bytes, 1));
     rows = MOE_MIN(rows, total_rows / (4 * q->options.n_threads));
     return (uint32_t)MOE_MAX(rows / 8 * 8, 8);
+}
+
+/* Tokens per task, where the rows alone are too few tasks to come out even: the 9 tasks of 576 rows
+ * take two threads as long as 10 would. */
+static uint32_t cpu_chunk_tokens(const moe_queue *q, uint64_t row_tasks, uint32_t n_tok)
+{
+    if (q->options.n_threads == 1 || n_tok < 2 * CPU_TOK_PART)
+        return n_tok;
+    const uint32_t wanted = cpu_ceil_div(CPU_TASKS * q->options.n_threads, row_tasks);
+    const uint32_t n_part = MOE_MIN(wanted, n_tok / CPU_TOK_PART);
+    return (uint32_t)align_up(cpu_ceil_div(n_tok, n_part), CPU_TOK_PART);
 }
 
 /* --------------------------------------------------------------------------- position -- */
@@ -565,7 +584,8 @@ static void cpu_experts(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t 
         mm.x = q->act[act] + t * mm.x_stride;
         (mm.n_tok == 1 ? kernels->gemv : kernels->gemm)(&mm);
         for (size_t k = 0; k < mm.n_tok; k++)
-            cpu_finish_row(cpu_floats(o->out[i].dst) + q->expert_slot[t + k] * n_out + row,
+            cpu_finish_row(q->device->simd,
+                           cpu_floats(o->out[i].dst) + q->expert_slot[t + k] * n_out + row,
                            mm.y + k * n_row, bias, false, n_row);
     }
 }

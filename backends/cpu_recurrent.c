@@ -13,7 +13,7 @@
 #include "cpu_ops.c"
 
 enum {
-    CPU_CONV_STRIP = CPU_TILE / (2 * MOE_CONV_MAX_TAP), /* elements of a task */
+    CPU_CONV_STRIP = 32, /* elements of a task: 2 MOE_CONV_MAX_TAP rows of them fit into a tile */
     CPU_GATES = 256 /* pairs of gates per task */
 };
 

@@ -71,7 +71,8 @@ MOE_AVX512_INLINE __m512 f16_load_avx512(const uint8_t *a, const uint8_t *b)
 }
 
 MOE_AVX512 static void f16_unpack_avx512(const uint8_t *const row[16], size_t offset,
-                                         uintptr_t next, size_t n, x86_512_floats *out)
+                                         uintptr_t next, size_t n,
+                                         __m512 (*out)[X86_512_FLOAT_K / 8][4])
 {
     x86_512_unpack(row, offset, next, n, out, 2, f16_load_avx512);
 }

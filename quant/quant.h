@@ -57,11 +57,15 @@ MOE_INLINE size_t act_q_offset(moe_act act, size_t n)
     return act_sum_offset(act, n) + (size_t)align_up(n_pad / 16 * sizeof(int16_t), 32);
 }
 
-/* Bytes of one row of n activations; a multiple of 32. Rows are stored one after another. */
+/* Bytes of one row of n activations; a multiple of 32. Rows are stored one after another. Rows of floats
+ * are never a multiple of 256 bytes apart, so that those of many tokens spread over all sets of a
+ * cache. */
 MOE_INLINE size_t act_row_bytes(moe_act act, size_t n)
 {
-    if (act == MOE_ACT_F32)
-        return (size_t)align_up(n * sizeof(float), 32);
+    if (act == MOE_ACT_F32) {
+        const size_t bytes = (size_t)align_up(n * sizeof(float), 64);
+        return bytes % 256 ? bytes : bytes + 64;
+    }
     return act_q_offset(act, n) + (size_t)align_up(n, act_group(act));
 }
 

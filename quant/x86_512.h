@@ -683,13 +683,14 @@ MOE_VNNI512_INLINE __m512i x86_512_nibble_scales(uint32_t four)
 /* ----------------------------------------------------------------------------- float weights -- */
 
 /* Float weights are summed in 8 lanes: a vector holds 8 weights each of rows 2p and 2p + 1, and
- * meets 8 activations in both halves. 4 vectors times 6 tokens, 24 sums, take 10 loads for 24
- * products and reach 91 % of the peak in L1 (Zen 5; 8 x 3: 87 %, 4 x 4: 70 to 85 %). */
+ * meets 8 activations in both halves. A tile of 4 vectors times 6 tokens, 24 sums, takes 10 loads for
+ * 24 products. The weights of a tile stay in L1, the activations come from L2 (Zen 5: 94 % of the
+ * peak either way). Sums leave the registers only where a row is longer than X86_512_FLOAT_K. */
 enum {
-    X86_512_FLOAT_ROWS = 16,   /* two tiles of 4 vectors */
-    X86_512_FLOAT_TOKENS = 96, /* tokens whose sums are kept at once */
-    X86_512_FLOAT_STEP = 6,    /* tokens of a step */
-    X86_512_FLOAT_K = 768      /* weights unpacked for all of these tokens: 24 KiB of each tile */
+    X86_512_FLOAT_ROWS = 16,    /* two tiles of 4 vectors */
+    X86_512_FLOAT_TOKENS = 192, /* for which a tile is unpacked once */
+    X86_512_FLOAT_STEP = 6,     /* tokens of a step */
+    X86_512_FLOAT_K = 768       /* weights of a row in a tile: 24 KiB of it, 18 KiB of activations */
 };
 
 typedef struct x86_512_floats {
@@ -700,18 +701,30 @@ typedef struct x86_512_floats {
 typedef __m512 x86_512_pair_fn(const uint8_t *a, const uint8_t *b);
 /* n eights at `offset` of 16 rows; as many bytes at `next` are fetched. */
 typedef void x86_512_unpack_fn(const uint8_t *const row[16], size_t offset, uintptr_t next,
-                               size_t n, x86_512_floats *out);
+                               size_t n, __m512 (*out)[X86_512_FLOAT_K / 8][4]);
+
+/* A tile times some tokens, from k = `first` on. */
+typedef struct x86_512_float_tile {
+    const __m512 (*w)[4]; // [n_k rounded up][4]
+    const uint8_t *x;     // of the first token, at k = first
+    __m512 (*sum)[4];     // [tokens][4]: what earlier parts of the rows gave, and this one too
+    float *y;             // [tokens][y_stride]
+    size_t x_stride, y_stride;
+    size_t n_k, n_row;    // weights, rows <= 8
+    bool first, last;     // the part of the rows: if first, sums begin with 0; if last, y is written
+} x86_512_float_tile;
 
 /* The body of an x86_512_unpack_fn. */
 MOE_AVX512_INLINE void x86_512_unpack(const uint8_t *const row[16], size_t offset, uintptr_t next,
-                                      size_t n, x86_512_floats *out, size_t item_bytes,
-                                      x86_512_pair_fn *pair)
+                                      size_t n, __m512 (*out)[X86_512_FLOAT_K / 8][4],
+                                      size_t item_bytes, x86_512_pair_fn *pair)
 {
     for (size_t i = 0; i < n; i++, offset += 8 * item_bytes) {
-        x86_prefetch(next + 128 * item_bytes * i, 128 * item_bytes);
+        if (next)
+            x86_prefetch(next + 128 * item_bytes * i, 128 * item_bytes);
         MOE_UNROLL
         for (size_t p = 0; p < 8; p++)
-            out->w[p / 4][i][p % 4] = pair(row[2 * p] + offset, row[2 * p + 1] + offset);
+            out[p / 4][i][p % 4] = pair(row[2 * p] + offset, row[2 * p + 1] + offset);
     }
 }
 
@@ -721,84 +734,16 @@ MOE_AVX512_INLINE void x86_512_pin(__m512 *v)
     __asm__("" : MOE_X86_REGISTER(*v));
 }
 
-/* sum[t][p] += n eights of 4 pairs of rows times token t, for n_tok (constant, <= 6) tokens,
- * `stride` bytes apart; only in the lanes of `mask`. */
-MOE_AVX512_INLINE void x86_512_float_step(const __m512 (*w)[4], const uint8_t *x, size_t stride,
-                                          size_t n, __mmask16 mask, __m512 (*sum)[8], size_t n_tok)
-{
-    __m512 acc[X86_512_FLOAT_STEP][4];
-    MOE_UNROLL
-    for (size_t i = 0; i < 4 * n_tok; i++)
-        acc[i / 4][i % 4] = sum[i / 4][i % 4];
-    for (size_t k = 0; k < n; k++, x += 32) {
-        __m512 wk[4];
-        MOE_UNROLL
-        for (size_t p = 0; p < 4; p++) {
-            wk[p] = w[k][p];
-            x86_512_pin(&wk[p]);
-        }
-        MOE_UNROLL
-        for (size_t t = 0; t < n_tok; t++) {
-            const __m512 xk =
-                _mm512_broadcast_f32x8(_mm256_load_ps((const float *)(x + t * stride)));
-            MOE_UNROLL
-            for (size_t p = 0; p < 4; p++)
-                acc[t][p] = mask == 0xffff ? _mm512_fmadd_ps(wk[p], xk, acc[t][p])
-                                           : _mm512_mask3_fmadd_ps(wk[p], xk, acc[t][p], mask);
-        }
-    }
-    MOE_UNROLL
-    for (size_t i = 0; i < 4 * n_tok; i++)
-        sum[i / 4][i % 4] = acc[i / 4][i % 4];
-}
-
-/* The same for any number of tokens. */
-MOE_AVX512 MOE_UNUSED static void x86_512_float_tokens(const __m512 (*w)[4], const uint8_t *x,
-                                                       size_t stride, size_t n_tok, size_t n,
-                                                       __m512 (*sum)[8])
-{
-    size_t t = 0;
-    for (; t + X86_512_FLOAT_STEP <= n_tok; t += X86_512_FLOAT_STEP)
-        x86_512_float_step(w, x + t * stride, stride, n, 0xffff, sum + t,
-                           X86_512_FLOAT_STEP);
-    for (; t + 4 <= n_tok; t += 4)
-        x86_512_float_step(w, x + t * stride, stride, n, 0xffff, sum + t, 4);
-    for (; t + 2 <= n_tok; t += 2)
-        x86_512_float_step(w, x + t * stride, stride, n, 0xffff, sum + t, 2);
-    if (t < n_tok)
-        x86_512_float_step(w, x + t * stride, stride, n, 0xffff, sum + t, 1);
-}
-
-/* The last n < 8 weights of the rows: they enter lanes 0 .. n - 1, the other lanes stay as they
- * are. */
-MOE_AVX512 MOE_UNUSED static void x86_512_float_tail(const uint8_t *const row[16], size_t offset,
-                                                     size_t n, const uint8_t *x, size_t stride,
-                                                     size_t n_tok, __m512 (*sum)[8],
-                                                     size_t item_bytes, x86_512_unpack_fn *unpack)
-{
-    uint8_t copy[16][32] = {{0}};
-    const uint8_t *from[16];
-    for (size_t i = 0; i < 16; i++) {
-        memcpy(copy[i], row[i] + offset, n * item_bytes);
-        from[i] = copy[i];
-    }
-    x86_512_floats w;
-    unpack(from, 0, (uintptr_t)copy, 1, &w);
-    const __mmask16 mask = (__mmask16)(((1u << n) - 1) * 0x101);
-    for (size_t t = 0; t < n_tok; t++)
-        for (size_t i = 0; i < 2; i++)
-            x86_512_float_step(w.w[i], x + t * stride, stride, 1, mask,
-                               (__m512(*)[8])(sum[t] + 4 * i), 1);
-}
-
-/* reduce8() of 16 rows. */
-MOE_AVX512_INLINE __m512 x86_512_reduce8(const __m512 v[8])
+/* reduce8() of 16 pairs of half vectors, in their order. */
+MOE_AVX512_INLINE __m512 x86_512_reduce8(const __m512 low[4], const __m512 high[4])
 {
     __m512 four[4]; /* lanes 0..3 plus lanes 4..7 of rows 4i .. 4i + 3 */
     MOE_UNROLL
-    for (int i = 0; i < 4; i++)
-        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
-                                _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+    for (int i = 0; i < 4; i++) {
+        const __m512 *v = (i < 2 ? low : high) + i % 2 * 2;
+        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88),
+                                _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+    }
     /* lane 0 plus 2 of two rows, then lane 1 plus 3 */
     const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]),
                                    _mm512_unpackhi_ps(four[0], four[1]));
@@ -811,34 +756,125 @@ MOE_AVX512_INLINE __m512 x86_512_reduce8(const __m512 v[8])
                                                    11, 15), sum);
 }
 
-/* 16 rows from r on times n_tok <= X86_512_FLOAT_TOKENS tokens. */
-MOE_AVX512 MOE_UNUSED static void x86_512_float_rows(const moe_mm *mm, size_t r, const uint8_t *x,
-                                                     size_t n_tok, float *y, size_t item_bytes,
+/* acc[t][p] += eight k of the tile times tokens, n_tok constant, in the lanes of `mask`. */
+MOE_AVX512_INLINE void x86_512_float_eight(const __m512 w[4], const uint8_t *x, size_t stride,
+                                           __mmask16 mask, __m512 (*acc)[4], size_t n_tok)
+{
+    __m512 wk[4];
+    MOE_UNROLL
+    for (size_t p = 0; p < 4; p++) {
+        wk[p] = w[p];
+        x86_512_pin(&wk[p]);
+    }
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        const __m512 xk = _mm512_broadcast_f32x8(_mm256_load_ps((const float *)(x + t * stride)));
+        MOE_UNROLL
+        for (size_t p = 0; p < 4; p++)
+            acc[t][p] = mask == 0xffff ? _mm512_fmadd_ps(wk[p], xk, acc[t][p])
+                                       : _mm512_mask3_fmadd_ps(wk[p], xk, acc[t][p], mask);
+    }
+}
+
+/* The tile times tokens t .. t + n_tok - 1, n_tok constant, 1 or even, <= X86_512_FLOAT_STEP. */
+MOE_AVX512_INLINE void x86_512_float_step(const x86_512_float_tile *f, size_t t, size_t n_tok)
+{
+    const size_t n = f->n_k / 8, rest = f->n_k % 8;
+    const uint8_t *x = f->x + t * f->x_stride;
+    __m512 acc[X86_512_FLOAT_STEP][4];
+    MOE_UNROLL
+    for (size_t i = 0; i < 4 * n_tok; i++)
+        acc[i / 4][i % 4] = f->first ? _mm512_setzero_ps() : f->sum[t + i / 4][i % 4];
+    for (size_t k = 0; k < n; k++)
+        x86_512_float_eight(f->w[k], x + 32 * k, f->x_stride, 0xffff, acc, n_tok);
+    if (rest) /* they enter the lanes 0 .. rest - 1; the others stay as they are */
+        x86_512_float_eight(f->w[n], x + 32 * n, f->x_stride,
+                            (__mmask16)(((1u << rest) - 1) * 0x101), acc, n_tok);
+    if (!f->last) {
+        MOE_UNROLL
+        for (size_t i = 0; i < 4 * n_tok; i++)
+            f->sum[t + i / 4][i % 4] = acc[i / 4][i % 4];
+        return;
+    }
+    float *y = f->y + t * f->y_stride;
+    MOE_UNROLL
+    for (size_t i = 0; i < n_tok; i += 2, y += 2 * f->y_stride) {
+        const __m512 v = x86_512_reduce8(acc[i], acc[n_tok == 1 ? 0 : i + 1]);
+        x86_store_rows(y, _mm512_castps512_ps256(v), f->n_row);
+        if (n_tok > 1)
+            x86_store_rows(y + f->y_stride, _mm512_extractf32x8_ps(v, 1), f->n_row);
+    }
+}
+
+/* The same for any number of tokens. */
+MOE_AVX512 MOE_UNUSED static void x86_512_float_tokens(const x86_512_float_tile *f, size_t n_tok)
+{
+    size_t t = 0;
+    for (; t + X86_512_FLOAT_STEP <= n_tok; t += X86_512_FLOAT_STEP)
+        x86_512_float_step(f, t, X86_512_FLOAT_STEP);
+    for (; t + 4 <= n_tok; t += 4)
+        x86_512_float_step(f, t, 4);
+    for (; t + 2 <= n_tok; t += 2)
+        x86_512_float_step(f, t, 2);
+    if (t < n_tok)
+        x86_512_float_step(f, t, 1);
+}
+
+/* Unpacks weights k .. k + n - 1 of 16 rows, n <= X86_512_FLOAT_K; the last eight is filled up with
+ * zeros. */
+MOE_AVX512 MOE_UNUSED static void x86_512_float_unpack(const uint8_t *const row[16], size_t k,
+                                                       size_t n, uintptr_t next,
+                                                       x86_512_floats *out, size_t item_bytes,
+                                                       x86_512_unpack_fn *unpack)
+{
+    const size_t n8 = n / 8;
+    unpack(row, k * item_bytes, next, n8, out->w);
+    if (n % 8 == 0)
+        return;
+    uint8_t copy[16][32] = {{0}};
+    const uint8_t *from[16];
+    for (size_t i = 0; i < 16; i++) {
+        memcpy(copy[i], row[i] + (k + 8 * n8) * item_bytes, n % 8 * item_bytes);
+        from[i] = copy[i];
+    }
+    __m512 last[2][X86_512_FLOAT_K / 8][4];
+    unpack(from, 0, 0, 1, last);
+    for (size_t i = 0; i < 8; i++)
+        out->w[i / 4][n8][i % 4] = last[i / 4][0][i % 4];
+}
+
+/* 16 rows from r on times n_tok <= X86_512_FLOAT_TOKENS tokens from t0 on. */
+MOE_AVX512 MOE_UNUSED static void x86_512_float_rows(const moe_mm *mm, size_t r, size_t t0,
+                                                     size_t n_tok, size_t item_bytes,
                                                      x86_512_unpack_fn *unpack)
 {
-    const size_t n8 = mm->n_in / 8 * 8;
+    const size_t n_part = (mm->n_in + X86_512_FLOAT_K - 1) / X86_512_FLOAT_K;
+    const size_t part = (size_t)align_up((mm->n_in + n_part - 1) / n_part, 8);
     const uint8_t *row[X86_512_FLOAT_ROWS];
     for (size_t i = 0; i < X86_512_FLOAT_ROWS; i++)
         row[i] = mm->w + MOE_MIN(r + i, mm->n_row - 1) * mm->w_stride;
-    uintptr_t next = (uintptr_t)mm->w + (r + X86_512_FLOAT_ROWS) * mm->w_stride;
+    uintptr_t next = t0 ? 0 : (uintptr_t)mm->w + (r + X86_512_FLOAT_ROWS) * mm->w_stride;
     x86_512_floats w;
-    __m512 sum[X86_512_FLOAT_TOKENS][8];
-    memset(sum, 0, n_tok * sizeof sum[0]);
-    for (size_t k = 0; k < n8; k += X86_512_FLOAT_K) {
-        const size_t n = MOE_MIN(n8 - k, (size_t)X86_512_FLOAT_K) / 8;
-        unpack(row, k * item_bytes, next, n, &w);
-        next += 128 * item_bytes * n;
-        for (size_t i = 0; i < 2; i++)
-            x86_512_float_tokens(w.w[i], x + k * sizeof(float), mm->x_stride, n_tok, n,
-                                 (__m512(*)[8])(sum[0] + 4 * i));
+    __m512 sum[2][X86_512_FLOAT_TOKENS][4];
+    for (size_t k = 0; k < mm->n_in; k += part) {
+        x86_512_float_tile f = {
+            .x = mm->x + t0 * mm->x_stride + k * sizeof(float),
+            .x_stride = mm->x_stride,
+            .y_stride = mm->y_stride,
+            .n_k = MOE_MIN(part, mm->n_in - k),
+            .first = k == 0,
+            .last = k + part >= mm->n_in,
+        };
+        x86_512_float_unpack(row, k, f.n_k, next, &w, item_bytes, unpack);
+        next += next ? X86_512_FLOAT_ROWS * item_bytes * f.n_k : 0;
+        for (size_t i = 0; i < 2 && r + 8 * i < mm->n_row; i++) {
+            f.w = w.w[i];
+            f.sum = sum[i];
+            f.y = mm->y + t0 * mm->y_stride + r + 8 * i;
+            f.n_row = MOE_MIN(mm->n_row - r - 8 * i, 8);
+            x86_512_float_tokens(&f, n_tok);
+        }
     }
-    if (n8 < mm->n_in)
-        x86_512_float_tail(row, n8 * item_bytes, mm->n_in - n8, x + n8 * sizeof(float),
-                           mm->x_stride, n_tok, sum, item_bytes, unpack);
-    const size_t n_row = MOE_MIN(mm->n_row - r, (size_t)X86_512_FLOAT_ROWS);
-    for (size_t t = 0; t < n_tok; t++)
-        _mm512_mask_storeu_ps(y + t * mm->y_stride, (__mmask16)((1u << n_row) - 1),
-                              x86_512_reduce8(sum[t]));
 }
 
 MOE_AVX512 MOE_UNUSED static void x86_512_float_gemm(const moe_mm *mm, size_t item_bytes,
@@ -846,9 +882,8 @@ MOE_AVX512 MOE_UNUSED static void x86_512_float_gemm(const moe_mm *mm, size_t it
 {
     for (size_t t = 0; t < mm->n_tok; t += X86_512_FLOAT_TOKENS)
         for (size_t r = 0; r < mm->n_row; r += X86_512_FLOAT_ROWS)
-            x86_512_float_rows(mm, r, mm->x + t * mm->x_stride,
-                               MOE_MIN(mm->n_tok - t, X86_512_FLOAT_TOKENS),
-                               mm->y + t * mm->y_stride + r, item_bytes, unpack);
+            x86_512_float_rows(mm, r, t, MOE_MIN(mm->n_tok - t, X86_512_FLOAT_TOKENS), item_bytes,
+                               unpack);
 }
 
 #endif
