@@ -350,9 +350,9 @@ static void encode_measure(encode_worker *w, const encode_chunk *c, const float 
         c->type->dequantize(blocks + r * encode_row_bytes(c->type, row_len), back + r * row_len,
                             (size_t)row_len);
     for (uint64_t i = 0; i < n * row_len; i++) {
-        const double d = (double)x[i] - (double)back[i];
-        error = fma(d, d, error);
-        square = fma((double)x[i], (double)x[i], square);
+        const float d = x[i] - back[i]; // whose square is exact: a compiler may fuse the sum or not
+        error += (double)d * (double)d;
+        square += (double)x[i] * (double)x[i];
     }
     w->error_sum += error;
     w->square_sum += square;
