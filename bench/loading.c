@@ -68,7 +68,7 @@ int main(int argc, char **argv)
         printf("%-40s %10.2f %9.4f %12.2f %10.2f %14.2f %10.2f\n", name ? name + 1 : argv[i],
                (double)best.file_bytes * 1e-6, best.seconds, (double)best.loaded_bytes * 1e-6,
                ((double)best.peak_bytes - (double)best.loaded_bytes) * 1e-6, rate,
-               rate / MOE_MIN(plat_n_cores(), (uint32_t)MOEFILE_MAX_WORKERS));
+               rate / MOE_MIN(plat_n_cores(), (uint32_t)DIR_MAX_WORKERS));
     }
     return 0;
 }

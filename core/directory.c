@@ -247,6 +247,67 @@ static void dir_clear(moe_directory *dir)
     dir->table_bytes = 0;
 }
 
+/* ------------------------------------------------------------------------------- threads -- */
+
+enum { DIR_MAX_WORKERS = 16 };
+
+/* Work that several threads share: each calls run() until it returns false. */
+typedef struct dir_team {
+    void *self;
+    bool (*run)(void *self, uint32_t worker, moe_error *error);
+    moe_error errors[DIR_MAX_WORKERS];
+} dir_team;
+
+typedef struct dir_worker {
+    dir_team *team;
+    uint32_t index;
+    plat_thread thread;
+} dir_worker;
+
+static void dir_team_work(void *arg, uint32_t index)
+{
+    dir_team *team = arg;
+    while (team->run(team->self, index, &team->errors[index]))
+        ;
+}
+
+static void dir_team_thread(void *arg)
+{
+    const dir_worker *worker = arg;
+    dir_team_work(worker->team, worker->index);
+}
+
+/* Runs on up to n threads, the host's if it gave some, or on fewer: that is slower, not wrong. */
+static moe_status dir_team_run(const moe_mem *mem, uint32_t n,
+                               bool (*run)(void *self, uint32_t worker, moe_error *error),
+                               void *self, moe_error *error)
+{
+    dir_team team = {.self = self, .run = run};
+    dir_worker workers[DIR_MAX_WORKERS];
+    n = MOE_MAX(MOE_MIN(n, (uint32_t)DIR_MAX_WORKERS), 1);
+    if (mem->host.parallel_for && n > 1) {
+        mem->host.parallel_for(mem->host.user, n, dir_team_work, &team);
+    } else {
+        uint32_t started = 1;
+        for (; started < n; started++) {
+            workers[started].team = &team;
+            workers[started].index = started;
+            if (!plat_thread_start(&workers[started].thread, dir_team_thread, &workers[started]))
+                break;
+        }
+        dir_team_work(&team, 0);
+        for (uint32_t i = 1; i < started; i++)
+            plat_thread_join(&workers[i].thread);
+    }
+    for (uint32_t i = 0; i < n; i++)
+        if (team.errors[i].status) {
+            if (error)
+                *error = team.errors[i];
+            return team.errors[i].status;
+        }
+    return MOE_OK;
+}
+
 /* ------------------------------------------------------------------------------- sources -- */
 
 /* Gives the file back to the system; what was read of it stays. */
@@ -301,11 +362,9 @@ static moe_status dir_file_open(moe_mem *mem, dir_file *file, const moe_model_op
     return MOE_OK;
 }
 
-/* Reads in steps, so that a cancel is heeded soon also on slow drives. `done` of `total` bytes were
- * read before, for the progress; total 0: no progress is reported. */
+/* Reads in steps, so that a cancel is heeded soon also on slow drives. */
 static moe_status dir_file_read(const moe_directory *dir, const dir_file *file, uint64_t offset,
-                                uint8_t *dst, uint64_t bytes, uint64_t done, uint64_t total,
-                                moe_error *error)
+                                uint8_t *dst, uint64_t bytes, moe_error *error)
 {
     for (uint64_t at = 0; at < bytes;) {
         uint64_t step = MOE_MIN(bytes - at, DIR_READ_STEP_BYTES);
@@ -326,8 +385,6 @@ static moe_status dir_file_read(const moe_directory *dir, const dir_file *file, 
                 return status;
         }
         at += step;
-        if (total)
-            mem_progress(dir->mem, "load", done + at, total);
     }
     return MOE_OK;
 }
@@ -341,7 +398,7 @@ static moe_status dir_file_read_head(const moe_directory *dir, dir_file *file, u
     if (!file->head)
         return fail_memory(error, dir->mem, "metadata", bytes);
     file->head_bytes = bytes;
-    return dir_file_read(dir, file, 0, file->head, bytes, 0, 0, error);
+    return dir_file_read(dir, file, 0, file->head, bytes, error);
 }
 
 /* MOE_ERR_IO if the file is shorter than it was. */
@@ -360,6 +417,59 @@ static moe_status dir_file_check(const dir_file *file, moe_error *error)
 static uint64_t dir_file_data_bytes(const dir_file *file)
 {
     return file->bytes - MOE_MIN(file->data_start, file->bytes);
+}
+
+/* A file's data on its way into memory, in steps that threads take one after another. */
+typedef struct dir_copy {
+    const moe_directory *dir;
+    const dir_file *file;
+    uint64_t bytes;
+    uint64_t before, total; // of all files: for the progress
+    plat_mutex lock;
+    /* Under the lock: */
+    uint64_t taken, done;
+    bool stop;
+} dir_copy;
+
+static bool dir_copy_step(void *self, uint32_t worker, moe_error *error)
+{
+    (void)worker;
+    dir_copy *c = self;
+    plat_mutex_lock(&c->lock);
+    const uint64_t at = c->stop ? c->bytes : c->taken;
+    const uint64_t n = MOE_MIN(c->bytes - at, DIR_READ_STEP_BYTES);
+    c->taken = at + n;
+    plat_mutex_unlock(&c->lock);
+    if (n == 0)
+        return false;
+    const moe_status status = dir_file_read(c->dir, c->file, c->file->data_start + at,
+                                            c->file->copy + at, n, error);
+    plat_mutex_lock(&c->lock);
+    c->stop |= status != MOE_OK;
+    c->done += n;
+    mem_progress(c->dir->mem, "load", c->before + c->done, c->total);
+    plat_mutex_unlock(&c->lock);
+    return !status;
+}
+
+/* Reads the data section into memory, after `before` of `total` bytes. Threads share it, since the first
+ * touch of a page takes as long as its bytes; a callback is called by one. */
+static moe_status dir_file_copy(const moe_directory *dir, dir_file *file, uint64_t bytes,
+                                uint64_t before, uint64_t total, moe_error *error)
+{
+    dir_copy c = {.dir = dir, .file = file, .bytes = bytes, .before = before, .total = total};
+    const uint64_t n_step = bytes / DIR_READ_STEP_BYTES + 1;
+    file->copy = mem_alloc_uncleared(dir->mem, bytes, 1);
+    if (!file->copy)
+        return fail_memory(error, dir->mem, "weights", bytes);
+    plat_large_pages(file->copy, bytes);
+    if (!plat_mutex_init(&c.lock))
+        return fail(error, MOE_ERR_THREAD, NULL, "cannot make a lock");
+    const moe_status status =
+        dir_team_run(dir->mem, file->read ? 1 : (uint32_t)MOE_MIN(plat_n_cores(), n_step),
+                     dir_copy_step, &c, error);
+    plat_mutex_destroy(&c.lock);
+    return status;
 }
 
 /* Makes the data of all tensors of all files readable, from the caller's memory, a map or a
@@ -381,11 +491,7 @@ static moe_status dir_load_data(moe_directory *dir, bool copy, moe_error *error)
             if (!status)
                 status = dir_file_check(file, error);
         } else {
-            file->copy = mem_alloc_uncleared(dir->mem, bytes, 1);
-            if (!file->copy)
-                return fail_memory(error, dir->mem, "weights", bytes);
-            status = dir_file_read(dir, file, file->data_start, file->copy, bytes, done, total,
-                                   error);
+            status = dir_file_copy(dir, file, bytes, done, total, error);
             done += bytes;
             dir_file_release(file);
         }

@@ -23,7 +23,6 @@
 #include "moeformat.h"
 
 enum {
-    MOEFILE_MAX_WORKERS = 16,
     MOEFILE_PIECE_BYTES = MOEFILE_SEGMENT_BYTES + MOEFILE_SEGMENT_EXTRA // what is read at once
 };
 
@@ -169,7 +168,7 @@ static moe_status moefile_read_directory(moe_directory *dir, dir_file *file, moe
     if (file->bytes < sizeof *h)
         return fail(error, MOE_ERR_FORMAT, "header", "expected %zu bytes, got a file of %llu",
                     sizeof *h, (unsigned long long)file->bytes);
-    if ((status = dir_file_read(dir, file, 0, (uint8_t *)h, sizeof *h, 0, 0, error)) ||
+    if ((status = dir_file_read(dir, file, 0, (uint8_t *)h, sizeof *h, error)) ||
         (status = moefile_check_version(h, error)) ||
         (status = moefile_check_sizes(h, file->bytes, error)))
         return status;
@@ -548,70 +547,34 @@ static moe_status moefile_decode_segment(const moefile_decoder *d, const moe_qua
 
 /* ------------------------------------------------------------------------------- threads -- */
 
-/* Work that several threads share: each calls run() until it returns false. */
+/* Work that several threads share, each with buffers of its own. */
 typedef struct moefile_team {
     const moe_directory *dir;
     void *self;
-    bool (*run)(void *self, moefile_decoder *d, moe_error *error);
-    uint32_t n;
-    moefile_decoder decoders[MOEFILE_MAX_WORKERS];
-    moe_error errors[MOEFILE_MAX_WORKERS];
+    bool (*run)(void *self, moefile_decoder *d, moe_error *error); // until it returns false
+    moefile_decoder decoders[DIR_MAX_WORKERS];
 } moefile_team;
 
-typedef struct moefile_worker {
-    moefile_team *team;
-    uint32_t index;
-} moefile_worker;
-
-static void moefile_team_work(void *arg, uint32_t index)
+static bool moefile_team_work(void *arg, uint32_t worker, moe_error *error)
 {
     moefile_team *team = arg;
-    while (team->run(team->self, &team->decoders[index], &team->errors[index]))
-        ;
+    return team->run(team->self, &team->decoders[worker], error);
 }
 
-static void moefile_team_thread(void *arg)
-{
-    const moefile_worker *w = arg;
-    moefile_team_work(w->team, w->index);
-}
-
-/* Runs on up to n threads, the host's if it gave some. Fewer are slower, not wrong. The buffers are
- * made here, since a host's allocator is called by one thread at a time. */
+/* Runs on up to n threads: as many as there are buffers for. The buffers are made here, since a host's
+ * allocator is called by one thread at a time. */
 static moe_status moefile_team_run(moefile_team *team, uint32_t n, moe_error *error)
 {
     moe_mem *mem = team->dir->mem;
-    plat_thread threads[MOEFILE_MAX_WORKERS];
-    moefile_worker workers[MOEFILE_MAX_WORKERS];
     moe_status status = MOE_OK;
-    n = MOE_MAX(MOE_MIN(n, (uint32_t)MOEFILE_MAX_WORKERS), 1);
-    for (team->n = 0; team->n < n && !status; team->n += !status)
-        status = moefile_decoder_open(mem, &team->decoders[team->n], error);
-    if (team->n)
-        status = MOE_OK; // what there is will do
-    uint32_t started = 1;
-    if (status) {
-        started = 0;
-    } else if (mem->host.parallel_for) {
-        mem->host.parallel_for(mem->host.user, team->n, moefile_team_work, team);
-    } else {
-        for (; started < team->n; started++) {
-            workers[started] = (moefile_worker){team, started};
-            if (!plat_thread_start(&threads[started], moefile_team_thread, &workers[started]))
-                break;
-        }
-        moefile_team_work(team, 0);
-        for (uint32_t i = 1; i < started; i++)
-            plat_thread_join(&threads[i]);
-    }
-    for (uint32_t i = 0; i < team->n; i++) {
-        if (!status && team->errors[i].status) {
-            status = team->errors[i].status;
-            if (error)
-                *error = team->errors[i];
-        }
+    uint32_t ready = 0;
+    n = MOE_MAX(MOE_MIN(n, (uint32_t)DIR_MAX_WORKERS), 1);
+    while (ready < n && !(status = moefile_decoder_open(mem, &team->decoders[ready], error)))
+        ready++;
+    if (ready)
+        status = dir_team_run(mem, ready, moefile_team_work, team, error);
+    for (uint32_t i = 0; i < ready; i++)
         moefile_decoder_close(mem, &team->decoders[i]);
-    }
     return status;
 }
 
@@ -629,7 +592,7 @@ static moe_status moefile_fetch(const moe_directory *dir, plat_mutex *lock, uint
     *data = room;
     if (file->read)
         plat_mutex_lock(lock);
-    moe_status status = dir_file_read(dir, file, offset, room, bytes, 0, 0, error);
+    moe_status status = dir_file_read(dir, file, offset, room, bytes, error);
     if (file->read)
         plat_mutex_unlock(lock);
     return status;
@@ -1032,7 +995,7 @@ static moe_status container_load(moe_directory *dir, const moe_model_options *op
     const dir_file *file = dir->files;
     moe_status status = MOE_OK;
     if (file->bytes >= sizeof magic)
-        status = dir_file_read(dir, file, 0, magic, sizeof magic, 0, 0, error);
+        status = dir_file_read(dir, file, 0, magic, sizeof magic, error);
     if (status)
         return status;
     return memcmp(magic, MOEFILE_MAGIC, sizeof magic) ? gguf_load(dir, options, error)
@@ -1081,7 +1044,7 @@ static moe_status moefile_verify(moe_directory *dir, const moe_model_options *op
     const uint8_t *bytes = NULL;
     moe_status status = dir_file_open(dir->mem, file, options, error);
     if (!status && file->bytes >= sizeof magic)
-        status = dir_file_read(dir, file, 0, magic, sizeof magic, 0, 0, error);
+        status = dir_file_read(dir, file, 0, magic, sizeof magic, error);
     if (!status && memcmp(magic, MOEFILE_MAGIC, sizeof magic))
         status = fail(error, MOE_ERR_UNSUPPORTED, file->path,
                       "expected a .moe file, got one of another kind, which has no checksums");
