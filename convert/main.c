@@ -6,6 +6,7 @@
 #include "convert.c"
 
 #include <signal.h>
+#include <sys/ioctl.h>
 
 static const char help_text[] =
 "usage: moe-convert SOURCE OUT [options]\n"
@@ -81,29 +82,51 @@ typedef struct main_args {
 
 typedef struct main_bar {
     uint64_t started_ns, shown_ns;
+    uint64_t done_before; // weights that an earlier run had made, or the first report
     bool drawn;
 } main_bar;
 
+/* Columns of the terminal; a line that is longer would not be overwritten by the next. */
+static int main_columns(void)
+{
+    struct winsize size;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
+}
+
+/* "0:07", "12:34", "1:02:03" */
+static const char *main_clock(double seconds, char text[32])
+{
+    const unsigned s = seconds < 3.6e8 ? (unsigned)(seconds + 0.5) : 360000000u;
+    if (s >= 3600)
+        snprintf(text, 32, "%u:%02u:%02u", s / 3600, s / 60 % 60, s % 60);
+    else
+        snprintf(text, 32, "%u:%02u", s / 60, s % 60);
+    return text;
+}
+
 static void main_show(void *user, const conv_progress *p)
 {
+    enum { WIDTH = 20, MAX_LINE = 256 };
     main_bar *bar = user;
     const uint64_t now = plat_time_ns();
-    if (!bar->started_ns)
+    if (!bar->started_ns) {
         bar->started_ns = now;
+        bar->done_before = p->done;
+    }
     const double seconds = (double)(now - bar->started_ns) * 1e-9;
-    if (seconds < 0.5 || now - bar->shown_ns < 100000000)
+    const double done = (double)(p->done - bar->done_before);
+    if (seconds < 0.5 || now - bar->shown_ns < 100000000 || !(done > 0))
         return;
     bar->shown_ns = now;
     bar->drawn = true;
-    enum { WIDTH = 24 };
     const double part = p->total ? (double)p->done / (double)p->total : 1;
-    char line[WIDTH + 1];
+    char hashes[WIDTH + 1] = "", line[MAX_LINE], left[32];
     for (int i = 0; i < WIDTH; i++)
-        line[i] = i < (int)(part * WIDTH) ? '#' : ' ';
-    line[WIDTH] = 0;
-    fprintf(stderr, "\r[%s] %3d %%, %.0f M weights/s, %.0f s left, %.40s\033[K", line,
-            (int)(part * 100), (double)p->done / seconds * 1e-6,
-            part > 0 ? seconds * (1 - part) / part : 0, p->tensor);
+        hashes[i] = i < (int)(part * WIDTH) ? '#' : ' ';
+    snprintf(line, sizeof line, "[%s] %3d %%  %s left  %.0f M weights/s  %s", hashes,
+             (int)(part * 100), main_clock(seconds * (double)(p->total - p->done) / done, left),
+             done / seconds * 1e-6, p->tensor);
+    fprintf(stderr, "\r%.*s\033[K", MOE_MIN(main_columns() - 1, MAX_LINE), line);
 }
 
 /* -------------------------------------------------------------------------------- results -- */
@@ -193,8 +216,21 @@ static void main_print_plan(const conv_job *job)
     }
 }
 
+/* "4.21 GB", "106.2 MB": powers of 1000, as sizes of files are told. */
+static const char *main_bytes(uint64_t bytes, char text[32])
+{
+    static const char *const units[] = {"bytes", "kB", "MB", "GB", "TB"};
+    double x = (double)bytes;
+    size_t unit = 0;
+    for (; x >= 999.5 && unit + 1 < MOE_COUNT(units); unit++)
+        x /= 1000;
+    snprintf(text, 32, unit ? "%.4g %s" : "%.0f %s", x, units[unit]);
+    return text;
+}
+
 static void main_print(const conv_job *job)
 {
+    char size[32];
     main_sums sums[MOE_COUNT(quant_table)];
     main_sum(job, sums);
     if (job->options.dry_run)
@@ -204,9 +240,9 @@ static void main_print(const conv_job *job)
             printf("%-7s %5llu tensors %16llu weights %16llu bytes\n", quant_table[i]->name,
                    (unsigned long long)sums[i].n_tensors, (unsigned long long)sums[i].n_weights,
                    (unsigned long long)sums[i].bytes);
-    printf("%s: %s%llu bytes, %.2f bits per weight", job->options.out,
+    printf("%s: %s%llu bytes (%s), %.2f bits per weight", job->options.out,
            job->options.dry_run ? "would have " : "", (unsigned long long)job->file_bytes,
-           main_bits(job));
+           main_bytes(job->file_bytes, size), main_bits(job));
     if (!job->options.dry_run)
         printf(", %.1f s, %.0f M weights/s", job->seconds,
                (double)job->n_weights / job->seconds * 1e-6);

@@ -604,6 +604,9 @@ static moe_status moew_resume(moew_sink *m, uint64_t *done, moe_error *error)
     for (uint32_t k = 0; k < next; k++)
         *done += m->slices[k].n_rows * m->slices[k].t->row_len;
     m->next_slice = next;
+    if (next)
+        conv_note(&m->job->source, "%u of %u records were there already, of a conversion that did not "
+                  "come to its end", i, m->n_records);
     return MOE_OK;
 }
 
