@@ -370,81 +370,155 @@ MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, size_t item_bytes, x86_loa
     }
 }
 
-/* Tokens whose sums are kept at once, 4 rows of each; and weights of a row that are used for all of
- * these tokens before the next, so that the 4 rows stay in L1. */
-enum { X86_FLOAT_TOKENS = 48, X86_FLOAT_CHUNK = 512 };
+/* Many tokens: 4 rows of weights are unpacked once for all of them. 4 rows times 3 tokens, 12 sums, take
+ * 7 loads for 12 products and all 16 registers; the weights stay in L1, the activations come from L2.
+ * Sums leave the registers only where a row is longer than X86_FLOAT_K. */
+enum {
+    X86_FLOAT_ROWS = 4,
+    X86_FLOAT_TOKENS = 192, /* for which rows are unpacked once */
+    X86_FLOAT_STEP = 3,     /* tokens of a step */
+    X86_FLOAT_K = 1024      /* weights of a row in a tile: 16 KiB of it, 12 KiB of activations */
+};
 
-/* k .. end of 4 rows times 2 tokens, which may be the same: 8 chains. A tile of 12 would need all
- * 16 registers, and compilers then spill a sum in the loop. */
-MOE_AVX2_INLINE void x86_float_tile(const uint8_t *const row[8], const float *x, const float *x2,
-                                    size_t k, size_t end, __m256 sum[4], __m256 sum2[4],
-                                    size_t item_bytes, x86_load8_fn *load8)
+/* A tile times some tokens, from some k on. */
+typedef struct x86_float_tile {
+    __m256 w[X86_FLOAT_K / 8][X86_FLOAT_ROWS];
+    __m256 sum[X86_FLOAT_TOKENS][X86_FLOAT_ROWS]; // what earlier parts of the rows gave
+    const uint8_t *x;     // of the first token, at the first k
+    float *y;             // [tokens][y_stride]
+    size_t x_stride, y_stride;
+    size_t n_k, n_row;    // weights, rows <= X86_FLOAT_ROWS
+    bool first, last;     // the part of the rows: if first, sums begin with 0; if last, y is written
+} x86_float_tile;
+
+/* Keeps a vector in a register that a compiler would rather load once for each use. */
+MOE_AVX2_INLINE void x86_float_pin(__m256 *v)
 {
-    __m256 a0 = sum[0], a1 = sum[1], a2 = sum[2], a3 = sum[3];
-    __m256 b0 = sum2[0], b1 = sum2[1], b2 = sum2[2], b3 = sum2[3];
-    for (; k < end; k += 8) {
-        const __m256 xa = _mm256_load_ps(x + k), xb = _mm256_load_ps(x2 + k);
-        const __m256 w0 = load8(row[0] + k * item_bytes), w1 = load8(row[1] + k * item_bytes);
-        a0 = _mm256_fmadd_ps(w0, xa, a0);
-        b0 = _mm256_fmadd_ps(w0, xb, b0);
-        a1 = _mm256_fmadd_ps(w1, xa, a1);
-        b1 = _mm256_fmadd_ps(w1, xb, b1);
-        const __m256 w2 = load8(row[2] + k * item_bytes), w3 = load8(row[3] + k * item_bytes);
-        a2 = _mm256_fmadd_ps(w2, xa, a2);
-        b2 = _mm256_fmadd_ps(w2, xb, b2);
-        a3 = _mm256_fmadd_ps(w3, xa, a3);
-        b3 = _mm256_fmadd_ps(w3, xb, b3);
-    }
-    sum[0] = a0;
-    sum[1] = a1;
-    sum[2] = a2;
-    sum[3] = a3;
-    sum2[0] = b0;
-    sum2[1] = b1;
-    sum2[2] = b2;
-    sum2[3] = b3;
+    __asm__("" : MOE_X86_REGISTER(*v));
 }
 
-/* 4 rows times n_tok <= X86_FLOAT_TOKENS tokens from t0 on; whole eights of weights. */
-MOE_AVX2_INLINE void x86_float_strip(const moe_mm *mm, const uint8_t *const row[8], size_t t0,
-                                     size_t n_tok, __m256 (*sum)[4], size_t item_bytes,
-                                     x86_load8_fn *load8)
+/* reduce8() of 4 rows. */
+MOE_AVX2_INLINE __m128 x86_float_reduce8(const __m256 v[X86_FLOAT_ROWS])
 {
-    const size_t n8 = mm->n_in / 8 * 8;
-    for (size_t k = 0; k < n8; k += X86_FLOAT_CHUNK) {
-        const size_t end = MOE_MIN(k + X86_FLOAT_CHUNK, n8);
-        for (size_t t = 0; t < n_tok; t += 2) {
-            const size_t t2 = MOE_MIN(t + 1, n_tok - 1);
-            const float *x = (const float *)(mm->x + (t0 + t) * mm->x_stride);
-            const float *x2 = (const float *)(mm->x + (t0 + t2) * mm->x_stride);
-            x86_float_tile(row, x, x2, k, end, sum[t], sum[t2], item_bytes, load8);
+    __m128 four[X86_FLOAT_ROWS]; /* lanes 0..3 plus lanes 4..7 */
+    MOE_UNROLL
+    for (int i = 0; i < X86_FLOAT_ROWS; i++)
+        four[i] = _mm_add_ps(_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps(v[i], 1));
+    /* lane 0 plus 2 of two rows, then lane 1 plus 3 */
+    const __m128 a = _mm_add_ps(_mm_unpacklo_ps(four[0], four[1]),
+                                _mm_unpackhi_ps(four[0], four[1]));
+    const __m128 b = _mm_add_ps(_mm_unpacklo_ps(four[2], four[3]),
+                                _mm_unpackhi_ps(four[2], four[3]));
+    return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+}
+
+/* acc[t][i] += eight k of the tile times n_tok (constant) tokens. */
+MOE_AVX2_INLINE void x86_float_eight(const __m256 w[X86_FLOAT_ROWS], const uint8_t *x, size_t stride,
+                                     __m256 (*acc)[X86_FLOAT_ROWS], size_t n_tok)
+{
+    __m256 xk[X86_FLOAT_STEP];
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        xk[t] = _mm256_load_ps((const float *)(x + t * stride));
+        x86_float_pin(&xk[t]);
+    }
+    MOE_UNROLL
+    for (size_t i = 0; i < X86_FLOAT_ROWS; i++) {
+        __m256 wk = w[i];
+        x86_float_pin(&wk);
+        MOE_UNROLL
+        for (size_t t = 0; t < n_tok; t++)
+            acc[t][i] = _mm256_fmadd_ps(wk, xk[t], acc[t][i]);
+    }
+}
+
+/* The tile times tokens t .. t + n_tok - 1, n_tok constant, <= X86_FLOAT_STEP. */
+MOE_AVX2_INLINE void x86_float_step(x86_float_tile *f, size_t t, size_t n_tok)
+{
+    const size_t n = f->n_k / 8, rest = f->n_k % 8;
+    const uint8_t *x = f->x + t * f->x_stride;
+    __m256 acc[X86_FLOAT_STEP][X86_FLOAT_ROWS];
+    MOE_UNROLL
+    for (size_t i = 0; i < X86_FLOAT_ROWS * n_tok; i++)
+        acc[i / X86_FLOAT_ROWS][i % X86_FLOAT_ROWS] =
+            f->first ? _mm256_setzero_ps() : f->sum[t + i / X86_FLOAT_ROWS][i % X86_FLOAT_ROWS];
+    for (size_t k = 0; k < n; k++)
+        x86_float_eight(f->w[k], x + 32 * k, f->x_stride, acc, n_tok);
+    if (rest) { /* they enter the lanes 0 .. rest - 1; the others stay as they are */
+        const __m256 mask = _mm256_castsi256_ps(x86_first(rest));
+        for (size_t i = 0; i < X86_FLOAT_ROWS * n_tok; i++) {
+            const __m256 xk = _mm256_load_ps((const float *)(x + i / X86_FLOAT_ROWS * f->x_stride +
+                                                             32 * n));
+            __m256 *a = &acc[i / X86_FLOAT_ROWS][i % X86_FLOAT_ROWS];
+            *a = _mm256_blendv_ps(*a, _mm256_fmadd_ps(f->w[n][i % X86_FLOAT_ROWS], xk, *a), mask);
         }
+    }
+    MOE_UNROLL
+    for (size_t i = 0; i < n_tok; i++) {
+        float *y = f->y + (t + i) * f->y_stride;
+        if (!f->last)
+            memcpy(f->sum[t + i], acc[i], sizeof acc[i]);
+        else if (MOE_LIKELY(f->n_row == X86_FLOAT_ROWS))
+            _mm_storeu_ps(y, x86_float_reduce8(acc[i]));
+        else
+            for (size_t r = 0; r < f->n_row; r++)
+                y[r] = x86_reduce8(acc[i][r]);
+    }
+}
+
+/* The same for any number of tokens. */
+MOE_AVX2 MOE_UNUSED static void x86_float_tokens(x86_float_tile *f, size_t n_tok)
+{
+    size_t t = 0;
+    for (; t + X86_FLOAT_STEP <= n_tok; t += X86_FLOAT_STEP)
+        x86_float_step(f, t, X86_FLOAT_STEP);
+    if (n_tok - t == 2)
+        x86_float_step(f, t, 2);
+    else if (n_tok - t == 1)
+        x86_float_step(f, t, 1);
+}
+
+/* 4 rows from r on times n_tok <= X86_FLOAT_TOKENS tokens from t0 on. The next rows are fetched
+ * meanwhile, for the first tokens only: later ones find them in L2. */
+MOE_AVX2_INLINE void x86_float_rows(const moe_mm *mm, size_t r, size_t t0, size_t n_tok,
+                                    size_t item_bytes, x86_load8_fn *load8,
+                                    x86_load_tail_fn *load_tail)
+{
+    const size_t n_part = (mm->n_in + X86_FLOAT_K - 1) / X86_FLOAT_K;
+    const size_t part = (size_t)align_up((mm->n_in + n_part - 1) / n_part, 8);
+    const uint8_t *row[8];
+    x86_rows(mm, r, row);
+    const uintptr_t next = (uintptr_t)mm->w + (r + X86_FLOAT_ROWS) * mm->w_stride;
+    x86_float_tile f;
+    f.x_stride = mm->x_stride;
+    f.y_stride = mm->y_stride;
+    f.y = mm->y + t0 * mm->y_stride + r;
+    f.n_row = MOE_MIN(mm->n_row - r, (size_t)X86_FLOAT_ROWS);
+    for (size_t k0 = 0; k0 < mm->n_in; k0 += part) {
+        f.n_k = MOE_MIN(part, mm->n_in - k0);
+        f.x = mm->x + t0 * mm->x_stride + k0 * sizeof(float);
+        f.first = k0 == 0;
+        f.last = k0 + part >= mm->n_in;
+        for (size_t k = 0; k < f.n_k; k += 8) {
+            const size_t at = (k0 + k) * item_bytes;
+            if (t0 == 0)
+                x86_prefetch(next + X86_FLOAT_ROWS * at, 8 * X86_FLOAT_ROWS * item_bytes);
+            MOE_UNROLL
+            for (size_t i = 0; i < X86_FLOAT_ROWS; i++)
+                f.w[k / 8][i] = MOE_LIKELY(k + 8 <= f.n_k) ? load8(row[i] + at)
+                                                           : load_tail(row[i] + at, f.n_k - k);
+        }
+        x86_float_tokens(&f, n_tok);
     }
 }
 
 MOE_AVX2_INLINE void x86_float_gemm(const moe_mm *mm, size_t item_bytes, x86_load8_fn *load8,
                                     x86_load_tail_fn *load_tail)
 {
-    const size_t n8 = mm->n_in / 8 * 8;
-    for (size_t t0 = 0; t0 < mm->n_tok; t0 += X86_FLOAT_TOKENS) {
-        const size_t n_tok = MOE_MIN(mm->n_tok - t0, (size_t)X86_FLOAT_TOKENS);
-        for (size_t r = 0; r < mm->n_row; r += 4) {
-            const uint8_t *row[8];
-            x86_rows(mm, r, row);
-            __m256 sum[X86_FLOAT_TOKENS][4];
-            memset(sum, 0, n_tok * sizeof sum[0]);
-            x86_float_strip(mm, row, t0, n_tok, sum, item_bytes, load8);
-            for (size_t t = 0; t < n_tok; t++) {
-                const float *x = (const float *)(mm->x + (t0 + t) * mm->x_stride);
-                for (size_t i = 0; i < MOE_MIN(mm->n_row - r, 4); i++) {
-                    if (n8 < mm->n_in)
-                        sum[t][i] = x86_float_tail(sum[t][i], row[i] + n8 * item_bytes, x + n8,
-                                                   mm->n_in - n8, load_tail);
-                    mm->y[(t0 + t) * mm->y_stride + r + i] = x86_reduce8(sum[t][i]);
-                }
-            }
-        }
-    }
+    for (size_t t = 0; t < mm->n_tok; t += X86_FLOAT_TOKENS)
+        for (size_t r = 0; r < mm->n_row; r += X86_FLOAT_ROWS)
+            x86_float_rows(mm, r, t, MOE_MIN(mm->n_tok - t, (size_t)X86_FLOAT_TOKENS), item_bytes,
+                           load8, load_tail);
 }
 
 #endif
