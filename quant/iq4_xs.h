@@ -20,8 +20,7 @@
 
 #include "arm_k.h"
 #include "k.h"
-#include "x86_512.h"
-#include "x86_k.h"
+#include "x86_512_k.h"
 
 typedef struct iq4_xs_block {
     uint8_t d[2];        // f16
@@ -287,57 +286,75 @@ MOE_VNNI512 static void iq4_xs_load_vnni512(x86_512_rows *rows, size_t offset, x
 static const x86_512_format iq4_xs_vnni512 = {K_LEN, sizeof(iq4_xs_block), 128, 32,
                                              iq4_xs_load_vnni512, &x86_512_k32};
 
-MOE_VNNI512 static void iq4_xs_gemm_vnni512(const moe_mm *mm)
+/* Scales of groups 4p .. 4p + 3, each in a quarter of a vector. */
+MOE_VNNI512_INLINE __m512i iq4_xs_scales_vnni512(const iq4_xs_block *block, int p)
 {
-    x86_512_gemm(mm, &iq4_xs_vnni512);
+    const __m512i group = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    const __m512i low = _mm512_set1_epi32(load_u16(block->scales_l + 2 * p));
+    const __m512i high = _mm512_set1_epi32(load_u16(block->scales_h) << 4 >> 8 * p);
+    const __m512i scale = _mm512_or_si512(
+        _mm512_and_si512(_mm512_srlv_epi32(low, _mm512_slli_epi32(group, 2)),
+                         _mm512_set1_epi32(15)),
+        _mm512_and_si512(_mm512_srlv_epi32(high, _mm512_slli_epi32(group, 1)),
+                         _mm512_set1_epi32(48)));
+    return _mm512_sub_epi32(scale, _mm512_set1_epi32(32));
 }
 
-/* A quarter of a vector holds 16 bytes, a group: its low nibbles are followed by its high ones. */
-MOE_VNNI512_INLINE void iq4_xs_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                            const int8_t *q, const int16_t *sum, x86_k_sums *out)
+/* A quarter of a vector holds 16 bytes, a group: codes 2p are low nibbles, 2p + 1 high ones. */
+MOE_VNNI512_INLINE x86_512_order iq4_xs_order_vnni512(const int8_t *q)
 {
-    const __m512i table = _mm512_broadcast_i32x4(
-        _mm_xor_si128(_mm_loadu_si128((const __m128i *)iq4_value), _mm_set1_epi8(-128)));
-    const __m512i shift[2] = {
-        _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12),
-        _mm512_setr_epi32(16, 16, 16, 16, 20, 20, 20, 20, 24, 24, 24, 24, 28, 28, 28, 28)};
-    __m512i x_low[2], x_high[2], init[2], dot[8];
-    (void)sum;
+    x86_512_order x;
     MOE_UNROLL
     for (size_t p = 0; p < 2; p++) {
         const __m512i a = x86_512_load64(q + 128 * p), b = x86_512_load64(q + 128 * p + 64);
-        x_low[p] = _mm512_shuffle_i32x4(a, b, 0x88);
-        x_high[p] = _mm512_shuffle_i32x4(a, b, 0xdd);
-        init[p] = x86_512_init(_mm512_setzero_si512(), x_low[p], 128);
-        init[p] = x86_512_init(init[p], x_high[p], 128);
+        x.q[2 * p] = _mm512_shuffle_i32x4(a, b, 0x88);
+        x.q[2 * p + 1] = _mm512_shuffle_i32x4(a, b, 0xdd);
     }
-    for (size_t r = 0; r < 8; r++) {
-        const iq4_xs_block *block = (const iq4_xs_block *)(row[r] + offset);
-        const __m512i s_low = _mm512_set1_epi32(x86_load_i32(block->scales_l));
-        const __m512i s_high = _mm512_set1_epi32(load_u16(block->scales_h) << 4);
-        dot[r] = _mm512_setzero_si512();
-        MOE_UNROLL
-        for (size_t p = 0; p < 2; p++) {
-            __m512i low, high;
-            x86_512_nibbles(x86_512_load64(block->qs + 64 * p), &low, &high);
-            __m512i part = _mm512_dpbusd_epi32(init[p], _mm512_shuffle_epi8(table, low), x_low[p]);
-            part = _mm512_dpbusd_epi32(part, _mm512_shuffle_epi8(table, high), x_high[p]);
-            const __m512i scale = _mm512_or_si512(
-                _mm512_and_si512(_mm512_srlv_epi32(s_low, shift[p]), _mm512_set1_epi32(15)),
-                _mm512_and_si512(_mm512_srlv_epi32(s_high, _mm512_srli_epi32(shift[p], 1)),
-                                 _mm512_set1_epi32(48)));
-            part = _mm512_mullo_epi32(part, _mm512_sub_epi32(scale, _mm512_set1_epi32(32)));
-            dot[r] = _mm512_add_epi32(dot[r], part);
-        }
-    }
-    out->dot = x86_512_sum8(dot);
-    out->d = x86_f16x8(row, offset);
+    x86_512_begin(&x, 128);
+    MOE_UNROLL
+    for (size_t i = 0; i < 4; i += 2)
+        x.init[i] = _mm512_add_epi32(x.init[i], x.init[i + 1]);
+    return x;
 }
 
-MOE_VNNI512 static void iq4_xs_gemv_vnni512(const moe_mm *mm)
+MOE_VNNI512_INLINE void iq4_xs_dot8_vnni512(const uint8_t *const row[8], size_t offset,
+                                            const moe_q8 *x, size_t n_tok, x86_k_sums *out)
 {
-    x86_k_gemv(mm, sizeof(iq4_xs_block), X86_K_NO_MIN, iq4_xs_dot8_vnni512);
+    const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i *)iq4_value),
+                                        _mm_set1_epi8(-128));
+    x86_512_order order[X86_512_FEWEST];
+    __m512i dot[X86_512_FEWEST][8];
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++)
+        order[t] = iq4_xs_order_vnni512(x[t].q);
+    for (size_t r = 0; r < 8; r++) {
+        const iq4_xs_block *block = (const iq4_xs_block *)(row[r] + offset);
+        const __m512i scale[2] = {iq4_xs_scales_vnni512(block, 0), iq4_xs_scales_vnni512(block, 1)};
+        __m512i code[4];
+        x86_512_nibbles(x86_512_load64(block->qs), &code[0], &code[1]);
+        x86_512_nibbles(x86_512_load64(block->qs + 64), &code[2], &code[3]);
+        x86_512_look_up(table, code, 4);
+        MOE_UNROLL
+        for (size_t t = 0; t < n_tok; t++) {
+            __m512i sum[2];
+            MOE_UNROLL
+            for (size_t p = 0; p < 2; p++) {
+                sum[p] = _mm512_dpbusd_epi32(order[t].init[2 * p], code[2 * p], order[t].q[2 * p]);
+                sum[p] = _mm512_dpbusd_epi32(sum[p], code[2 * p + 1], order[t].q[2 * p + 1]);
+                sum[p] = _mm512_mullo_epi32(sum[p], scale[p]);
+            }
+            dot[t][r] = _mm512_add_epi32(sum[0], sum[1]);
+        }
+    }
+    const __m256 d = x86_f16x8(row, offset);
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        out[t].dot = x86_512_sum8(dot[t]);
+        out[t].d = d;
+    }
 }
+
+X86_512_KERNELS(iq4_xs, X86_K_NO_MIN)
 
 #endif
 

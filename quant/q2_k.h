@@ -22,8 +22,7 @@
 
 #include "arm_k.h"
 #include "k.h"
-#include "x86_512.h"
-#include "x86_k.h"
+#include "x86_512_k.h"
 
 typedef struct q2_k_block {
     uint8_t scales[16]; // scale | min << 4
@@ -232,45 +231,51 @@ MOE_VNNI512 static void q2_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
 static const x86_512_format q2_k_vnni512 = {K_LEN, sizeof(q2_k_block), 0, 16,
                                              q2_k_load_vnni512, &x86_512_k256_min};
 
-MOE_VNNI512 static void q2_k_gemm_vnni512(const moe_mm *mm)
+/* The sum over the groups of minima times activations. */
+MOE_VNNI512_INLINE __m256i q2_k_min_sum_vnni512(const uint8_t *const row[8], size_t offset,
+                                                const int16_t *sum)
 {
-    x86_512_gemm(mm, &q2_k_vnni512);
+    __m256i part[8];
+    MOE_UNROLL
+    for (size_t r = 0; r < 8; r++) {
+        __m128i scales, mins;
+        q2_k_scales_avx2((const q2_k_block *)(row[r] + offset), &scales, &mins);
+        part[r] = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x86_k_load(sum));
+    }
+    return x86_sum8_i32(part);
 }
 
 MOE_VNNI512_INLINE void q2_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const int8_t *q, const int16_t *sum, x86_k_sums *out)
+                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
 {
-    const __m512i low2 = _mm512_set1_epi8(3), zero = _mm512_setzero_si512();
     const __m512i groups[2] = {X86_512_GROUPS(0, 2, 1, 3, 8, 10, 9, 11),
                                X86_512_GROUPS(4, 6, 5, 7, 12, 14, 13, 15)};
-    __m512i x[4], dot[8];
-    __m256i min[8];
+    x86_512_order order[X86_512_FEWEST];
+    __m512i dot[X86_512_FEWEST][8];
     MOE_UNROLL
-    for (size_t j = 0; j < 4; j++)
-        x[j] = x86_512_pair(q + 32 * j, 128);
+    for (size_t t = 0; t < n_tok; t++)
+        order[t] = x86_512_crumb_order(x[t].q, 0);
     for (size_t r = 0; r < 8; r++) {
         const q2_k_block *block = (const q2_k_block *)(row[r] + offset);
+        const __m512i v = x86_512_load64(block->qs);
         __m128i scales, mins;
         q2_k_scales_avx2(block, &scales, &mins);
-        min[r] = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x86_k_load(sum));
-        const __m512i v = x86_512_load64(block->qs);
-        __m512i part[4];
+        x86_512_row w = {.scale = {x86_512_spread16(scales, groups[0]),
+                                   x86_512_spread16(scales, groups[1])}};
         MOE_UNROLL
         for (unsigned j = 0; j < 4; j++)
-            part[j] = _mm512_dpbusd_epi32(
-                zero, _mm512_and_si512(_mm512_srli_epi16(v, 2 * j), low2), x[j]);
-        dot[r] = x86_512_scaled(zero, part[0], part[1], x86_512_spread16(scales, groups[0]));
-        dot[r] = x86_512_scaled(dot[r], part[2], part[3], x86_512_spread16(scales, groups[1]));
+            w.code[j] = _mm512_and_si512(_mm512_srli_epi16(v, 2 * j), _mm512_set1_epi8(3));
+        x86_512_multiply(&w, order, n_tok, r, dot);
     }
-    *out = (x86_k_sums){x86_512_sum8(dot), x86_sum8_i32(min),
-                        x86_f16x8(row, offset + offsetof(q2_k_block, d)),
-                        x86_f16x8(row, offset + offsetof(q2_k_block, dmin))};
+    const __m256 d = x86_f16x8(row, offset + offsetof(q2_k_block, d));
+    const __m256 dmin = x86_f16x8(row, offset + offsetof(q2_k_block, dmin));
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++)
+        out[t] = (x86_k_sums){x86_512_sum8(dot[t]), q2_k_min_sum_vnni512(row, offset, x[t].sum), d,
+                              dmin};
 }
 
-MOE_VNNI512 static void q2_k_gemv_vnni512(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(q2_k_block), X86_K_FLOAT_MIN, q2_k_dot8_vnni512);
-}
+X86_512_KERNELS(q2_k, X86_K_FLOAT_MIN)
 
 #endif
 

@@ -21,8 +21,7 @@
 
 #include "arm_k.h"
 #include "k.h"
-#include "x86_512.h"
-#include "x86_k.h"
+#include "x86_512_k.h"
 
 typedef struct q3_k_block {
     uint8_t hmask[32];
@@ -268,49 +267,42 @@ MOE_VNNI512 static void q3_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
 static const x86_512_format q3_k_vnni512 = {K_LEN, sizeof(q3_k_block), 4, 16,
                                              q3_k_load_vnni512, &x86_512_k16};
 
-MOE_VNNI512 static void q3_k_gemm_vnni512(const moe_mm *mm)
-{
-    x86_512_gemm(mm, &q3_k_vnni512);
-}
-
 MOE_VNNI512_INLINE void q3_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const int8_t *q, const int16_t *sum, x86_k_sums *out)
+                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
 {
     const __m512i low2 = _mm512_set1_epi8(3), third = _mm512_set1_epi8(4);
     const __m512i turn = x86_512_halves(2, 62); /* bit 0, or bit 4, of hmask to bit 2 */
     const __m512i groups[2] = {X86_512_GROUPS(0, 2, 1, 3, 8, 10, 9, 11),
                                X86_512_GROUPS(4, 6, 5, 7, 12, 14, 13, 15)};
-    __m512i x[4], init[4], dot[8];
-    (void)sum;
+    x86_512_order order[X86_512_FEWEST];
+    __m512i dot[X86_512_FEWEST][8];
     MOE_UNROLL
-    for (size_t j = 0; j < 4; j++) {
-        x[j] = x86_512_pair(q + 32 * j, 128);
-        init[j] = x86_512_init(_mm512_setzero_si512(), x[j], 4);
-    }
+    for (size_t t = 0; t < n_tok; t++)
+        order[t] = x86_512_crumb_order(x[t].q, 4);
     for (size_t r = 0; r < 8; r++) {
         const q3_k_block *block = (const q3_k_block *)(row[r] + offset);
         const __m128i scales = q3_k_scales_avx2(block);
         const __m512i v = x86_512_load64(block->qs);
         const __m512i h = _mm512_rolv_epi64(x86_512_twice(block->hmask), turn);
-        __m512i part[4];
+        x86_512_row w = {.scale = {x86_512_spread16(scales, groups[0]),
+                                   x86_512_spread16(scales, groups[1])}};
         MOE_UNROLL
         for (unsigned j = 0; j < 4; j++) {
             const __m512i low = _mm512_and_si512(_mm512_srli_epi16(v, 2 * j), low2);
             const __m512i high = _mm512_and_si512(_mm512_srli_epi16(h, j), third);
-            part[j] = _mm512_dpbusd_epi32(init[j], _mm512_or_si512(low, high), x[j]);
+            w.code[j] = _mm512_or_si512(low, high);
         }
-        dot[r] = x86_512_scaled(_mm512_setzero_si512(), part[0], part[1],
-                                x86_512_spread16(scales, groups[0]));
-        dot[r] = x86_512_scaled(dot[r], part[2], part[3], x86_512_spread16(scales, groups[1]));
+        x86_512_multiply(&w, order, n_tok, r, dot);
     }
-    out->dot = x86_512_sum8(dot);
-    out->d = x86_f16x8(row, offset + offsetof(q3_k_block, d));
+    const __m256 d = x86_f16x8(row, offset + offsetof(q3_k_block, d));
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        out[t].dot = x86_512_sum8(dot[t]);
+        out[t].d = d;
+    }
 }
 
-MOE_VNNI512 static void q3_k_gemv_vnni512(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(q3_k_block), X86_K_NO_MIN, q3_k_dot8_vnni512);
-}
+X86_512_KERNELS(q3_k, X86_K_NO_MIN)
 
 #endif
 

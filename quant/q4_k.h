@@ -22,8 +22,7 @@
 
 #include "arm_k.h"
 #include "k.h"
-#include "x86_512.h"
-#include "x86_k.h"
+#include "x86_512_k.h"
 
 typedef struct q4_k_block {
     uint8_t d[2], dmin[2]; // f16
@@ -198,40 +197,34 @@ MOE_VNNI512 static void q4_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
 static const x86_512_format q4_k_vnni512 = {K_LEN, sizeof(q4_k_block), 0, 32,
                                              q4_k_load_vnni512, &x86_512_k32_min};
 
-MOE_VNNI512 static void q4_k_gemm_vnni512(const moe_mm *mm)
-{
-    x86_512_gemm(mm, &q4_k_vnni512);
-}
-
 MOE_VNNI512_INLINE void q4_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const int8_t *q, const int16_t *sum, x86_k_sums *out)
+                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
 {
     const x86_k_header h = x86_k_load_header(row, offset);
-    const x86_512_nibble_x x = x86_512_nibble_order(q);
-    const __m512i zero = _mm512_setzero_si512();
+    x86_512_order order[X86_512_FEWEST];
     uint32_t scale[2][8];
-    __m512i dot[8];
+    __m512i dot[X86_512_FEWEST][8];
     _mm256_storeu_si256((__m256i *)scale[0], h.scale[0]);
     _mm256_storeu_si256((__m256i *)scale[1], h.scale[1]);
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++)
+        order[t] = x86_512_nibble_order(x[t].q);
     for (size_t r = 0; r < 8; r++) {
         const uint8_t *qs = row[r] + offset + offsetof(q4_k_block, qs);
-        dot[r] = zero;
+        x86_512_row w;
         MOE_UNROLL
         for (size_t p = 0; p < 2; p++) {
-            __m512i low, high;
-            x86_512_nibbles(x86_512_load64(qs + 64 * p), &low, &high);
-            low = _mm512_dpbusd_epi32(zero, low, x.low[p]);
-            high = _mm512_dpbusd_epi32(zero, high, x.high[p]);
-            dot[r] = x86_512_scaled(dot[r], low, high, x86_512_nibble_scales(scale[p][r]));
+            x86_512_nibbles(x86_512_load64(qs + 64 * p), &w.code[2 * p], &w.code[2 * p + 1]);
+            w.scale[p] = x86_512_nibble_scales(scale[p][r]);
         }
+        x86_512_multiply(&w, order, n_tok, r, dot);
     }
-    *out = (x86_k_sums){x86_512_sum8(dot), x86_k_min_sum(&h, sum), h.d, h.dmin};
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++)
+        out[t] = (x86_k_sums){x86_512_sum8(dot[t]), x86_k_min_sum(&h, x[t].sum), h.d, h.dmin};
 }
 
-MOE_VNNI512 static void q4_k_gemv_vnni512(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(q4_k_block), X86_K_FLOAT_MIN, q4_k_dot8_vnni512);
-}
+X86_512_KERNELS(q4_k, X86_K_FLOAT_MIN)
 
 #endif
 

@@ -21,8 +21,7 @@
 
 #include "arm_k.h"
 #include "k.h"
-#include "x86_512.h"
-#include "x86_k.h"
+#include "x86_512_k.h"
 
 typedef struct q6_k_block {
     uint8_t ql[128];
@@ -223,47 +222,45 @@ MOE_VNNI512 static void q6_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
 static const x86_512_format q6_k_vnni512 = {K_LEN, sizeof(q6_k_block), 32, 16,
                                              q6_k_load_vnni512, &x86_512_k16};
 
-MOE_VNNI512 static void q6_k_gemm_vnni512(const moe_mm *mm)
-{
-    x86_512_gemm(mm, &q6_k_vnni512);
-}
-
 MOE_VNNI512_INLINE void q6_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const int8_t *q, const int16_t *sum, x86_k_sums *out)
+                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
 {
     const __m512i left = x86_512_halves(4, 2), right = x86_512_halves(0, 2);
     const __m512i groups[2] = {X86_512_GROUPS(0, 4, 1, 5, 2, 6, 3, 7),
                                X86_512_GROUPS(8, 12, 9, 13, 10, 14, 11, 15)};
-    __m512i x[4], init[4], dot[8];
-    (void)sum;
+    x86_512_order order[X86_512_FEWEST];
+    __m512i dot[X86_512_FEWEST][8];
     MOE_UNROLL
-    for (size_t i = 0; i < 4; i++) {
-        x[i] = x86_512_load64(q + 64 * i);
-        init[i] = x86_512_init(_mm512_setzero_si512(), x[i], 32);
+    for (size_t t = 0; t < n_tok; t++) {
+        MOE_UNROLL
+        for (size_t i = 0; i < 4; i++)
+            order[t].q[i] = x86_512_load64(x[t].q + 64 * i);
+        x86_512_begin(&order[t], 32);
     }
     for (size_t r = 0; r < 8; r++) {
         const q6_k_block *block = (const q6_k_block *)(row[r] + offset);
         const __m128i scales = _mm_loadu_si128((const __m128i *)block->scales);
-        dot[r] = _mm512_setzero_si512();
+        x86_512_row w;
         MOE_UNROLL
         for (size_t i = 0; i < 2; i++) {
             const __m512i v = x86_512_load64(block->ql + 64 * i);
             const __m512i h = x86_512_twice(block->qh + 32 * i);
-            __m512i a = q6_k_join_vnni512(v, _mm512_sllv_epi64(h, left));
-            __m512i b = q6_k_join_vnni512(_mm512_srli_epi16(v, 4), _mm512_srlv_epi64(h, right));
-            a = _mm512_dpbusd_epi32(init[2 * i], a, x[2 * i]);
-            b = _mm512_dpbusd_epi32(init[2 * i + 1], b, x[2 * i + 1]);
-            dot[r] = x86_512_scaled(dot[r], a, b, x86_512_spread16(scales, groups[i]));
+            w.code[2 * i] = q6_k_join_vnni512(v, _mm512_sllv_epi64(h, left));
+            w.code[2 * i + 1] = q6_k_join_vnni512(_mm512_srli_epi16(v, 4),
+                                                  _mm512_srlv_epi64(h, right));
+            w.scale[i] = x86_512_spread16(scales, groups[i]);
         }
+        x86_512_multiply(&w, order, n_tok, r, dot);
     }
-    out->dot = x86_512_sum8(dot);
-    out->d = x86_f16x8(row, offset + offsetof(q6_k_block, d));
+    const __m256 d = x86_f16x8(row, offset + offsetof(q6_k_block, d));
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        out[t].dot = x86_512_sum8(dot[t]);
+        out[t].d = d;
+    }
 }
 
-MOE_VNNI512 static void q6_k_gemv_vnni512(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(q6_k_block), X86_K_NO_MIN, q6_k_dot8_vnni512);
-}
+X86_512_KERNELS(q6_k, X86_K_NO_MIN)
 
 #endif
 

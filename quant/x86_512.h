@@ -16,8 +16,8 @@
  * activations, with which the sum of a group starts instead of 0.
  *
  * A format brings a function that unpacks (load) and picks the steps that suit its blocks. They are
- * called once per tile, through pointers. One token, and float weights: at the end. Must never: read
- * a byte outside a row, or compute a float in another order than the C kernel of the format. */
+ * called once per tile, through pointers. Float weights: at the end. Must never: read a byte
+ * outside a row, or compute a float in another order than the C kernel of the format. */
 #ifndef MOE_QUANT_X86_512_H
 #define MOE_QUANT_X86_512_H
 
@@ -577,107 +577,6 @@ MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
                        MOE_MIN(mm->n_row - r, 16 * n_tile) * sizeof(float));
         }
     }
-}
-
-/* -------------------------------------------------------------------------------- one token -- */
-
-/* Superblocks times one token, for x86_k_gemv(): 8 rows side by side, where a vector holds 64 codes
- * of one row as they lie in memory. Only the sums change sides, once per superblock: for one token,
- * unpacking into a tile would take longer than the products. */
-
-MOE_VNNI512_INLINE __m512i x86_512_load64(const void *p)
-{
-    return _mm512_loadu_si512(p);
-}
-
-/* 32 bytes in both halves. */
-MOE_VNNI512_INLINE __m512i x86_512_twice(const uint8_t *p)
-{
-    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)p));
-}
-
-/* A constant in the lower and another in the upper half, for shifts of 64-bit lanes. */
-MOE_VNNI512_INLINE __m512i x86_512_halves(int low, int high)
-{
-    return _mm512_inserti64x4(_mm512_set1_epi64(low), _mm256_set1_epi64x(high), 1);
-}
-
-/* 32 activations, and 32 that begin `gap` bytes later. */
-MOE_VNNI512_INLINE __m512i x86_512_pair(const int8_t *at, size_t gap)
-{
-    return _mm512_inserti64x4(
-        _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)at)),
-        _mm256_loadu_si256((const __m256i *)(at + gap)), 1);
-}
-
-/* acc - offset * (sums of four activations): where sums of products start whose codes are too large
- * by `offset`. */
-MOE_VNNI512_INLINE __m512i x86_512_init(__m512i acc, __m512i x, int offset)
-{
-    const __m512i zero = _mm512_setzero_si512();
-    return _mm512_sub_epi32(acc, _mm512_dpbusd_epi32(zero, _mm512_set1_epi8((char)offset), x));
-}
-
-/* acc + scale * sums. a and b are sums of four products, which fit into 16 bits; each of their
- * quarters belongs to one group of weights, or to half of one. `scale` has int16: in each quarter 4
- * times that of a's group, then 4 times that of b's. */
-MOE_VNNI512_INLINE __m512i x86_512_scaled(__m512i acc, __m512i a, __m512i b, __m512i scale)
-{
-    return _mm512_dpwssd_epi32(acc, _mm512_packs_epi32(a, b), scale);
-}
-
-/* The same scales from 16 signed bytes; `groups` says which, quarter by quarter. */
-#define X86_512_FOUR(g) ((g) * 0x0001000100010001)
-#define X86_512_GROUPS(a0, b0, a1, b1, a2, b2, a3, b3)                                             \
-    _mm512_setr_epi64(X86_512_FOUR(a0), X86_512_FOUR(b0), X86_512_FOUR(a1), X86_512_FOUR(b1),      \
-                      X86_512_FOUR(a2), X86_512_FOUR(b2), X86_512_FOUR(a3), X86_512_FOUR(b3))
-
-MOE_VNNI512_INLINE __m512i x86_512_spread16(__m128i scales, __m512i groups)
-{
-    return _mm512_permutexvar_epi16(groups,
-                                    _mm512_castsi256_si512(_mm256_cvtepi8_epi16(scales)));
-}
-
-/* The sum of the 16 numbers of each of v[0..7], in the order of the vectors. */
-MOE_VNNI512_INLINE __m256i x86_512_sum8(const __m512i v[8])
-{
-    __m512i four[2];
-    MOE_UNROLL
-    for (size_t i = 0; i < 2; i++) { /* in each quarter: vectors 4i .. 4i + 3 */
-        const __m512i *u = v + 4 * i;
-        const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(u[0], u[1]),
-                                           _mm512_unpackhi_epi32(u[0], u[1]));
-        const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(u[2], u[3]),
-                                           _mm512_unpackhi_epi32(u[2], u[3]));
-        four[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-    }
-    const __m512i two = _mm512_add_epi32(_mm512_shuffle_i32x4(four[0], four[1], 0x88),
-                                         _mm512_shuffle_i32x4(four[0], four[1], 0xdd));
-    const __m512i sum = _mm512_add_epi32(two, _mm512_shuffle_i32x4(two, two, 0xb1));
-    return _mm512_castsi512_si256(_mm512_shuffle_i32x4(sum, sum, 0x08));
-}
-
-/* The activations for bytes 64p .. 64p + 63 of qs in Q4_K and Q5_K: their low nibbles are groups 4p
- * and 4p + 2, the high ones 4p + 1 and 4p + 3. */
-typedef struct x86_512_nibble_x {
-    __m512i low[2], high[2];
-} x86_512_nibble_x;
-
-MOE_VNNI512_INLINE x86_512_nibble_x x86_512_nibble_order(const int8_t *q)
-{
-    return (x86_512_nibble_x){{x86_512_pair(q, 64), x86_512_pair(q + 128, 64)},
-                              {x86_512_pair(q + 32, 64), x86_512_pair(q + 160, 64)}};
-}
-
-/* The scales of these four groups for x86_512_scaled(), from a word that holds them as bytes. */
-MOE_VNNI512_INLINE __m512i x86_512_nibble_scales(uint32_t four)
-{
-    const __m512i at = _mm512_inserti64x4(
-        _mm512_castsi256_si512(_mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, -1, 0, -1, 0, -1, 0, -1, 1, -1, 1, -1, 1, -1, 1, -1))),
-        _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(2, -1, 2, -1, 2, -1, 2, -1, 3, -1, 3, -1, 3, -1, 3, -1)), 1);
-    return _mm512_shuffle_epi8(_mm512_set1_epi32((int)four), at);
 }
 
 /* ----------------------------------------------------------------------------- float weights -- */
