@@ -1,5 +1,5 @@
-/* convert/config.c - config.json and generation_config.json -> GGUF keys, by the tables of the family
- * (core/models.c, core/model_<family>.c).
+/* convert/config.c - config.json and generation_config.json -> GGUF keys, by the tables of the
+ * family (core/models.c, core/model_<family>.c).
  *
  * In: JSON that nobody has checked. Out: keys that the runtime's own reader will check: what it
  * refuses in a GGUF file is refused here in the same words, with the config's key in front. */
@@ -20,8 +20,8 @@ typedef struct config_reader {
 
 /* ---------------------------------------------------------------------------- expressions -- */
 
-/* Splits text at the first of `marks`: *head is what stands before, the result what comes behind, or
- * NULL; *mark is which one it was. */
+/* Splits text at the first of `marks`: *head is what stands before, the result what comes behind,
+ * or NULL; *mark is which one it was. */
 static const char *config_split(const char *text, const char *marks, char head[128], char *mark)
 {
     const size_t n = strcspn(text, marks);
@@ -30,7 +30,8 @@ static const char *config_split(const char *text, const char *marks, char head[1
     return text[n] ? text + n + 1 : NULL;
 }
 
-/* The value at a path such as "a.b", where "[]" is the first item of whatever it is in; node is NULL for one that is missing or null. */
+/* The value at a path such as "a.b", where "[]" is the first item of whatever it is in; node is
+ * NULL for one that is missing or null. */
 static json_ref config_path(json_ref v, const char *path)
 {
     char head[128], mark;
@@ -85,7 +86,9 @@ static const char *config_text(json_ref v, char buf[64])
     case JSON_ARRAY: return json_count(v) ? "[...]" : "[]";
     case JSON_OBJECT: return "{...}";
     case JSON_NUMBER: snprintf(buf, 64, "%.15g", v.node->as.number); return buf;
-    case JSON_STRING: snprintf(buf, 64, "%.*s", (int)MOE_MIN(v.node->n, 63u), v.node->as.text); return buf;
+    case JSON_STRING:
+        snprintf(buf, 64, "%.*s", (int)MOE_MIN(v.node->n, 63u), v.node->as.text);
+        return buf;
     }
     return "";
 }

@@ -1,5 +1,5 @@
-/* convert/convert.c - the converter as a library: source -> plan -> encoder -> writer. The program is
- * convert/main.c; tests include this file. */
+/* convert/convert.c - the converter as a library: source -> plan -> encoder -> writer. The program
+ * is convert/main.c; tests include this file. */
 #ifndef MOE_CONVERT_CONVERT_C
 #define MOE_CONVERT_CONVERT_C
 
@@ -93,7 +93,8 @@ static moe_status conv_write_moe(conv_job *job, moe_error *error)
     return status;
 }
 
-/* Converts, or only plans. Either way the job is to be closed; after success it says what was done. */
+/* Converts, or only plans. Either way the job is to be closed; after success it says what was
+ * done. */
 static moe_status conv_run(conv_job *job, const conv_options *options, moe_error *error)
 {
     const uint64_t start = plat_time_ns();

@@ -1,14 +1,17 @@
 /* convert/convert.h - the seams of the converter: source -> plan -> encoder -> writer.
  *
- *     source   convert/hf.c, convert/gguf_source.c, convert/moe_source.c: metadata, as GGUF's keys and values, and tensors in
- *              GGUF's names and shapes, each a list of places in files (nothing is read yet)
+ *     source   convert/hf.c, convert/gguf_source.c, convert/moe_source.c: metadata, as GGUF's keys
+ *              and values, and tensors in GGUF's names and shapes, each a list of places in files
+ *              (nothing is read yet)
  *     plan     convert/plan.c: the type of each tensor
  *     encoder  convert/encode.c: rows from their places to blocks of that type, on all cores
- *     writer   convert/gguf_write.c, convert/moe_write.c: a header, places for tensors, an atomic end
+ *     writer   convert/gguf_write.c, convert/moe_write.c: a header, places for tensors, an atomic
+ *              end
  *
  * A converter is one translation unit: moe.c with its internals, then convert/convert.c. Names and
  * shapes come from the runtime's tables of families and nowhere else.
- * Must never: hold more than a few rows of a tensor, or leave a half-written file under its name. */
+ * Must never: hold more than a few rows of a tensor, or leave a half-written file under its
+ * name. */
 #ifndef MOE_CONVERT_CONVERT_H
 #define MOE_CONVERT_CONVERT_H
 
@@ -45,13 +48,13 @@ typedef struct conv_input {
                                // MXFP4: byte [n_row][row_len / 32]
     uint32_t scale_block;
     uint32_t row_step;         // from row to row, in rows of the file; 0: 1
-    uint32_t transposed;       // rows are columns of the file's matrix, which has so many; 0: they are rows
-    uint32_t planes;           // of a .moe source: the compressed slice, counted from 1; 0: plain rows
+    uint32_t transposed;       // rows are columns of the file's matrix, which has so many; 0: rows
+    uint32_t planes;           // of a .moe source: the compressed slice, from 1; 0: plain rows
 } conv_input;
 
 /* What is known of the columns of a tensor's matrices, from --imatrix. */
 typedef struct conv_importance {
-    const float *sums;         // [n_matrix][row_len]: of the squares of what is multiplied with them
+    const float *sums;         // [n_matrix][row_len]: of squares of what is multiplied with them
     const float *counts;       // [n_matrix]: how many rows that was
     uint32_t n_matrix;         // 0: nothing is known; 1: one for all
 } conv_importance;
@@ -151,11 +154,13 @@ typedef struct conv_job {
     moe_mem mem;
     conv_options options;
     conv_source source;
-    uint64_t header_bytes, file_bytes, n_weights; // dry run: file_bytes as if nothing were compressed
+    uint64_t header_bytes, n_weights;
+    uint64_t file_bytes;       // of a dry run: as if nothing were compressed
     double seconds;
 } conv_job;
 
-/* Whether a tensor is a stack of experts, whose matrices may have types of their own in a .moe file. */
+/* Whether a tensor is a stack of experts, whose matrices may have types of their own in a .moe
+ * file. */
 MOE_INLINE bool conv_is_experts(const conv_source *s, const conv_tensor *t)
 {
     return t->n_dims == 3 && s->n_expert > 1 && t->dims[2] == s->n_expert &&

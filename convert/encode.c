@@ -1,10 +1,10 @@
 /* convert/encode.c - rows from their places in the source to blocks in the result, on all cores.
  *
- * A sink, which is a kind of output file, cuts the work into tasks: some rows of one tensor, about 4 MB
- * as floats. A thread takes the next task, reads its rows, turns them into floats, checks them,
- * quantizes them and gives the blocks to the sink. Threads share only the sink's cursor, so memory is
- * a few MB for each of them, whatever the size of the model. Where nothing has to change, bytes are
- * copied.
+ * A sink, which is a kind of output file, cuts the work into tasks: some rows of one tensor, about
+ * 4 MB as floats. A thread takes the next task, reads its rows, turns them into floats, checks
+ * them, quantizes them and gives the blocks to the sink. Threads share only the sink's cursor, so
+ * memory is a few MB for each of them, whatever the size of the model. Where nothing has to change,
+ * bytes are copied.
  * Must never: write a number that is not finite, unless asked to. */
 #ifndef MOE_CONVERT_ENCODE_C
 #define MOE_CONVERT_ENCODE_C
@@ -170,7 +170,8 @@ static moe_status encode_read_columns(encode_worker *w, const encode_chunk *c, u
         !buf_reserve(&w->packed, (size_t)piece))
         return fail_memory(&w->error, w->mem, c->t->name, c->n_rows * row_bytes);
     for (uint64_t i = 0; i < c->t->row_len && !status; i++, at += c->in->transposed * item) {
-        status = plat_read(&c->in->file->os, at, w->packed.data, piece, c->in->file->path, &w->error);
+        status = plat_read(&c->in->file->os, at, w->packed.data, piece, c->in->file->path,
+                           &w->error);
         for (uint64_t r = 0; r < c->n_rows; r++)
             memcpy(w->raw.data + r * row_bytes + i * item, w->packed.data + r * step * item,
                    (size_t)item);
@@ -240,7 +241,8 @@ static void encode_tiled_floats(const encode_worker *w, const encode_chunk *c, u
     const conv_tile *tile = &c->t->tile;
     const uint32_t block = c->in->scale_block;
     for (uint32_t h = 0; h < tile->head_k * tile->each; h++, dst += tile->dim) {
-        const uint64_t at = ((uint64_t)(h % tile->head_k) * tile->each + h / tile->head_k) * tile->dim;
+        const uint64_t head = (uint64_t)(h % tile->head_k) * tile->each + h / tile->head_k;
+        const uint64_t at = head * tile->dim;
         if (c->in->type) {
             input_floats(&w->state->input, c->in->type, src + at * c->in->type->block_bytes, dst,
                          tile->dim);
@@ -300,9 +302,9 @@ static moe_status encode_check(encode_worker *w, const encode_chunk *c, uint64_t
                         "others", (double)x[i], row, column, c->in ? c->in->name : "config.json");
         if (isfinite(x[i]))
             return fail(&w->error, MOE_ERR_MODEL, t->name,
-                        "expected weights of at most 65504, the largest number of %s, got %g at row "
-                        "%llu, column %llu; use --keep '^%s$=BF16'", c->type->name, (double)x[i],
-                        row, column, t->name);
+                        "expected weights of at most 65504, the largest number of %s, got %g at "
+                        "row %llu, column %llu; use --keep '^%s$=BF16'", c->type->name,
+                        (double)x[i], row, column, t->name);
         if (!floats)
             x[i] = 0;
     }
@@ -322,7 +324,8 @@ static uint64_t encode_strip(const encode_chunk *c)
     return MOE_MIN(MOE_MAX(CONVERT_STRIP_FLOATS / c->t->row_len, 1), c->n_rows);
 }
 
-/* The same, up to the end of a matrix of a stack, if each has columns that matter in their own way. */
+/* The same, up to the end of a matrix of a stack, if each has columns that matter in their own
+ * way. */
 static uint64_t encode_alike(const encode_chunk *c, uint64_t first, uint64_t n)
 {
     const conv_importance *im = &c->t->importance;
@@ -369,7 +372,8 @@ static void encode_measure(encode_worker *w, const encode_chunk *c, const float 
     w->energy_sum += energy;
 }
 
-/* The trellis-coded types: a plan for n_rows rows from row `first` of the chunk, from some of them. */
+/* The trellis-coded types: a plan for n_rows rows from row `first` of the chunk, from some of
+ * them. */
 static moe_status encode_plan(encode_worker *w, const encode_chunk *c, uint64_t first,
                               uint64_t n_rows)
 {

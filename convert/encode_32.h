@@ -1,5 +1,5 @@
-/* convert/encode_32.h - quantizers of the types with blocks of 32 weights. A tile is 8 blocks, which
- * need not belong to one row. */
+/* convert/encode_32.h - quantizers of the types with blocks of 32 weights. A tile is 8 blocks,
+ * which need not belong to one row. */
 #ifndef MOE_CONVERT_ENCODE_32_H
 #define MOE_CONVERT_ENCODE_32_H
 
@@ -135,8 +135,8 @@ static void encode_put_q5_1(const fit_ops *ops, const encode_32 *type, const flo
 
 /* ---------------------------------------------------------------------------------- types -- */
 
-/* Searches are as wide as it pays on normal weights and on those of real models. Each contains the end
- * of the codes, so that weights which the type can represent come back as they were. */
+/* Searches are as wide as it pays on normal weights and on those of real models. Each contains the
+ * end of the codes, so that weights which the type can represent come back as they were. */
 static const encode_32 encode_q4_0 = {
     &quant_q4_0, {-8, 7, false}, {-9.5f, 0.5f, 6, false, 1}, {-10.5f, 0.5f, 9, true, 1},
     encode_fit_linear, encode_put_q4_0};

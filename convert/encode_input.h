@@ -1,5 +1,5 @@
-/* convert/encode_input.h - numbers of the source as floats, and whether they are all usable. What the
- * machine has instructions for goes through them, to the same bits. */
+/* convert/encode_input.h - numbers of the source as floats, and whether they are all usable. What
+ * the machine has instructions for goes through them, to the same bits. */
 #ifndef MOE_CONVERT_ENCODE_INPUT_H
 #define MOE_CONVERT_ENCODE_INPUT_H
 

@@ -1,5 +1,5 @@
-/* convert/files.c - files of the source: opened once, read at offsets, compared at the end with what
- * they were. */
+/* convert/files.c - files of the source: opened once, read at offsets, compared at the end with
+ * what they were. */
 #ifndef MOE_CONVERT_FILES_C
 #define MOE_CONVERT_FILES_C
 

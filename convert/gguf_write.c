@@ -1,5 +1,5 @@
-/* convert/gguf_write.c - the result as a GGUF file: a header, then tensors at known places, written in
- * any order by any thread. The file has another name until it is whole. */
+/* convert/gguf_write.c - the result as a GGUF file: a header, then tensors at known places, written
+ * in any order by any thread. The file has another name until it is whole. */
 #ifndef MOE_CONVERT_GGUF_WRITE_C
 #define MOE_CONVERT_GGUF_WRITE_C
 
@@ -43,8 +43,8 @@ static moe_status gguf_make_header(conv_source *s, text_buf *out, uint64_t *file
                         "several; write a .moe file or use --quant");
         if (t->target->id >= QUANT_OWN_ID)
             return fail(error, MOE_ERR_ARGUMENT, t->name,
-                        "expected a type that GGUF has, such as Q4_K, got %s, which only .moe files "
-                        "have; write OUT.moe or choose another type", t->target->name);
+                        "expected a type that GGUF has, such as Q4_K, got %s, which only .moe "
+                        "files have; write OUT.moe or choose another type", t->target->name);
         meta_text(&w, t->name, strlen(t->name));
         meta_number(&w, t->n_dims, 4);
         for (uint32_t d = 0; d < t->n_dims; d++)
@@ -64,12 +64,13 @@ static moe_status gguf_make_header(conv_source *s, text_buf *out, uint64_t *file
     return w.failed ? fail_memory(error, s->mem, "metadata", out->n) : MOE_OK;
 }
 
-static moe_status writer_put(const conv_writer *w, const void *data, uint64_t bytes, uint64_t offset,
-                             moe_error *error)
+static moe_status writer_put(const conv_writer *w, const void *data, uint64_t bytes,
+                             uint64_t offset, moe_error *error)
 {
     const char *p = data;
     while (bytes) {
-        const ssize_t n = pwrite(w->fd, p, (size_t)MOE_MIN(bytes, (uint64_t)1 << 30), (off_t)offset);
+        const size_t some = (size_t)MOE_MIN(bytes, (uint64_t)1 << 30);
+        const ssize_t n = pwrite(w->fd, p, some, (off_t)offset);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
@@ -136,8 +137,8 @@ static void writer_sync_folder(const char *path)
     free(folder);
 }
 
-/* Puts the file into its place, or removes it if `status` is a failure; `keep`: leaves it for a run that
- * goes on. */
+/* Puts the file into its place, or removes it if `status` is a failure; `keep`: leaves it for a run
+ * that goes on. */
 static moe_status writer_close(conv_writer *w, moe_status status, bool keep, moe_error *error)
 {
     if (w->open) {

@@ -1,8 +1,9 @@
-/* convert/hf.c - a Hugging Face checkpoint -> a source: config.json through the family's tables, and
- * each tensor of the family's bindings found in the safetensors files, with the shape it must have.
+/* convert/hf.c - a Hugging Face checkpoint -> a source: config.json through the family's tables,
+ * and each tensor of the family's bindings found in the safetensors files, with the shape it must
+ * have.
  *
- * In: files that nobody has checked. Out: tensors whose places are known to lie in their files. What
- * the model does not use is an error: leaving it out would give wrong results. */
+ * In: files that nobody has checked. Out: tensors whose places are known to lie in their files.
+ * What the model does not use is an error: leaving it out would give wrong results. */
 #ifndef MOE_CONVERT_HF_C
 #define MOE_CONVERT_HF_C
 
@@ -44,8 +45,9 @@ static moe_status hf_fail_family(const hf_source *h)
     for (size_t i = 0; i < MOE_COUNT(family_table) && used < sizeof known; i++)
         used += (size_t)snprintf(known + used, sizeof known - used, "%s%s", i ? " " : "",
                                  family_table[i]->hf);
-    return fail(h->error, type.node ? MOE_ERR_UNSUPPORTED : MOE_ERR_MODEL, "config.json: model_type",
-                "expected one of %s; got %s", known, config_text(type, buf));
+    return fail(h->error, type.node ? MOE_ERR_UNSUPPORTED : MOE_ERR_MODEL,
+                "config.json: model_type", "expected one of %s; got %s", known,
+                config_text(type, buf));
 }
 
 /* The name of the model: that of its folder. */
@@ -170,8 +172,8 @@ static moe_status hf_find_prefix(hf_source *h)
                 h->dir);
 }
 
-/* The bytes with which names of a layer for multi-token prediction of Qwen3.5's kind begin; 0: it is none
- * of them. */
+/* The bytes with which names of a layer for multi-token prediction of Qwen3.5's kind begin; 0: it
+ * is none of them. */
 static size_t hf_draft_names(const char *name)
 {
     static const char *const prefixes[] = {"mtp.", "model.mtp."};
@@ -181,8 +183,9 @@ static size_t hf_draft_names(const char *name)
     return 0;
 }
 
-/* Of the layers for multi-token prediction, of which config.json tells the number, one is carried over,
- * if the checkpoint has it. The number becomes what is carried over: the file tells of no other. */
+/* Of the layers for multi-token prediction, of which config.json tells the number, one is carried
+ * over, if the checkpoint has it. The number becomes what is carried over: the file tells of no
+ * other. */
 static void hf_count_draft(hf_source *h)
 {
     static const char *const keys[] = {"num_nextn_predict_layers", "mtp_num_hidden_layers"};
@@ -198,8 +201,8 @@ static void hf_count_draft(hf_source *h)
         h->n_draft = h->draft_prefix || st_find(&h->table, name);
         h->root.doc->nodes[v.node - h->root.doc->nodes].as.number = h->n_draft;
         if (!h->n_draft)
-            conv_note(h->source, "the layer for multi-token prediction, of which config.json tells, is "
-                      "not in the checkpoint");
+            conv_note(h->source, "the layer for multi-token prediction, of which config.json "
+                      "tells, is not in the checkpoint");
     }
 }
 
@@ -274,8 +277,8 @@ static moe_status hf_find_scale(hf_source *h, const st_tensor *t, conv_input *in
     }
     if (!scale)
         return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
-                    "expected FP8 weights with block scales in \"%s\", got none: other ways to scale "
-                    "FP8 are not read", name);
+                    "expected FP8 weights with block scales in \"%s\", got none: other ways to "
+                    "scale FP8 are not read", name);
     const uint64_t block = h->fp8_block;
     const uint64_t rows = t->n_dims > 1 ? t->dims[0] : 1, len = t->dims[t->n_dims - 1];
     const uint64_t dims[2] = {(len + block - 1) / block, (rows + block - 1) / block};
@@ -304,8 +307,8 @@ static moe_status hf_input(hf_source *h, st_tensor *t, conv_input *in)
     return MOE_OK;
 }
 
-/* Experts that the checkpoint stacks itself: "experts.down_proj" [n][out][in], and gate and up as two
- * halves of "experts.gate_up_proj" [n][2 out][in]. */
+/* Experts that the checkpoint stacks itself: "experts.down_proj" [n][out][in], and gate and up as
+ * two halves of "experts.gate_up_proj" [n][2 out][in]. */
 static moe_status hf_fused_experts(hf_source *h, const moe_binding *b, uint32_t layer,
                                    conv_tensor *t, bool *found)
 {
@@ -338,8 +341,8 @@ static moe_status hf_fused_experts(hf_source *h, const moe_binding *b, uint32_t 
 /* ------------------------------------------------------------------------- delta rule -- */
 
 /* Tensors with rows for the heads of a delta rule. In a checkpoint the value heads of one key head
- * stand together; GGUF wants them as the family says, and Qwen3-Next's queries, keys, values and gates
- * apart. */
+ * stand together; GGUF wants them as the family says, and Qwen3-Next's queries, keys, values and
+ * gates apart. */
 static bool hf_is_delta(const hf_source *h, const moe_binding *b)
 {
     static const size_t fields[] = {
@@ -377,8 +380,8 @@ static uint32_t hf_delta_unit(const hf_source *h, const moe_binding *b)
     return a;
 }
 
-/* Which row of the checkpoint's tensor row r is; `packed`: of in_proj_qkvz, where each key head has its
- * query, its key, and the values and gates of its value heads. */
+/* Which row of the checkpoint's tensor row r is; `packed`: of in_proj_qkvz, where each key head has
+ * its query, its key, and the values and gates of its value heads. */
 static uint64_t hf_delta_row(const hf_source *h, const moe_binding *b, bool packed, uint64_t r)
 {
     const moe_delta_shape *d = &h->hp.delta;
@@ -400,7 +403,8 @@ static uint64_t hf_delta_row(const hf_source *h, const moe_binding *b, bool pack
     return head / each * group + 2 * d->dim_k + gates + head % each * dim + r % dim;
 }
 
-static moe_status hf_delta_inputs(hf_source *h, const moe_binding *b, uint32_t layer, conv_tensor *t)
+static moe_status hf_delta_inputs(hf_source *h, const moe_binding *b, uint32_t layer,
+                                  conv_tensor *t)
 {
     char name[CONVERT_MAX_NAME_BYTES];
     const moe_delta_shape *d = &h->hp.delta;
@@ -453,8 +457,8 @@ static moe_status hf_packed_part(hf_source *h, const char *name, const char *par
     return hf_shape_is(st, dims, n_dims) ? MOE_OK : hf_fail_shape(h, st, dims, n_dims);
 }
 
-/* gpt-oss in floats: the stack's matrices are transposed, [expert][in][out], and columns of gate and up
- * take turns. */
+/* gpt-oss in floats: the stack's matrices are transposed, [expert][in][out], and columns of gate
+ * and up take turns. */
 static moe_status hf_transposed_experts(hf_source *h, st_tensor *st, uint64_t step, bool up,
                                         conv_tensor *t)
 {
@@ -484,7 +488,8 @@ static moe_status hf_transposed_experts(hf_source *h, st_tensor *st, uint64_t st
 }
 
 /* gpt-oss: experts stacked and in MXFP4, 16 bytes of codes for each 32 weights in one tensor and
- * their exponents in another. Rows of gate and up take turns in one matrix, and so do their biases. */
+ * their exponents in another. Rows of gate and up take turns in one matrix, and so do their
+ * biases. */
 static moe_status hf_packed_experts(hf_source *h, const moe_binding *b, uint32_t layer,
                                     conv_tensor *t)
 {
@@ -573,7 +578,8 @@ static bool hf_present(const hf_source *h, const moe_binding *b, uint32_t layer)
     return mark && st_find(&h->table, hf_name(h, format, layer, 0, name));
 }
 
-static moe_status hf_new_tensor(hf_source *h, const moe_binding *b, uint32_t layer, conv_tensor **out)
+static moe_status hf_new_tensor(hf_source *h, const moe_binding *b, uint32_t layer,
+                                conv_tensor **out)
 {
     conv_source *s = h->source;
     char name[96];
@@ -624,8 +630,8 @@ static moe_status hf_make_proportional(hf_source *h, const moe_binding *b, json_
         (status = hf_new_tensor(h, b, 0, &t)))
         return status;
     if (!(share >= 0 && share <= 1 && factor > 0))
-        return config_fail(&r, MOE_ERR_MODEL, "rope_parameters", "a partial_rotary_factor from 0 to "
-                           "1 and a positive factor", rope);
+        return config_fail(&r, MOE_ERR_MODEL, "rope_parameters", "a partial_rotary_factor from 0 "
+                           "to 1 and a positive factor", rope);
     float *made = arena_alloc(&h->source->arena, t->dims[0], sizeof *made);
     if (!made)
         return fail_memory(h->error, h->source->mem, t->name, t->dims[0] * sizeof *made);
@@ -685,8 +691,8 @@ static moe_status hf_check_tied(hf_source *h, const moe_binding *b, bool *skip)
         t->used = true;
     if (!t && json_typeof(tied) == JSON_FALSE)
         return fail(h->error, MOE_ERR_MODEL, name,
-                    "expected an output matrix, since config.json says tie_word_embeddings false, got "
-                    "none");
+                    "expected an output matrix, since config.json says tie_word_embeddings false, "
+                    "got none");
     h->source->tied = *skip;
     return MOE_OK;
 }

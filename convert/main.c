@@ -27,8 +27,8 @@ static const char help_text[] =
 "      --bpw BITS         choose the types so that the file has at most so many bits per weight\n"
 "                         and loses as little as possible; in a .moe file each expert has its own\n"
 "      --size BYTES       the same for the size of the file, such as 6GB or 800M\n"
-"      --imatrix FILE     which columns matter, by `moe imatrix` or llama-imatrix: heeded in every\n"
-"                         quantizer\n"
+"      --imatrix FILE     which columns matter, by `moe imatrix` or llama-imatrix: heeded in\n"
+"                         every quantizer\n"
 "      --store auto|raw|zstd  what of a .moe file is compressed: what saves 10 % or more,\n"
 "                         nothing, or what saves 1 %. Raw weights are used from the map\n"
 "      --for ram|disk     the same as --store raw, --store zstd\n"
@@ -45,8 +45,8 @@ static const char help_text[] =
 
 static const char help_end[] =
 "\n"
-"Rates: tcq3.7 stores matrices at 3.7 bits per weight, or any rate from 1.0 to 6.0, in a .moe file;\n"
-"the output matrix gets 1.5 bits more.\n"
+"Rates: tcq3.7 stores matrices at 3.7 bits per weight, or any rate from 1.0 to 6.0, in a .moe\n"
+"file; the output matrix gets 1.5 bits more.\n"
 "Mixes: q4_k_m is the usual choice: about 4.8 bits per weight, with 6 bits where errors cost\n"
 "most. q5_k_m and q6_k are closer to the source, q3_k_m is smaller, q8_0 is hardly different\n"
 "from it. Norms, biases and routers always stay floats. Types with blocks of 256 give way to\n"

@@ -1,6 +1,6 @@
-/* convert/moe_source.c - a .moe file -> a source. Keys and the order of tensors are those of the file
- * that it was made from; the receipt is its own. Raw slices are read like any rows, compressed ones
- * segment by segment. */
+/* convert/moe_source.c - a .moe file -> a source. Keys and the order of tensors are those of the
+ * file that it was made from; the receipt is its own. Raw slices are read like any rows, compressed
+ * ones segment by segment. */
 #ifndef MOE_CONVERT_MOE_SOURCE_C
 #define MOE_CONVERT_MOE_SOURCE_C
 
@@ -52,7 +52,8 @@ static moe_status moe_source_tensors(conv_source *s, moe_error *error)
         for (uint32_t k = 0; k < n_parts; k++) {
             const moe_part *part = &f->parts[f->first_part[i] + k];
             const uint32_t slice = slices[f->first_part[i] + k];
-            t->inputs[k] = (conv_input){.file = &s->files[0], .name = t->name, .offset = part->offset,
+            t->inputs[k] = (conv_input){.file = &s->files[0], .name = t->name,
+                                        .offset = part->offset,
                                         .type = part->quant};
             if (moefile_slice_at(f, slice).encoding != MOEFILE_RAW)
                 t->inputs[k].planes = slice + 1;
@@ -77,7 +78,8 @@ static moe_status conv_open_moe(conv_source *s, const char *path, bool new_types
         status = conv_file_open(s, path, &file, error);
     if (!status && file->bytes != s->dir->files->bytes)
         status = fail(error, MOE_ERR_IO, file->path,
-                      "expected the file to stay as it was, but its size changed while it was opened");
+                      "expected the file to stay as it was, but its size changed while it was "
+                      "opened");
     if (status)
         return status;
     if (!s->dir->moe)
@@ -87,7 +89,8 @@ static moe_status conv_open_moe(conv_source *s, const char *path, bool new_types
     return status ? status : moe_source_tensors(s, error);
 }
 
-/* Reads rows [row, row + n_rows) of a compressed input into dst: all segments that hold some of them. */
+/* Reads rows [row, row + n_rows) of a compressed input into dst: all segments that hold some of
+ * them. */
 static moe_status moe_source_read(const conv_source *s, const conv_input *in,
                                   const moefile_decoder *d, uint8_t *room, uint64_t row,
                                   uint64_t n_rows, uint64_t row_bytes, uint8_t *dst,

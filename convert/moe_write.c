@@ -1,10 +1,10 @@
-/* convert/moe_write.c - the result as a .moe file (docs/format.md): records one after another, in the
- * order of use, and the directory in front of them once all is known.
+/* convert/moe_write.c - the result as a .moe file (docs/format.md): records one after another, in
+ * the order of use, and the directory in front of them once all is known.
  *
  * Threads encode and compress tasks in any order; what comes out is placed in the order of the
- * tasks, so the bytes do not depend on the threads. The file has another name until it is whole. Each
- * finished record is entered into the tables at the file's front at once: a conversion that was killed
- * goes on behind the last one.
+ * tasks, so the bytes do not depend on the threads. The file has another name until it is whole.
+ * Each finished record is entered into the tables at the file's front at once: a conversion that
+ * was killed goes on behind the last one.
  * Must never: hold more than a task for each thread. */
 #ifndef MOE_CONVERT_MOE_WRITE_C
 #define MOE_CONVERT_MOE_WRITE_C
@@ -22,8 +22,8 @@
 #endif
 
 enum {
-    MOEW_SMALL_BYTES = MOE_CONVERT_SMALL_BYTES, // tensors below share their layer's first record, and
-                                                // slices below stay raw
+    MOEW_SMALL_BYTES = MOE_CONVERT_SMALL_BYTES, // tensors below share their layer's first record,
+                                                // and slices below stay raw
     MOEW_SEGMENT_BYTES = MOE_CONVERT_SEGMENT_BYTES
 };
 
@@ -354,7 +354,8 @@ static moe_status moew_pack(moew_sink *m, encode_worker *w, const encode_task *t
          row += s->segment_rows) {
         const uint64_t n = MOE_MIN(s->segment_rows, task->n_rows - row);
         status = planes_pack(p, s->type, w->blocks.data + row * s->row_bytes,
-                             (size_t)(n * s->row_bytes / s->type->block_bytes), s->t->name, &w->error);
+                             (size_t)(n * s->row_bytes / s->type->block_bytes), s->t->name,
+                             &w->error);
     }
     return status;
 }
@@ -432,7 +433,8 @@ static moe_status moew_finish_record(moew_sink *m, uint32_t index, moe_error *er
                              r->n_slices * sizeof *m->tables,
                              m->slices_at + r->first_slice * sizeof *m->tables, error)))
         return status;
-    return writer_put(&m->writer, &entry, sizeof entry, m->records_at + index * sizeof entry, error);
+    return writer_put(&m->writer, &entry, sizeof entry, m->records_at + index * sizeof entry,
+                      error);
 }
 
 static moe_status moew_begin_slice(moew_sink *m, uint32_t index, moew_choice choice,
@@ -502,7 +504,8 @@ static moe_status moew_put(void *self, encode_worker *w, const encode_task *task
 
 /* ----------------------------------------------------------------------------- going on -- */
 
-/* All that the result depends on: the plan, the program, and the source as far as it can be seen. */
+/* All that the result depends on: the plan, the program, and the source as far as it can be
+ * seen. */
 static uint64_t moew_hash_plan(const moew_sink *m)
 {
     const conv_source *s = &m->job->source;
@@ -605,8 +608,8 @@ static moe_status moew_resume(moew_sink *m, uint64_t *done, moe_error *error)
         *done += m->slices[k].n_rows * m->slices[k].t->row_len;
     m->next_slice = next;
     if (next)
-        conv_note(&m->job->source, "%u of %u records were there already, of a conversion that did not "
-                  "come to its end", i, m->n_records);
+        conv_note(&m->job->source, "%u of %u records were there already, of a conversion that did "
+                  "not come to its end", i, m->n_records);
     return MOE_OK;
 }
 

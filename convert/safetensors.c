@@ -1,10 +1,12 @@
 /* convert/safetensors.c - safetensors files, one or many shards -> a table of tensors.
  *
- *     u64 header bytes | header: JSON {"name": {"dtype", "shape", "data_offsets": [begin, end]}} | data
+ *     u64 header bytes | header | data
+ *     header: JSON {"name": {"dtype", "shape", "data_offsets": [begin, end]}}
  *
- * Everything a header says is checked here: sizes with checked arithmetic, ranges that fit dtype and
- * shape, no holes and no overlaps, each name once over all shards, shards that lie in the checkpoint's
- * own folder. Must never: read data, or use a number before it was compared with what is there. */
+ * Everything a header says is checked here: sizes with checked arithmetic, ranges that fit dtype
+ * and shape, no holes and no overlaps, each name once over all shards, shards that lie in the
+ * checkpoint's own folder. Must never: read data, or use a number before it was compared with what
+ * is there. */
 #ifndef MOE_CONVERT_SAFETENSORS_C
 #define MOE_CONVERT_SAFETENSORS_C
 
@@ -119,8 +121,8 @@ static moe_status st_read_range(st_tensor *t, json_ref v, uint64_t data_start, u
                     t->file->path, (unsigned long long)end);
     if (!checked_mul(t->n_elements, t->dtype->bytes, &want) || want != end - begin)
         return fail(error, MOE_ERR_FORMAT, t->name,
-                    "expected %llu elements of %s in %llu bytes of data: dtype and shape do not fit "
-                    "data_offsets", (unsigned long long)t->n_elements, t->dtype->name,
+                    "expected %llu elements of %s in %llu bytes of data: dtype and shape do not "
+                    "fit data_offsets", (unsigned long long)t->n_elements, t->dtype->name,
                     (unsigned long long)(end - begin));
     t->offset = data_start + begin;
     t->bytes = end - begin;
@@ -178,7 +180,8 @@ static moe_status st_check_cover(st_tensor *items, size_t n, uint64_t at, const 
     }
     if (at != file->bytes)
         return fail(error, MOE_ERR_FORMAT, file->path,
-                    "expected tensors up to the end of the file, got %llu bytes that belong to none",
+                    "expected tensors up to the end of the file, got %llu bytes that belong to "
+                    "none",
                     (unsigned long long)(file->bytes - at));
     return MOE_OK;
 }
@@ -206,7 +209,8 @@ static moe_status st_parse_header(st_table *table, const conv_file *file, const 
     for (const char *p = text; (p = memchr(p, '{', (size_t)(text + bytes - p))); p++)
         n_marks++; // one for each tensor and two more: a bound before any memory is taken
     if (n_marks > ST_MAX_TENSORS + 2)
-        return fail(error, MOE_ERR_LIMIT, file->path, "expected at most %d tensors in a file, got %zu",
+        return fail(error, MOE_ERR_LIMIT, file->path,
+                    "expected at most %d tensors in a file, got %zu",
                     ST_MAX_TENSORS, n_marks);
     moe_status status = json_parse(&doc, text, bytes, &strings, file->path, error);
     if (status) {
@@ -244,8 +248,8 @@ static moe_status st_load_file(st_table *table, const char *path, moe_error *err
         return status;
     if (bytes > file->bytes - 8)
         return fail(error, MOE_ERR_FORMAT, path,
-                    "expected a header within the %llu bytes of the file, got one of %llu: it is no "
-                    "safetensors file, or is cut off", (unsigned long long)file->bytes,
+                    "expected a header within the %llu bytes of the file, got one of %llu: it is "
+                    "no safetensors file, or is cut off", (unsigned long long)file->bytes,
                     (unsigned long long)bytes);
     if (bytes > ST_MAX_HEADER_BYTES)
         return fail(error, MOE_ERR_LIMIT, path, "expected a header of at most %d bytes, got %llu",
@@ -300,7 +304,8 @@ static moe_status st_shard_path(conv_source *s, const char *dir, json_ref name, 
     char text[CONVERT_MAX_NAME_BYTES];
     if (json_typeof(name) != JSON_STRING || !name.node->n || name.node->n >= sizeof text ||
         memchr(name.node->as.text, 0, name.node->n))
-        return fail(error, MOE_ERR_FORMAT, "weight_map", "expected names of files, got another value");
+        return fail(error, MOE_ERR_FORMAT, "weight_map",
+                    "expected names of files, got another value");
     snprintf(text, sizeof text, "%.*s", (int)name.node->n, name.node->as.text);
     if (strchr(text, '/') || strchr(text, '\\') || !strcmp(text, "..") || !strcmp(text, "."))
         return fail(error, MOE_ERR_FORMAT, "weight_map",
@@ -330,8 +335,9 @@ static moe_status st_finish(st_table *table, moe_error *error)
         const st_tensor *a = &table->items[i - 1], *b = &table->items[i];
         if (!strcmp(a->name, b->name))
             return fail(error, MOE_ERR_FORMAT, a->name,
-                        a->file == b->file ? "expected each tensor once, got it twice in %s"
-                                           : "expected each tensor in one shard, got it in %s and %s",
+                        a->file == b->file
+                            ? "expected each tensor once, got it twice in %s"
+                            : "expected each tensor in one shard, got it in %s and %s",
                         a->file->path, b->file->path);
     }
     return MOE_OK;

@@ -1,10 +1,11 @@
 /* convert/sentencepiece.c - tokenizer.model, SentencePiece's own file, -> tokenizer.ggml.* keys.
  *
- * The file is a protocol buffer: fields of a number, a wire type and a value, some of which are messages
- * of fields again. In: bytes that nobody has checked. Out: pieces in the order of their ids, what the
- * normalizer does, and the ids of the roles. Layout: sentencepiece_model.proto of the SentencePiece
- * project.
- * Must never: read behind the field that it is in, or write a tokenizer that cuts text in another way. */
+ * The file is a protocol buffer: fields of a number, a wire type and a value, some of which are
+ * messages of fields again. In: bytes that nobody has checked. Out: pieces in the order of their
+ * ids, what the normalizer does, and the ids of the roles. Layout: sentencepiece_model.proto of the
+ * SentencePiece project.
+ * Must never: read behind the field that it is in, or write a tokenizer that cuts text in another
+ * way. */
 #ifndef MOE_CONVERT_SENTENCEPIECE_C
 #define MOE_CONVERT_SENTENCEPIECE_C
 
@@ -90,8 +91,8 @@ static const char sp_subject[] = "tokenizer.model";
 static moe_status sp_fail_broken(moe_error *error)
 {
     return fail(error, MOE_ERR_FORMAT, sp_subject,
-                "expected a model of SentencePiece, got other bytes: the file is damaged, or it is of "
-                "another kind of tokenizer, for which a tokenizer.json is needed");
+                "expected a model of SentencePiece, got other bytes: the file is damaged, or it is "
+                "of another kind of tokenizer, for which a tokenizer.json is needed");
 }
 
 static bool sp_has_text(moe_str text)
@@ -120,13 +121,14 @@ static moe_status sp_read_piece(sp_model *m, proto_reader r, moe_error *error)
                     "expected at most %u tokens, one for each row of the embedding, got more",
                     m->capacity);
     if (!sp_has_text(piece.text) || piece.text.bytes > TOK_MAX_TOKEN_BYTES)
-        return fail(error, MOE_ERR_FORMAT, sp_subject, "expected a text in UTF-8 of 1 to %d bytes for "
-                    "token %u, got %llu bytes", TOK_MAX_TOKEN_BYTES, m->n,
+        return fail(error, MOE_ERR_FORMAT, sp_subject, "expected a text in UTF-8 of 1 to %d bytes "
+                    "for token %u, got %llu bytes", TOK_MAX_TOKEN_BYTES, m->n,
                     (unsigned long long)piece.text.bytes);
     const bool byte = tok_byte_value(piece.text.data, (size_t)piece.text.bytes) >= 0;
-    if (kind < TOK_NORMAL || kind > TOK_BYTE || !isfinite(piece.score) || (kind == TOK_BYTE && !byte))
-        return fail(error, MOE_ERR_FORMAT, sp_subject, "expected a kind from 1 to 6 and a finite score "
-                    "for token %u, got %llu and %g", m->n, (unsigned long long)kind,
+    if (kind < TOK_NORMAL || kind > TOK_BYTE || !isfinite(piece.score) ||
+        (kind == TOK_BYTE && !byte))
+        return fail(error, MOE_ERR_FORMAT, sp_subject, "expected a kind from 1 to 6 and a finite "
+                    "score for token %u, got %llu and %g", m->n, (unsigned long long)kind,
                     (double)piece.score);
     piece.kind = (tok_kind)kind;
     m->pieces[m->n++] = piece;
@@ -182,8 +184,8 @@ static void sp_check_role(const sp_model *m, int32_t *id)
         *id = -1;
 }
 
-/* Reads the file. The texts of the pieces stay where they are; `pieces` has room for the rows of the
- * embedding. */
+/* Reads the file. The texts of the pieces stay where they are; `pieces` has room for the rows of
+ * the embedding. */
 static moe_status sp_read(sp_model *m, sp_piece *pieces, uint32_t capacity, const char *data,
                           uint64_t bytes, moe_error *error)
 {
@@ -210,8 +212,8 @@ static moe_status sp_read(sp_model *m, sp_piece *pieces, uint32_t capacity, cons
                     "expected a unigram (1) or a BPE model (2), got kind %llu",
                     (unsigned long long)m->kind);
     if (m->suffix || !m->escape)
-        return fail(error, MOE_ERR_UNSUPPORTED, sp_subject, "expected spaces to become marks in front "
-                    "of words (treat_whitespace_as_suffix false, escape_whitespaces true)");
+        return fail(error, MOE_ERR_UNSUPPORTED, sp_subject, "expected spaces to become marks in "
+                    "front of words (treat_whitespace_as_suffix false, escape_whitespaces true)");
     sp_check_role(m, &m->bos);
     sp_check_role(m, &m->eos);
     sp_check_role(m, &m->unknown);
@@ -219,7 +221,7 @@ static moe_status sp_read(sp_model *m, sp_piece *pieces, uint32_t capacity, cons
     return MOE_OK;
 }
 
-/* ------------------------------------------------------------------------------------- writing -- */
+/* ----------------------------------------------------------------------------------- writing -- */
 
 /* The vocabulary, a token for each row of the embedding, and what the normalizer does. */
 static void sp_put(const sp_model *m, meta_writer *kv)

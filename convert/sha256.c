@@ -1,5 +1,5 @@
-/* convert/sha256.c - SHA-256 (FIPS 180-4), for the receipt: what a model was made from is named by the
- * checksum that model hubs publish. */
+/* convert/sha256.c - SHA-256 (FIPS 180-4), for the receipt: what a model was made from is named by
+ * the checksum that model hubs publish. */
 #ifndef MOE_CONVERT_SHA256_C
 #define MOE_CONVERT_SHA256_C
 
@@ -34,9 +34,10 @@ MOE_INLINE uint32_t sha256_rotate(uint32_t x, int n)
     return x >> n | x << (32 - n);
 }
 
-/* A round: what changes is the fourth and the eighth of the eight words, whose roles then move on by one. */
-MOE_INLINE void sha256_round(uint32_t a, uint32_t b, uint32_t c, uint32_t *d, uint32_t e, uint32_t f,
-                             uint32_t g, uint32_t *h, uint32_t kw)
+/* A round: what changes is the fourth and the eighth of the eight words, whose roles then move on
+ * by one. */
+MOE_INLINE void sha256_round(uint32_t a, uint32_t b, uint32_t c, uint32_t *d, uint32_t e,
+                             uint32_t f, uint32_t g, uint32_t *h, uint32_t kw)
 {
     const uint32_t t1 = *h + (sha256_rotate(e, 6) ^ sha256_rotate(e, 11) ^ sha256_rotate(e, 25)) +
                         ((e & f) ^ (~e & g)) + kw;
@@ -78,7 +79,8 @@ static void sha256_blocks_c(uint32_t state[8], const uint8_t *p, size_t n)
 
 #if MOE_X86
 
-/* The processor's own rounds, two at a time; they want the words as (f, e, b, a) and (h, g, d, c). */
+/* The processor's own rounds, two at a time; they want the words as (f, e, b, a) and (h, g, d,
+ * c). */
 __attribute__((target("sha,sse4.1"))) static void sha256_blocks_x86(uint32_t state[8],
                                                                      const uint8_t *p, size_t n)
 {

@@ -1,10 +1,10 @@
 /* convert/vocab.c - tokenizer.json or tokenizer.model, tokenizer_config.json and chat templates ->
  * tokenizer.ggml.* keys.
  *
- * The tokenizer.json is opened by the runtime's own reader; what is written is opened again as GGUF,
- * and both must give the same ids for a text that has something of everything. A vocabulary for which
- * that cannot be had is refused rather than written slightly wrong. A tokenizer.model is read if there
- * is no tokenizer.json. */
+ * The tokenizer.json is opened by the runtime's own reader; what is written is opened again as
+ * GGUF, and both must give the same ids for a text that has something of everything. A vocabulary
+ * for which that cannot be had is refused rather than written slightly wrong. A tokenizer.model is
+ * read if there is no tokenizer.json. */
 #ifndef MOE_CONVERT_VOCAB_C
 #define MOE_CONVERT_VOCAB_C
 
@@ -98,8 +98,8 @@ static moe_status vocab_put_merges(vocab_writer *w)
 }
 
 /* SentencePiece merges by the score of what comes of it; a tokenizer.json by the rank of the merge.
- * The merges of a result stand together, best score first, so the order in which results first appear
- * is that of the scores. */
+ * The merges of a result stand together, best score first, so the order in which results first
+ * appear is that of the scores. */
 static moe_status vocab_put_scores(vocab_writer *w)
 {
     moe_mem *mem = w->source->mem;
@@ -202,7 +202,7 @@ static const vocab_pre *vocab_pre_by_pattern(const vocab_writer *w)
     return NULL;
 }
 
-/* -------------------------------------------------------------------------------- special ids -- */
+/* ------------------------------------------------------------------------------- special ids -- */
 
 /* The id of a literal token, given as a string or as an object with "content"; -1: none. */
 static int32_t vocab_id_of(const vocab_writer *w, json_ref v)
@@ -217,8 +217,8 @@ static int32_t vocab_id_of(const vocab_writer *w, json_ref v)
 }
 
 /* An id in config.json or generation_config.json: a number, or the first of a list. */
-static moe_status vocab_config_id(const vocab_writer *w, json_ref from, const char *key, uint32_t index,
-                                  int32_t *id)
+static moe_status vocab_config_id(const vocab_writer *w, json_ref from, const char *key,
+                                  uint32_t index, int32_t *id)
 {
     json_ref v = config_path(from, key);
     uint32_t value;
@@ -232,8 +232,8 @@ static moe_status vocab_config_id(const vocab_writer *w, json_ref from, const ch
     if (!v.node || json_double(v, 0) < 0)
         return MOE_OK;
     if (!json_id(v, w->n_vocab, &value))
-        return fail(w->error, MOE_ERR_MODEL, key, "expected an id below %u, the number of tokens, got "
-                    "%g", w->n_vocab, json_double(v, NAN));
+        return fail(w->error, MOE_ERR_MODEL, key, "expected an id below %u, the number of tokens, "
+                    "got %g", w->n_vocab, json_double(v, NAN));
     *id = (int32_t)value;
     return MOE_OK;
 }
@@ -354,7 +354,8 @@ static moe_status vocab_put_template(vocab_writer *w)
 /* Letters of many scripts, digits, case changes, contractions, blanks, line ends, code, symbols. */
 static const char vocab_probe[] =
     "The quick brown fox jumps over the lazy dog, and then there is something interesting in the "
-    "other's house. Hello world, it's DON'T we'll'VE I'm 3 12 123 1234 1234567890 x86_64 CamelCaseHTTPServer\n"
+    "other's house. Hello world, it's DON'T we'll'VE I'm 3 12 123 1234 1234567890 x86_64 "
+    "CamelCaseHTTPServer\n"
     "  two  three   spaces\t\ttabs \n\n\n newlines\r\n end   \n"
     "naïve café Straße ÀÉÎ Ελληνικά Русский язык עברית العربية हिन्दी ไทย 한국어 日本語のテスト "
     "中文测试123 東京タワー２０２４年 ½ ² Ⅷ\n"
@@ -434,7 +435,8 @@ static moe_status vocab_put_pre(vocab_writer *w)
     moe_status status = vocab_encode(w, w->tok, &want);
     bool same = false;
     if (!status) {
-        status = vocab_encode_as_written(w, found ? found->name : w->bytes ? "default" : NULL, &got);
+        status = vocab_encode_as_written(w, found ? found->name : w->bytes ? "default" : NULL,
+                                         &got);
         same = !status && vocab_same(&want, &got) == SIZE_MAX;
     }
     // other patterns may split alike: the same regular expression can be spelled in many ways
@@ -448,8 +450,8 @@ static moe_status vocab_put_pre(vocab_writer *w)
         if (!status && vocab_same(&want, &got) == SIZE_MAX) {
             same = true;
             found = p;
-            conv_note(w->source, "tokenizer.json: its pre-tokenizer is not known by its patterns; %s "
-                      "gives the same ids for a test text", p->name);
+            conv_note(w->source, "tokenizer.json: its pre-tokenizer is not known by its patterns; "
+                      "%s gives the same ids for a test text", p->name);
         }
     }
     if (!status && !same)
@@ -461,7 +463,7 @@ static moe_status vocab_put_pre(vocab_writer *w)
     return status;
 }
 
-/* ----------------------------------------------------------------------------- tokenizer.json -- */
+/* ---------------------------------------------------------------------------- tokenizer.json -- */
 
 /* A space in front of the text: a step of the normalizer or of the pre-tokenizer. */
 static bool vocab_has_prefix(const moe_tokenizer *tok)
@@ -526,14 +528,14 @@ static moe_status vocab_put(vocab_writer *w)
     return status ? status : vocab_put_template(w);
 }
 
-/* ------------------------------------------------------------------------------ tokenizer.model -- */
+/* --------------------------------------------------------------------------- tokenizer.model -- */
 
 /* Sets one added token, which may stand in for a piece. */
 static moe_status vocab_sp_set(vocab_writer *w, sp_model *m, double id, json_ref text, bool special)
 {
     if (json_typeof(text) != JSON_STRING || !text.node->n || !(id >= 0 && id < TOK_MAX_TOKENS))
-        return fail(w->error, MOE_ERR_FORMAT, "added tokens", "expected texts with ids from 0 to %d",
-                    TOK_MAX_TOKENS - 1);
+        return fail(w->error, MOE_ERR_FORMAT, "added tokens",
+                    "expected texts with ids from 0 to %d", TOK_MAX_TOKENS - 1);
     if (id >= m->capacity) {
         conv_note(w->source, "added token %.0f has no row in the embedding and is left out", id);
         return MOE_OK;
@@ -554,15 +556,16 @@ static moe_status vocab_sp_add(vocab_writer *w, sp_model *m)
 {
     json_doc doc;
     json_ref by_text, by_id = json_get(w->tokenizer_config, "added_tokens_decoder");
-    moe_status status = conv_read_json(w->source, w->dir, "added_tokens.json", false, &doc, &by_text,
-                                       w->error);
+    moe_status status = conv_read_json(w->source, w->dir, "added_tokens.json", false, &doc,
+                                       &by_text, w->error);
     for (json_ref k = json_first(by_text); k.node && !status; k = json_next(by_text, k))
         status = vocab_sp_set(w, m, json_double(json_held(k), -1), k, false);
     for (json_ref k = json_first(by_id); k.node && !status; k = json_next(by_id, k)) {
         char digits[16], *end;
         snprintf(digits, sizeof digits, "%.*s", (int)MOE_MIN(k.node->n, 15u), k.node->as.text);
         const double id = strtod(digits, &end);
-        status = vocab_sp_set(w, m, *end || end == digits ? -1 : id, json_get(json_held(k), "content"),
+        status = vocab_sp_set(w, m, *end || end == digits ? -1 : id,
+                              json_get(json_held(k), "content"),
                               json_bool(json_get(json_held(k), "special"), false));
     }
     if (by_text.node)
@@ -575,8 +578,9 @@ static moe_status vocab_open_written(vocab_writer *w)
 {
     moe_directory *dir = NULL;
     text_buf file = {.mem = w->source->mem};
-    moe_status status = w->kv.failed ? fail_memory(w->error, w->source->mem, "metadata", w->source->kv.n)
-                                     : meta_read_back(&dir, w->source, &file, w->error);
+    moe_status status = w->kv.failed
+                            ? fail_memory(w->error, w->source->mem, "metadata", w->source->kv.n)
+                            : meta_read_back(&dir, w->source, &file, w->error);
     if (!status)
         status = tokenizer_from_directory(&w->tok, dir, w->source->mem, w->error);
     directory_close(dir);
@@ -584,8 +588,8 @@ static moe_status vocab_open_written(vocab_writer *w)
     return status;
 }
 
-/* What tokenizer.model says of itself is all there is to go by: whether BOS goes in front of the text
- * stands in no field of it, but is what the models of these families were trained with. */
+/* What tokenizer.model says of itself is all there is to go by: whether BOS goes in front of the
+ * text stands in no field of it, but is what the models of these families were trained with. */
 static moe_status vocab_put_sp(vocab_writer *w, const char *data, uint64_t bytes)
 {
     sp_model m;
@@ -603,14 +607,14 @@ static moe_status vocab_put_sp(vocab_writer *w, const char *data, uint64_t bytes
     w->n_tokens = w->n_vocab;
     w->prefix = m.prefix;
     if (m.kind == SP_BPE && (m.squeeze || m.charsmap.bytes))
-        conv_note(w->source, "tokenizer.model: other readers of GGUF do not know that BPE models can "
-                  "have a map of characters, or drop blanks");
+        conv_note(w->source, "tokenizer.model: other readers of GGUF do not know that BPE models "
+                  "can have a map of characters, or drop blanks");
     const vocab_roles own = {m.bos, m.eos, m.unknown, m.pad, .add_bos = true};
     status = vocab_put_roles(w, &own);
     return status ? status : vocab_put_template(w);
 }
 
-/* -------------------------------------------------------------------------------------- entry -- */
+/* ------------------------------------------------------------------------------------- entry -- */
 
 static moe_status vocab_convert_json(vocab_writer *w)
 {
@@ -630,12 +634,13 @@ static moe_status vocab_convert(vocab_writer *w)
     conv_source *s = w->source;
     char *text = NULL;
     uint64_t bytes = 0;
-    moe_status status = conv_read_json(s, w->dir, "tokenizer.json", false, &doc, &w->json, w->error);
+    moe_status status = conv_read_json(s, w->dir, "tokenizer.json", false, &doc, &w->json,
+                                       w->error);
     if (!status && !w->json.node)
         status = conv_read_text(s, w->dir, "tokenizer.model", false, &text, &bytes, w->error);
     if (!status && !w->json.node && !text)
-        conv_note(s, "%s: no tokenizer.json and no tokenizer.model: the file will have no tokenizer",
-                  w->dir);
+        conv_note(s, "%s: no tokenizer.json and no tokenizer.model: the file will have no "
+                  "tokenizer", w->dir);
     if (!status)
         status = conv_read_json(s, w->dir, "tokenizer_config.json", false, &config_doc,
                                 &w->tokenizer_config, w->error);
