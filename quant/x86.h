@@ -290,6 +290,16 @@ MOE_AVX2_INLINE void x86_prefetch(uintptr_t address, size_t bytes)
         _mm_prefetch((const char *)(address + i), _MM_HINT_T0);
 }
 
+/* What is fetched while rows r .. r + 7 are multiplied by few tokens: the next, but so far ahead that
+ * memory has the time to answer. Zen 5, one thread, share of a plain read with the next 8 rows alone,
+ * with 6, 8 and 12 KiB: Q8_0, rows of 576: 70, 83, 90, 90 %; Q4_K, rows of 768: 76, 89, 93, 85 %. */
+enum { X86_AHEAD_BYTES = 8 << 10 };
+
+MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)
+{
+    return (uintptr_t)mm->w + r * mm->w_stride + MOE_MAX(8 * mm->w_stride, (size_t)X86_AHEAD_BYTES);
+}
+
 /* Eight rows are eight streams, too short for the hardware's prefetcher: the next eight, which
  * follow in memory, are fetched as one. Zen 5, one thread, Q4_0 from memory with rows of 2048: 21
  * GB/s (all that reading gives) instead of 8. */
@@ -302,7 +312,7 @@ MOE_AVX2_INLINE void x86_gemv32(const moe_mm *mm, size_t block_bytes, x86_unpack
         const uint8_t *row[8];
         x86_rows(mm, r, row);
         __m256 acc = _mm256_setzero_ps();
-        const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
+        const uintptr_t next = x86_ahead(mm, r);
         for (size_t b = 0; b < n_block; b++) {
             x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
             x86_block w;

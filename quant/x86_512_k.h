@@ -163,7 +163,7 @@ MOE_VNNI512_INLINE void x86_512_few_tokens(const moe_mm *mm, size_t block_bytes,
                           mm->n_in);
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
-        uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
+        uintptr_t next = x86_ahead(mm, r);
         __m256 acc[X86_512_FEWEST];
         MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++)

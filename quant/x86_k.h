@@ -140,7 +140,7 @@ MOE_AVX2_INLINE void x86_k_gemv(const moe_mm *mm, size_t block_bytes, x86_kind k
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
         x86_rows(mm, r, row);
-        uintptr_t ahead = (uintptr_t)row[0] + 8 * mm->w_stride;
+        uintptr_t ahead = x86_ahead(mm, r);
         __m256 acc = _mm256_setzero_ps();
         for (size_t b = 0; b < n_block; b++) {
             for (size_t i = 0; i < 8 * block_bytes; i += 64)
