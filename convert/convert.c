@@ -20,8 +20,9 @@
 #include "imatrix.c"      /* which columns matter */
 #include "gguf_write.c"   /* the result */
 #include "encode.c"       /* the work */
-#include "allocate.c"     /* types that fit a size */
 #include "moe_write.c"    /* the result as a .moe file */
+#include "moe_size.c"     /* its size, before it is made */
+#include "allocate.c"     /* types that fit a size */
 
 static bool conv_ends(const char *text, const char *end)
 {
@@ -66,6 +67,9 @@ static moe_status conv_write_gguf(conv_job *job, moe_error *error)
     conv_writer writer = {0};
     text_buf header = {.mem = &job->mem};
     moe_status status = gguf_make_header(&job->source, &header, &job->file_bytes, error);
+    job->sampled = 1;
+    for (size_t i = 0; i < job->source.n_tensors; i++)
+        job->source.tensors[i].stored_bytes = job->source.tensors[i].bytes;
     job->header_bytes = header.n;
     if (!status && !job->options.dry_run) {
         status = writer_open(&writer, job->options.out, error);
@@ -86,8 +90,10 @@ static moe_status conv_write_gguf(conv_job *job, moe_error *error)
 static moe_status conv_write_moe(conv_job *job, moe_error *error)
 {
     moew_sink sink;
+    if (job->options.dry_run)
+        return size_measure(job, SIZE_LOOK, error);
     moe_status status = moew_open(&sink, job, error);
-    if (!status && !job->options.dry_run)
+    if (!status)
         status = moew_write(&sink, error);
     moew_close(&sink);
     return status;

@@ -83,10 +83,13 @@ typedef struct conv_tensor {
     bool is_router;
     bool is_kept;              // --keep says what it becomes
     const moe_quant *target;   // by the plan
-    double bits;               // by the plan: of a trellis-coded target, per weight on disk
+    double bits;               // by the plan: of a trellis-coded target, per weight on disk; 0: the
+                               // type's own
     const moe_quant **part_types; // by the plan: [dims[2]] of a stack of experts, if they differ
+    const double *part_bits;   // by the plan: [dims[2]] their rates, if they differ
     conv_importance importance;
     uint64_t bytes;            // of the result
+    uint64_t stored_bytes;     // of it, on disk: less where it is compressed
     uint64_t offset;           // in the output file
 } conv_tensor;
 
@@ -154,8 +157,8 @@ typedef struct conv_job {
     moe_mem mem;
     conv_options options;
     conv_source source;
-    uint64_t header_bytes, n_weights;
-    uint64_t file_bytes;       // of a dry run: as if nothing were compressed
+    uint64_t header_bytes, n_weights, file_bytes;
+    double sampled; // the part of the weights that were encoded to know file_bytes; 1: all
     double seconds;
 } conv_job;
 
@@ -171,6 +174,12 @@ MOE_INLINE bool conv_is_experts(const conv_source *s, const conv_tensor *t)
 MOE_INLINE const moe_quant *conv_part_type(const conv_tensor *t, uint32_t part)
 {
     return t->part_types ? t->part_types[part] : t->target;
+}
+
+/* The rate of one, if its type is trellis-coded; 0: the type's own. */
+MOE_INLINE double conv_part_bits(const conv_tensor *t, uint32_t part)
+{
+    return t->part_bits ? t->part_bits[part] : t->bits;
 }
 
 #endif

@@ -19,6 +19,7 @@
 typedef struct encode_task {
     const conv_tensor *t;
     const moe_quant *type;
+    double bits;            // of a trellis-coded type, per weight on disk; 0: the type's own
     uint64_t row, n_rows;
     uint64_t number;        // the sink's own
     uint32_t slice;         // the sink's own
@@ -78,6 +79,7 @@ struct encode_worker {
 typedef struct encode_chunk {
     const conv_tensor *t;
     const moe_quant *type;
+    double bits;            // as the task's
     const conv_input *in;   // NULL: t->made
     uint64_t row;           // first, in the tensor
     uint64_t in_row;        // first, in the input
@@ -311,11 +313,11 @@ static moe_status encode_check(encode_worker *w, const encode_chunk *c, uint64_t
     return MOE_OK;
 }
 
-/* Bytes can be copied as they are. */
+/* Bytes can be copied as they are, unless they are to have another rate. */
 static bool encode_is_copy(const encode_chunk *c)
 {
     return c->in && c->in->type == c->type && !c->t->plus_1 && !c->t->minus_exp &&
-           !c->t->tile.head_k;
+           !c->t->tile.head_k && !(c->bits > 0 && tcq_is(c->type));
 }
 
 /* Rows that are worked on at once: few enough to stay in the cache, many enough for short rows. */
@@ -391,7 +393,7 @@ static moe_status encode_plan(encode_worker *w, const encode_chunk *c, uint64_t 
         status = encode_check(w, c, r, sample + i * n_in);
     }
     if (!status)
-        tcq_plan_make(&w->tcq, c->type, c->t->bits, sample, encode_columns(w, c, first), (size_t)n,
+        tcq_plan_make(&w->tcq, c->type, c->bits, sample, encode_columns(w, c, first), (size_t)n,
                       (size_t)n_in, w->room.data);
     return status;
 }
@@ -462,7 +464,8 @@ static moe_status encode_task_run(encode_worker *w, const encode_task *task)
         status = fail_memory(&w->error, w->mem, t->name, bytes);
     for (uint64_t at = 0; at < task->n_rows && !status;) {
         const uint64_t in_rows = t->made ? t->n_rows : t->n_rows / t->n_inputs;
-        encode_chunk c = {.t = t, .type = task->type, .row = task->row + at, .at = at};
+        encode_chunk c = {.t = t, .type = task->type, .bits = task->bits, .row = task->row + at,
+                          .at = at};
         c.in_row = c.row % in_rows;
         c.in = t->made ? NULL : &t->inputs[c.row / in_rows];
         c.n_rows = MOE_MIN(task->n_rows - at, in_rows - c.in_row);

@@ -36,6 +36,7 @@ typedef enum moew_choice { MOEW_OPEN, MOEW_RAW, MOEW_PLANES } moew_choice;
 typedef struct moew_slice {
     const conv_tensor *t;
     const moe_quant *type;
+    double bits;            // of a trellis-coded type, per weight on disk; 0: the type's own
     uint64_t first_row, n_rows, row_bytes;
     uint64_t segment_rows;  // 0: it can only be raw
     uint64_t task_rows;
@@ -123,7 +124,8 @@ static void moew_add_slice(moew_sink *m, size_t tensor, uint32_t part, uint32_t 
 {
     const conv_tensor *t = &m->job->source.tensors[tensor];
     moew_slice *s = &m->slices[m->n_slices];
-    *s = (moew_slice){.t = t, .type = conv_part_type(t, part), .record = m->n_records - 1};
+    *s = (moew_slice){.t = t, .type = conv_part_type(t, part), .bits = conv_part_bits(t, part),
+                      .record = m->n_records - 1};
     s->n_rows = t->n_rows / n_parts;
     s->first_row = part * s->n_rows;
     s->row_bytes = encode_row_bytes(s->type, t->row_len);
@@ -319,7 +321,8 @@ static bool moew_next(void *self, encode_task *task)
     if (m->next_slice == m->n_slices)
         return false;
     const moew_slice *s = &m->slices[m->next_slice];
-    *task = (encode_task){.t = s->t, .type = s->type, .row = s->first_row + m->next_row,
+    *task = (encode_task){.t = s->t, .type = s->type, .bits = s->bits,
+                          .row = s->first_row + m->next_row,
                           .n_rows = MOE_MIN(s->task_rows, s->n_rows - m->next_row),
                           .number = m->next_number++, .slice = m->next_slice};
     m->next_row += task->n_rows;
@@ -360,6 +363,15 @@ static moe_status moew_pack(moew_sink *m, encode_worker *w, const encode_task *t
     return status;
 }
 
+/* Whether a slice is compressed whose first segment becomes so many bytes. Trellis-coded types are
+ * made for it. */
+static bool moew_pays(const moew_sink *m, const moe_quant *type, uint64_t bytes, uint64_t packed)
+{
+    const conv_store store = m->job->options.store;
+    const uint64_t percent = store == CONV_STORE_ZSTD || tcq_is(type) ? 1 : CONV_AUTO_PERCENT;
+    return store != CONV_STORE_RAW && packed <= bytes - bytes / 100 * percent;
+}
+
 /* Whether a slice is compressed: by what its first segment saves. The others wait for it. */
 static moe_status moew_choose(moew_sink *m, encode_worker *w, const encode_task *task,
                               moew_choice *choice)
@@ -374,10 +386,9 @@ static moe_status moew_choose(moew_sink *m, encode_worker *w, const encode_task 
         return fail_memory(&w->error, w->mem, "compressor", MOEFILE_SEGMENT_BYTES);
     if (row == 0) {
         const uint64_t bytes = MOE_MIN(s->segment_rows, task->n_rows) * s->row_bytes;
-        const uint64_t least = m->job->options.store == CONV_STORE_ZSTD ? 1 : CONV_AUTO_PERCENT;
         status = moew_pack(m, w, task, true);
         const planes_packer *p = w->own;
-        *choice = !status && p->out.n <= bytes - bytes / 100 * least ? MOEW_PLANES : MOEW_RAW;
+        *choice = !status && moew_pays(m, s->type, bytes, p->out.n) ? MOEW_PLANES : MOEW_RAW;
     }
     plat_mutex_lock(&m->lock);
     if (row == 0) {
@@ -517,6 +528,8 @@ static uint64_t moew_hash_plan(const moew_sink *m)
     xxh64_add(&state, m->records, m->n_records * sizeof *m->records);
     xxh64_add(&state, m->tables, m->n_slices * sizeof *m->tables);
     xxh64_add(&state, options, sizeof options);
+    for (uint32_t i = 0; i < m->n_slices; i++)
+        xxh64_add(&state, &m->slices[i].bits, sizeof m->slices[i].bits);
     for (uint32_t i = 0; i < s->n_files; i++) {
         const conv_file *f = &s->files[i];
         xxh64_add(&state, f->path, strlen(f->path));
@@ -681,6 +694,9 @@ static moe_status moew_write_front(moew_sink *m, moe_error *error)
     meta_bytes(&w, m->segments, m->n_segments * sizeof *m->segments);
     if (w.failed)
         return fail_memory(error, &m->job->mem, "directory", m->front.n);
+    for (uint32_t i = 0; i < m->n_slices; i++)
+        m->job->source.tensors[m->tables[i].tensor].stored_bytes += m->tables[i].stored_bytes;
+    m->job->sampled = 1;
     h->n_segments = m->n_segments;
     h->features = m->n_segments ? MOEFILE_FEATURE_PLANES : 0;
     h->directory_bytes = m->front.n - sizeof *h;
@@ -746,6 +762,8 @@ static moe_status moew_write(moew_sink *m, moe_error *error)
     conv_job *job = m->job;
     m->has_lock = plat_mutex_init(&m->lock);
     m->has_cond = m->has_lock && plat_cond_init(&m->changed);
+    for (size_t i = 0; i < job->source.n_tensors; i++)
+        job->source.tensors[i].stored_bytes = 0;
     if (!m->has_cond)
         return fail(error, MOE_ERR_THREAD, NULL, "cannot make a lock");
     uint64_t done = 0;

@@ -666,20 +666,21 @@ static void types_fit_the_size(void)
     for (int moe = 0; moe < 2; moe++) {
         char out[300];
         snprintf(out, sizeof out, "%s", scratch_path(moe ? "fit.moe" : "fit.gguf"));
-        for (double bits = 2.8; bits < 9; bits += 0.73) {
+        for (double bits = moe ? 3.8 : 2.8; bits < 9; bits += moe ? 1.51 : 0.73) {
             if (!allocate(&job, out, bits, 0, true, 2))
                 return conv_close(&job);
-            uint64_t used = 0;
-            for (size_t i = 0; i < job.source.n_tensors; i++)
+            uint64_t used = moe ? job.file_bytes - job.header_bytes : 0;
+            for (size_t i = 0; i < job.source.n_tensors && !moe; i++)
                 used += job.source.tensors[i].bytes;
             const double got = 8.0 * (double)used / (double)job.n_weights;
             CHECK(got <= bits, "%s: %.3f bits asked for, got %.3f", out, bits, got);
-            const double step = moe ? 0.4 : 1.7; // from Q6_K to Q8_0, of one expert or of all
+            const double step = moe ? 0.9 : 1.7; // the padding of two records; from Q6_K to Q8_0
             CHECK(bits > 8.5 || got > bits - step, "%s: %.3f bits asked for, only %.3f used", out,
                   bits, got);
             const conv_tensor *stack = &job.source.tensors[0];
             const moe_quant *rare = conv_part_type(stack, 0), *often = conv_part_type(stack, 3);
-            CHECK(rare->block_bytes * often->block_len <= often->block_bytes * rare->block_len,
+            CHECK(rare->block_bytes * often->block_len <= often->block_bytes * rare->block_len &&
+                  (!tcq_is(often) || conv_part_bits(stack, 0) <= conv_part_bits(stack, 3)),
                   "%.2f bits: %s for an expert that is used more, %s for one that is used less",
                   bits, often->name, rare->name);
             last = MOE_MAX(last, stack->part_types ? 1 : 0);
@@ -730,16 +731,114 @@ static void allocation_is_deterministic(void)
     make_source(scratch_path("source.gguf"));
     make_sums();
     make_imatrix(scratch_path("a.imatrix"), "blk.0.ffn_down_exps.weight", N_IN, N_EXPERT);
-    for (uint32_t i = 0; i < 2; i++) {
-        if (!allocate(&job, scratch_path(i ? "b.gguf" : "a.gguf"), 5.3, 0, true, i ? 4 : 1))
-            return conv_close(&job);
+    for (uint32_t moe = 0; moe < 2; moe++) {
+        for (uint32_t i = 0; i < 2; i++) {
+            if (!allocate(&job, scratch_path(moe ? i ? "b.moe" : "a.moe" : i ? "b.gguf" : "a.gguf"), 5.3,
+                          0, true, i ? 4 : 1))
+                return conv_close(&job);
+            conv_close(&job);
+        }
+        char *a = test_read_file(scratch_path(moe ? "a.moe" : "a.gguf"), &n[0]);
+        char *b = test_read_file(scratch_path(moe ? "b.moe" : "b.gguf"), &n[1]);
+        CHECK(a && b && n[0] == n[1] && !memcmp(a, b, n[0]), "another file with other threads");
+        free(a);
+        free(b);
+    }
+}
+
+/* Two matrices for trellis-coded types, and two that are none: rows of 96, and one too small. */
+static void make_matrices(const char *path)
+{
+    made_file *m = calloc(1, sizeof *m);
+    float *x = malloc(256 * 192 * sizeof *x);
+    REQUIRE(m && x, "memory");
+    for (uint32_t i = 0; i < 256 * 192; i++)
+        x[i] = test_random_float() * test_random_float();
+    made_text(m, "general.architecture");
+    made_put(m, (const uint32_t[]){META_STRING}, 4);
+    made_text(m, "llama");
+    made_key_u32(m, "llama.block_count", 1);
+    made_tensor(m, "blk.0.attn_q.weight", 256, 32, 0, x);
+    made_tensor(m, "blk.0.ffn_up.weight", 256, 192, 0, x);
+    made_tensor(m, "blk.0.ffn_gate.weight", 96, 64, 0, x);
+    made_tensor(m, "blk.0.attn_k.weight", 64, 8, 0, x);
+    made_write(m, path, 2);
+    free(x);
+    free(m);
+}
+
+/* Whether each tensor of make_matrices gets the kind of type that is right for it. */
+static void check_trellis(const char *out, conv_store store, bool expected)
+{
+    conv_job job;
+    moe_error error = {0};
+    const conv_options o = {.source = scratch_path("matrices.gguf"), .out = out,
+                            .bits_per_weight = 5.4, .store = store, .n_threads = 2};
+    REQUIRE(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
+    for (uint32_t i = 0; i < 4; i++) {
+        const conv_tensor *t = &job.source.tensors[i];
+        CHECK(tcq_is(t->target) == (expected && i < 2), "%s, store %d: %s is %s", out, (int)store,
+              t->name, t->target->name);
+        CHECK(i >= 2 || (t->stored_bytes < t->bytes) == expected, "%s, store %d: %s: %llu of %llu bytes",
+              out, (int)store, t->name, (unsigned long long)t->stored_bytes,
+              (unsigned long long)t->bytes);
+    }
+    conv_close(&job);
+}
+
+static void trellis_types_only_where_they_pay(void)
+{
+    moe_error error;
+    make_matrices(scratch_path("matrices.gguf"));
+    check_trellis(scratch_path("t.moe"), CONV_STORE_AUTO, true);
+    check_trellis(scratch_path("t.moe"), CONV_STORE_ZSTD, true);
+    check_trellis(scratch_path("t.moe"), CONV_STORE_RAW, false);
+    check_trellis(scratch_path("t.gguf"), CONV_STORE_ZSTD, false);
+    // what is in MXFP4 already stays as it is
+    conv_options o = {.source = scratch_path("matrices.gguf"), .out = scratch_path("mx.gguf"),
+                      .quant = "mxfp4"};
+    REQUIRE(convert_with(&o, &error) == MOE_OK, "%s", error.message);
+    conv_job job;
+    o = (conv_options){.source = scratch_path("mx.gguf"), .out = scratch_path("mx.moe"),
+                       .bits_per_weight = 8};
+    REQUIRE(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
+    for (uint32_t i = 0; i < 3; i++)
+        CHECK(!strcmp(job.source.tensors[i].target->name, "MXFP4"), "%s becomes %s",
+              job.source.tensors[i].name, job.source.tensors[i].target->name);
+    conv_close(&job);
+}
+
+/* The size that was asked for, but for the padding of two records; and told before by a dry run. */
+static void compressed_files_have_their_size(void)
+{
+    static const char *const quants[] = {"tcq2.5", "q4_0", NULL};
+    conv_job job;
+    moe_error error = {0};
+    struct stat info;
+    uint64_t planned = 0;
+    make_matrices(scratch_path("matrices.gguf"));
+    for (uint64_t size = 33000; size < 53000; size += 9321) {
+        const conv_options o = {.source = scratch_path("matrices.gguf"), .n_threads = 2,
+                                .out = scratch_path("sized.moe"), .max_bytes = size};
+        REQUIRE(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
+        CHECK(!stat(o.out, &info) && (uint64_t)info.st_size == job.file_bytes, "%s", o.out);
+        CHECK(job.file_bytes <= size && job.file_bytes + 2 * MOEFILE_RECORD_ALIGN + size / 200 > size,
+              "%llu bytes asked for, got %llu", (unsigned long long)size,
+              (unsigned long long)job.file_bytes);
         conv_close(&job);
     }
-    char *a = test_read_file(scratch_path("a.gguf"), &n[0]);
-    char *b = test_read_file(scratch_path("b.gguf"), &n[1]);
-    CHECK(a && b && n[0] == n[1] && !memcmp(a, b, n[0]), "another file with other threads");
-    free(a);
-    free(b);
+    for (uint32_t i = 0; i < 6 * MOE_COUNT(quants); i++) {
+        conv_options o = {.source = scratch_path("matrices.gguf"), .quant = quants[i / 6],
+                          .bits_per_weight = quants[i / 6] ? 0 : 5.7, .store = (conv_store)(i / 2 % 3),
+                          .out = scratch_path("sized.moe"), .dry_run = i % 2 == 0, .n_threads = 3};
+        REQUIRE(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
+        if (o.dry_run)
+            planned = job.file_bytes;
+        CHECK(planned == job.file_bytes, "%s, store %d: %llu bytes planned, got %llu",
+              o.quant ? o.quant : "--bpw", (int)o.store, (unsigned long long)planned,
+              (unsigned long long)job.file_bytes);
+        conv_close(&job);
+    }
 }
 
 static void run_convert_tests(void)
@@ -751,6 +850,8 @@ static void run_convert_tests(void)
     RUN(types_fit_the_size);
     RUN(sizes_that_cannot_be);
     RUN(allocation_is_deterministic);
+    RUN(trellis_types_only_where_they_pay);
+    RUN(compressed_files_have_their_size);
     scratch_end();
 }
 
