@@ -64,18 +64,6 @@ static bool config_terms(json_ref root, const char *text, json_ref *v, double *n
     return true;
 }
 
-/* The first alternative of an expression that is there; false if there is none. */
-static bool config_value(json_ref root, const char *text, json_ref *v, double *number)
-{
-    char head[128], mark;
-    while (text) {
-        text = config_split(text, "|", head, &mark);
-        if (config_terms(root, head, v, number))
-            return true;
-    }
-    return false;
-}
-
 /* A value as text, for comparisons and errors. */
 static const char *config_text(json_ref v, char buf[64])
 {
@@ -108,6 +96,34 @@ static const char *config_find_word(const char *words, const char *word)
             return end;
     }
     return NULL;
+}
+
+/* Skips the condition in front of an alternative; NULL if it does not hold. */
+static const char *config_condition(json_ref root, const char *text)
+{
+    char key[128], word[128], buf[64], mark;
+    if (!strchr(text, '?'))
+        return text;
+    const char *rest = config_split(text, "=", key, &mark);
+    rest = rest ? config_split(rest, "?", word, &mark) : NULL;
+    const size_t n = strlen(key);
+    const bool not = n && key[n - 1] == '!';
+    if (not)
+        key[n - 1] = 0;
+    return !strcmp(config_text(config_path(root, key), buf), word) != not ? rest : NULL;
+}
+
+/* The first alternative of an expression that is there; false if there is none. */
+static bool config_value(json_ref root, const char *text, json_ref *v, double *number)
+{
+    char head[128], mark;
+    while (text) {
+        text = config_split(text, "|", head, &mark);
+        const char *terms = config_condition(root, head);
+        if (terms && config_terms(root, terms, v, number))
+            return true;
+    }
+    return false;
 }
 
 /* --------------------------------------------------------------------------------- tables -- */
@@ -157,15 +173,42 @@ static moe_status config_put_word(config_reader *r, const moe_config_key *k, con
     return MOE_OK;
 }
 
-static moe_status config_put_leading(config_reader *r, const moe_config_key *k, const char *key,
-                                     json_ref list)
+/* Whether a layer has experts, by the keys that Qwen's families have for it. */
+static bool config_layer_is_sparse(json_ref root, uint32_t layer)
 {
-    uint32_t n = 0;
-    if (json_typeof(list) != JSON_ARRAY)
-        return config_fail(r, MOE_ERR_MODEL, k->hf, "a list", list);
-    for (json_ref v = json_first(list); v.node && json_is(v, k->words); v = json_next(list, v))
-        n++;
-    meta_put_u32(&r->kv, key, n);
+    const double step = json_double(config_path(root, "decoder_sparse_step"), 1);
+    const json_ref dense = config_path(root, "mlp_only_layers");
+    for (json_ref v = json_first(dense); v.node; v = json_next(dense, v))
+        if (json_double(v, -1) == layer)
+            return false;
+    return step >= 1 && (layer + 1) % (uint32_t)MOE_MIN(step, 1e9) == 0;
+}
+
+static moe_status config_put_sparse(config_reader *r, const moe_config_key *k, const char *key,
+                                    json_ref list)
+{
+    uint32_t sparse[MODEL_MAX_LAYERS], n_layer = 0, n_dense = 0, n_leading = 0;
+    const bool listed = json_typeof(list) == JSON_ARRAY;
+    const double n = json_double(config_path(r->root, "num_hidden_layers"), -1);
+    if (!(n >= 1 && n <= MODEL_MAX_LAYERS) || (listed && json_count(list) != n))
+        return config_fail(r, MOE_ERR_MODEL, k->hf, "one item for each layer", list);
+    for (json_ref v = json_first(list); n_layer < n; v = listed ? json_next(list, v) : v) {
+        if (listed && !json_is(v, "dense") && !json_is(v, "sparse"))
+            return config_fail(r, MOE_ERR_MODEL, k->hf, "\"dense\" or \"sparse\"", v);
+        sparse[n_layer] = listed ? json_is(v, "sparse") : config_layer_is_sparse(r->root, n_layer);
+        n_leading += !sparse[n_layer] && n_leading == n_layer;
+        n_dense += !sparse[n_layer++];
+    }
+    if (n_dense == n_leading) {
+        if (n_dense || listed)
+            meta_put_u32(&r->kv, key, n_dense);
+        return MOE_OK;
+    }
+    char other[160];
+    snprintf(other, sizeof other, "%s.expert_layers", r->family->arch);
+    meta_put_array(&r->kv, other, META_U32, n_layer);
+    for (uint32_t i = 0; i < n_layer; i++)
+        meta_number(&r->kv, sparse[i], 4);
     return MOE_OK;
 }
 
@@ -188,26 +231,58 @@ static moe_status config_put_sections(config_reader *r, const moe_config_key *k,
     return MOE_OK;
 }
 
+/* The number of one item of a list, by its word. */
+static moe_status config_layer(config_reader *r, const moe_config_key *k, json_ref v, uint32_t *number)
+{
+    char buf[64], what[128], mark;
+    json_ref value;
+    double x = -1;
+    const char *found = config_find_word(k->words, config_text(v, buf));
+    if (!found)
+        return config_fail(r, MOE_ERR_UNSUPPORTED, k->hf, k->words, v);
+    config_split(found + (*found == '='), " ", what, &mark);
+    if (*what >= '0' && *what <= '9')
+        x = strtod(what, NULL);
+    else if (!config_value(r->root, what, &value, &x) || !(x >= 0 && x <= UINT32_MAX))
+        return config_fail(r, MOE_ERR_MODEL, what, "a whole number", value);
+    *number = (uint32_t)x;
+    return MOE_OK;
+}
+
+/* The n of a list whose every n-th number is 0 and no other; 0 if none is, UINT32_MAX if there is none. */
+static uint32_t config_period(const uint32_t *list, uint32_t n)
+{
+    uint32_t period = 0;
+    while (period < n && list[period])
+        period++;
+    if (period == n)
+        return 0;
+    period++;
+    for (uint32_t i = 0; i < n; i++)
+        if (!list[i] != ((i + 1) % period == 0))
+            return UINT32_MAX;
+    return period;
+}
+
 static moe_status config_put_layers(config_reader *r, const moe_config_key *k, const char *key,
                                     json_ref list)
 {
-    if (json_typeof(list) != JSON_ARRAY)
-        return config_fail(r, MOE_ERR_MODEL, k->hf, "a list", list);
-    meta_put_array(&r->kv, key, META_U32, (uint64_t)json_count(list) + r->n_draft);
+    uint32_t number[MODEL_MAX_LAYERS], n = 0;
+    if (json_typeof(list) != JSON_ARRAY || json_count(list) > MODEL_MAX_LAYERS)
+        return config_fail(r, MOE_ERR_MODEL, k->hf, "a list with an item for each layer", list);
     for (json_ref v = json_first(list); v.node; v = json_next(list, v)) {
-        char buf[64], what[128], mark;
-        json_ref value;
-        double x = -1;
-        const char *found = config_find_word(k->words, config_text(v, buf));
-        if (!found)
-            return config_fail(r, MOE_ERR_UNSUPPORTED, k->hf, k->words, v);
-        config_split(found + (*found == '='), " ", what, &mark);
-        if (*what >= '0' && *what <= '9')
-            x = strtod(what, NULL);
-        else if (!config_value(r->root, what, &value, &x) || !(x >= 0 && x <= UINT32_MAX))
-            return config_fail(r, MOE_ERR_MODEL, what, "a whole number", value);
-        meta_number(&r->kv, (uint32_t)x, 4);
+        const moe_status status = config_layer(r, k, v, &number[n++]);
+        if (status)
+            return status;
     }
+    const uint32_t period = k->kind == CONFIG_PERIOD ? config_period(number, n) : UINT32_MAX;
+    if (period != UINT32_MAX) {
+        meta_put_u32(&r->kv, key, period);
+        return MOE_OK;
+    }
+    meta_put_array(&r->kv, key, META_U32, (uint64_t)n + r->n_draft);
+    for (uint32_t i = 0; i < n; i++)
+        meta_number(&r->kv, number[i], 4);
     for (uint32_t i = 0; i < r->n_draft; i++) // they have attention, not a state
         meta_number(&r->kv, 0, 4);
     return MOE_OK;
@@ -225,11 +300,11 @@ static moe_status config_put(config_reader *r, const moe_config_key *k)
         return config_put_u32(r, k, key, v, x);
     if (k->kind == CONFIG_WORD || k->kind == CONFIG_EXPECT)
         return config_put_word(r, k, key, v);
-    if (k->kind == CONFIG_LEADING)
-        return config_put_leading(r, k, key, v);
+    if (k->kind == CONFIG_SPARSE)
+        return config_put_sparse(r, k, key, v);
     if (k->kind == CONFIG_SECTIONS)
         return config_put_sections(r, k, key, v);
-    if (k->kind == CONFIG_LAYERS)
+    if (k->kind == CONFIG_LAYERS || k->kind == CONFIG_PERIOD)
         return config_put_layers(r, k, key, v);
     if (k->kind == CONFIG_BOOL) {
         if (json_typeof(v) != JSON_TRUE && json_typeof(v) != JSON_FALSE)
@@ -314,6 +389,31 @@ static moe_status config_rope_number(const config_reader *r, json_ref rope, cons
     return config_fail(r, MOE_ERR_MODEL, subject, "a number", v);
 }
 
+/* What cos and sin are multiplied with: GGUF's readers take the usual factor and this one on top, which
+ * must undo it where transformers takes another. With mscale_all_dim DeepSeek's readers take none. */
+static moe_status config_put_yarn_factor(config_reader *r, json_ref rope, double factor)
+{
+    char key[160];
+    double mscale, all_dim, x;
+    moe_status status = config_rope_number(r, rope, "mscale", 0, &mscale);
+    if (!status)
+        status = config_rope_number(r, rope, "mscale_all_dim", 0, &all_dim);
+    const double log_factor = factor > 1 ? 0.1 * log(factor) : 0;
+    const bool none = config_writes(r, r->family->config, NULL, "rope.scaling.yarn_log_multiplier") &&
+                      all_dim > 0;
+    const double usual = none ? 1 : 1 + log_factor;
+    const double otherwise = mscale != 0 && all_dim != 0
+                                 ? (1 + mscale * log_factor) / (1 + all_dim * log_factor)
+                                 : 1 + log_factor;
+    if (!status)
+        status = config_rope_number(r, rope, "attention_factor", otherwise, &x);
+    if (status || fabs(x - usual) < 1e-12)
+        return status;
+    snprintf(key, sizeof key, "%s.rope.scaling.attn_factor", r->family->arch);
+    meta_put_f32(&r->kv, key, (float)(x / usual));
+    return MOE_OK;
+}
+
 static moe_status config_put_yarn(config_reader *r, json_ref rope, double factor, double n_ctx)
 {
     char key[160];
@@ -333,13 +433,12 @@ static moe_status config_put_yarn(config_reader *r, json_ref rope, double factor
         status = config_rope_number(r, rope, betas[i].hf, NAN, &x);
         meta_put_f32(&r->kv, key, (float)x);
     }
-    if (!status && config_path(rope, "attention_factor").node) {
-        // transformers takes it instead of the usual factor, GGUF's readers on top of it
-        status = config_rope_number(r, rope, "attention_factor", NAN, &x);
-        snprintf(key, sizeof key, "%s.rope.scaling.attn_factor", r->family->arch);
-        meta_put_f32(&r->kv, key, (float)(x / (factor > 1 ? 0.1 * log(factor) + 1 : 1)));
-    }
-    return status;
+    json_ref truncate = config_path(rope, "truncate");
+    if (truncate.node && json_typeof(truncate) != JSON_TRUE && json_typeof(truncate) != JSON_FALSE)
+        return config_fail(r, MOE_ERR_MODEL, "rope_scaling.truncate", "true or false", truncate);
+    snprintf(key, sizeof key, "%s.rope.scaling.yarn_truncate", r->family->arch);
+    meta_put_bool(&r->kv, key, json_bool(truncate, true));
+    return status ? status : config_put_yarn_factor(r, rope, factor);
 }
 
 static moe_status config_put_rope(config_reader *r)
@@ -347,7 +446,9 @@ static moe_status config_put_rope(config_reader *r)
     char key[160];
     double factor = 1, n_ctx = 0;
     json_ref rope = config_rope(r->root);
-    if (json_typeof(rope) != JSON_OBJECT || config_rope_is(rope, "default"))
+    // "dynamic" changes nothing up to max_position_embeddings, beyond which there is a warning
+    if (json_typeof(rope) != JSON_OBJECT || config_rope_is(rope, "default") ||
+        config_rope_is(rope, "dynamic"))
         return MOE_OK;
     json_ref type = config_path(rope, "rope_type");
     type = type.node ? type : config_path(rope, "type");
@@ -357,18 +458,18 @@ static moe_status config_put_rope(config_reader *r)
         return MOE_OK;
     if (!linear && !yarn)
         return config_fail(r, MOE_ERR_UNSUPPORTED, "rope_scaling.rope_type",
-                           "default, linear, yarn, llama3 or proportional", type);
+                           "default, linear, dynamic, yarn, llama3 or proportional", type);
     snprintf(key, sizeof key, "%s.rope.scaling.type", r->family->arch);
     meta_put_string(&r->kv, key, linear ? "linear" : "yarn");
-    moe_status status = config_rope_number(r, rope, "factor", NAN, &factor);
+    const double stretched = json_double(config_path(r->root, "max_position_embeddings"), NAN);
+    const double train = json_double(config_path(r->root, "original_max_position_embeddings"), stretched);
+    moe_status status = config_rope_number(r, rope, "original_max_position_embeddings", yarn ? train : 0,
+                                           &n_ctx);
+    if (!status)
+        status = config_rope_number(r, rope, "factor", yarn ? stretched / n_ctx : NAN, &factor);
     snprintf(key, sizeof key, "%s.rope.scaling.factor", r->family->arch);
     meta_put_f32(&r->kv, key, (float)factor);
-    if (status || linear)
-        return status;
-    double train = json_double(config_path(r->root, "max_position_embeddings"), 0);
-    train = json_double(config_path(r->root, "original_max_position_embeddings"), train);
-    status = config_rope_number(r, rope, "original_max_position_embeddings", train, &n_ctx);
-    return status ? status : config_put_yarn(r, rope, factor, n_ctx);
+    return status || linear ? status : config_put_yarn(r, rope, factor, n_ctx);
 }
 
 /* ------------------------------------------------------------------------------- defaults -- */

@@ -777,7 +777,7 @@ static moe_status hf_check_unused(hf_source *h)
     size_t n_ignored = 0;
     for (size_t i = 0; i < h->table.n; i++) {
         const st_tensor *t = &h->table.items[i];
-        if (t->used)
+        if (t->used || !t->n_elements) // shared experts of which there are none
             continue;
         if (!hf_ignored(h, t->name))
             return fail(h->error, MOE_ERR_MODEL, t->name,

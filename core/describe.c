@@ -39,9 +39,14 @@ static void describe_router(const moe_model *m, char *text, size_t bytes)
         describe_add(text, bytes, "; %u shared%s, width %u", hp->n_expert_shared,
                      weight_present(&last->shared_router) ? " behind a sigmoid gate" : "",
                      hp->n_ff_shared);
-    if (hp->n_layer_dense)
+    bool leading = true;
+    for (uint32_t i = 0; i < hp->n_layer_dense; i++)
+        leading &= !layer_has_experts(hp, i);
+    if (hp->n_layer_dense && leading)
         describe_add(text, bytes, "; %u leading dense layer%s", hp->n_layer_dense,
                      hp->n_layer_dense > 1 ? "s" : "");
+    else if (hp->n_layer_dense)
+        describe_add(text, bytes, "; %u of %u layers dense", hp->n_layer_dense, hp->n_layer);
 }
 
 static void describe_attention(const moe_model *m, char *text, size_t bytes)

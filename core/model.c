@@ -68,6 +68,17 @@ static void hparam_require(hparam_reader *r, bool condition, const char *key, co
         r->status = fail(r->error, MOE_ERR_MODEL, hparam_key(r, key, buf), what, a, b);
 }
 
+/* Whether YaRN's ramp ends at whole pairs: no other writer says it, so families have their own way. */
+static void hparam_truncate(hparam_reader *r, moe_rope_params *rope)
+{
+    char buf[160];
+    bool truncate = !rope->no_truncate;
+    if (!r->status)
+        r->status = meta_bool(r->dir, hparam_key(r, "rope.scaling.yarn_truncate", buf), false,
+                              &truncate, r->error);
+    rope->no_truncate = !truncate;
+}
+
 static void hparam_rope(hparam_reader *r, moe_hparams *hp)
 {
     moe_rope_params *rope = &hp->rope;
@@ -104,6 +115,24 @@ static void hparam_rope(hparam_reader *r, moe_hparams *hp)
     hparam_f32(r, "rope.scaling.attn_factor", false, 1e-6, 1e6, &rope->attn_factor);
     hparam_f32(r, "rope.scaling.yarn_beta_fast", false, 1e-6, 1e6, &rope->beta_fast);
     hparam_f32(r, "rope.scaling.yarn_beta_slow", false, 1e-6, 1e6, &rope->beta_slow);
+    hparam_truncate(r, rope);
+}
+
+/* The sliding window of local layers, and which those are: all but every n-th, if the file does not say
+ * it for each, or all for a period of 0. `required`: of a family that always has one. */
+MOE_UNUSED static void hparam_window(hparam_reader *r, moe_hparams *hp, bool required, uint32_t period)
+{
+    char buf[160];
+    const moe_meta *pattern = directory_meta(
+        r->dir, hparam_key(r, "attention.sliding_window_pattern", buf));
+    const bool listed = pattern && pattern->type == META_ARRAY;
+    hparam_u32(r, "attention.sliding_window", required || listed, required || listed, MODEL_MAX_CTX,
+               &hp->window);
+    hp->window_period = listed ? 1 : period; /* a list has been read already */
+    if (!listed)
+        hparam_u32(r, "attention.sliding_window_pattern", false, 0, MODEL_MAX_LAYERS,
+                   &hp->window_period);
+    hp->rope_local = hp->rope;
 }
 
 /* Groups of experts: only those of the best groups may be chosen. */
@@ -150,6 +179,23 @@ static void hparam_score(hparam_reader *r, moe_router *router)
         router->score = scores[func - 1];
 }
 
+/* Layers without experts: so many at the start, or as a list says that has 1 for those with. */
+static void hparam_dense_layers(hparam_reader *r, moe_hparams *hp)
+{
+    char buf[160];
+    uint32_t list[MODEL_MAX_LAYERS], n_leading = 0;
+    hparam_u32(r, "leading_dense_block_count", false, 0, hp->n_layer, &n_leading);
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        list[i] = i >= n_leading;
+    if (!r->status)
+        r->status = meta_u32_list(r->dir, hparam_key(r, "expert_layers", buf), false, 0, 1, list,
+                                  hp->n_layer, r->error);
+    for (uint32_t i = 0; i < hp->n_layer && !r->status; i++) {
+        hp->dense_layers[i / 32] |= (uint32_t)!list[i] << i % 32;
+        hp->n_layer_dense += !list[i];
+    }
+}
+
 static void hparam_experts(hparam_reader *r, moe_hparams *hp)
 {
     moe_router *router = &hp->router;
@@ -164,7 +210,7 @@ static void hparam_experts(hparam_reader *r, moe_hparams *hp)
     hparam_f32(r, "expert_weights_scale", false, -1e6, 1e6, &router->scale);
     if (!r->status && router->scale == 0) /* written by some converters for "none" */
         router->scale = 1.0f;
-    hparam_u32(r, "leading_dense_block_count", false, 0, hp->n_layer, &hp->n_layer_dense);
+    hparam_dense_layers(r, hp);
     hparam_score(r, router);
     hparam_groups(r, router);
     router->group_max = router->score == MOE_SCORE_SOFTMAX;
@@ -346,11 +392,6 @@ MOE_UNUSED static const char *binding_name(const moe_binding *b, uint32_t layer,
     else
         snprintf(buf, buf_bytes, "%s", b->gguf);
     return buf;
-}
-
-static bool layer_has_experts(const moe_hparams *hp, uint32_t layer)
-{
-    return hp->router.n_expert > 0 && layer >= hp->n_layer_dense;
 }
 
 /* Whether a model has this tensor in this layer, as far as its hyperparameters say. */

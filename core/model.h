@@ -72,7 +72,8 @@ typedef struct moe_hparams {
     moe_glu_kind glu;
     float glu_alpha, glu_limit; // of MOE_GLU_CLAMPED
     moe_router router;        // router.n_expert is 0 in a dense model
-    uint32_t n_layer_dense;   // leading layers without experts
+    uint32_t n_layer_dense;   // layers without experts
+    uint32_t dense_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i is one of them
     uint32_t n_layer_draft;   // layers behind the last one, for multi-token prediction
     uint32_t n_layer_all;     // layers that are bound: n_layer, and the first of those if it is there
     uint32_t n_ff_expert;
@@ -185,8 +186,8 @@ typedef struct moe_binding {
  * runtime sees only what comes of them. Keys that all families share stand in core/models.c.
  *
  * `hf` is the path of a value: "a.b" is b inside of a, "a.[]" a's first item; "a|b" the first that is
- * there and not null; "a+b" a sum, "a*b" a product, from left to right. Nothing is written where a
- * value is missing. Of several lines for one key the first that has a value is written; a family's go
+ * there and not null; "a+b" a sum, "a*b" a product, from left to right; "c=x?a" is a if c is x, else
+ * missing, and "c!=x?a" the other way round. Nothing is written where a value is missing. Of several lines for one key the first that has a value is written; a family's go
  * before the common. */
 typedef enum moe_config_kind {
     CONFIG_U32,    // a whole number, or an array of them, one for each layer
@@ -194,9 +195,12 @@ typedef enum moe_config_kind {
     CONFIG_RSQRT,  // float: 1 / sqrt(value)
     CONFIG_BOOL,
     CONFIG_WORD,   // uint32: the number behind the word in `words`, "softmax=1 sigmoid=2"
-    CONFIG_LEADING, // uint32: how many items at the start of a list are the word in `words`
     CONFIG_LAYERS, // an array: of each item of a list the number, or the value of the key, behind its
                    // word in `words`, "conv=0 full_attention=num_key_value_heads"
+    CONFIG_PERIOD, // the same, but uint32 n if just every n-th item is 0, and 0 if none is
+    CONFIG_SPARSE, // which layers have no experts, by a list of "dense" and "sparse", else by
+                   // decoder_sparse_step and mlp_only_layers: uint32, how many at the start; if there
+                   // are others, "expert_layers" instead, an array of 1 for those with
     CONFIG_SECTIONS, // an array of 4 numbers, of which the last may be missing: 0
     CONFIG_EXPECT  // nothing is written; the value must be one of `words`, "silu swish"
 } moe_config_kind;
@@ -232,7 +236,7 @@ typedef struct moe_family {
     const char *hf;         // model_type of the Hugging Face config; several have blanks between
     /* Sets what differs from the common keys, which are read already. */
     void (*hparams)(moe_hparams *hp, hparam_reader *r);
-    const moe_binding *bindings[8]; // tables that end with BIND_END; the list ends with NULL
+    const moe_binding *bindings[10]; // tables that end with BIND_END; the list ends with NULL
     /* Records the work of one layer: p->x in, p->x out. */
     void (*layer)(moe_pass *p, uint32_t index);
     const moe_config_key *config; // config.json: the family's own keys; NULL: none
@@ -308,6 +312,11 @@ MOE_INLINE uint64_t hparams_input_floats(const moe_hparams *hp)
 MOE_INLINE bool hparams_latent(const moe_hparams *hp)
 {
     return hp->n_latent > 0;
+}
+
+MOE_INLINE bool layer_has_experts(const moe_hparams *hp, uint32_t index)
+{
+    return hp->router.n_expert && !(hp->dense_layers[index / 32] >> index % 32 & 1);
 }
 
 /* Width of the feed-forward of layers without experts; 0 if there are none, whatever the file says. */

@@ -85,20 +85,15 @@ static void gemma4_local_heads(moe_hparams *hp, hparam_reader *r)
 
 static void gemma4_hparams(moe_hparams *hp, hparam_reader *r)
 {
-    char buf[160];
-    const moe_meta *pattern = directory_meta(
-        r->dir, hparam_key(r, "attention.sliding_window_pattern", buf));
     hp->embed_scale = sqrtf((float)hp->n_embd);
     hp->attn_scale = 1.0f;
     hp->glu = MOE_GLU_GELU_TANH;
     hp->v_norm = true;
     hp->parallel_dense = true;
     hp->router.score = MOE_SCORE_SOFTMAX;
-    hparam_u32(r, "attention.sliding_window", true, 1, MODEL_MAX_CTX, &hp->window);
-    hp->window_period = 1; /* which layers it is for has been read, if it is a list */
-    if (!pattern || pattern->type != META_ARRAY)
-        hparam_u32(r, "attention.sliding_window_pattern", true, 1, MODEL_MAX_LAYERS,
-                   &hp->window_period);
+    hparam_window(r, hp, true, 0);
+    hparam_require(r, r->status || hp->window_period, "attention.sliding_window_pattern",
+                   "expected 1 to %u, or a list; got %u", MODEL_MAX_LAYERS, 0);
     gemma4_local_heads(hp, r);
     hp->rope_local = (moe_rope_params){.base = 10000.0f, .factor = 1.0f, .attn_factor = 1.0f,
                                        .beta_fast = 32.0f, .beta_slow = 1.0f,

@@ -40,21 +40,22 @@ static void gpt_oss_hparams(moe_hparams *hp, hparam_reader *r)
     hp->glu = MOE_GLU_CLAMPED;
     hp->glu_alpha = 1.702f;
     hp->glu_limit = 7.0f;
-    hp->window_period = 2;
     hparam_u32(r, "expert_count", true, 1, MODEL_MAX_EXPERTS, &n_expert);
-    hparam_u32(r, "attention.sliding_window", true, 1, MODEL_MAX_CTX, &hp->window);
-    hparam_u32(r, "attention.sliding_window_pattern", false, 0, MODEL_MAX_LAYERS,
-               &hp->window_period);
-    hp->rope.no_truncate = true; /* "truncate" in the model's config.json; files do not say it */
-    hp->rope_local = hp->rope;
+    hparam_f32(r, "feed_forward.swiglu_alpha", false, -1e6, 1e6, &hp->glu_alpha);
+    hparam_f32(r, "feed_forward.swiglu_limit", false, 0, 1e30, &hp->glu_limit);
+    hp->rope.no_truncate = true; /* "truncate" in the model's config.json; others' files do not say it */
+    hparam_truncate(r, &hp->rope);
+    hparam_window(r, hp, true, 2);
     hparam_f32(r, "rope.freq_base_swa", false, 1, 1e12, &hp->rope_local.base);
 }
 
 static const moe_config_key config_gpt_oss[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
     {"attention_bias", NULL, CONFIG_EXPECT, "true", 0},
-    {"swiglu_limit", NULL, CONFIG_EXPECT, "7.0", 0},
-    {"swiglu_alpha", NULL, CONFIG_EXPECT, "1.702", 0},
+    {"swiglu_limit", "feed_forward.swiglu_limit", CONFIG_F32, NULL, 0},
+    {"swiglu_alpha", "feed_forward.swiglu_alpha", CONFIG_F32, NULL, 0},
+    {"layer_types", "attention.sliding_window_pattern", CONFIG_PERIOD,
+     "sliding_attention=1 full_attention=0", 0},
     {"sliding_window", "attention.sliding_window", CONFIG_U32, NULL, 0},
     {"intermediate_size", "expert_feed_forward_length", CONFIG_U32, NULL, 0},
     {0},

@@ -132,15 +132,15 @@ static const moe_binding bindings_draft[] = {
  * are neighbours. */
 static void llama_hparams(moe_hparams *hp, hparam_reader *r)
 {
-    (void)r;
     hp->rope_interleaved = true;
+    hparam_window(r, hp, false, 0);
     hp->router.score = MOE_SCORE_SOFTMAX; /* Mixtral: renormalized, which is the default */
 }
 
 static void qwen_hparams(moe_hparams *hp, hparam_reader *r)
 {
-    (void)r;
     hp->router.score = MOE_SCORE_SOFTMAX;
+    hparam_window(r, hp, false, 0);
 }
 
 static void qwen2moe_hparams(moe_hparams *hp, hparam_reader *r)
@@ -178,24 +178,28 @@ static void llama_layer(moe_pass *p, uint32_t index)
 
 static const moe_config_key config_llama[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
-    {"sliding_window", NULL, CONFIG_EXPECT, "null", 0},
+    {"model_type!=llama?sliding_window", "attention.sliding_window", CONFIG_U32, NULL, 0},
     {"mlp_bias", NULL, CONFIG_EXPECT, "false", 0},
     {0},
 };
 
 static const moe_config_key config_qwen[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
-    {"use_sliding_window", NULL, CONFIG_EXPECT, "false", 0},
-    {"decoder_sparse_step", NULL, CONFIG_EXPECT, "1", 0},
-    {"mlp_only_layers", NULL, CONFIG_EXPECT, "[]", 0},
+    {"use_sliding_window=true?sliding_window", "attention.sliding_window", CONFIG_U32, NULL, 0},
+    {"use_sliding_window=true?layer_types", "attention.sliding_window_pattern", CONFIG_PERIOD,
+     "sliding_attention=1 full_attention=0", 0},
+    {"num_local_experts|num_experts", "leading_dense_block_count", CONFIG_SPARSE, NULL, 0},
+    {"norm_topk_prob", "expert_weights_norm", CONFIG_BOOL, NULL, 0},
     {0},
 };
 
 static const moe_config_key config_qwen2moe[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
-    {"use_sliding_window", NULL, CONFIG_EXPECT, "false", 0},
-    {"decoder_sparse_step", NULL, CONFIG_EXPECT, "1", 0},
-    {"mlp_only_layers", NULL, CONFIG_EXPECT, "[]", 0},
+    {"use_sliding_window=true?sliding_window", "attention.sliding_window", CONFIG_U32, NULL, 0},
+    {"use_sliding_window=true?layer_types", "attention.sliding_window_pattern", CONFIG_PERIOD,
+     "sliding_attention=1 full_attention=0", 0},
+    {"num_local_experts|num_experts", "leading_dense_block_count", CONFIG_SPARSE, NULL, 0},
+    {"norm_topk_prob", "expert_weights_norm", CONFIG_BOOL, NULL, 0},
     {"qkv_bias", NULL, CONFIG_EXPECT, "true", 0},
     {"shared_expert_intermediate_size", "expert_shared_feed_forward_length", CONFIG_U32, NULL, 0},
     {0},
@@ -204,6 +208,7 @@ static const moe_config_key config_qwen2moe[] = {
 static const moe_config_key config_olmoe[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
     {"clip_qkv", "attention.clamp_kqv", CONFIG_F32, NULL, 0},
+    {"norm_topk_prob", "expert_weights_norm", CONFIG_BOOL, NULL, 0},
     {0},
 };
 
@@ -231,20 +236,23 @@ static const moe_family family_qwen2moe = {
 
 static const moe_family family_qwen3 = {
     "qwen3", "qwen3", qwen_hparams,
-    {bindings_model, bindings_attention, bindings_head_norm, bindings_feed_forward, NULL},
+    {bindings_model, bindings_attention, bindings_optional_bias, bindings_head_norm,
+     bindings_feed_forward, NULL},
     llama_layer, config_qwen, 0, NULL,
 };
 
 static const moe_family family_qwen3moe = {
     "qwen3moe", "qwen3_moe", qwen_hparams,
-    {bindings_model, bindings_attention, bindings_head_norm, bindings_feed_forward,
+    {bindings_model, bindings_attention, bindings_optional_bias, bindings_head_norm,
+     bindings_feed_forward,
      bindings_experts, NULL},
     llama_layer, config_qwen, 0, NULL,
 };
 
 static const moe_family family_olmoe = {
     "olmoe", "olmoe", olmoe_hparams,
-    {bindings_model, bindings_attention, bindings_whole_norm, bindings_feed_forward,
+    {bindings_model, bindings_attention, bindings_optional_bias, bindings_whole_norm,
+     bindings_feed_forward,
      bindings_experts, NULL},
     llama_layer, config_olmoe, 0, NULL,
 };

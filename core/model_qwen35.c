@@ -66,9 +66,11 @@ static const moe_binding bindings_qwen3next_delta[] = {
 };
 
 static const moe_binding bindings_dense_feed_forward[] = {
-    BIND_IN_LAYER("ffn_gate.weight", "mlp.gate_proj.weight", gate, 0, DIM_EMBD, DIM_FF),
-    BIND_IN_LAYER("ffn_up.weight", "mlp.up_proj.weight", up, 0, DIM_EMBD, DIM_FF),
-    BIND_IN_LAYER("ffn_down.weight", "mlp.down_proj.weight", down, 0, DIM_FF, DIM_EMBD),
+    BIND_IN_LAYER("ffn_gate.weight", "mlp.gate_proj.weight", gate, BIND_DENSE, DIM_EMBD,
+                  DIM_FF),
+    BIND_IN_LAYER("ffn_up.weight", "mlp.up_proj.weight", up, BIND_DENSE, DIM_EMBD, DIM_FF),
+    BIND_IN_LAYER("ffn_down.weight", "mlp.down_proj.weight", down, BIND_DENSE, DIM_FF,
+                  DIM_EMBD),
     BIND_END,
 };
 
@@ -208,9 +210,9 @@ static void qwen35_layer(moe_pass *p, uint32_t index)
 static const moe_config_key config_qwen35[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
     {"attention_bias", NULL, CONFIG_EXPECT, "false", 0},
-    {"decoder_sparse_step", NULL, CONFIG_EXPECT, "1", 0},
-    {"mlp_only_layers", NULL, CONFIG_EXPECT, "[]", 0},
-    {"norm_topk_prob", NULL, CONFIG_EXPECT, "true", 0},
+    {"model_type=qwen3_next?num_experts|model_type=qwen3_next?num_local_experts",
+     "leading_dense_block_count", CONFIG_SPARSE, NULL, 0},
+    {"model_type=qwen3_next?norm_topk_prob", "expert_weights_norm", CONFIG_BOOL, NULL, 0},
     {"partial_rotary_factor*head_dim|rope_parameters.partial_rotary_factor*head_dim",
      "rope.dimension_count", CONFIG_U32, NULL, 0},
     {"rope_parameters.mrope_section", "rope.dimension_sections", CONFIG_SECTIONS, NULL, 0},
@@ -245,7 +247,8 @@ static const moe_family family_qwen35moe = {
 static const moe_family family_qwen3next = {
     "qwen3next", "qwen3_next", qwen3next_hparams,
     {bindings_model, bindings_qwen35_attention, bindings_qwen3next_delta, bindings_delta,
-     bindings_experts, bindings_gated_shared_expert, bindings_draft, NULL},
+     bindings_dense_feed_forward, bindings_experts, bindings_gated_shared_expert, bindings_draft,
+     NULL},
     qwen35_layer, config_qwen35, CONVERT_NORM_PLUS_1 | CONVERT_DELTA, qwen3next_derive,
 };
 

@@ -33,7 +33,6 @@ MOE_UNUSED static const moe_config_key config_common[] = {
     {"num_local_experts|num_experts|n_routed_experts", "expert_count", CONFIG_U32, NULL, 0},
     {"num_experts_per_tok", "expert_used_count", CONFIG_U32, NULL, 0},
     {"moe_intermediate_size", "expert_feed_forward_length", CONFIG_U32, NULL, 0},
-    {"norm_topk_prob", "expert_weights_norm", CONFIG_BOOL, NULL, 0},
     {0},
 };
 

@@ -363,7 +363,15 @@ def delta_kinds(m):
 
 
 def build(m):
-    """The configuration and the class of a model, and its GGUF architecture."""
+    """The configuration and the class of a model, and its GGUF architecture. m["config"] has fields of
+    the configuration that are set over the usual ones."""
+    config, cls, arch = build_usual(m)
+    if "config" in m:
+        config = type(config)(**dict(config.to_dict(), **m["config"]))
+    return config, cls, arch
+
+
+def build_usual(m):
     c = dict(vocab_size=m["vocab"], hidden_size=m["embd"], intermediate_size=m["ff"],
              num_hidden_layers=m["layer"], num_attention_heads=m["head"],
              num_key_value_heads=m["kv"], max_position_embeddings=m["ctx"],
