@@ -6,7 +6,7 @@
  * depend on neither threads nor batches. docs/performance.md says what that costs beside a form that
  * is parallel over tokens.
  *
- * Each kernel stands first in C, which specifies its result to the bit, then in AVX2 and in NEON. */
+ * Each kernel stands first in C, which specifies its result to the bit, then in AVX2, AVX-512 and NEON. */
 #ifndef MOE_BACKENDS_CPU_RECURRENT_C
 #define MOE_BACKENDS_CPU_RECURRENT_C
 
@@ -20,7 +20,9 @@ enum {
 /* One token of one head, MOE_DELTA_BLOCK columns. Floats: */
 typedef struct cpu_delta_step {
     float *state;         // [dim_k][MOE_DELTA_BLOCK]
+    float *known;         // [MOE_DELTA_BLOCK]: state^T k, as `read` makes it; then state^T next
     const float *q, *k;   // [dim_k]
+    const float *next;    // [dim_k]: k of the next token; NULL: there is none
     const float *v;       // [MOE_DELTA_BLOCK]
     float *dst;           // [MOE_DELTA_BLOCK]
     size_t dim_k;
@@ -30,6 +32,7 @@ typedef struct cpu_delta_step {
 typedef struct cpu_recurrent {
     /* dst[i] = sum over k, ascending, of weight[k][i] * u[k][i], CPU_CONV_STRIP elements */
     void (*conv)(float *dst, const float *const *u, const float *weight, size_t n_tap);
+    void (*delta_read)(float *known, const float *state, const float *k, size_t dim_k);
     void (*delta)(const cpu_delta_step *s);
 } cpu_recurrent;
 
@@ -45,25 +48,33 @@ static void conv_c(float *dst, const float *const *u, const float *weight, size_
     }
 }
 
+static void delta_read_c(float *known, const float *state, const float *k, size_t dim_k)
+{
+    for (size_t j = 0; j < MOE_DELTA_BLOCK; j++) {
+        float chain[4] = {0};
+        for (size_t i = 0; i < dim_k; i++)
+            chain[i % 4] = fmaf(k[i], state[i * MOE_DELTA_BLOCK + j], chain[i % 4]);
+        known[j] = (chain[0] + chain[1]) + (chain[2] + chain[3]);
+    }
+}
+
 static void delta_c(const cpu_delta_step *s)
 {
     for (size_t j = 0; j < MOE_DELTA_BLOCK; j++) {
-        float *column = s->state + j, chain[4] = {0};
-        for (size_t i = 0; i < s->dim_k; i++)
-            chain[i % 4] = fmaf(s->k[i], column[i * MOE_DELTA_BLOCK], chain[i % 4]);
-        const float known = s->decay * ((chain[0] + chain[1]) + (chain[2] + chain[3]));
-        const float d = s->beta * (s->v[j] - known);
-        memset(chain, 0, sizeof chain);
+        const float known = s->decay * s->known[j], d = s->beta * (s->v[j] - known);
+        float chain[4] = {0};
         for (size_t i = 0; i < s->dim_k; i++) {
-            float *x = &column[i * MOE_DELTA_BLOCK];
+            float *x = &s->state[i * MOE_DELTA_BLOCK + j];
             *x = fmaf(s->k[i], d, s->decay * *x);
             chain[i % 4] = fmaf(s->q[i], *x, chain[i % 4]);
         }
         s->dst[j] = s->scale * ((chain[0] + chain[1]) + (chain[2] + chain[3]));
     }
+    if (s->next)
+        delta_read_c(s->known, s->state, s->next, s->dim_k);
 }
 
-static const cpu_recurrent cpu_recurrent_c = {conv_c, delta_c};
+static const cpu_recurrent cpu_recurrent_c = {conv_c, delta_read_c, delta_c};
 
 /* ---------------------------------------------------------------------------------- AVX2 -- */
 
@@ -96,7 +107,7 @@ AVX2 MOE_INLINE void delta_zero_avx2(__m256 sum[4][2])
 }
 
 /* Row i of a strip of 16 columns, towards S^T k. */
-AVX2 MOE_INLINE void delta_read_avx2(const float *x, const float *k, __m256 sum[2])
+AVX2 MOE_INLINE void delta_add_avx2(const float *x, const float *k, __m256 sum[2])
 {
     const __m256 key = _mm256_broadcast_ss(k);
     sum[0] = _mm256_fmadd_ps(key, _mm256_loadu_ps(x), sum[0]);
@@ -117,30 +128,45 @@ AVX2 MOE_INLINE void delta_write_avx2(float *x, const float *k, const float *q, 
 }
 
 /* Strips of 16 columns: four chains of two registers keep the multipliers busy. */
+AVX2 static void delta_read_avx2(float *known, const float *state, const float *k, size_t dim_k)
+{
+    enum { B = MOE_DELTA_BLOCK };
+    for (size_t j = 0; j < B; j += 16) {
+        const float *x = state + j;
+        __m256 sum[4][2], low, high;
+        size_t i = 0;
+        delta_zero_avx2(sum);
+        for (; i + 4 <= dim_k; i += 4)
+            MOE_UNROLL
+            for (size_t c = 0; c < 4; c++)
+                delta_add_avx2(x + (i + c) * B, k + i + c, sum[c]);
+        MOE_UNROLL
+        for (size_t c = 0; c < 3; c++)
+            if (i + c < dim_k)
+                delta_add_avx2(x + (i + c) * B, k + i + c, sum[c]);
+        chains_avx2(sum, &low, &high);
+        _mm256_storeu_ps(known + j, low);
+        _mm256_storeu_ps(known + j + 8, high);
+    }
+}
+
+AVX2 MOE_INLINE __m256 delta_change_avx2(const cpu_delta_step *s, size_t j)
+{
+    const __m256 known = _mm256_mul_ps(_mm256_set1_ps(s->decay), _mm256_loadu_ps(s->known + j));
+    return _mm256_mul_ps(_mm256_set1_ps(s->beta), _mm256_sub_ps(_mm256_loadu_ps(s->v + j), known));
+}
+
 AVX2 static void delta_avx2(const cpu_delta_step *s)
 {
     enum { B = MOE_DELTA_BLOCK };
-    const __m256 decay = _mm256_set1_ps(s->decay), beta = _mm256_set1_ps(s->beta);
-    const __m256 scale = _mm256_set1_ps(s->scale);
+    const __m256 decay = _mm256_set1_ps(s->decay), scale = _mm256_set1_ps(s->scale);
     for (size_t j = 0; j < B; j += 16) {
+        const __m256 d0 = delta_change_avx2(s, j), d1 = delta_change_avx2(s, j + 8);
         float *x = s->state + j;
         __m256 sum[4][2], low, high;
         size_t i = 0;
         delta_zero_avx2(sum);
         for (; i + 4 <= s->dim_k; i += 4)
-            MOE_UNROLL
-            for (size_t c = 0; c < 4; c++)
-                delta_read_avx2(x + (i + c) * B, s->k + i + c, sum[c]);
-        MOE_UNROLL
-        for (size_t c = 0; c < 3; c++)
-            if (i + c < s->dim_k)
-                delta_read_avx2(x + (i + c) * B, s->k + i + c, sum[c]);
-        chains_avx2(sum, &low, &high);
-        const __m256 v0 = _mm256_loadu_ps(s->v + j), v1 = _mm256_loadu_ps(s->v + j + 8);
-        const __m256 d0 = _mm256_mul_ps(beta, _mm256_sub_ps(v0, _mm256_mul_ps(decay, low)));
-        const __m256 d1 = _mm256_mul_ps(beta, _mm256_sub_ps(v1, _mm256_mul_ps(decay, high)));
-        delta_zero_avx2(sum);
-        for (i = 0; i + 4 <= s->dim_k; i += 4)
             MOE_UNROLL
             for (size_t c = 0; c < 4; c++)
                 delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1, sum[c]);
@@ -152,10 +178,122 @@ AVX2 static void delta_avx2(const cpu_delta_step *s)
         _mm256_storeu_ps(s->dst + j, _mm256_mul_ps(scale, low));
         _mm256_storeu_ps(s->dst + j + 8, _mm256_mul_ps(scale, high));
     }
+    if (s->next)
+        delta_read_avx2(s->known, s->state, s->next, s->dim_k);
 }
 
-static const cpu_recurrent cpu_recurrent_avx2 = {conv_avx2, delta_avx2};
+static const cpu_recurrent cpu_recurrent_avx2 = {conv_avx2, delta_read_avx2, delta_avx2};
 #undef AVX2
+
+/* ------------------------------------------------------------------------------- AVX-512 -- */
+
+#define AVX512 MOE_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+AVX512 static void conv_avx512(float *dst, const float *const *u, const float *weight, size_t n_tap)
+{
+    for (size_t i = 0; i < CPU_CONV_STRIP; i += 16) {
+        __m512 sum = _mm512_setzero_ps();
+        for (size_t k = 0; k < n_tap; k++)
+            sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * CPU_CONV_STRIP + i),
+                                  _mm512_loadu_ps(u[k] + i), sum);
+        _mm512_storeu_ps(dst + i, sum);
+    }
+}
+
+AVX512 MOE_INLINE __m512 chains_avx512(__m512 sum[4][2], size_t half)
+{
+    return _mm512_add_ps(_mm512_add_ps(sum[0][half], sum[1][half]),
+                         _mm512_add_ps(sum[2][half], sum[3][half]));
+}
+
+/* Row i of 32 columns, towards S^T k. */
+AVX512 MOE_INLINE void delta_add_avx512(const float *k, __m512 x0, __m512 x1, __m512 sum[2])
+{
+    const __m512 key = _mm512_set1_ps(*k);
+    sum[0] = _mm512_fmadd_ps(key, x0, sum[0]);
+    sum[1] = _mm512_fmadd_ps(key, x1, sum[1]);
+}
+
+AVX512 static void delta_read_avx512(float *known, const float *state, const float *k, size_t dim_k)
+{
+    enum { B = MOE_DELTA_BLOCK };
+    __m512 sum[4][2] = {{_mm512_setzero_ps()}};
+    size_t i = 0;
+    for (; i + 4 <= dim_k; i += 4)
+        MOE_UNROLL
+        for (size_t c = 0; c < 4; c++)
+            delta_add_avx512(k + i + c, _mm512_loadu_ps(state + (i + c) * B),
+                             _mm512_loadu_ps(state + (i + c) * B + 16), sum[c]);
+    MOE_UNROLL
+    for (size_t c = 0; c < 3; c++)
+        if (i + c < dim_k)
+            delta_add_avx512(k + i + c, _mm512_loadu_ps(state + (i + c) * B),
+                             _mm512_loadu_ps(state + (i + c) * B + 16), sum[c]);
+    _mm512_storeu_ps(known, chains_avx512(sum, 0));
+    _mm512_storeu_ps(known + 16, chains_avx512(sum, 1));
+}
+
+/* A row: its new state, towards S^T q and, if there is a next token, towards S^T k of that. */
+AVX512 MOE_INLINE void delta_row_avx512(float *x, const float *k, const float *q, const float *next,
+                                        __m512 decay, const __m512 d[2], __m512 sum[2],
+                                        __m512 known[2])
+{
+    const __m512 key = _mm512_set1_ps(*k);
+    const __m512 x0 = _mm512_fmadd_ps(key, d[0], _mm512_mul_ps(decay, _mm512_loadu_ps(x)));
+    const __m512 x1 = _mm512_fmadd_ps(key, d[1], _mm512_mul_ps(decay, _mm512_loadu_ps(x + 16)));
+    _mm512_storeu_ps(x, x0);
+    _mm512_storeu_ps(x + 16, x1);
+    delta_add_avx512(q, x0, x1, sum);
+    if (next)
+        delta_add_avx512(next, x0, x1, known);
+}
+
+/* All columns at once: a token's new state is still in registers when the next token reads it, which
+ * saves one of three passes over L1. */
+AVX512 MOE_INLINE void delta_rows_avx512(const cpu_delta_step *s, const float *next)
+{
+    enum { B = MOE_DELTA_BLOCK };
+    const __m512 decay = _mm512_set1_ps(s->decay), beta = _mm512_set1_ps(s->beta);
+    __m512 sum[4][2] = {{_mm512_setzero_ps()}}, known[4][2] = {{_mm512_setzero_ps()}}, d[2];
+    float *x = s->state; // these stay in registers
+    const float *k = s->k, *q = s->q;
+    const size_t dim_k = s->dim_k;
+    size_t i = 0;
+    MOE_UNROLL
+    for (size_t half = 0; half < 2; half++) {
+        const __m512 before = _mm512_mul_ps(decay, _mm512_loadu_ps(s->known + 16 * half));
+        d[half] = _mm512_mul_ps(beta, _mm512_sub_ps(_mm512_loadu_ps(s->v + 16 * half), before));
+    }
+    for (; i + 4 <= dim_k; i += 4)
+        MOE_UNROLL
+        for (size_t c = 0; c < 4; c++)
+            delta_row_avx512(x + (i + c) * B, k + i + c, q + i + c, next ? next + i + c : NULL, decay, d,
+                             sum[c], known[c]);
+    MOE_UNROLL
+    for (size_t c = 0; c < 3; c++)
+        if (i + c < dim_k)
+            delta_row_avx512(x + (i + c) * B, k + i + c, q + i + c, next ? next + i + c : NULL, decay, d,
+                             sum[c], known[c]);
+    MOE_UNROLL
+    for (size_t half = 0; half < 2; half++) {
+        _mm512_storeu_ps(s->dst + 16 * half,
+                         _mm512_mul_ps(_mm512_set1_ps(s->scale), chains_avx512(sum, half)));
+        if (next)
+            _mm512_storeu_ps(s->known + 16 * half, chains_avx512(known, half));
+    }
+}
+
+AVX512 static void delta_avx512(const cpu_delta_step *s)
+{
+    _Static_assert(MOE_DELTA_BLOCK == 32, "two registers");
+    if (s->next)
+        delta_rows_avx512(s, s->next);
+    else
+        delta_rows_avx512(s, NULL);
+}
+
+static const cpu_recurrent cpu_recurrent_avx512 = {conv_avx512, delta_read_avx512, delta_avx512};
+#undef AVX512
 #endif
 
 /* ---------------------------------------------------------------------------------- NEON -- */
@@ -195,6 +333,25 @@ MOE_INLINE f32x8 delta_write_neon(float *x, float k, float q, float decay, f32x8
 }
 
 /* Strips of 8 columns, in four chains. */
+static void delta_read_neon(float *known, const float *state, const float *k, size_t dim_k)
+{
+    enum { B = MOE_DELTA_BLOCK };
+    const size_t whole = dim_k / 4 * 4;
+    for (size_t j = 0; j < B; j += 8) {
+        const float *x = state + j;
+        f32x8 sum[4] = {same8_neon(0), same8_neon(0), same8_neon(0), same8_neon(0)};
+        for (size_t i = 0; i < whole; i += 4)
+            MOE_UNROLL
+            for (size_t c = 0; c < 4; c++)
+                sum[c] = fma8_neon(sum[c], same8_neon(k[i + c]), load8_neon(x + (i + c) * B));
+        MOE_UNROLL
+        for (size_t c = 0; c < 3; c++)
+            if (whole + c < dim_k)
+                sum[c] = fma8_neon(sum[c], same8_neon(k[whole + c]), load8_neon(x + (whole + c) * B));
+        store8_neon(known + j, chains_neon(sum));
+    }
+}
+
 static void delta_neon(const cpu_delta_step *s)
 {
     enum { B = MOE_DELTA_BLOCK };
@@ -202,21 +359,9 @@ static void delta_neon(const cpu_delta_step *s)
     for (size_t j = 0; j < B; j += 8) {
         float *x = s->state + j;
         f32x8 sum[4] = {same8_neon(0), same8_neon(0), same8_neon(0), same8_neon(0)};
-        for (size_t i = 0; i < whole; i += 4)
-            MOE_UNROLL
-            for (size_t c = 0; c < 4; c++)
-                sum[c] = fma8_neon(sum[c], same8_neon(s->k[i + c]), load8_neon(x + (i + c) * B));
-        MOE_UNROLL
-        for (size_t c = 0; c < 3; c++)
-            if (whole + c < s->dim_k)
-                sum[c] = fma8_neon(sum[c], same8_neon(s->k[whole + c]),
-                                   load8_neon(x + (whole + c) * B));
-        const f32x8 known = mul8_neon(chains_neon(sum), s->decay), v = load8_neon(s->v + j);
+        const f32x8 known = mul8_neon(load8_neon(s->known + j), s->decay), v = load8_neon(s->v + j);
         const f32x8 d = mul8_neon((f32x8){{vsubq_f32(v.val[0], known.val[0]),
                                            vsubq_f32(v.val[1], known.val[1])}}, s->beta);
-        MOE_UNROLL
-        for (size_t c = 0; c < 4; c++)
-            sum[c] = same8_neon(0);
         for (size_t i = 0; i < whole; i += 4)
             MOE_UNROLL
             for (size_t c = 0; c < 4; c++)
@@ -229,9 +374,11 @@ static void delta_neon(const cpu_delta_step *s)
                                           s->decay, d, sum[c]);
         store8_neon(s->dst + j, mul8_neon(chains_neon(sum), s->scale));
     }
+    if (s->next)
+        delta_read_neon(s->known, s->state, s->next, s->dim_k);
 }
 
-static const cpu_recurrent cpu_recurrent_neon = {conv_neon, delta_neon};
+static const cpu_recurrent cpu_recurrent_neon = {conv_neon, delta_read_neon, delta_neon};
 #endif
 
 static const cpu_recurrent *cpu_recurrent_select(uint32_t cpu)
@@ -241,6 +388,8 @@ static const cpu_recurrent *cpu_recurrent_select(uint32_t cpu)
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
         best = &cpu_recurrent_avx2;
+    if (cpu & MOE_CPU_AVX2 && cpu & MOE_CPU_AVX512)
+        best = &cpu_recurrent_avx512;
 #endif
 #if MOE_ARM64
     if (cpu & MOE_CPU_NEON)
@@ -330,16 +479,18 @@ static void cpu_delta(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t th
     const uint32_t key = o->tiled ? head % o->n_head_k : head / (o->n_head / o->n_head_k);
     const size_t first = (size_t)(task % n_block) * B, n = MOE_MIN(B, o->dim_v - first);
     const size_t n_state = (size_t)o->dim_k * B, n_keys = (size_t)o->n_head_k * o->dim_k;
-    float *state = cpu_floats(o->after) + task * n_state, v[B] = {0}, dst[B];
+    float *state = cpu_floats(o->after) + task * n_state, v[B] = {0}, dst[B], known[B];
+    const float *keys = cpu_floats(o->qk) + n_keys + (size_t)key * o->dim_k; // of token 0
     if (!o->before.buffer)
         memset(state, 0, n_state * sizeof *state);
     else if (cpu_floats(o->before) != cpu_floats(o->after))
         memcpy(state, cpu_floats(o->before) + task * n_state, n_state * sizeof *state);
-    for (size_t t = 0; t < o->n_tok; t++) {
+    kernels->delta_read(known, state, keys, o->dim_k);
+    for (size_t t = 0; t < o->n_tok; t++, keys += 2 * n_keys) {
         const size_t gate = t * o->n_head + head, at = gate * o->dim_v + first;
-        const float *query = cpu_floats(o->qk) + 2 * t * n_keys + (size_t)key * o->dim_k;
         const cpu_delta_step step = {
-            .state = state, .q = query, .k = query + n_keys, .v = v, .dst = dst,
+            .state = state, .known = known, .q = keys - n_keys, .k = keys,
+            .next = t + 1 < o->n_tok ? keys + 2 * n_keys : NULL, .v = v, .dst = dst,
             .dim_k = o->dim_k, .decay = cpu_floats(o->decay)[gate],
             .beta = cpu_floats(o->beta)[gate], .scale = o->scale};
         memcpy(v, cpu_floats(o->v) + at, n * sizeof *v);

@@ -352,12 +352,14 @@ static void layer_latent_project(moe_pass *p, const moe_layer *l)
     const moe_hparams *hp = &p->model->hp;
     const uint32_t row = hp->n_latent + hp->n_rot, n_nope = hp->head_dim - hp->n_rot;
     const bool direct = !hp->n_latent_q;
+    const moe_view no_bias = {NULL, 0};
     const moe_matmul_op project = {
         .src = p->h,
         .n_tok = p->n_tok,
         .n_out = 2,
-        .out = {{.w = direct ? &l->wq : &l->wq_a, .dst = direct ? p->q : p->q_latent},
-                {.w = &l->wkv_a, .dst = p->k}},
+        .out = {{direct ? &l->wq : &l->wq_a, direct ? no_bias : l->bq_a.data,
+                 direct ? p->q : p->q_latent, false},
+                {&l->wkv_a, l->bkv_a.data, p->k, false}},
     };
     layer_matmul(p, &project);
     if (!direct) {
@@ -416,7 +418,7 @@ static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bo
     const moe_heads_op expand = {p->attn, p->attn_latent, &l->wv_b, p->n_tok, hp->head_dim_v,
                                  hp->n_latent};
     layer_head_matmul(p, &expand);
-    layer_linear(p, dst, &l->wo, p->attn, NULL, add);
+    layer_linear(p, dst, &l->wo, p->attn, &l->bo, add);
 }
 
 static void layer_glu(moe_pass *p, uint64_t n)
@@ -426,24 +428,27 @@ static void layer_glu(moe_pass *p, uint64_t n)
     p->be->glu(p->queue, &op);
 }
 
-/* Gated feed-forward: p->h in. Shazeer 2020, arXiv:2002.05202. */
-static void layer_gated(moe_pass *p, const moe_weight *gate, const moe_weight *up,
-                        const moe_weight *down, moe_view dst, bool add)
+/* Gated feed-forward: p->h in; gate, up and down with their biases, which may be absent. Shazeer 2020,
+ * arXiv:2002.05202. */
+static void layer_gated(moe_pass *p, const moe_weight *const w[3], const moe_weight *const bias[3],
+                        moe_view dst, bool add)
 {
     const moe_matmul_op project = {
         .src = p->h,
         .n_tok = p->n_tok,
         .n_out = 2,
-        .out = {{.w = gate, .dst = p->gate}, {.w = up, .dst = p->up}},
+        .out = {{w[0], bias[0]->data, p->gate, false}, {w[1], bias[1]->data, p->up, false}},
     };
     layer_matmul(p, &project);
-    layer_glu(p, p->n_tok * gate->dims[1]);
-    layer_linear(p, dst, down, p->gate, NULL, add);
+    layer_glu(p, p->n_tok * w[0]->dims[1]);
+    layer_linear(p, dst, w[2], p->gate, bias[2], add);
 }
 
 static void layer_feed_forward(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
 {
-    layer_gated(p, &l->gate, &l->up, &l->down, dst, add);
+    const moe_weight *const w[3] = {&l->gate, &l->up, &l->down};
+    const moe_weight *const bias[3] = {&l->gate_bias, &l->up_bias, &l->down_bias};
+    layer_gated(p, w, bias, dst, add);
 }
 
 /* The experts of each token, and their weights, by the router's logits of src. */
@@ -496,8 +501,10 @@ static void layer_routed_experts(moe_pass *p, const moe_layer *l, moe_view dst, 
 static void layer_shared_experts(moe_pass *p, const moe_layer *l, moe_view dst)
 {
     const bool gated = weight_present(&l->shared_router);
-    layer_gated(p, &l->shared_gate, &l->shared_up, &l->shared_down, gated ? p->expert_out : dst,
-                !gated);
+    const moe_weight none = {0};
+    const moe_weight *const w[3] = {&l->shared_gate, &l->shared_up, &l->shared_down};
+    const moe_weight *const bias[3] = {&none, &none, &none};
+    layer_gated(p, w, bias, gated ? p->expert_out : dst, !gated);
     if (!gated)
         return;
     layer_linear(p, p->router, &l->shared_router, p->h, NULL, false);

@@ -401,6 +401,7 @@ static bool binding_applies(const moe_hparams *hp, const moe_binding *b, uint32_
     return !(b->flags & BIND_DENSE && experts) && !(b->flags & BIND_EXPERTS && !experts) &&
            !(b->flags & BIND_SHARED && !(experts && hp->n_expert_shared)) &&
            !(b->flags & BIND_SIGMOID && hp->router.score != MOE_SCORE_SIGMOID) &&
+           !(b->flags & BIND_CHOICE && !hp->choice_bias) &&
            !(b->flags & BIND_RECURRENT && !layer_is_recurrent(hp, layer)) &&
            !(b->flags & BIND_ATTENTION && layer_is_recurrent(hp, layer)) &&
            !(b->flags & BIND_DRAFT && layer < hp->n_layer) &&

@@ -77,6 +77,7 @@ typedef struct moe_hparams {
     uint32_t n_layer_draft;   // layers behind the last one, for multi-token prediction
     uint32_t n_layer_all;     // layers that are bound: n_layer, and the first of those if it is there
     uint32_t n_ff_expert;
+    bool choice_bias;         // the selection of experts has a bias (of families that need not have it)
     bool parallel_dense;      // a dense feed-forward beside the experts
     uint32_t n_expert_shared, n_ff_shared; // experts that every token uses; width of all of them
 } moe_hparams;
@@ -89,6 +90,7 @@ typedef struct moe_layer {
     moe_weight wq_a, wq_a_norm;                  // [n_latent_q][n_embd], [n_latent_q]
     moe_weight wq_b;                             // [n_head * head_dim][n_latent_q]
     moe_weight wkv_a, wkv_a_norm;                // [n_latent + n_rot][n_embd], [n_latent]
+    moe_weight bq_a, bkv_a;                      // of wq_a and wkv_a
     moe_weight wkv_b;                            // both of the next in one
     moe_weight wk_b;                             // [n_head][n_latent][head_dim - n_rot]
     moe_weight wv_b;                             // [n_head][head_dim_v][n_latent]
@@ -110,6 +112,7 @@ typedef struct moe_layer {
     moe_weight ffn_post_norm_1, ffn_post_norm_2; // feed-forward; on the latter's output, on theirs
     moe_weight layer_scale;                      // [1], of the layer's output
     moe_weight gate, up, down;                   // [n_ff][n_embd], [n_ff][n_embd], [n_embd][n_ff]
+    moe_weight gate_bias, up_bias, down_bias;    // of dense feed-forwards
     moe_weight ffn_post_norm;                    // [n_embd], on the feed-forward's output
     moe_weight router, router_bias;              // [n_expert][n_embd], [n_expert]
     moe_weight router_choice;                    // [n_expert], added for the selection only
@@ -158,7 +161,8 @@ enum {
     BIND_SIGMOID = 1024,     /* a router whose scores are sigmoids */
     BIND_RECURRENT = 2048,   /* layers with a state */
     BIND_ATTENTION = 4096,   /* layers with attention */
-    BIND_DRAFT = 8192        /* the layer for multi-token prediction */
+    BIND_DRAFT = 8192,       /* the layer for multi-token prediction */
+    BIND_CHOICE = 16384      /* a bias for the selection of experts */
 };
 
 /* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it, the

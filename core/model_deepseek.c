@@ -33,6 +33,13 @@ static const moe_binding bindings_latent_attention[] = {
     BIND_GGUF_ONLY("attn_v_b.weight", wv_b, BIND_LATENT_SPLIT, DIM_LATENT, DIM_HEAD_V,
                   DIM_Q_HEADS),
     BIND_IN_LAYER("attn_output.weight", "self_attn.o_proj.weight", wo, 0, DIM_O, DIM_EMBD),
+    /* No published model has these. */
+    BIND_IN_LAYER("attn_q_a.bias", "self_attn.q_a_proj.bias", bq_a,
+                  BIND_OPTIONAL | BIND_LATENT_Q | BIND_VECTOR, DIM_LATENT_Q),
+    BIND_IN_LAYER("attn_kv_a_mqa.bias", "self_attn.kv_a_proj_with_mqa.bias", bkv_a,
+                  BIND_OPTIONAL | BIND_VECTOR, DIM_LATENT_ROT),
+    BIND_IN_LAYER("attn_output.bias", "self_attn.o_proj.bias", bo, BIND_OPTIONAL | BIND_VECTOR,
+                  DIM_EMBD),
     BIND_END,
 };
 
@@ -108,7 +115,10 @@ static bool deepseek_has_choice(const moe_hparams *hp, const hparam_reader *r)
 static void deepseek_hparams(moe_hparams *hp, hparam_reader *r)
 {
     uint32_t n_rot = 0;
-    hp->rope_interleaved = true;
+    char buf[160];
+    hp->rope_interleaved = true; /* others' files do not say it */
+    r->status = meta_bool(r->dir, hparam_key(r, "rope.interleaved", buf), false, &hp->rope_interleaved,
+                          r->error);
     hp->eps_latent = 1e-6f; /* whatever rms_norm_eps is */
     hparam_u32(r, "attention.kv_lora_rank", true, 1, MODEL_MAX_EMBD, &hp->n_latent);
     hparam_u32(r, "attention.q_lora_rank", false, 0, MODEL_MAX_EMBD, &hp->n_latent_q);
@@ -250,10 +260,9 @@ static void deepseek_layer(moe_pass *p, uint32_t index)
 
 static const moe_config_key config_deepseek[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
-    {"attention_bias", NULL, CONFIG_EXPECT, "false", 0},
     {"mlp_bias", NULL, CONFIG_EXPECT, "false", 0},
     {"moe_layer_freq", NULL, CONFIG_EXPECT, "1", 0},
-    {"rope_interleave", NULL, CONFIG_EXPECT, "true", 0},
+    {"rope_interleave=false?rope_interleave", "rope.interleaved", CONFIG_BOOL, NULL, 0},
     {"num_hidden_layers+num_nextn_predict_layers", "block_count", CONFIG_U32, NULL, 0},
     {"num_nextn_predict_layers", "nextn_predict_layers", CONFIG_U32, NULL, 0},
     {"kv_lora_rank", "attention.kv_lora_rank", CONFIG_U32, NULL, 0},

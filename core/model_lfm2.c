@@ -42,7 +42,7 @@ static const moe_binding bindings_lfm2_feed_forward[] = {
     BIND_IN_LAYER("ffn_gate_inp.weight", "feed_forward.gate.weight", router, BIND_EXPERTS,
                   DIM_EMBD, DIM_EXPERT),
     BIND_IN_LAYER("exp_probs_b.bias", "feed_forward.expert_bias", router_choice,
-                  BIND_EXPERTS | BIND_OPTIONAL | BIND_VECTOR, DIM_EXPERT),
+                  BIND_EXPERTS | BIND_CHOICE | BIND_VECTOR, DIM_EXPERT),
     BIND_IN_LAYER("ffn_gate_exps.weight", "feed_forward.experts.%u.w1.weight", experts_gate,
                   BIND_EXPERTS, DIM_EMBD, DIM_FF_EXPERT, DIM_EXPERT),
     BIND_IN_LAYER("ffn_up_exps.weight", "feed_forward.experts.%u.w3.weight", experts_up,
@@ -54,7 +54,11 @@ static const moe_binding bindings_lfm2_feed_forward[] = {
 
 static void lfm2moe_hparams(moe_hparams *hp, hparam_reader *r)
 {
+    char buf[160];
     hp->router.score = MOE_SCORE_SIGMOID;
+    hp->choice_bias = true; /* others' files do not say it */
+    r->status = meta_bool(r->dir, hparam_key(r, "expert_selection_bias", buf), false, &hp->choice_bias,
+                          r->error);
     hparam_u32(r, "shortconv.l_cache", true, 1, MOE_CONV_MAX_TAP, &hp->n_conv);
 }
 
@@ -75,6 +79,7 @@ static const moe_config_key config_lfm2[] = {
     {"layer_types", "attention.head_count_kv", CONFIG_LAYERS,
      "conv=0 full_attention=num_key_value_heads", 0},
     {"conv_bias", NULL, CONFIG_EXPECT, "false", 0},
+    {"use_expert_bias", "expert_selection_bias", CONFIG_BOOL, NULL, 0},
     {"norm_topk_prob", "expert_weights_norm", CONFIG_BOOL, NULL, 0},
     {"model_type", "expert_gating_func", CONFIG_WORD, "lfm2_moe=2", 0},
     {"norm_eps", "attention.layer_norm_rms_epsilon", CONFIG_F32, NULL, 0},

@@ -41,6 +41,16 @@ static const moe_binding bindings_optional_bias[] = {
     BIND_END,
 };
 
+static const moe_binding bindings_feed_forward_bias[] = {
+    BIND_IN_LAYER("ffn_gate.bias", "mlp.gate_proj.bias", gate_bias,
+                  BIND_OPTIONAL | BIND_DENSE | BIND_VECTOR, DIM_FF),
+    BIND_IN_LAYER("ffn_up.bias", "mlp.up_proj.bias", up_bias,
+                  BIND_OPTIONAL | BIND_DENSE | BIND_VECTOR, DIM_FF),
+    BIND_IN_LAYER("ffn_down.bias", "mlp.down_proj.bias", down_bias,
+                  BIND_OPTIONAL | BIND_DENSE | BIND_VECTOR, DIM_EMBD),
+    BIND_END,
+};
+
 static const moe_binding bindings_qkv_bias[] = {
     BIND_IN_LAYER("attn_q.bias", "self_attn.q_proj.bias", bq, BIND_VECTOR, DIM_Q),
     BIND_IN_LAYER("attn_k.bias", "self_attn.k_proj.bias", bk, BIND_VECTOR, DIM_K),
@@ -179,7 +189,6 @@ static void llama_layer(moe_pass *p, uint32_t index)
 static const moe_config_key config_llama[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
     {"model_type!=llama?sliding_window", "attention.sliding_window", CONFIG_U32, NULL, 0},
-    {"mlp_bias", NULL, CONFIG_EXPECT, "false", 0},
     {0},
 };
 
@@ -217,7 +226,7 @@ static const moe_config_key config_olmoe[] = {
 static const moe_family family_llama = {
     "llama", "llama mistral mixtral", llama_hparams,
     {bindings_model, bindings_attention, bindings_optional_bias, bindings_feed_forward,
-     bindings_mixtral_experts, NULL},
+     bindings_feed_forward_bias, bindings_mixtral_experts, NULL},
     llama_layer, config_llama, CONVERT_INTERLEAVE_QK, NULL,
 };
 

@@ -23,6 +23,14 @@ static const moe_binding bindings_qwen35_attention[] = {
                   BIND_ATTENTION | BIND_VECTOR, DIM_HEAD),
     BIND_IN_LAYER("post_attention_norm.weight", "post_attention_layernorm.weight", ffn_norm,
                   BIND_VECTOR, DIM_EMBD),
+    BIND_IN_LAYER("attn_q.bias", "self_attn.q_proj.bias", bq,
+                  BIND_ATTENTION | BIND_OPTIONAL | BIND_VECTOR, DIM_Q_GATED),
+    BIND_IN_LAYER("attn_k.bias", "self_attn.k_proj.bias", bk,
+                  BIND_ATTENTION | BIND_OPTIONAL | BIND_VECTOR, DIM_K),
+    BIND_IN_LAYER("attn_v.bias", "self_attn.v_proj.bias", bv,
+                  BIND_ATTENTION | BIND_OPTIONAL | BIND_VECTOR, DIM_V),
+    BIND_IN_LAYER("attn_output.bias", "self_attn.o_proj.bias", bo,
+                  BIND_ATTENTION | BIND_OPTIONAL | BIND_VECTOR, DIM_EMBD),
     BIND_END,
 };
 
@@ -209,7 +217,6 @@ static void qwen35_layer(moe_pass *p, uint32_t index)
 
 static const moe_config_key config_qwen35[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
-    {"attention_bias", NULL, CONFIG_EXPECT, "false", 0},
     {"model_type=qwen3_next?num_experts|model_type=qwen3_next?num_local_experts",
      "leading_dense_block_count", CONFIG_SPARSE, NULL, 0},
     {"model_type=qwen3_next?norm_topk_prob", "expert_weights_norm", CONFIG_BOOL, NULL, 0},

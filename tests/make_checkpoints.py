@@ -73,6 +73,94 @@ CHECKPOINTS = {
 }
 
 
+FULL, LOCAL = "full_attention", "sliding_attention"
+
+# What real configurations seldom have and transformers honours all the same; small.
+SMALL = dict(vocab=53, embd=24, head=4, kv=2, dim=6, ff=17, tied=False, tok=14, ctx=128, rope=DEFAULT)
+CHECKPOINTS.update({
+    "mixtral-window": dict(SMALL, family="mixtral", layer=2, expert=3, used=2,
+                           config=dict(sliding_window=5)),
+    "qwen3moe-layers": dict(SMALL, family="qwen3moe", ff_exp=7, layer=4, expert=5, used=2, renorm=False,
+                            config=dict(decoder_sparse_step=2, mlp_only_layers=[3], attention_bias=True,
+                                        use_sliding_window=True, sliding_window=6)),
+    "gpt-oss-layers": dict(SMALL, family="gpt-oss", layer=3, expert=3, used=2, window=5,
+                           config=dict(layer_types=[FULL, LOCAL, FULL], swiglu_limit=4.0,
+                                       swiglu_alpha=1.3),
+                           rope=dict(rope_type="yarn", rope_theta=400.0, factor=4.0, truncate=True,
+                                     original_max_position_embeddings=32)),
+    "gemma3-layers": dict(SMALL, family="gemma3", layer=4, window=4, rope_local=100.0,
+                          config=dict(layer_types=[LOCAL, FULL, FULL, LOCAL], attention_bias=True,
+                                      query_pre_attn_scalar=17)),
+    "deepseek3-bias": dict(mf.MODELS["deepseek3-glm"], family="deepseek3", vocab=53, tok=14, layer=2,
+                           expert=4, fused=True, config=dict(attention_bias=True, rope_interleave=False),
+                           rope=dict(rope_type="yarn", rope_theta=400.0, factor=4.0, mscale=1.0,
+                                     mscale_all_dim=0.6, original_max_position_embeddings=32)),
+    "llama-yarn": dict(SMALL, family="llama", layer=2, bias=True, config=dict(mlp_bias=True),
+                       rope=dict(rope_type="yarn", rope_theta=400.0, factor=None, truncate=False,
+                                 mscale=0.8, mscale_all_dim=0.3, original_max_position_embeddings=32)),
+})
+
+
+def vary_rope(rng):
+    """Any way to stretch positions; original context 64 of 256."""
+    original = dict(rope_theta=float(rng.choice([300.0, 10000.0, 1e6])), factor=4.0,
+                    original_max_position_embeddings=64)
+    yarn = dict(original, rope_type="yarn", truncate=bool(rng.integers(2)))
+    return [dict(rope_type="default", rope_theta=500.0),
+            dict(rope_type="linear", rope_theta=10000.0, factor=2.5),
+            dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0),
+            dict(original, rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0),
+            yarn, dict(yarn, mscale=1.0, mscale_all_dim=float(rng.uniform(0.2, 1.2))),
+            dict(yarn, attention_factor=0.8, beta_fast=20.0, beta_slow=2.0)][int(rng.integers(7))]
+
+
+def vary(m, rng):
+    """Other settings of the configuration for the same family, at random."""
+    coin = lambda: bool(rng.integers(2))
+    some = lambda *words: [str(rng.choice(words)) for _ in range(m["layer"])]
+    f, set_ = m["family"], dict(m.get("config", {}))
+    if f in ("llama", "mixtral", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe", "deepseek2",
+             "deepseek3"):
+        m["rope"], m["ctx"] = vary_rope(rng), 256
+    if f in ("llama", "mixtral", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe", "gpt-oss",
+             "lfm2moe") and "shards" not in m and not m.get("mtp"):
+        m["tied"] = coin()
+    if "renorm" in m:
+        m["renorm"] = coin()
+    if f in ("qwen3", "qwen3moe", "olmoe", "gemma3", "deepseek2", "deepseek3", "glm4lite", "qwen35moe",
+             "qwen3next") and not m.get("mtp"):
+        set_["attention_bias"] = coin()
+    if f == "llama" and "fp8" not in m.get("dtype", ""):
+        m["bias"], set_["mlp_bias"] = coin(), coin()
+    if f == "deepseek3":
+        set_["rope_interleave"] = coin()
+    if f == "glm4lite":
+        set_["mlp_layer_types"] = some("dense", "sparse")
+    if f == "mixtral" and coin():
+        set_["sliding_window"] = int(rng.integers(1, 12))
+    if f in ("qwen2", "qwen3", "qwen2moe", "qwen3moe"):
+        set_.update(use_sliding_window=coin(), sliding_window=int(rng.integers(1, 12)))
+        if f != "qwen3moe":
+            set_["layer_types"] = some(LOCAL, FULL) if set_["use_sliding_window"] else None
+    if f in ("qwen2moe", "qwen3moe", "qwen3next"):
+        dense = [i for i in range(m["layer"]) if rng.integers(4) == 0]
+        set_.update(mlp_only_layers=dense, decoder_sparse_step=int(rng.integers(1, 3)))
+        m["ff"] = m["ff"] or 19
+        if f == "qwen3next":
+            set_["norm_topk_prob"] = coin()
+    if f == "gpt-oss":
+        set_.update(layer_types=some(LOCAL, FULL), swiglu_limit=float(rng.uniform(2, 9)))
+        m["rope"] = dict(m["rope"], truncate=coin())
+    if f == "gemma3":
+        set_.update(layer_types=some(LOCAL, FULL), query_pre_attn_scalar=int(rng.integers(4, 90)))
+    if f == "deepseek2" and coin():
+        set_.update(topk_method="greedy", norm_topk_prob=coin())
+        m["group"] = m["group_used"] = 1
+    if f == "lfm2moe":
+        set_.update(use_expert_bias=coin(), norm_topk_prob=coin())
+    return dict(m, config=set_) if set_ else m
+
+
 def block_scale(w, block=128):
     """E4M3 codes and one scale for each block, such that the largest of a block becomes 448."""
     rows, cols = -(-w.shape[0] // block), -(-w.shape[1] // block)
@@ -208,7 +296,8 @@ def make(name, m, seed, wide, out):
     rng = np.random.default_rng([seed, sum(name.encode()), 77])
     if seed:
         extra = {k: m[k] for k in ("dtype", "shards", "stacked") if k in m}
-        m = dict(mf.randomize(m, rng), **extra)
+        m = {k: v for k, v in m.items() if k != "config"}  # made for other dimensions
+        m = vary(dict(mf.randomize(m, rng), **extra), rng)
     if wide:
         m = widen(m)
     if m.get("dtype") == "mxfp4":

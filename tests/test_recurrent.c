@@ -22,16 +22,13 @@ static bool recurrent_same(const float *a, const float *b, size_t n)
     return memcmp(a, b, n * sizeof *a) == 0;
 }
 
-/* Convolutions of some taps; steps of the delta rule, one after another, with rows that recurrent_fill no chain. */
-static void recurrent_kernels_equal_c(void)
+/* Convolutions of some taps; steps of the delta rule, one after another, with rows that fill no
+ * chain. */
+static void check_recurrent_set(const cpu_recurrent *m)
 {
     enum { STRIP = CPU_CONV_STRIP, B = MOE_DELTA_BLOCK, DIM = 13, TAPS = 5, STEPS = 3 };
-    const uint32_t machine = cpu_detect();
-    const cpu_recurrent *m = cpu_recurrent_select(machine);
     static float u[TAPS * STRIP], weight[TAPS * STRIP], state[2][DIM * B], qk[2 * DIM], v[B];
     const float *rows[TAPS];
-    if (m == &cpu_recurrent_c)
-        SKIP("only C runs here");
     for (unsigned kind = 0; kind < 3; kind++) {
         recurrent_fill(u, MOE_COUNT(u), kind);
         recurrent_fill(weight, MOE_COUNT(weight), kind);
@@ -48,18 +45,35 @@ static void recurrent_kernels_equal_c(void)
         for (size_t dim = 1; dim <= DIM; dim++) {
             recurrent_fill(state[0], DIM * B, kind);
             memcpy(state[1], state[0], sizeof state[0]);
+            float known[2][B];
+            delta_read_c(known[0], state[0], qk + DIM, dim);
+            m->delta_read(known[1], state[1], qk + DIM, dim);
+            CHECK(recurrent_same(known[0], known[1], B), "delta rule reads, %zu rows", dim);
             for (int step = 0; step < STEPS; step++) {
                 float want[B], got[B];
-                cpu_delta_step s = {state[0], qk, qk + DIM, v, want, dim, 0.9f, 0.4f, 0.3f};
+                cpu_delta_step s = {.state = state[0], .known = known[0], .q = qk, .k = qk + DIM,
+                                    .next = step + 1 < STEPS ? qk + DIM : NULL, .v = v, .dst = want,
+                                    .dim_k = dim, .decay = 0.9f, .beta = 0.4f, .scale = 0.3f};
                 delta_c(&s);
                 s.state = state[1];
+                s.known = known[1];
                 s.dst = got;
                 m->delta(&s);
-                CHECK(recurrent_same(want, got, B) && recurrent_same(state[0], state[1], DIM * B),
+                CHECK(recurrent_same(want, got, B) && recurrent_same(state[0], state[1], DIM * B) &&
+                          recurrent_same(known[0], known[1], B),
                       "delta rule, %zu rows, data %u", dim, kind);
             }
         }
     }
+}
+
+static void recurrent_kernels_equal_c(void)
+{
+    const uint32_t machine = cpu_detect();
+    if (cpu_recurrent_select(machine) == &cpu_recurrent_c)
+        SKIP("only C runs here");
+    check_recurrent_set(cpu_recurrent_select(machine));
+    check_recurrent_set(cpu_recurrent_select(machine & ~(uint32_t)MOE_CPU_AVX512));
 }
 
 static void softplus_is_accurate(void)
