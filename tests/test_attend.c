@@ -191,10 +191,8 @@ static void attention_keeps_its_bits(void)
     }
 }
 
-int main(int argc, char **argv)
+TEST_PROGRAM(attend)
 {
-    test_begin(argc, argv);
     RUN(attention_is_right);
     RUN(attention_keeps_its_bits);
-    return test_end();
 }
