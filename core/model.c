@@ -85,7 +85,7 @@ static void hparam_rope(hparam_reader *r, moe_hparams *hp)
     moe_str type = {"none", 4};
     char buf[160];
     *rope = (moe_rope_params){.base = 10000.0f, .scaling = ROPE_PLAIN, .factor = 1.0f,
-                              .attn_factor = 1.0f, .log_multiplier = 0.1, .beta_fast = 32.0f,
+                              .attn_factor = 1.0f, .divided = true, .log_multiplier = 0.1, .beta_fast = 32.0f,
                               .beta_slow = 1.0f, .n_ctx_original = hp->n_ctx_train};
     hparam_f32(r, "rope.freq_base", false, 1, 1e12, &rope->base);
     hp->n_rot = hp->head_dim;
@@ -705,8 +705,8 @@ static moe_status model_prepare_rope(moe_model *m, moe_error *error)
             return fail(error, MOE_ERR_MODEL, w->name, "expected positive numbers, got %f",
                         (double)divisors[i]);
     rope_frequencies(&m->hp.rope, m->hp.n_rot, divisors, m->rope_freqs[0], &m->rope_magnitude[0]);
-    rope_frequencies(&m->hp.rope_local, m->hp.local.n_rot, NULL, m->rope_freqs[1],
-                     &m->rope_magnitude[1]);
+    rope_frequencies(&m->hp.rope_local, m->hp.local.n_rot, m->hp.rope_local.divided ? divisors : NULL,
+                     m->rope_freqs[1], &m->rope_magnitude[1]);
     return MOE_OK;
 }
 

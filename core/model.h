@@ -28,6 +28,7 @@ typedef struct moe_rope_params {
     float attn_factor;       // extra factor on cos and sin
     double log_multiplier;   // YaRN: cos and sin grow by 1 + this * ln(factor); 0: not at all
     float beta_fast, beta_slow;
+    bool divided;            // frequencies are divided by the model's rope_freqs, if it has them
     bool no_truncate;        // YaRN: the ends of the ramp are not rounded to whole pairs
     uint32_t n_ctx_original; // YaRN: context length before stretching
 } moe_rope_params;

@@ -79,7 +79,10 @@ FULL, LOCAL = "full_attention", "sliding_attention"
 SMALL = dict(vocab=53, embd=24, head=4, kv=2, dim=6, ff=17, tied=False, tok=14, ctx=128, rope=DEFAULT)
 CHECKPOINTS.update({
     "mixtral-window": dict(SMALL, family="mixtral", layer=2, expert=3, used=2,
-                           config=dict(sliding_window=5)),
+                           config=dict(sliding_window=5),
+                           rope=dict(rope_type="llama3", rope_theta=300.0, factor=4.0,
+                                     low_freq_factor=1.0, high_freq_factor=4.0,
+                                     original_max_position_embeddings=32)),
     "qwen3moe-layers": dict(SMALL, family="qwen3moe", ff_exp=7, layer=4, expert=5, used=2, renorm=False,
                             config=dict(decoder_sparse_step=2, mlp_only_layers=[3], attention_bias=True,
                                         use_sliding_window=True, sliding_window=6)),
