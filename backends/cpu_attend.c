@@ -36,19 +36,36 @@ static void cpu_store(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t threa
     }
 }
 
-/* Positions [first, first + n) of a head as floats: dst[i][stride], stride = dim rounded up to 32. */
-static void cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t head, uint32_t first,
-                             uint32_t n, float *dst)
+/* Fetches rows that will be read soon, wherever they end. */
+MOE_INLINE void cpu_fetch(uintptr_t address, size_t bytes)
 {
-    const size_t stride = (size_t)align_up(c->dim, 32);
+#ifdef __GNUC__
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const void *)(address + i));
+#else
+    (void)address, (void)bytes;
+#endif
+}
+
+/* Positions [first, first + n) of a head as floats: dst[i][stride], stride = dim rounded up to 32.
+ * Fetches the rows that lie `ahead` rows further on; 0: none. */
+static void cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t head, uint32_t first,
+                             uint32_t n, uint32_t ahead, float *dst)
+{
+    enum { FETCH_ROWS = 4 };
+    const size_t stride = (size_t)align_up(c->dim, 32), row_bytes = (size_t)cache_row_bytes(c->type, c->dim);
     for (uint32_t i = 0, n_run; i < n; i += n_run, dst += n_run * stride) {
         const uint8_t *src = cpu_cache_row(c, head, first + i);
         /* Rows that are neighbours here and there, up to where the ring begins anew, are one. */
         n_run = stride == c->dim ? MOE_MIN(n - i, c->n_slot - (first + i) % c->n_slot) : 1;
+        if (ahead) {
+            n_run = MOE_MIN(n_run, FETCH_ROWS);
+            cpu_fetch((uintptr_t)src + ahead * row_bytes, n_run * row_bytes);
+        }
         if (c->type == MOE_CACHE_F16)
             q->device->simd->f32_of_f16(dst, src, n_run * (size_t)c->dim);
         else if (c->type == MOE_CACHE_Q8_0)
-            quant_q8_0.dequantize(src, dst, n_run * stride);
+            q->device->simd->f32_of_q8_0(dst, src, n_run * stride);
         else
             memcpy(dst, src, n_run * (size_t)c->dim * sizeof *dst);
     }
@@ -62,7 +79,7 @@ static void cpu_cache_transposed(const moe_queue *q, const moe_cache *c, uint32_
     const size_t stride = (size_t)align_up(c->dim, 32);
     for (uint32_t i = 0; i < n; i += CPU_KEY_ROWS) {
         const uint32_t n_row = MOE_MIN(CPU_KEY_ROWS, n - i);
-        cpu_cache_floats(q, c, head, first + i, n_row, rows);
+        cpu_cache_floats(q, c, head, first + i, n_row, CPU_KEY_BLOCK, rows);
         memset(rows + n_row * stride, 0, (CPU_KEY_ROWS - n_row) * stride * sizeof *rows);
         q->device->outer->transpose(dst + i, CPU_KEY_BLOCK, rows, stride, CPU_KEY_ROWS, c->dim);
     }
@@ -179,7 +196,7 @@ static void cpu_row_values(const moe_queue *q, const cpu_queries *a, uint32_t st
                            uint32_t n, const cpu_scratch *s)
 {
     const size_t dim = cpu_value_dim(a->o, a->v), stride = (size_t)align_up(a->v->dim, 32);
-    cpu_cache_floats(q, a->v, a->kv_head, first, n, s->block);
+    cpu_cache_floats(q, a->v, a->kv_head, first, n, CPU_KEY_BLOCK, s->block);
     q->device->outer->outer(&(cpu_outer){
         .c = s->partial,
         .c_stride = cpu_sum_stride(dim),
@@ -354,7 +371,7 @@ static void cpu_segment_panels(const moe_queue *q, const cpu_queries *a, uint32_
         next = MOE_MIN(b + CPU_KEY_BLOCK, end);
         cpu_ahead ahead = cpu_ahead_of(next < end ? a->k : a->v, a->kv_head, next < end ? next : first,
                                        n_panel * n_k_block);
-        cpu_cache_floats(q, a->k, a->kv_head, b, next - b, s->block);
+        cpu_cache_floats(q, a->k, a->kv_head, b, next - b, 0, s->block);
         for (uint32_t i = 0; i < n; i += CPU_PANEL) {
             const cpu_panel p = cpu_panel_at(a, i, start, s);
             cpu_panel_scores(q, a, &p, b, next, &ahead, s);
@@ -367,7 +384,7 @@ static void cpu_segment_panels(const moe_queue *q, const cpu_queries *a, uint32_
     for (uint32_t b = first, next; b < end; b = next) {
         next = MOE_MIN(b + CPU_KEY_BLOCK, end);
         cpu_ahead ahead = cpu_ahead_of(next < end ? a->v : a->k, a->kv_head, next, n_panel);
-        cpu_cache_floats(q, a->v, a->kv_head, b, next - b, s->block);
+        cpu_cache_floats(q, a->v, a->kv_head, b, next - b, 0, s->block);
         for (uint32_t i = 0; i < n; i += CPU_PANEL) {
             const cpu_panel p = cpu_panel_at(a, i, start, s);
             cpu_panel_values(q, a, &p, b, next, &ahead, s);

@@ -45,6 +45,8 @@ typedef struct cpu_simd {
     /* Turns n pairs (x[i * step], x[i * step + mate]) by the angles of table: cosine, sine, ... */
     void (*rope)(float *x, const float *table, size_t n, size_t step, size_t mate);
     void (*f32_of_f16)(float *dst, const uint8_t *src, size_t n);
+    /* n elements, a multiple of 32, of blocks of Q8_0 (quant/q8_0.h) */
+    void (*f32_of_q8_0)(float *dst, const uint8_t *src, size_t n);
     void (*f16_of_f32)(uint8_t *dst, const float *src, size_t n);
 } cpu_simd;
 
@@ -217,6 +219,17 @@ static void f32_of_f16_c(float *dst, const uint8_t *src, size_t n)
         dst[i] = f32_of_f16(load_u16(src + 2 * i));
 }
 
+enum { Q8_0_BYTES = 34 }; /* of a block: scale, 32 codes */
+
+static void f32_of_q8_0_c(float *dst, const uint8_t *src, size_t n)
+{
+    for (; n; n -= 32, src += Q8_0_BYTES, dst += 32) {
+        const float d = f32_of_f16(load_u16(src));
+        for (size_t k = 0; k < 32; k++)
+            dst[k] = d * (float)(int8_t)src[2 + k];
+    }
+}
+
 static void f16_of_f32_c(uint8_t *dst, const float *src, size_t n)
 {
     for (size_t i = 0; i < n; i++) {
@@ -237,6 +250,7 @@ static const cpu_simd cpu_simd_c = {
     .add = add_c,
     .rope = rope_c,
     .f32_of_f16 = f32_of_f16_c,
+    .f32_of_q8_0 = f32_of_q8_0_c,
     .f16_of_f32 = f16_of_f32_c,
 };
 
@@ -504,6 +518,19 @@ AVX2 static void f32_of_f16_avx2(float *dst, const uint8_t *src, size_t n)
     f32_of_f16_c(dst + i, src + 2 * i, n - i);
 }
 
+AVX2 static void f32_of_q8_0_avx2(float *dst, const uint8_t *src, size_t n)
+{
+    for (; n; n -= 32, src += Q8_0_BYTES, dst += 32) {
+        const __m256 d = _mm256_set1_ps(f32_of_f16(load_u16(src)));
+        MOE_UNROLL
+        for (size_t k = 0; k < 32; k += 8) {
+            const __m128i codes = _mm_loadl_epi64((const __m128i *)(src + 2 + k));
+            const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+            _mm256_storeu_ps(dst + k, _mm256_mul_ps(d, x));
+        }
+    }
+}
+
 AVX2 static void f16_of_f32_avx2(uint8_t *dst, const float *src, size_t n)
 {
     size_t i = 0;
@@ -525,6 +552,7 @@ static const cpu_simd cpu_simd_avx2 = {
     .add = add_avx2,
     .rope = rope_avx2,
     .f32_of_f16 = f32_of_f16_avx2,
+    .f32_of_q8_0 = f32_of_q8_0_avx2,
     .f16_of_f32 = f16_of_f32_avx2,
 };
 
@@ -728,6 +756,7 @@ static const cpu_simd cpu_simd_avx512 = {
     .add = add_avx2,
     .rope = rope_avx2,
     .f32_of_f16 = f32_of_f16_avx512,
+    .f32_of_q8_0 = f32_of_q8_0_avx2,
     .f16_of_f32 = f16_of_f32_avx2,
 };
 #undef AVX512
@@ -942,6 +971,18 @@ static void f32_of_f16_neon(float *dst, const uint8_t *src, size_t n)
     f32_of_f16_c(dst + i, src + 2 * i, n - i);
 }
 
+static void f32_of_q8_0_neon(float *dst, const uint8_t *src, size_t n)
+{
+    for (; n; n -= 32, src += Q8_0_BYTES, dst += 32) {
+        const float d = f32_of_f16(load_u16(src));
+        for (size_t k = 0; k < 32; k += 8) {
+            const int16x8_t x = vmovl_s8(vreinterpret_s8_u8(vld1_u8(src + 2 + k)));
+            vst1q_f32(dst + k, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), d));
+            vst1q_f32(dst + k + 4, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(vget_high_s16(x))), d));
+        }
+    }
+}
+
 static void f16_of_f32_neon(uint8_t *dst, const float *src, size_t n)
 {
     size_t i = 0;
@@ -962,6 +1003,7 @@ static const cpu_simd cpu_simd_neon = {
     .add = add_neon,
     .rope = rope_c,
     .f32_of_f16 = f32_of_f16_neon,
+    .f32_of_q8_0 = f32_of_q8_0_neon,
     .f16_of_f32 = f16_of_f32_neon,
 };
 #endif

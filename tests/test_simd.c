@@ -104,6 +104,8 @@ static void elementwise_equals_c(void)
                 CHECK_SAME("rope, pairs", c->rope(out, v.a, n / 2, 2, 1), m->rope(out, v.a, n / 2, 2, 1));
                 CHECK_SAME("f32_of_f16", c->f32_of_f16(out, (uint8_t *)v.a + 1, n),
                            m->f32_of_f16(out, (uint8_t *)v.a + 1, n));
+                CHECK_SAME("f32_of_q8_0", c->f32_of_q8_0(out, (uint8_t *)v.a + 1, n / 32 * 32),
+                           m->f32_of_q8_0(out, (uint8_t *)v.a + 1, n / 32 * 32));
                 CHECK_SAME("f16_of_f32", c->f16_of_f32((uint8_t *)out + 1, v.a, n),
                            m->f16_of_f32((uint8_t *)out + 1, v.a, n));
             }
