@@ -472,6 +472,23 @@ static moe_status dir_file_copy(const moe_directory *dir, dir_file *file, uint64
     return status;
 }
 
+/* Asks for large pages behind maps with experts, which are read here and there: that makes walks of
+ * the page tables rare (matrices of 0.9 MB: decode 18 % faster). Not for files that do not fit into
+ * memory, which should be read in small pieces, and not for dense models, which are read in order:
+ * there it gains nothing, and the first reading from a drive takes 1.5 times as long. */
+static void dir_large_pages(const moe_directory *dir)
+{
+    uint64_t bytes = 0;
+    bool experts = false;
+    for (uint64_t i = 0; i < dir->tensor.n; i++)
+        experts |= directory_tensor_at(dir, (size_t)i)->dims[2] > 1;
+    for (uint32_t i = 0; i < dir->n_files; i++)
+        bytes += dir->files[i].map ? dir->files[i].bytes : 0;
+    for (uint32_t i = 0; experts && bytes <= plat_free_memory() && i < dir->n_files; i++)
+        if (dir->files[i].map)
+            plat_large_pages((void *)(uintptr_t)dir->files[i].map, dir->files[i].bytes);
+}
+
 /* Makes the data of all tensors of all files readable, from the caller's memory, a map or a
  * copy. */
 static moe_status dir_load_data(moe_directory *dir, bool copy, moe_error *error)
@@ -505,6 +522,7 @@ static moe_status dir_load_data(moe_directory *dir, bool copy, moe_error *error)
                   : file->map ? file->map + t->offset
                               : file->memory + t->offset;
     }
+    dir_large_pages(dir);
     return MOE_OK;
 }
 

@@ -936,6 +936,7 @@ static moe_status moefile_load_data(moe_directory *dir, bool copy, moe_error *er
     }
     if (!file->map)
         dir_file_release(file);
+    dir_large_pages(dir);
     mem_free(dir->mem, load);
     return status;
 }

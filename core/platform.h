@@ -11,8 +11,9 @@ MOE_UNUSED static uint32_t plat_n_cores(void);      // physical cores this proce
 MOE_UNUSED static uint64_t plat_free_memory(void);  // bytes that can be allocated without swapping,
                                                     // cgroup limits heeded; 0: unknown
 
-/* Asks for large pages behind memory that is about to be filled: otherwise the first touch of each
- * small page can take as long as what is written to it. A hint. */
+/* Asks for large pages behind memory that is about to be filled, or a map: otherwise the first touch of
+ * each small page can take as long as what is written to it, and reads here and there wait for walks of
+ * the page tables. A hint. */
 MOE_UNUSED static void plat_large_pages(void *p, uint64_t bytes);
 
 /* -- files -- */
