@@ -8,6 +8,8 @@
  *
  * A plan holds what the rows of a tensor have in common: the step, and what each code costs. It is
  * made from a sample of the rows, which is encoded a few times until step, rate and costs agree.
+ * Blocks of important columns have smaller steps, those of others larger ones, the same in all rows:
+ * a pattern that repeats takes next to no room.
  * Must never: depend on the machine or on how rows are cut into calls. All float expressions are
  * spelled out with fmaf; there is one source for all instruction sets, which compilers vectorize. */
 #ifndef MOE_CONVERT_ENCODE_TCQ_C
@@ -16,10 +18,12 @@
 #include "convert.h"
 
 enum {
+    TCQ_STATES = 64,
     TCQ_STEPS = 256,      /* of a row that are searched at once: rows of 8192 are not cut */
     TCQ_CODES = 128,      /* of the type with most */
-    TCQ_SAMPLE = 1 << 14, /* weights from which a plan is made */
-    TCQ_PASSES = 6
+    TCQ_SAMPLE = 1 << 16, /* weights from which a plan is made */
+    TCQ_PASSES = 6,
+    TCQ_ROUGH = 4         /* of them with a quarter of the sample */
 };
 
 typedef struct tcq_format {
@@ -27,13 +31,14 @@ typedef struct tcq_format {
     int bias;             // half the number of values, and the number of codes
     double bits;          // per weight on disk, of a plan that was not asked for a rate
     double most;          // up to which rate the codes reach far enough
+    float lambda;         // squared steps that a bit is worth: gives the least error at a given rate
     tcq_put_fn *put;
 } tcq_format;
 
 static const tcq_format tcq_formats[] = {
-    {4096, TCQ4_BIAS, 3.0, 3.2, tcq4_put},
-    {4097, TCQ5_BIAS, 4.0, 4.3, tcq5_put},
-    {4098, TCQ8_BIAS, 6.0, 6.0, tcq8_put},
+    {4096, TCQ4_BIAS, 3.0, 3.2, 0.4f, tcq4_put},
+    {4097, TCQ5_BIAS, 4.0, 4.3, 0.4f, tcq5_put},
+    {4098, TCQ8_BIAS, 6.0, 6.0, 0.33f, tcq8_put},
 };
 
 typedef struct tcq_search tcq_search;
@@ -44,7 +49,9 @@ typedef struct tcq_plan {
     const moe_quant *type;
     tcq_search_fn *search;
     const float *roots;      // [n_in] of the columns' importance, whose mean is 1; NULL: all alike
-    float d;                 // the step of most blocks, a number of binary16
+    uint16_t *scales;        // [n_in / TCQ_LEN] of the blocks of a row, unless their weights need more
+    float d;                 // the step of columns of mean importance, a number of binary16
+    float reach;             // steps from 0 to the largest value that is used
     float cost[TCQ_CODES];   // lambda times the bits of each code, in units of d^2
 } tcq_plan;
 
@@ -70,15 +77,23 @@ struct tcq_search {
     float y[TCQ_STEPS][TCQ_PATHS];
     float scale[TCQ_STEPS][TCQ_PATHS];     // the root of what an error of 1 costs
     int32_t code[TCQ_STEPS][4][TCQ_PATHS]; // the best code of each subset
-    int32_t from[TCQ_STEPS][TCQ_PATHS];    // bit s: which of the two ways led into state s
+    uint32_t from[TCQ_STEPS][TCQ_STATES / 32][TCQ_PATHS]; // a bit for each state: the way into it
     uint8_t best[TCQ_STEPS][TCQ_PATHS];    // the codes of the best paths
     uint8_t state[TCQ_PATHS];              // of each path, at the beginning and then at the end
 };
 
-/* The two ways into each state: from which one, and by which subset, v mod 4. */
-static const struct { uint8_t state[2], subset[2]; } tcq_ways[8] = {
-    {{0, 4}, {0, 2}}, {{0, 4}, {2, 0}}, {{1, 5}, {1, 3}}, {{1, 5}, {3, 1}},
-    {{2, 6}, {2, 0}}, {{2, 6}, {0, 2}}, {{3, 7}, {3, 1}}, {{3, 7}, {1, 3}}};
+/* tcq_next() backwards: the state before s, if the lowest bit of the code was `low`; and the parity
+ * there, which both have in common. */
+MOE_INLINE int tcq_parity_before(int s)
+{
+    return s / (TCQ_STATES / 2);
+}
+
+MOE_INLINE int tcq_before(int s, int low)
+{
+    const int parity = tcq_parity_before(s);
+    return (s ^ (parity ? 48 : 0) ^ low << 1) << 1 | parity;
+}
 
 /* The code nearest to each weight of one step in subset j, and what it costs: its values are 4 q + j.
  * (No sum of a product is left to the compiler: what looks like one is exact.) */
@@ -103,45 +118,49 @@ MOE_INLINE void tcq_match(const float *restrict y, const float *restrict scale, 
 
 /* The best way into state s. */
 MOE_INLINE void tcq_choose(float (*path)[TCQ_PATHS], float (*cost)[TCQ_PATHS], int s,
-                           float *restrict next, int32_t *restrict from)
+                           float *restrict next, uint32_t *restrict from)
 {
-    const float *path0 = path[tcq_ways[s].state[0]], *cost0 = cost[tcq_ways[s].subset[0]];
-    const float *path1 = path[tcq_ways[s].state[1]], *cost1 = cost[tcq_ways[s].subset[1]];
+    const float *path0 = path[tcq_before(s, 0)], *cost0 = cost[tcq_parity_before(s)];
+    const float *path1 = path[tcq_before(s, 1)], *cost1 = cost[tcq_parity_before(s) + 2];
     for (size_t l = 0; l < TCQ_PATHS; l++) {
         const float a = path0[l] + cost0[l], b = path1[l] + cost1[l];
-        const int32_t second = -(b < a);
+        const uint32_t second = 0u - (b < a);
         next[l] = b < a ? b : a;
-        from[l] |= second & 1 << s;
+        from[l] |= second & 1u << s % 32;
     }
 }
 
 /* Forward: what the best path into each state costs, step after step; then back along the best. */
 MOE_INLINE void tcq_search_body(tcq_search *x, size_t n_step, const float *code_cost, int bias)
 {
-    float path[2][8][TCQ_PATHS], cost[4][TCQ_PATHS];
+    float path[2][TCQ_STATES][TCQ_PATHS], cost[4][TCQ_PATHS];
     for (size_t l = 0; l < TCQ_PATHS; l++)
-        for (int s = 0; s < 8; s++)
+        for (int s = 0; s < TCQ_STATES; s++)
             path[0][s][l] = s == x->state[l] ? 0 : 1e30f;
     for (size_t t = 0; t < n_step; t++) {
         for (int j = 0; j < 4; j++)
             tcq_match(x->y[t], x->scale[t], code_cost, bias, j, x->code[t][j], cost[j]);
         memset(x->from[t], 0, sizeof x->from[t]);
-        for (int s = 0; s < 8; s++)
-            tcq_choose(path[t % 2], cost, s, path[1 - t % 2][s], x->from[t]);
+        for (int s0 = 0; s0 < TCQ_STATES; s0 += 16) {
+            MOE_UNROLL
+            for (int i = 0; i < 16; i++)
+                tcq_choose(path[t % 2], cost, s0 + i, path[1 - t % 2][s0 + i],
+                           x->from[t][s0 / 32]);
+        }
     }
     uint8_t state[TCQ_PATHS];
     for (size_t l = 0; l < TCQ_PATHS; l++) {
         int best = 0;
-        for (int s = 1; s < 8; s++)
+        for (int s = 1; s < TCQ_STATES; s++)
             if (path[n_step % 2][s][l] < path[n_step % 2][best][l])
                 best = s;
         x->state[l] = state[l] = (uint8_t)best;
     }
     for (size_t t = n_step; t-- > 0;)
         for (size_t l = 0; l < TCQ_PATHS; l++) {
-            const int s = state[l], way = x->from[t][l] >> s & 1;
-            x->best[t][l] = (uint8_t)x->code[t][tcq_ways[s].subset[way]][l];
-            state[l] = tcq_ways[s].state[way];
+            const int s = state[l], low = x->from[t][s / 32][l] >> s % 32 & 1;
+            x->best[t][l] = (uint8_t)x->code[t][2 * low + tcq_parity_before(s)][l];
+            state[l] = (uint8_t)tcq_before(s, low);
         }
 }
 
@@ -169,12 +188,12 @@ static tcq_search_fn *tcq_search_select(uint32_t cpu)
 
 /* ---------------------------------------------------------------------------------- rows -- */
 
-/* The scale of a block: the plan's, or larger if its weights need it. Larger ones differ in the high
- * byte only: the plane of low bytes stays one number. */
-static uint16_t tcq_block_scale(const tcq_plan *p, const float *src)
+/* The scale of block b of a row: the plan's, or larger if its weights need it. Larger ones differ in
+ * the high byte only: the plane of low bytes stays one number. */
+static uint16_t tcq_block_scale(const tcq_plan *p, size_t b, const float *src)
 {
-    uint16_t stored = f16_of_f32(p->d);
-    const float peak = fabsf(quant_peak(src, TCQ_LEN)) / ((float)p->format->bias - 0.5f);
+    uint16_t stored = p->scales[b];
+    const float peak = fabsf(quant_peak(src, TCQ_LEN)) / p->reach;
     while (f32_of_f16(stored) < peak && stored < 0x7b00)
         stored = (uint16_t)(stored + 0x100);
     return stored;
@@ -188,7 +207,7 @@ static void tcq_encode_steps(const tcq_plan *p, tcq_search *x, const float *src,
         uint8_t *block = blocks + (first + t) / 2 * p->type->block_bytes;
         const float *w = src + (first + t) * TCQ_PATHS;
         if (t % 2 == 0) {
-            const uint16_t stored = tcq_block_scale(p, w);
+            const uint16_t stored = tcq_block_scale(p, (first + t) / 2, w);
             memcpy(block, &stored, 2);
         }
         const float d = f32_of_f16(load_u16(block)), relative = d / p->d;
@@ -234,27 +253,100 @@ static int64_t tcq_log2(uint64_t x)
     return log;
 }
 
-/* Bits per weight on disk, in units of 2^-16: the entropy of the codes (TCQ5: with their lowest bits
- * apart), and what Huffman codes of bytes lose. */
-static int64_t tcq_bits(const tcq_format *f, const uint32_t counts[TCQ_CODES], uint64_t n)
+/* Lengths of Huffman codes, whole bits. Those of zstd are not longer than 11, which is what codes that
+ * were not used would get. */
+static void tcq_lengths(const uint32_t *counts, int n_code, uint64_t n, uint8_t *length)
 {
-    const int64_t loss = 65536 * 15 / 1000;
-    const int apart = f->bias == TCQ5_BIAS;
-    int64_t sum = 0;
-    for (int c = 0; c < f->bias; c += 1 + apart) {
-        const uint64_t count = (uint64_t)counts[c] + (apart ? counts[c + 1] : 0);
-        if (count)
-            sum += (int64_t)count * tcq_log2(count);
+    uint64_t weight[TCQ_CODES];
+    int tree[TCQ_CODES]; // which each code belongs to, by the first code of it; or -1
+    for (int c = 0; c < n_code; c++) {
+        weight[c] = MOE_MAX(counts[c], n >> 11);
+        tree[c] = counts[c] ? c : -1;
+        length[c] = counts[c] ? 0 : 11;
     }
-    return tcq_log2(n) - sum / (int64_t)n + apart * 65536 + loss;
+    for (;;) {
+        int least = -1, second = -1;
+        for (int c = 0; c < n_code; c++) {
+            if (tree[c] != c)
+                continue;
+            if (least < 0 || weight[c] < weight[least]) {
+                second = least;
+                least = c;
+            } else if (second < 0 || weight[c] < weight[second]) {
+                second = c;
+            }
+        }
+        if (second < 0)
+            return;
+        weight[least] += weight[second];
+        for (int c = 0; c < n_code; c++) {
+            length[c] += tree[c] == least || tree[c] == second;
+            tree[c] = tree[c] == second ? least : tree[c];
+        }
+    }
 }
 
-/* What the codes will cost, from how often they were used: lambda is 0.4 squared steps per bit, which
- * gives the least error at a given rate. Codes that were not used cost as if it had been half a time. */
-static void tcq_costs(tcq_plan *p, const uint32_t counts[TCQ_CODES], uint64_t n)
+/* Bits of each code on disk, in units of 2^-16, from how often they were used. Bytes of two codes come
+ * near to the entropy; codes that were not used count as half a time. Returns the bits per weight. */
+static int64_t tcq_bits(const tcq_format *f, const uint32_t counts[TCQ_CODES], uint64_t n,
+                        int64_t bits[TCQ_CODES])
+{
+    uint8_t length[TCQ_CODES];
+    const int apart = f->bias == TCQ5_BIAS; // the lowest bits are
+    int64_t sum = 0;
+    if (f->bias == TCQ8_BIAS)
+        tcq_lengths(counts, f->bias, n, length);
+    for (int c = 0; c < f->bias; c++) {
+        const uint64_t count = apart ? (uint64_t)counts[c & ~1] + counts[c | 1] : counts[c];
+        bits[c] = f->bias == TCQ8_BIAS ? length[c] << 16
+                                       : tcq_log2(2 * n) - tcq_log2(2 * count + 1) + (apart << 16);
+        sum += bits[c] * counts[c];
+    }
+    return sum / (int64_t)n + (f->bias == TCQ8_BIAS ? 65536 / 200 : 65536 * 7 / 200);
+}
+
+static void tcq_costs(tcq_plan *p, const int64_t bits[TCQ_CODES])
 {
     for (int c = 0; c < p->format->bias; c++)
-        p->cost[c] = (float)(tcq_log2(2 * n) - tcq_log2(2 * (uint64_t)counts[c] + 1)) * (0.4f / 65536);
+        p->cost[c] = (float)bits[c] * (p->format->lambda / 65536);
+}
+
+/* What all but one of 2500 weights do not exceed. Huffman codes lose if there are codes that are hardly
+ * ever used: blocks of larger weights take a larger step instead. */
+static float tcq_most(const float *src, size_t n)
+{
+    uint32_t low = 0, high = 0x7f800000; // as integers, magnitudes compare like floats
+    while (low < high) {
+        const uint32_t middle = low + (high - low) / 2;
+        size_t n_above = 0;
+        for (size_t k = 0; k < n; k++)
+            n_above += (bits_of_f32(src[k]) & 0x7fffffff) > middle;
+        if (n_above > n / 2500)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return f32_of_bits(low);
+}
+
+/* The scales of a row's blocks: the step times the mean importance's root is the same for all, as
+ * nearly as the high byte allows, within a factor of 4. */
+static void tcq_scales(tcq_plan *p, uint16_t stored, size_t n_in)
+{
+    for (size_t b = 0; b < n_in / TCQ_LEN; b++) {
+        float mean = 0;
+        for (size_t k = 0; p->roots && k < TCQ_LEN; k++)
+            mean = fmaf(p->roots[b * TCQ_LEN + k], p->roots[b * TCQ_LEN + k], mean);
+        const float square = p->roots ? p->d * p->d / (mean / TCQ_LEN) : p->d * p->d;
+        uint16_t s = stored;
+        for (int i = 0; i < 8 && s < 0x7a00; i++, s = (uint16_t)(s + 0x100))
+            if (f32_of_f16(s) * f32_of_f16((uint16_t)(s + 0x100)) >= square)
+                break;
+        for (int i = 0; i < 8 && s > 0x200; i++, s = (uint16_t)(s - 0x100))
+            if (f32_of_f16(s) * f32_of_f16((uint16_t)(s - 0x100)) <= square)
+                break;
+        p->scales[b] = s;
+    }
 }
 
 /* No column is without any importance. */
@@ -269,10 +361,11 @@ static void tcq_roots(const float *importance, float *roots, size_t n)
 }
 
 /* Bytes of the room that a plan for rows of n_in weights is made in and then needs; it need not be
- * initialized: the search, the roots, a row of blocks. */
+ * initialized: the search, the roots, the scales, a row of blocks. */
 static size_t tcq_room_bytes(size_t n_in)
 {
-    return sizeof(tcq_search) + n_in * sizeof(float) + n_in / TCQ_LEN * sizeof(tcq8_block);
+    return sizeof(tcq_search) + n_in * sizeof(float) +
+           n_in / TCQ_LEN * (sizeof(uint16_t) + sizeof(tcq8_block));
 }
 
 /* The plan for rows like these: `bits` per weight on disk; 0: the type's default. importance [n_in] as
@@ -283,9 +376,12 @@ static void tcq_plan_make(tcq_plan *p, const moe_quant *type, double bits, const
     const tcq_format *f = &tcq_formats[type->id - tcq_formats[0].id];
     const int64_t want = (int64_t)((bits > 0 ? bits : f->bits) * 65536);
     float *roots = (float *)(void *)((uint8_t *)room + sizeof(tcq_search));
-    uint8_t *blocks = (uint8_t *)(roots + n_in);
+    uint16_t *scales = (uint16_t *)(void *)(roots + n_in);
+    uint8_t *blocks = (uint8_t *)(scales + n_in / TCQ_LEN);
+    const float most = tcq_most(src, n_row * n_in), range = (float)f->bias - 0.5f;
     double sum = 0;
-    *p = (tcq_plan){.format = f, .type = type, .search = tcq_search_select(cpu_detect())};
+    *p = (tcq_plan){.format = f, .type = type, .search = tcq_search_select(cpu_detect()),
+                    .scales = scales};
     if (importance) {
         tcq_roots(importance, roots, n_in);
         p->roots = roots;
@@ -295,12 +391,17 @@ static void tcq_plan_make(tcq_plan *p, const moe_quant *type, double bits, const
     int32_t stored = f16_of_f32((float)(sqrt(sum / (double)(n_row * n_in)) * 0.25));
     for (int pass = 0; pass < TCQ_PASSES; pass++) {
         uint32_t counts[TCQ_CODES] = {0};
-        p->d = f32_of_f16((uint16_t)MOE_MIN(MOE_MAX(stored, 1), 0x7bff));
-        for (size_t r = 0; r < n_row; r++)
-            tcq_encode_row(p, room, src + r * n_in, blocks, n_in, counts);
-        tcq_costs(p, counts, n_row * n_in);
-        // 2^10 in binary16 is an octave, which is a bit
-        stored += (int32_t)((tcq_bits(f, counts, n_row * n_in) - want) >> 6);
+        const size_t n_used = pass < TCQ_ROUGH ? (n_row + 3) / 4 : n_row;
+        const uint16_t step = (uint16_t)MOE_MIN(MOE_MAX(stored, 1), 0x7bff);
+        int64_t bits_of_code[TCQ_CODES];
+        p->d = f32_of_f16(step);
+        p->reach = fminf(fmaxf(most / p->d, range / 2), range);
+        tcq_scales(p, step, n_in);
+        for (size_t r = 0; r < n_used; r++)
+            tcq_encode_row(p, room, src + r * n_row / n_used * n_in, blocks, n_in, counts);
+        const int64_t got = tcq_bits(f, counts, n_used * n_in, bits_of_code);
+        tcq_costs(p, bits_of_code);
+        stored += (int32_t)((got - want) >> 6); // 2^10 in binary16 is an octave, which is a bit
     }
 }
 

@@ -2,27 +2,24 @@
  * scale, and the loops of their kernels.
  *
  * Trellis-coded quantization: Marcellin and Fischer 1990; with entropy coding, Fischer and Wang
- * 1992; the trellis is Ungerboeck's with 8 states, as in JPEG 2000 part 2. The values of a weight
- * are the multiples of a step d, dealt out to four subsets: v mod 4 = 0, 1, 2, 3. A state offers
- * two of them, the even or the odd values, so that a code is one bit shorter than a value; and the
- * subset that is taken leads to the next state. An encoder that searches the best path through all
- * states (the Viterbi algorithm) is left with 1 dB less error than a uniform step whose codes have
- * the same entropy.
+ * 1992. The values of a weight are the multiples of a step d. At each weight only the even or only
+ * the odd ones are offered, so that a code is one bit shorter than a value; which ones depends on
+ * the codes before it. An encoder that searches the best path through all states (the Viterbi
+ * algorithm) is left with 1.25 dB less error than a uniform step whose codes have the same entropy.
  *
- *     state      0      1      2      3      4      5      6      7
- *     offers   0   2  1   3  0   2  1   3  0   2  1   3  0   2  1   3      v mod 4
- *     leads to 0   1  2   3  5   4  7   6  1   0  3   2  4   5  6   7
+ * A row of n_in weights is 32 paths side by side: path l has the weights l, l + 32, l + 64, ... A
+ * step is a weight of each; a block of 64 weights is two steps. Weight t of a path has the code
+ * c[t], the parity p[t] and the value v[t]:
  *
- * A row of n_in weights is 32 paths side by side: path l has the weights l, l + 32, l + 64, ...
- * Each begins in state 0. A step of all 32 is a shuffle of bytes; a block of 64 weights is two.
+ *     p[t] = (c[t - 2] & 1) ^ p[t - 5] ^ p[t - 6]       0 in front of the row
+ *     v[t] = 2 c[t] + p[t] - bias                       bias: half the number of values
+ *     weight = d v[t]
  *
- * The code c of a weight and the lowest bit of its state s give its value and the next state:
- *
- *     v = (2 c | s & 1) - bias         weight = d v         bias: half the number of values
- *     v mod 4 = 2 (c & 1) + (s & 1), since a bias is a multiple of 4
- *
- * Here a state is kept in a byte with a gap, its bits 0, 1, 2 at places 0, 2, 3, where a doubled
- * code 2 c has its lowest bit: (s | 2 c & 2) is the place of the next state in a table.
+ * These are 64 states, as many as an encoder can search in good time: each doubling gains about
+ * 0.007 bits per weight. (Ungerboeck's trellises, which are usually taken, need more terms for
+ * as much: all with up to three terms were measured, and this is the best.) The parity comes from
+ * exclusive ors, which do not care where in a byte the bits are: a kernel has one for all codes of
+ * a vector before it unpacks them.
  *
  * A block has a scale, but an encoder gives most blocks of a tensor the same: at equal error large
  * weights have long codes and small ones short codes, and scales that are all alike take no room
@@ -47,21 +44,23 @@ enum {
     TCQ_LEN = 64    /* weights of a block */
 };
 
-/* [s | 2 c & 2], as described above */
-static const uint8_t tcq_next[16] = {0, 4, 1, 5, 9, 13, 8, 12, 1, 5, 0, 4, 8, 12, 9, 13};
+/* The state of a path: bit i is what is known of the parity in i steps. */
+MOE_INLINE uint8_t tcq_next(uint8_t state, unsigned code)
+{
+    return (uint8_t)(state >> 1 ^ (state & 1 ? 48 : 0) ^ (code & 1) << 1);
+}
 
-/* What a type brings: the doubled codes, 2 c, of a step (half 0 or 1) of a block; and how codes c
- * are stored. */
-typedef void tcq_codes_fn(const uint8_t *block, size_t half, uint8_t doubled[TCQ_PATHS]);
+/* What a type brings: the codes of a step (half 0 or 1) of a block, and how they are stored. */
+typedef void tcq_codes_fn(const uint8_t *block, size_t half, uint8_t code[TCQ_PATHS]);
 typedef void tcq_put_fn(uint8_t *block, size_t half, const uint8_t code[TCQ_PATHS]);
 
-/* One step of all paths: doubled codes become values plus bias. */
+/* One step of all paths: codes become values plus bias. */
 MOE_INLINE void tcq_step(uint8_t state[TCQ_PATHS], uint8_t v[TCQ_PATHS])
 {
     for (size_t l = 0; l < TCQ_PATHS; l++) {
-        const uint8_t s = state[l];
-        state[l] = tcq_next[s | (v[l] & 2)];
-        v[l] |= s & 1;
+        const uint8_t code = v[l];
+        v[l] = (uint8_t)(2 * code + (state[l] & 1));
+        state[l] = tcq_next(state[l], code);
     }
 }
 
@@ -114,7 +113,7 @@ MOE_INLINE void tcq_quantize(const float *src, uint8_t *block, size_t n, size_t 
             const float v = d > 0 ? fminf(fmaxf(src[k + i] / d, (float)-bias), (float)bias) : 0;
             const int c = (int)lrintf((v + (float)(bias - (*s & 1))) * 0.5f);
             code[i % TCQ_PATHS] = (uint8_t)MOE_MIN(c, bias - 1);
-            *s = tcq_next[*s | (code[i % TCQ_PATHS] & 1) << 1];
+            *s = tcq_next(*s, code[i % TCQ_PATHS]);
             if (i % TCQ_PATHS == TCQ_PATHS - 1)
                 put(block, i / TCQ_PATHS, code);
         }
@@ -140,39 +139,32 @@ MOE_INLINE void tcq_quantize(const float *src, uint8_t *block, size_t n, size_t 
         mm_by_rows(mm, type##_dot_c);                                                              \
     }
 
+/* A kernel keeps the parities of three blocks, in the place of the codes' lowest bits: those of the
+ * block in work, which are known before it is read, and of the two before it. The oldest become
+ * those of the next block. The three take turns, in loops of three blocks. */
+enum { TCQ_TURNS = 3 };
+
 /* ------------------------------------------------------------------------------------- AVX2 -- */
 #if MOE_X86
 
-/* 8 rows on their way: the vectors of x86_block, and one of states for each. */
-typedef struct tcq_paths_avx2 {
-    __m256i lo[4], hi[4];
-} tcq_paths_avx2;
+/* Of 8 rows: as many vectors as a type needs. */
+typedef struct tcq_parity_avx2 {
+    __m256i p[16];
+} tcq_parity_avx2;
 
-/* Doubled codes of a step of the block at `offset` of 8 rows. */
+/* What a type brings: the values plus bias of a step (half 0 or 1) of the block at `offset` of 8
+ * rows. parity[0] are its own, parity[1] and parity[2] of the two before. Step 0, then step 1, make
+ * those of the next block from parity[2]. */
 typedef void tcq_load_avx2_fn(const uint8_t *const row[8], size_t offset, size_t half,
-                              x86_block *w);
+                              tcq_parity_avx2 *const parity[3], x86_block *w);
 
-MOE_AVX2_INLINE void tcq_step_avx2(__m256i *state, __m256i *v)
+/* The parities in i + 2 steps of what has n vectors of codes per step. */
+MOE_AVX2_INLINE __m256i tcq_parity_next_avx2(tcq_parity_avx2 *const parity[3], size_t half,
+                                             size_t n, size_t i, __m256i code)
 {
-    const __m256i next =
-        _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)tcq_next));
-    const __m256i s = *state;
-    const __m256i at = _mm256_or_si256(s, _mm256_and_si256(*v, _mm256_set1_epi8(2)));
-    *state = _mm256_shuffle_epi8(next, at);
-    *v = _mm256_or_si256(*v, _mm256_and_si256(s, _mm256_set1_epi8(1)));
-}
-
-/* The next step of 8 rows. */
-MOE_AVX2_INLINE void tcq_unpack_avx2(tcq_paths_avx2 *paths, const uint8_t *const row[8],
-                                     size_t offset, size_t half, tcq_load_avx2_fn *load,
-                                     x86_block *w)
-{
-    load(row, offset, half, w);
-    MOE_UNROLL
-    for (size_t r = 0; r < 4; r++) {
-        tcq_step_avx2(&paths->lo[r], &w->lo[r]);
-        tcq_step_avx2(&paths->hi[r], &w->hi[r]);
-    }
+    const __m256i five = half ? parity[1]->p[i] : parity[2]->p[n + i]; /* steps before that one */
+    const __m256i six = half ? parity[2]->p[n + i] : parity[2]->p[i];
+    return _mm256_xor_si256(code, _mm256_xor_si256(five, six));
 }
 
 /* As x86_gemv32 and x86_gemm32, whose comments hold here, with paths that run through the row. */
@@ -180,22 +172,30 @@ MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
                                    x86_step_fn *step)
 {
     const moe_q8 x = act_q8(MOE_ACT_Q8_32, mm->x, mm->n_in);
+    const size_t n_block = mm->n_in / TCQ_LEN;
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
         x86_rows(mm, r, row);
-        tcq_paths_avx2 paths;
-        memset(&paths, 0, sizeof paths);
+        tcq_parity_avx2 p[TCQ_TURNS];
+        memset(p, 0, sizeof p);
         __m256 acc = _mm256_setzero_ps();
         const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
-        for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
-            x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
-            x86_block w;
-            w.d = x86_f16x8(row, b * block_bytes);
+        for (size_t b0 = 0; b0 < n_block; b0 += TCQ_TURNS) {
             MOE_UNROLL
-            for (size_t half = 0; half < 2; half++) {
-                tcq_unpack_avx2(&paths, row, b * block_bytes, half, load, &w);
-                const x86_x32 xb = x86_load_x32(&x, 2 * b + half);
-                acc = step(&w, &xb, acc);
+            for (size_t i = 0; i < TCQ_TURNS; i++) {
+                const size_t b = b0 + i;
+                if (b == n_block)
+                    break;
+                tcq_parity_avx2 *const turn[3] = {&p[(3 - i) % 3], &p[(4 - i) % 3], &p[(5 - i) % 3]};
+                x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
+                x86_block w;
+                w.d = x86_f16x8(row, b * block_bytes);
+                MOE_UNROLL
+                for (size_t half = 0; half < 2; half++) {
+                    load(row, b * block_bytes, half, turn, &w);
+                    const x86_x32 xb = x86_load_x32(&x, 2 * b + half);
+                    acc = step(&w, &xb, acc);
+                }
             }
         }
         x86_store_rows(mm->y + r, acc, mm->n_row - r);
@@ -214,18 +214,20 @@ MOE_AVX2_INLINE void tcq_gemm_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
         for (size_t r = 0; r < mm->n_row; r += 8) {
             const uint8_t *row[8];
             x86_rows(mm, r, row);
-            tcq_paths_avx2 paths;
+            tcq_parity_avx2 p[TCQ_TURNS];
             __m256 acc[TOKENS];
-            memset(&paths, 0, sizeof paths);
+            memset(p, 0, sizeof p);
             for (size_t t = 0; t < n_tok; t++)
                 acc[t] = _mm256_setzero_ps();
             const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
             for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
+                tcq_parity_avx2 *const turn[3] = {&p[2 - (b + 2) % 3], &p[2 - (b + 1) % 3],
+                                                  &p[2 - b % 3]};
                 x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
                 x86_block w;
                 w.d = x86_f16x8(row, b * block_bytes);
                 for (size_t half = 0; half < 2; half++) {
-                    tcq_unpack_avx2(&paths, row, b * block_bytes, half, load, &w);
+                    load(row, b * block_bytes, half, turn, &w);
                     for (size_t t = 0; t < n_tok; t++) {
                         const x86_x32 xb = x86_load_x32(&x[t], 2 * b + half);
                         acc[t] = step(&w, &xb, acc[t]);
@@ -251,81 +253,164 @@ MOE_AVX2_INLINE void tcq_gemm_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
 
 /* ------------------------------------------------------------------------ AVX-512 VNNI, gemv -- */
 
-/* Doubled codes of a step of 8 rows, k 0..15 and 16..31: a quarter of a vector is a row, in the
- * order 0, 4, 1, 5 and 2, 6, 3, 7, so that halves of it are vectors as x86.h has them. */
-typedef struct tcq_codes_512 {
-    __m512i lo[2], hi[2];
-} tcq_codes_512;
+/* 16 rows: quarter j of vector i is row 4 j + i, so that their sums fold into row order. */
+typedef struct tcq_values_512 {
+    __m512i lo[4], hi[4]; // k 0..15, k 16..31
+} tcq_values_512;
 
-typedef void tcq_load_512_fn(const uint8_t *const row[8], size_t offset, size_t half,
-                             tcq_codes_512 *w);
+typedef struct tcq_parity_512 {
+    __m512i p[16];
+} tcq_parity_512;
 
-/* 16 bytes at `offset` of 4 rows. */
-MOE_VNNI512_INLINE __m512i tcq_load_rows_512(const uint8_t *const row[8], size_t offset, int first)
+/* As tcq_load_avx2_fn. */
+typedef void tcq_load_512_fn(const uint8_t *const row[16], size_t offset, size_t half,
+                             tcq_parity_512 *const parity[3], tcq_values_512 *w);
+
+/* a where the mask has ones, b where it has zeros. */
+MOE_VNNI512_INLINE __m512i tcq_select_512(int mask, __m512i a, __m512i b)
+{
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)mask), a, b, 0xca);
+}
+
+MOE_VNNI512_INLINE __m512i tcq_parity_next_512(tcq_parity_512 *const parity[3], size_t half,
+                                               size_t n, size_t i, __m512i code)
+{
+    const __m512i five = half ? parity[1]->p[i] : parity[2]->p[n + i];
+    const __m512i six = half ? parity[2]->p[n + i] : parity[2]->p[i];
+    return _mm512_ternarylogic_epi32(code, five, six, 0x96);
+}
+
+/* 16 bytes at `offset` of rows i, i + 4, i + 8, i + 12. */
+MOE_VNNI512_INLINE __m512i tcq_load_rows_512(const uint8_t *const row[16], size_t offset, size_t i)
 {
     return _mm512_inserti64x4(
-        _mm512_castsi256_si512(x86_load_pair(row[first] + offset, row[first + 4] + offset)),
-        x86_load_pair(row[first + 1] + offset, row[first + 5] + offset), 1);
+        _mm512_castsi256_si512(x86_load_pair(row[i] + offset, row[i + 4] + offset)),
+        x86_load_pair(row[i + 8] + offset, row[i + 12] + offset), 1);
 }
 
-MOE_VNNI512_INLINE void tcq_step_512(__m512i *state, __m512i *v)
+/* The sums of products of a step, in row order. */
+MOE_VNNI512_INLINE __m512i tcq_dot_512(const tcq_values_512 *w, const int8_t *q)
 {
-    const __m512i next =
-        _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)tcq_next));
-    const __m512i s = *state;
-    *state = _mm512_shuffle_epi8(
-        next, _mm512_ternarylogic_epi32(*v, _mm512_set1_epi8(2), s, 0xea)); /* v & 2 | s */
-    *v = _mm512_ternarylogic_epi32(*v, s, _mm512_set1_epi8(1), 0xf8);       /* v | s & 1 */
+    const __m512i x0 = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)q));
+    const __m512i x1 = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)(q + 16)));
+    __m512i v[4];
+    MOE_UNROLL
+    for (size_t i = 0; i < 4; i++)
+        v[i] = _mm512_dpbusd_epi32(
+            _mm512_dpbusd_epi32(_mm512_setzero_si512(), w->lo[i], x0), w->hi[i], x1);
+    const __m512i a = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]),
+                                       _mm512_unpackhi_epi32(v[0], v[1]));
+    const __m512i b = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]),
+                                       _mm512_unpackhi_epi32(v[2], v[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-/* The sums of products of one step of 8 rows. */
-MOE_VNNI512_INLINE __m256i tcq_dot_512(tcq_codes_512 *state, tcq_codes_512 *w, const x86_x32 *x)
+MOE_VNNI512_INLINE __m512 tcq_f16_512(const uint8_t *const row[16], size_t offset)
 {
-    const __m512i zero = _mm512_setzero_si512();
-    const __m512i x0 = _mm512_broadcast_i64x4(x->lo), x1 = _mm512_broadcast_i64x4(x->hi);
-    tcq_step_512(&state->lo[0], &w->lo[0]);
-    tcq_step_512(&state->lo[1], &w->lo[1]);
-    tcq_step_512(&state->hi[0], &w->hi[0]);
-    tcq_step_512(&state->hi[1], &w->hi[1]);
-    const __m512i a = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w->lo[0], x0), w->hi[0], x1);
-    const __m512i b = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w->lo[1], x0), w->hi[1], x1);
-    return x86_sum4_i32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1),
-                        _mm512_castsi512_si256(b), _mm512_extracti64x4_epi64(b, 1));
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(
+        _mm256_castsi128_si256(x86_u16x8(row, offset)), x86_u16x8(row + 8, offset), 1));
+}
+
+/* acc += a step of 16 rows times step t of x. */
+MOE_VNNI512_INLINE __m512 tcq_add_512(const tcq_values_512 *w, __m512 d, const moe_q8 *x, size_t t,
+                                      int bias, __m512 acc)
+{
+    int32_t sum;
+    memcpy(&sum, x->sum + 2 * t, 4);
+    const __m512i dot = _mm512_dpwssd_epi32(tcq_dot_512(w, x->q + TCQ_PATHS * t),
+                                            _mm512_set1_epi16((short)-bias), _mm512_set1_epi32(sum));
+    return _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(x->scale[t])), _mm512_cvtepi32_ps(dot),
+                           acc);
 }
 
 MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
                                          tcq_load_512_fn *load, int bias)
 {
     const moe_q8 x = act_q8(MOE_ACT_Q8_32, mm->x, mm->n_in);
-    for (size_t r = 0; r < mm->n_row; r += 8) {
-        const uint8_t *row[8];
-        x86_rows(mm, r, row);
-        tcq_codes_512 state;
-        memset(&state, 0, sizeof state);
-        __m256 acc = _mm256_setzero_ps();
-        const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
-        for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
-            x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
-            const __m256 d = x86_f16x8(row, b * block_bytes);
+    const size_t n_block = mm->n_in / TCQ_LEN;
+    for (size_t r = 0; r < mm->n_row; r += 16) {
+        const uint8_t *row[16];
+        for (size_t i = 0; i < 16; i++)
+            row[i] = mm->w + MOE_MIN(r + i, mm->n_row - 1) * mm->w_stride;
+        tcq_parity_512 p[TCQ_TURNS];
+        memset(p, 0, sizeof p);
+        __m512 acc = _mm512_setzero_ps();
+        const uintptr_t next = (uintptr_t)mm->w + (r + 16) * mm->w_stride;
+        for (size_t b0 = 0; b0 < n_block; b0 += TCQ_TURNS) {
             MOE_UNROLL
-            for (size_t half = 0; half < 2; half++) {
-                tcq_codes_512 w;
-                load(row, b * block_bytes, half, &w);
-                const x86_x32 xb = x86_load_x32(&x, 2 * b + half);
-                const __m256i dot = _mm256_add_epi32(tcq_dot_512(&state, &w, &xb),
-                                                     x86_sum_times(&xb, (int16_t)-bias));
-                acc = _mm256_fmadd_ps(_mm256_mul_ps(d, xb.d), _mm256_cvtepi32_ps(dot), acc);
+            for (size_t i = 0; i < TCQ_TURNS; i++) {
+                const size_t b = b0 + i;
+                if (b == n_block)
+                    break;
+                tcq_parity_512 *const turn[3] = {&p[(3 - i) % 3], &p[(4 - i) % 3], &p[(5 - i) % 3]};
+                x86_prefetch(next + b * 16 * block_bytes, 16 * block_bytes);
+                const __m512 d = tcq_f16_512(row, b * block_bytes);
+                MOE_UNROLL
+                for (size_t half = 0; half < 2; half++) {
+                    tcq_values_512 w;
+                    load(row, b * block_bytes, half, turn, &w);
+                    acc = tcq_add_512(&w, d, &x, 2 * b + half, bias, acc);
+                }
             }
         }
-        x86_store_rows(mm->y + r, acc, mm->n_row - r);
+        const size_t n_row = MOE_MIN(mm->n_row - r, (size_t)16);
+        _mm512_mask_storeu_ps(mm->y + r, (__mmask16)((1u << n_row) - 1), acc);
     }
 }
 
-/* A type's kernel, made of `type`_load_512. */
-#define TCQ_VNNI512(type, bias)                                                                    \
+/* ------------------------------------------------------------------------ AVX-512 VNNI, gemm -- */
+
+/* The codes of block b (constant) of 256 weights, from its words; the parities as above. */
+typedef void tcq_tile_512_fn(const __m512i *word, size_t at, tcq_parity_512 *const parity[3],
+                             __m512i code[16]);
+
+/* The body of an x86_512_load_fn. Where three parities take turns and four blocks are a tile, the
+ * next tile finds them in other places. */
+MOE_VNNI512_INLINE void tcq_tile_512(x86_512_rows *rows, size_t offset, size_t block_bytes,
+                                     tcq_tile_512_fn *unpack, x86_512_tile *tile)
+{
+    enum { N_BLOCK = X86_512_K / TCQ_LEN };
+    _Static_assert(sizeof(tcq_parity_512[TCQ_TURNS]) == sizeof *rows->state, "as much");
+    __m512i word[66 * N_BLOCK / 4];
+    tcq_parity_512 p[TCQ_TURNS];
+    memcpy(p, rows->state->v, sizeof p);
+    x86_512_load_words(rows, offset, N_BLOCK * block_bytes, word);
+    for (size_t b = 0; b < N_BLOCK; b += 2) {
+        const __m512i *w = word + b * block_bytes / 4;
+        MOE_UNROLL
+        for (size_t i = 0; i < 2; i++) {
+            const size_t at = i * block_bytes;
+            const __m512 d = x86_512_f16_at(w, at);
+            tcq_parity_512 *const turn[3] = {&p[2 - (b + i + 2) % 3], &p[2 - (b + i + 1) % 3],
+                                             &p[2 - (b + i) % 3]};
+            unpack(w, at + 2, turn, tile->code + 16 * (b + i));
+            tile->d[2 * (b + i)] = tile->d[2 * (b + i) + 1] = d;
+        }
+    }
+    MOE_UNROLL
+    for (size_t i = 0; i < TCQ_TURNS; i++) // turn N_BLOCK becomes turn 0
+        memcpy(rows->state->v[2 - (i + 2) % 3], &p[2 - (N_BLOCK + i + 2) % 3], sizeof p[0]);
+}
+
+/* A type's kernels, made of `type`_load_512 and `type`_unpack_512. */
+#define TCQ_GEMV_VNNI512(type, bias)                                                               \
     MOE_VNNI512 static void type##_gemv_vnni512(const moe_mm *mm)                                  \
     {                                                                                              \
         tcq_gemv_vnni512(mm, sizeof(type##_block), type##_load_512, bias);                         \
+    }
+#define TCQ_GEMM_VNNI512(type, bias)                                                               \
+    MOE_VNNI512 static void type##_tile_vnni512(x86_512_rows *rows, size_t offset,                 \
+                                                x86_512_tile *tile)                                \
+    {                                                                                              \
+        tcq_tile_512(rows, offset, sizeof(type##_block), type##_unpack_512, tile);                 \
+    }                                                                                              \
+    static const x86_512_format type##_vnni512 = {                                                 \
+        .block_len = TCQ_LEN, .block_bytes = sizeof(type##_block), .offset = bias, .group = 32,    \
+        .load = type##_tile_vnni512, .steps = &x86_512_block};                                     \
+    MOE_VNNI512 static void type##_gemm_vnni512(const moe_mm *mm)                                  \
+    {                                                                                              \
+        x86_512_state state[X86_512_TILES];                                                        \
+        x86_512_gemm_with(mm, &type##_vnni512, state);                                             \
     }
 #endif
 
@@ -335,25 +420,35 @@ MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
 /* As arm32_gemv and arm32_gemm, whose comments hold here, with paths that run through the row. */
 typedef struct tcq_arm {
     size_t block_bytes;
-    /* Doubled codes of a step of a block: k 0..15, k 16..31. */
-    void (*codes)(const uint8_t *block, size_t half, uint8x16_t v[2]);
+    /* As tcq_load_avx2_fn, of one row: k 0..15, k 16..31. */
+    void (*values)(const uint8_t *block, size_t half, uint8x16_t (*const parity[3])[2],
+                   uint8x16_t v[2]);
     uint8_t bias;
 } tcq_arm;
 
-/* The next step of a row, as signed values. */
-MOE_INLINE void tcq_unpack_arm(const uint8_t *block, size_t half, const tcq_arm *f,
-                               uint8x16_t state[2], int8x16_t value[2])
+/* Parities of a row: of each of three blocks, and of a step, as many vectors as a type needs. */
+typedef uint8x16_t tcq_parity_arm[TCQ_TURNS][2][2];
+
+/* The parities in vector i in two steps. */
+MOE_INLINE uint8x16_t tcq_parity_next_arm(uint8x16_t (*const parity[3])[2], size_t half, size_t i,
+                                          uint8x16_t code)
 {
-    const uint8x16_t next = vld1q_u8(tcq_next);
+    const uint8x16_t five = half ? parity[1][0][i] : parity[2][1][i];
+    const uint8x16_t six = half ? parity[2][1][i] : parity[2][0][i];
+    return veorq_u8(code, veorq_u8(five, six));
+}
+
+/* Step t of a row, as signed values. */
+MOE_INLINE void tcq_unpack_arm(const uint8_t *row, size_t t, const tcq_arm *f, tcq_parity_arm p,
+                               int8x16_t value[2])
+{
+    const size_t b = t / 2;
+    uint8x16_t (*const turn[3])[2] = {p[2 - (b + 2) % 3], p[2 - (b + 1) % 3], p[2 - b % 3]};
     uint8x16_t v[2];
-    f->codes(block, half, v);
+    f->values(row + b * f->block_bytes, t % 2, turn, v);
     MOE_UNROLL
-    for (size_t i = 0; i < 2; i++) {
-        const uint8x16_t s = state[i];
-        state[i] = vqtbl1q_u8(next, vorrq_u8(s, vandq_u8(v[i], vdupq_n_u8(2))));
-        v[i] = vorrq_u8(v[i], vandq_u8(s, vdupq_n_u8(1)));
+    for (size_t i = 0; i < 2; i++)
         value[i] = vreinterpretq_s8_u8(vsubq_u8(v[i], vdupq_n_u8(f->bias)));
-    }
 }
 
 /* acc + the part of one step of 4 rows: the expression of the formats. */
@@ -368,9 +463,9 @@ MOE_INLINE void tcq_gemv_arm(const moe_mm *mm, const tcq_arm *f, arm_dot_fn *dot
     const moe_q8 x = act_q8(MOE_ACT_Q8_32, mm->x, mm->n_in);
     for (size_t r = 0; r < mm->n_row; r += 4) {
         const uint8_t *row[4];
-        uint8x16_t state[4][2];
+        tcq_parity_arm parity[4];
         arm_rows(mm, r, 4, row);
-        memset(state, 0, sizeof state);
+        memset(parity, 0, sizeof parity);
         float32x4_t acc = vdupq_n_f32(0);
         const uintptr_t next = (uintptr_t)row[0] + 4 * mm->w_stride;
         for (size_t t = 0; t < mm->n_in / TCQ_PATHS; t++) {
@@ -382,7 +477,7 @@ MOE_INLINE void tcq_gemv_arm(const moe_mm *mm, const tcq_arm *f, arm_dot_fn *dot
             MOE_UNROLL
             for (size_t i = 0; i < 4; i++) {
                 int8x16_t v[2];
-                tcq_unpack_arm(row[i] + at, t % 2, f, state[i], v);
+                tcq_unpack_arm(row[i], t, f, parity[i], v);
                 sum[i] = dot(dot(vdupq_n_s32(0), v[0], x0), v[1], x1);
             }
             acc = tcq_add_arm(arm_sum4(sum[0], sum[1], sum[2], sum[3]), arm_f16x4(row, at), &x, t,
@@ -422,10 +517,10 @@ MOE_INLINE void tcq_gemm_tokens_arm(const moe_mm *mm, size_t t0, size_t n_tok, c
     arm_tokens(mm, MOE_ACT_Q8_32, t0, n_tok, x);
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
-        uint8x16_t state[8][2];
+        tcq_parity_arm parity[8];
         float32x4_t acc[ARM_TOKENS + 1][2];
         arm_rows(mm, r, 8, row);
-        memset(state, 0, sizeof state);
+        memset(parity, 0, sizeof parity);
         memset(acc, 0, (n_tok + 1) * sizeof acc[0]);
         const uintptr_t next = (uintptr_t)row[0] + 8 * mm->w_stride;
         for (size_t b = 0; b < mm->n_in / TCQ_PATHS; b++) {
@@ -435,7 +530,7 @@ MOE_INLINE void tcq_gemm_tokens_arm(const moe_mm *mm, size_t t0, size_t n_tok, c
                 arm_prefetch(next + 8 * at, 8 * f->block_bytes);
             for (size_t i = 0; i < 8; i++) {
                 int8x16_t v[2];
-                tcq_unpack_arm(row[i] + at, b % 2, f, state[i], v);
+                tcq_unpack_arm(row[i], b, f, parity[i], v);
                 low[i] = v[0];
                 high[i] = v[1];
             }
@@ -463,9 +558,9 @@ MOE_INLINE void tcq_gemm_arm(const moe_mm *mm, const tcq_arm *f, const arm_engin
         tcq_gemm_tokens_arm(mm, t, MOE_MIN(mm->n_tok - t, (size_t)ARM_TOKENS), f, e);
 }
 
-/* A type's kernels, made of `type`_codes_arm. */
+/* A type's kernels, made of `type`_values_arm. */
 #define TCQ_ARM(type, bias)                                                                        \
-    static const tcq_arm type##_arm = {sizeof(type##_block), type##_codes_arm, bias};              \
+    static const tcq_arm type##_arm = {sizeof(type##_block), type##_values_arm, bias};              \
     static void type##_gemv_neon(const moe_mm *mm)                                                 \
     {                                                                                              \
         tcq_gemv_arm(mm, &type##_arm, arm_dot_neon);                                               \
@@ -495,7 +590,7 @@ MOE_INLINE void tcq_gemm_arm(const moe_mm *mm, const tcq_arm *f, const arm_engin
     if (cpu & MOE_CPU_AVX2)                                                                        \
         best = (moe_kernels){type##_gemv_avx2, type##_gemm_avx2};                                  \
     if (cpu & MOE_CPU_AVX512_VNNI)                                                                 \
-        best.gemv = type##_gemv_vnni512;
+        best = (moe_kernels){type##_gemv_vnni512, type##_gemm_vnni512};
 #elif MOE_ARM64
 #define TCQ_LADDER(type)                                                                           \
     if (cpu & MOE_CPU_NEON)                                                                        \

@@ -6,9 +6,9 @@
  *          f16   low nibbles: k 0..15          c[32 h + k]      = q[h][k] & 15       k < 16
  *                high nibbles: k 16..31        c[32 h + k + 16] = q[h][k] >> 4
  *
- *     weight = d ((2 c | s & 1) - 16)
+ *     weight = d (2 c + p - 16)
  *
- * The state s and the product with activations are described in tcq.h. */
+ * The parity p and the product with activations are described in tcq.h. */
 #ifndef MOE_QUANT_TCQ4_H
 #define MOE_QUANT_TCQ4_H
 
@@ -22,12 +22,12 @@ _Static_assert(sizeof(tcq4_block) == 34, "as in .moe files");
 
 enum { TCQ4_BIAS = 16 };
 
-MOE_INLINE void tcq4_codes(const uint8_t *block, size_t half, uint8_t doubled[32])
+MOE_INLINE void tcq4_codes(const uint8_t *block, size_t half, uint8_t code[32])
 {
     const uint8_t *q = ((const tcq4_block *)block)->q[half];
     for (size_t k = 0; k < 16; k++) {
-        doubled[k] = (uint8_t)(2 * (q[k] & 15));
-        doubled[k + 16] = (uint8_t)(2 * (q[k] >> 4));
+        code[k] = q[k] & 15;
+        code[k + 16] = q[k] >> 4;
     }
 }
 
@@ -41,16 +41,20 @@ static void tcq4_put(uint8_t *block, size_t half, const uint8_t code[32])
 TCQ_C(tcq4, TCQ4_BIAS)
 
 #if MOE_X86
+/* Both codes of a byte have their parities in the place of their lowest bits, 0 and 4. */
 MOE_AVX2_INLINE void tcq4_load_avx2(const uint8_t *const row[8], size_t offset, size_t half,
-                                    x86_block *w)
+                                    tcq_parity_avx2 *const parity[3], x86_block *w)
 {
-    const __m256i mask = _mm256_set1_epi8(30);
+    const __m256i mask = _mm256_set1_epi8(30), one = _mm256_set1_epi8(1);
     const size_t q = offset + offsetof(tcq4_block, q) + 16 * half;
     MOE_UNROLL
     for (size_t r = 0; r < 4; r++) {
-        const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q);
-        w->lo[r] = _mm256_and_si256(_mm256_slli_epi16(v, 1), mask);
-        w->hi[r] = _mm256_and_si256(_mm256_srli_epi16(v, 3), mask);
+        const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q), p = parity[0]->p[4 * half + r];
+        w->lo[r] = _mm256_or_si256(_mm256_and_si256(_mm256_add_epi8(v, v), mask),
+                                   _mm256_and_si256(p, one));
+        w->hi[r] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v, 3), mask),
+                                   _mm256_and_si256(_mm256_srli_epi16(p, 4), one));
+        parity[2]->p[4 * half + r] = tcq_parity_next_avx2(parity, half, 4, r, v);
     }
 }
 
@@ -63,29 +67,53 @@ MOE_AVX2_INLINE __m256 tcq4_step_avx2(const x86_block *w, const x86_x32 *x, __m2
 
 TCQ_AVX2(tcq4)
 
-MOE_VNNI512_INLINE void tcq4_load_512(const uint8_t *const row[8], size_t offset,
-                                      size_t half, tcq_codes_512 *w)
+/* Here parities are masked as they are made. Values from bytes of codes v. */
+MOE_VNNI512_INLINE void tcq4_values_512(__m512i v, __m512i p, __m512i *lo, __m512i *hi)
 {
-    const __m512i mask = _mm512_set1_epi8(30);
+    *lo = tcq_select_512(30, _mm512_add_epi8(v, v), p);
+    *hi = tcq_select_512(30, _mm512_srli_epi16(v, 3), _mm512_srli_epi16(p, 4));
+}
+
+MOE_VNNI512_INLINE void tcq4_load_512(const uint8_t *const row[16], size_t offset, size_t half,
+                                      tcq_parity_512 *const parity[3], tcq_values_512 *w)
+{
     const size_t q = offset + offsetof(tcq4_block, q) + 16 * half;
     MOE_UNROLL
-    for (int i = 0; i < 2; i++) {
-        const __m512i v = tcq_load_rows_512(row, q, 2 * i);
-        w->lo[i] = _mm512_and_si512(_mm512_slli_epi16(v, 1), mask);
-        w->hi[i] = _mm512_and_si512(_mm512_srli_epi16(v, 3), mask);
+    for (size_t i = 0; i < 4; i++) {
+        const __m512i v = tcq_load_rows_512(row, q, i);
+        const __m512i low = _mm512_and_si512(v, _mm512_set1_epi8(17));
+        tcq4_values_512(v, parity[0]->p[4 * half + i], &w->lo[i], &w->hi[i]);
+        parity[2]->p[4 * half + i] = tcq_parity_next_512(parity, half, 4, i, low);
     }
 }
 
-TCQ_VNNI512(tcq4, TCQ4_BIAS)
+MOE_VNNI512_INLINE void tcq4_unpack_512(const __m512i *word, size_t at,
+                                        tcq_parity_512 *const parity[3], __m512i code[16])
+{
+    MOE_UNROLL
+    for (size_t i = 0; i < 8; i++) {
+        const size_t half = i / 4;
+        const __m512i v = x86_512_word(word, at + 4 * i);
+        const __m512i low = _mm512_and_si512(v, _mm512_set1_epi8(17));
+        tcq4_values_512(v, parity[0]->p[i], &code[8 * half + i % 4], &code[8 * half + i % 4 + 4]);
+        parity[2]->p[i] = tcq_parity_next_512(parity, half, 4, i % 4, low);
+    }
+}
+
+TCQ_GEMV_VNNI512(tcq4, TCQ4_BIAS)
+TCQ_GEMM_VNNI512(tcq4, TCQ4_BIAS)
 
 #endif
 
 #if MOE_ARM64
-MOE_INLINE void tcq4_codes_arm(const uint8_t *block, size_t half, uint8x16_t v[2])
+MOE_INLINE void tcq4_values_arm(const uint8_t *block, size_t half,
+                                uint8x16_t (*const parity[3])[2], uint8x16_t v[2])
 {
     const uint8x16_t q = vld1q_u8(block + offsetof(tcq4_block, q) + 16 * half);
-    v[0] = vshlq_n_u8(vandq_u8(q, vdupq_n_u8(15)), 1);
-    v[1] = vshlq_n_u8(vshrq_n_u8(q, 4), 1);
+    const uint8x16_t p = parity[0][half][0]; /* in bits 0 and 4 */
+    v[0] = vandq_u8(vsliq_n_u8(p, q, 1), vdupq_n_u8(31));
+    v[1] = vsliq_n_u8(vshrq_n_u8(p, 4), vshrq_n_u8(q, 4), 1);
+    parity[2][half][0] = tcq_parity_next_arm(parity, half, 0, q);
 }
 
 TCQ_ARM(tcq4, TCQ4_BIAS)

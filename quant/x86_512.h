@@ -62,11 +62,16 @@ typedef struct x86_512_x {
     const int16_t *sum;
     size_t stride;
     size_t n_tok;
-    size_t n_block;     // blocks of 32, where that is the format's block
+    size_t n_block;     // groups of 32 weights in the tile
     uintptr_t next;     // what is fetched during the next steps: next_bytes for each 4 tokens
     size_t next_bytes;
     x86_512_token token[X86_512_TOKENS];
 } x86_512_x;
+
+/* What a format's load() takes along through 16 rows; 0 where they begin. */
+typedef struct x86_512_state {
+    __m512i v[3][16];
+} x86_512_state;
 
 /* Where 16 rows begin, and what is fetched while they are loaded; 0: nothing. What is fetched are
  * the rows that come next, as many bytes and in the order in which they lie in memory: as 16 to 64
@@ -78,6 +83,7 @@ typedef struct x86_512_x {
 typedef struct x86_512_rows {
     const uint8_t *row[16];
     uintptr_t next;
+    x86_512_state *state; // NULL, or of a format whose blocks depend on those before them
 } x86_512_rows;
 
 /* Unpacks 256 weights at `offset` of 16 rows. */
@@ -498,6 +504,7 @@ MOE_VNNI512 static void x86_512_load(x86_512_rows *rows, size_t offset, size_t n
     uint8_t copy[16][8 * 34]; /* 34: the longest block of 32 */
     x86_512_rows from;
     from.next = rows->next;
+    from.state = rows->state;
     for (size_t i = 0; i < 16; i++) {
         memset(copy[i], 0, sizeof copy[i]);
         memcpy(copy[i], rows->row[i] + offset, n_block * f->block_bytes);
@@ -515,9 +522,10 @@ MOE_VNNI512 static void x86_512_gemm_rows(const moe_mm *mm, x86_512_rows *rows, 
     x86_512_step_fn *const step = (*f->steps)[n_tile / 2];
     for (size_t b = 0; b < n_block; b += tile_blocks) {
         x86_512_tile tile[X86_512_TILES];
-        x->n_block = MOE_MIN(tile_blocks, n_block - b);
+        const size_t n = MOE_MIN(tile_blocks, n_block - b);
+        x->n_block = n * f->block_len / 32;
         for (size_t i = 0; i < n_tile; i++)
-            x86_512_load(&rows[i], b * f->block_bytes, x->n_block, f, &tile[i]);
+            x86_512_load(&rows[i], b * f->block_bytes, n, f, &tile[i]);
         x86_512_prepare(x, f);
         step(tile, x, acc);
         x->next += x->n_tok / 4 * x->next_bytes;
@@ -553,7 +561,9 @@ MOE_INLINE void x86_512_start(const moe_mm *mm, size_t r, size_t n_tile, size_t 
     x->next_bytes = fetch && !few ? (size_t)align_up(16 * n_tile * tile_bytes / n_step, 64) : 0;
 }
 
-MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
+/* `state`: room for a format that needs it, or NULL. */
+MOE_VNNI512 static void x86_512_gemm_with(const moe_mm *mm, const x86_512_format *f,
+                                          x86_512_state state[X86_512_TILES])
 {
     const moe_act act = f->block_len == X86_512_K ? MOE_ACT_Q8_256 : MOE_ACT_Q8_32;
     const size_t tile_bytes = X86_512_K / f->block_len * f->block_bytes;
@@ -567,6 +577,10 @@ MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
             float acc[X86_512_TOKENS][X86_512_ROWS];
             n_tile = x86_512_n_tile(mm, mm->n_row - r);
             x86_512_start(mm, r, n_tile, tile_bytes, t0 == 0, rows, &x);
+            for (size_t i = 0; i < n_tile; i++)
+                rows[i].state = state ? &state[i] : NULL;
+            if (state)
+                memset(state, 0, n_tile * sizeof *state);
             x.q = first.q;
             x.scale = first.scale;
             x.sum = first.sum;
@@ -577,6 +591,11 @@ MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
                        MOE_MIN(mm->n_row - r, 16 * n_tile) * sizeof(float));
         }
     }
+}
+
+MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
+{
+    x86_512_gemm_with(mm, f, NULL);
 }
 
 /* ----------------------------------------------------------------------------- float weights -- */

@@ -34,8 +34,6 @@ def blocks_of(block_bytes, n, rng):
     return rows
 
 
-# The next state, if the code is even and if it is odd.
-TRELLIS = {0: (0, 1), 1: (2, 3), 2: (5, 4), 3: (7, 6), 4: (1, 0), 5: (3, 2), 6: (4, 5), 7: (6, 7)}
 # Own types: bytes of a block of 64, values of a weight.
 TCQ = {4096: (34, 32), 4097: (42, 64), 4098: (66, 256)}
 
@@ -48,18 +46,22 @@ def tcq_codes(id, block):
     for h in range(2):
         half = block[2 + 16 * h:18 + 16 * h]
         nibbles = [int(b) & 15 for b in half] + [int(b) >> 4 for b in half]
-        low = int.from_bytes(bytes(block[34 + 4 * h:38 + 4 * h]), "little")
-        codes += [2 * q + (low >> k & 1) if id == 4097 else q for k, q in enumerate(nibbles)]
+        low = [int(block[34 + k % 8]) >> (k // 8 * 2 + h) & 1 for k in range(32)] if id == 4097 else []
+        codes += [2 * q + bit for q, bit in zip(nibbles, low)] if low else nibbles
     return codes
 
 
 def tcq_dequantize(id, rows):
-    state, out = [0] * 32, []
+    steps, out = [], []  # codes and parities of 32 paths each
     for block in rows:
         d = block[:2].view("<f2").astype("<f4")[0]
-        for k, code in enumerate(tcq_codes(id, block)):
-            out.append(d * np.float32(2 * code + state[k % 32] % 2 - TCQ[id][1] // 2))
-            state[k % 32] = TRELLIS[state[k % 32]][code % 2]
+        codes = tcq_codes(id, block)
+        for half in (codes[:32], codes[32:]):
+            t, before = len(steps), lambda i, k, what: steps[i][k][what] if i >= 0 else 0
+            step = [(c, before(t - 2, k, 0) % 2 ^ before(t - 5, k, 1) ^ before(t - 6, k, 1))
+                    for k, c in enumerate(half)]
+            out += [d * np.float32(2 * c + p - TCQ[id][1] // 2) for c, p in step]
+            steps.append(step)
     return np.array(out, dtype="<f4")
 
 
