@@ -96,8 +96,8 @@ MOE_VNNI512_INLINE __m256i tcq8_dot_512(const uint8_t *const row[8], size_t q, s
     __m512i sum[2]; /* quarters: rows 0, 4, 1, 5 and 2, 6, 3, 7 */
     MOE_UNROLL
     for (size_t i = 0; i < 2; i++)
-        sum[i] = _mm512_add_epi32(_mm512_shuffle_i64x2(v[2 * i], v[2 * i + 1], 0x88),
-                                  _mm512_shuffle_i64x2(v[2 * i], v[2 * i + 1], 0xdd));
+        sum[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x88),
+                                  _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xdd));
     return x86_sum4_i32(
         _mm512_castsi512_si256(sum[0]), _mm512_extracti64x4_epi64(sum[0], 1),
         _mm512_castsi512_si256(sum[1]), _mm512_extracti64x4_epi64(sum[1], 1));
