@@ -85,8 +85,8 @@ static void hparam_rope(hparam_reader *r, moe_hparams *hp)
     moe_str type = {"none", 4};
     char buf[160];
     *rope = (moe_rope_params){.base = 10000.0f, .scaling = ROPE_PLAIN, .factor = 1.0f,
-                              .attn_factor = 1.0f, .divided = true, .log_multiplier = 0.1, .beta_fast = 32.0f,
-                              .beta_slow = 1.0f, .n_ctx_original = hp->n_ctx_train};
+                              .attn_factor = 1.0f, .divided = true, .log_multiplier = 0.1,
+                              .beta_fast = 32.0f, .beta_slow = 1.0f, .n_ctx_original = hp->n_ctx_train};
     hparam_f32(r, "rope.freq_base", false, 1, 1e12, &rope->base);
     hp->n_rot = hp->head_dim;
     hparam_u32(r, "rope.dimension_count", false, 2, hp->head_dim, &hp->n_rot);

@@ -414,15 +414,15 @@ static void gguf_damage_is_refused(void)
 
 /* --------------------------------------------------------------------------------- plans -- */
 
-typedef struct planned {
+typedef struct planned_files {
     conv_source source;
     conv_tensor tensors[256];
     conv_input inputs[256];
     char names[256][64];
     moe_mem mem;
-} planned;
+} planned_files;
 
-static conv_tensor *plan_add(planned *p, const char *name, uint64_t row_len)
+static conv_tensor *plan_add(planned_files *p, const char *name, uint64_t row_len)
 {
     const size_t i = p->source.n_tensors++;
     snprintf(p->names[i], sizeof p->names[i], "%s", name);
@@ -433,7 +433,7 @@ static conv_tensor *plan_add(planned *p, const char *name, uint64_t row_len)
     return &p->tensors[i];
 }
 
-static void plan_begin(planned *p, uint32_t n_layer, bool tied)
+static void plan_begin(planned_files *p, uint32_t n_layer, bool tied)
 {
     memset(p, 0, sizeof *p);
     mem_init(&p->mem, NULL, 0);
@@ -443,7 +443,7 @@ static void plan_begin(planned *p, uint32_t n_layer, bool tied)
     p->source.tied = tied;
 }
 
-static void plan_layers(planned *p)
+static void plan_layers(planned_files *p)
 {
     static const char *const parts[] = {"attn_q.weight", "attn_v.weight", "ffn_gate_exps.weight",
                                         "ffn_down_exps.weight"};
@@ -460,7 +460,7 @@ static void plan_layers(planned *p)
     plan_add(p, "output_norm.weight", 1024)->is_vector = true;
 }
 
-static const char *plan_of(const planned *p, const char *name)
+static const char *plan_of(const planned_files *p, const char *name)
 {
     for (size_t i = 0; i < p->source.n_tensors; i++)
         if (!strcmp(p->tensors[i].name, name))
@@ -468,7 +468,7 @@ static const char *plan_of(const planned *p, const char *name)
     return "none";
 }
 
-static void plan_is(planned *p, const char *name, const char *type)
+static void plan_is(planned_files *p, const char *name, const char *type)
 {
     CHECK(!strcmp(plan_of(p, name), type), "%s: expected %s, got %s", name, type, plan_of(p, name));
 }
@@ -484,7 +484,7 @@ static moe_status plan_make(conv_source *s, const conv_options *options, moe_err
 /* Q4_K_M as llama.cpp mixes it: more bits in the first and last eighth and every third between. */
 static void mixes_give_more_bits_where_it_pays(void)
 {
-    planned *p = malloc(sizeof *p);
+    planned_files *p = malloc(sizeof *p);
     moe_error error = {0};
     conv_options o = {.quant = "q4_k_m"};
     plan_begin(p, 32, false);
@@ -524,7 +524,7 @@ static void rows_that_fit_no_block_fall_back(void)
         {"Q4_K", "Q5_0", "F16"}, {"Q5_K", "Q5_1", "F16"}, {"Q6_K", "Q8_0", "F16"},
         {"Q2_K", "IQ4_NL", "F16"}, {"Q3_K", "IQ4_NL", "F16"}, {"IQ4_XS", "IQ4_NL", "F16"},
         {"Q4_0", "Q4_0", "F16"}, {"BF16", "BF16", "BF16"}, {"F32", "F32", "F32"}};
-    planned *p = malloc(sizeof *p);
+    planned_files *p = malloc(sizeof *p);
     for (size_t i = 0; i < MOE_COUNT(cases); i++) {
         moe_error error = {0};
         const conv_options o = {.quant = cases[i].asked};
@@ -541,7 +541,7 @@ static void rows_that_fit_no_block_fall_back(void)
 
 static void keep_overrides_the_mix(void)
 {
-    planned *p = malloc(sizeof *p);
+    planned_files *p = malloc(sizeof *p);
     moe_error error = {0};
     conv_keep keeps[] = {{"attn", quant_by_name("Q8_0")}, {"blk\\.[01]\\.attn_v", quant_by_name("F16")}};
     conv_options o = {.quant = "q4_k", .keeps = keeps, .n_keeps = 2};
