@@ -811,6 +811,57 @@ static void g41_cut_at_every_byte(void)
     }
     free(whole.data);
 }
+/* Weights that are read into memory in several steps, by several threads, give the same bytes; so
+ * does a callback, which one thread calls, unless it fails in the middle. */
+typedef struct gguf_slow_source {
+    const gguf_made *b;
+    uint32_t n_call, fail_at;
+} gguf_slow_source;
+
+static int gguf_slow_read(void *user, uint64_t offset, void *dst, size_t bytes)
+{
+    gguf_slow_source *s = user;
+    memcpy(dst, s->b->data + offset, bytes);
+    return ++s->n_call == s->fail_at ? 7 : 0;
+}
+
+static void copied_in_steps(void)
+{
+    const uint64_t rows = 3 * DIR_READ_STEP_BYTES / 4096 + 1;
+    gguf_made b = {0};
+    put_head(&b, 3, 1, 1);
+    put_key_string(&b, "general.architecture", "llama");
+    put_tensor(&b, "t", 1024, rows, 0, 0);
+    put_data(&b, 32, 0);
+    const size_t start = b.n;
+    for (uint64_t i = 0; i < rows * 512; i++)
+        put_u64(&b, i);
+    for (uint32_t fail_at = 0; fail_at < 3; fail_at++) { /* 0: memory, 1: callback, 2: it fails */
+        gguf_slow_source source = {.b = &b};
+        moe_model_options o;
+        moe_directory *dir = NULL;
+        moe_error error = {0};
+        moe_mem mem;
+        moe_model_options_init(&o);
+        mem_init(&mem, NULL, 0);
+        o.copy = true;
+        o.data = fail_at ? NULL : b.data;
+        o.data_bytes = fail_at ? 0 : b.n;
+        o.read = fail_at ? gguf_slow_read : NULL;
+        o.read_user = &source;
+        o.read_bytes = fail_at ? b.n : 0;
+        source.fail_at = fail_at == 2 ? 6 : 0;
+        const moe_status status = directory_open(&dir, &o, &mem, &error);
+        CHECK(status == (fail_at == 2 ? MOE_ERR_IO : MOE_OK), "%u: %s", fail_at, error.message);
+        if (dir)
+            CHECK(!memcmp(directory_tensor(dir, "t")->data, b.data + start, b.n - start), "%u",
+                  fail_at);
+        directory_close(dir);
+        CHECK(atomic_load(&mem.used_bytes) == 0, "%u", fail_at);
+    }
+    free(b.data);
+}
+
 TEST_PROGRAM(gguf)
 {
     if (!scratch_begin("gguf"))
@@ -868,5 +919,6 @@ TEST_PROGRAM(gguf)
     RUN(g39_duplicate_tensor);
     RUN(g40_tensor_name_length);
     RUN(g41_cut_at_every_byte);
+    RUN(copied_in_steps);
     scratch_end();
 }
