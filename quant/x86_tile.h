@@ -1,5 +1,5 @@
-/* quant/x86_tile.h - many tokens (gemm) with AVX2 and with AVX-VNNI, for all integer formats: tiles,
- * how they are multiplied, and the loop over rows, tiles and tokens.
+/* quant/x86_tile.h - many tokens (gemm) with AVX2 and AVX-VNNI, for all integer formats: tiles, how
+ * they are multiplied, and the loop over rows, tiles and tokens.
  *
  * 256 weights of 8 rows, a superblock or up to 8 blocks of 32, are unpacked into a tile, transposed
  * so that a vector holds 4 consecutive k of 8 rows:
@@ -101,7 +101,7 @@ typedef void x86_load_fn(const uint8_t *const row[8], size_t offset, size_t n_bl
 
 typedef struct x86_format {
     size_t block_len, block_bytes;
-    int offset;
+    int offset;           // what is subtracted from unsigned codes; 128 if they are made of signed
     x86_load_fn *load;
 } x86_format;
 
@@ -594,7 +594,7 @@ MOE_AVX2 static void x86_gemm_tokens_avx2(const moe_mm *mm, size_t t0, size_t n_
         const x86_tokens x = {
             .q = q8.q, .scale = q8.scale, .sum = q8.sum, .stride = mm->x_stride, .n_tok = n_tok,
             .offset = f->offset, .next = (uintptr_t)mm->w + (r + 8 * n_tile) * mm->w_stride,
-            .next_bytes = t0 ? 0 : (size_t)align_up(4 * panel_bytes / n_tok, 64)};
+            .next_bytes = t0 ? 0 : (size_t)align_up(panel_bytes / (n_tok / 4), 64)};
         x86_gemm_rows_avx2(mm, r, n_tile, x, acc, f, steps[n_tile - 1]);
         for (size_t t = 0; t < n_tok; t++)
             for (size_t i = 0; i < n_row; i += 8)
