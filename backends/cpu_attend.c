@@ -5,8 +5,9 @@
  * So what a query gets does not depend on which queries are computed beside it, nor on whether a
  * segment is a task of its own (decode) or one of many in a task (prefill).
  *
- * Within a segment, blocks of keys are converted to float and transposed, blocks of values only
- * converted; all queries of the task are multiplied with a block while it is in the cache of the core.
+ * Within a segment, blocks of keys and values are converted to float, and all queries of the task are
+ * multiplied with a block while it is in the cache of the core. Many queries stand side by side in
+ * panels; with few, keys are transposed instead.
  *
  * Must never: allocate, lock, fail. */
 #ifndef MOE_BACKENDS_CPU_ATTEND_C
@@ -53,7 +54,8 @@ static void cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t he
                              uint32_t n, uint32_t ahead, float *dst)
 {
     enum { FETCH_ROWS = 4 };
-    const size_t stride = (size_t)align_up(c->dim, 32), row_bytes = (size_t)cache_row_bytes(c->type, c->dim);
+    const size_t stride = (size_t)align_up(c->dim, 32);
+    const size_t row_bytes = (size_t)cache_row_bytes(c->type, c->dim);
     for (uint32_t i = 0, n_run; i < n; i += n_run, dst += n_run * stride) {
         const uint8_t *src = cpu_cache_row(c, head, first + i);
         /* Rows that are neighbours here and there, up to where the ring begins anew, are one. */
@@ -177,7 +179,8 @@ static void cpu_row_weights(const moe_queue *q, const cpu_queries *a, uint32_t q
                             uint32_t first, uint32_t end, const cpu_scratch *s)
 {
     const size_t dim = cpu_value_dim(a->o, a->v);
-    float *score = s->scores + (size_t)query * CPU_SCORES, *partial = s->partial + query * cpu_sum_stride(dim);
+    float *score = s->scores + (size_t)query * CPU_SCORES;
+    float *partial = s->partial + query * cpu_sum_stride(dim);
     uint32_t lo, hi;
     if (!cpu_visible(a->o, a->tok + query / a->group, start, &lo, &hi))
         lo = hi = end;
@@ -369,8 +372,8 @@ static void cpu_segment_panels(const moe_queue *q, const cpu_queries *a, uint32_
     cpu_visible(a->o, a->tok + a->n_tok - 1, start, &ignored, &end);
     for (uint32_t b = first, next; b < end; b = next) {
         next = MOE_MIN(b + CPU_KEY_BLOCK, end);
-        cpu_ahead ahead = cpu_ahead_of(next < end ? a->k : a->v, a->kv_head, next < end ? next : first,
-                                       n_panel * n_k_block);
+        cpu_ahead ahead = next < end ? cpu_ahead_of(a->k, a->kv_head, next, n_panel * n_k_block)
+                                     : cpu_ahead_of(a->v, a->kv_head, first, n_panel * n_k_block);
         cpu_cache_floats(q, a->k, a->kv_head, b, next - b, 0, s->block);
         for (uint32_t i = 0; i < n; i += CPU_PANEL) {
             const cpu_panel p = cpu_panel_at(a, i, start, s);

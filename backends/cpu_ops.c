@@ -30,7 +30,7 @@ enum {
     CPU_KEY_BLOCK = 64,     /* positions converted to float at once: they stay in L1/L2 */
     CPU_DIM_BLOCK = 128,    /* elements of a panel of queries that stay in L1 */
     CPU_PANEL = 64,         /* queries (tokens x heads) side by side */
-    CPU_QUERY_BYTES = 448 << 10, /* of the queries that share converted keys, with all that is theirs: in L2 */
+    CPU_QUERY_BYTES = 448 << 10, /* of a task's queries with all that is theirs: in L2 */
     CPU_FEW_QUERIES = 15,   /* up to so many, keys are transposed instead of queries */
     CPU_SCORES = CPU_SEGMENT + 16, /* then: from one query's scores to the next one's */
     CPU_KEY_ROWS = 16       /* and keys before they are transposed */
