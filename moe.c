@@ -2,8 +2,8 @@
  *
  * SPDX-License-Identifier: MIT
  *
- * The order of the includes is the flow of the data: file on disk -> records -> tensors -> tokens ->
- * layers -> kernels -> logits -> sampler -> text. Each part uses only what stands above it.
+ * The order of the includes is the flow of the data: file on disk -> records -> tensors -> tokens
+ * -> layers -> kernels -> logits -> sampler -> text. Each part uses only what stands above it.
  *
  *     cc -O2 -c moe.c                 with utf8proc for text, zstd for compressed weights
  *     cc -O2 -DMOE_NO_TEXT -c moe.c   without tokenizers: token ids in, logits out

@@ -20,9 +20,9 @@
  *     set to NULL, and a moe_error, which says what was wrong.
  *   - Option structs start with `size`; fill them with their `_init` function, then change what you
  *     need. A library that is newer than the header takes the defaults for the fields it adds.
- *   - Strings are UTF-8. A `const char *` that a function returns lives as long as the object it was
- *     asked of. Pointers that you pass in are not kept after the call, except where a comment says
- *     so (callbacks, cancel flags, a model's memory buffer).
+ *   - Strings are UTF-8. A `const char *` that a function returns lives as long as the object it
+ *     was asked of. Pointers that you pass in are not kept after the call, except where a comment
+ *     says so (callbacks, cancel flags, a model's memory buffer).
  *   - Sizes are in bytes and end in `_bytes`; counts start with `n_`.
  *
  * The logits of a token sequence are the same bits for any number of threads, any split of the
@@ -66,7 +66,7 @@ typedef enum moe_status {
     MOE_ERR_CONTEXT = 8,     /* the tokens do not fit into the session's context */
     MOE_ERR_CANCELLED = 9,   /* the cancel flag was set */
     MOE_ERR_THREAD = 10,     /* threads could not be started */
-    MOE_ERR_TEXT = 11,       /* text that the tokenizer cannot encode (invalid UTF-8 and the like) */
+    MOE_ERR_TEXT = 11,       /* text that the tokenizer cannot encode (invalid UTF-8, for one) */
     MOE_ERR_BACKEND = 12     /* the compute device failed */
 } moe_status;
 
@@ -174,8 +174,8 @@ typedef struct moe_model_options {
     const moe_cancel *cancel;    /* NULL: cannot be cancelled. Used during open only. */
     const struct moe_backend *backend; /* NULL: the CPU */
     bool verify;     /* of a .moe file: first compare every byte with its checksum, which reads the
-                        whole file. Otherwise that is done for what is decoded, and `moe verify` does
-                        it for all */
+                        whole file. Otherwise that is done for what is decoded, and `moe verify`
+                        does it for all */
 } moe_model_options;
 
 typedef struct moe_model moe_model;
@@ -198,13 +198,13 @@ typedef struct moe_verify_report {
     uint64_t root; /* the checksum of the directory, and so of the whole file */
 } moe_verify_report;
 
-/* Called for each damaged part: its name, such as "layer 3, expert 17 (record 40)", and its place. */
+/* Called for each damaged part: its name, like "layer 3, expert 17 (record 40)", and its place. */
 typedef void moe_damage_fn(void *user, const char *what, uint64_t offset, uint64_t bytes);
 
-/* Compares every byte of a .moe file with its checksum. MOE_ERR_FORMAT if one differs, with the first
- * damaged part in *error; `damage` (may be NULL) is then called for all, in the order of the file,
- * unless it is the directory that is damaged. `report` may be NULL; fill report->size. Of the options
- * only the source, host, memory limit and cancel flag are used. */
+/* Compares every byte of a .moe file with its checksum. MOE_ERR_FORMAT if one differs, with the
+ * first damaged part in *error; `damage` (may be NULL) is then called for all, in the order of the
+ * file, unless it is the directory that is damaged. `report` may be NULL; fill report->size. Of the
+ * options only the source, host, memory limit and cancel flag are used. */
 MOE_API moe_status moe_file_verify(const moe_model_options *options, moe_damage_fn *damage,
                                    void *user, moe_verify_report *report, moe_error *error);
 
@@ -249,8 +249,8 @@ typedef struct moe_tensor_info {
     uint64_t offset;    /* in the file that holds it; of experts in a .moe file: of the first */
     uint64_t bytes;
     uint64_t stored_bytes; /* in the file: less than `bytes` if it is compressed */
-    /* Of .moe files: the squared error against what it was made from, relative to the squared weights:
-     * over all of the tensor, and of its worst expert. 0: the same; negative: not known. */
+    /* Of .moe files: the squared error against what it was made from, relative to the squared
+     * weights: over all of the tensor, and of its worst expert. 0: the same; negative: unknown. */
     float error, error_worst;
 } moe_tensor_info;
 
@@ -288,8 +288,8 @@ typedef struct moe_observed_experts {
     const float *weights;  /* [n_tok][n_used]: what their outputs are multiplied with */
 } moe_observed_experts;
 
-/* What a weight matrix, or each matrix of a stack (experts, heads), is multiplied with. Product i, of
- * n_product, is that of matrix[i] and the n_in floats at rows + i / n_per_row * row_stride. */
+/* What a weight matrix, or each matrix of a stack (experts, heads), is multiplied with. Product i,
+ * of n_product, is that of matrix[i] and the n_in floats at rows + i / n_per_row * row_stride. */
 typedef struct moe_observed_input {
     size_t size;
     const char *tensor;    /* the name in the model's file */
@@ -299,10 +299,11 @@ typedef struct moe_observed_input {
     const int32_t *matrix; /* [n_product], all < n_matrix */
 } moe_observed_input;
 
-/* Looks on while a session computes. Each member may be NULL. The calls come from the thread that is in
- * moe_session_eval, layer by layer, for each batch of tokens; also for tokens that are computed ahead in
- * vain or whose call fails later, but not again for kept ones that are computed anew. Observing costs
- * time and a copy of what is looked at, and changes no result. The functions must not use the session. */
+/* Looks on while a session computes. Each member may be NULL. The calls come from the thread that
+ * is in moe_session_eval, layer by layer, for each batch of tokens; also for tokens that are
+ * computed ahead in vain or whose call fails later, but not again for kept ones that are computed
+ * anew. Observing costs time and a copy of what is looked at, and changes no result. The functions
+ * must not use the session. */
 typedef struct moe_observer {
     size_t size;
     void *user;
@@ -345,8 +346,8 @@ typedef struct moe_memory_estimate {
 MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
                                         moe_memory_estimate *estimate, moe_error *error);
 
-/* Opens a session. Everything it will need is allocated here; MOE_ERR_LIMIT, with the context length
- * that would fit, if that is over the model's memory ceiling or over the free memory. */
+/* Opens a session. Everything it will need is allocated here; MOE_ERR_LIMIT, with the context
+ * length that would fit, if that is over the model's memory ceiling or over the free memory. */
 MOE_API moe_status moe_session_open(moe_session **out, moe_model *model,
                                     const moe_session_options *options, moe_error *error);
 
@@ -356,8 +357,8 @@ MOE_API void moe_session_close(moe_session *session);
 /* Appends tokens[0..n_tok) to the session's sequence and computes.
  *   n_logits  for how many of the last tokens the logits are wanted, 0..n_tok
  *   logits    [n_logits][n_vocab] floats, written; NULL if n_logits is 0
- * In a session that drafts, a call with one token and one row of logits may compute more tokens than
- * that, and the next calls, if they bring those tokens, return at once.
+ * In a session that drafts, a call with one token and one row of logits may compute more tokens
+ * than that, and the next calls, if they bring those tokens, return at once.
  * On failure the sequence is as long as before the call; with MOE_ERR_CANCELLED too. */
 MOE_API moe_status moe_session_eval(moe_session *session, const moe_token *tokens, size_t n_tok,
                                     size_t n_logits, float *logits);
@@ -390,8 +391,8 @@ MOE_API uint32_t moe_session_threads(const moe_session *session);
  *     computed, unless it belongs to a call of at most 16 tokens that was the last. */
 MOE_API moe_status moe_session_rewind(moe_session *session, uint32_t n_tok);
 
-/* Makes the present position one that recurrent layers can go back to at no cost, as long as not too
- * many later ones push it out. Models without such layers have nothing to do. */
+/* Makes the present position one that recurrent layers can go back to at no cost, as long as not
+ * too many later ones push it out. Models without such layers have nothing to do. */
 MOE_API moe_status moe_session_checkpoint(moe_session *session);
 
 /* Why the last call on this session failed. Owned by the session; overwritten by the next call. */

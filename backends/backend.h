@@ -7,15 +7,16 @@
  *
  * Two kinds of object:
  *   moe_device  one per model: weights, and what is known about the machine.
- *   moe_queue   one per session: threads or command buffers, scratch memory. Operations are recorded
- *               in order and run by submit(). An operation sees the results of all before it.
+ *   moe_queue   one per session: threads or command buffers, scratch memory. Operations are
+ *               recorded in order and run by submit(). An operation sees the results of all
+ *               before it.
  *
  * Recording copies the description, allocates nothing and cannot fail: an operation that does not
  * fit into the queue submits what is there. Errors come out of submit().
  *
- * Every result is defined to the bit by the C code of the CPU backend (backends/cpu_ops.c); no result
- * depends on how the work is divided. Unless it says otherwise, a view holds float32, rows dense and
- * in the order of the shape in the comment.
+ * Every result is defined to the bit by the C code of the CPU backend (backends/cpu_ops.c); no
+ * result depends on how the work is divided. Unless it says otherwise, a view holds float32, rows
+ * dense and in the order of the shape in the comment.
  */
 #ifndef MOE_BACKENDS_BACKEND_H
 #define MOE_BACKENDS_BACKEND_H
@@ -26,8 +27,8 @@ typedef struct moe_device moe_device;
 typedef struct moe_queue moe_queue;
 typedef struct moe_buffer moe_buffer;
 
-/* A place in a buffer; `offset` in bytes, a multiple of 4. (Whole arrays start at multiples of 64; a
- * view of some of their rows may not.) buffer NULL: absent, where the comment allows it. */
+/* A place in a buffer; `offset` in bytes, a multiple of 4. (Whole arrays start at multiples of 64;
+ * a view of some of their rows may not.) buffer NULL: absent, where the comment allows it. */
 typedef struct moe_view {
     moe_buffer *buffer;
     uint64_t offset;
@@ -41,8 +42,8 @@ typedef struct moe_matrix {
 } moe_matrix;
 
 /* A weight matrix or a stack of them (experts): dims[0] is the length of a row (n_in), dims[1] the
- * number of rows (n_out), dims[2] the number of matrices. The matrices of a stack of experts may each
- * have a type and a place of their own: then only experts() takes it. */
+ * number of rows (n_out), dims[2] the number of matrices. The matrices of a stack of experts may
+ * each have a type and a place of their own: then only experts() takes it. */
 typedef struct moe_weight {
     const char *name;   // in the model's file; NULL: made from another weight
     const moe_quant *quant;
@@ -88,8 +89,8 @@ typedef struct moe_embed_op {
     uint32_t n_tok;
 } moe_embed_op;
 
-/* RMS norm of rows: dst = src / sqrt(mean(src^2) + eps) * weight; with l2 the sum stands in the place
- * of the mean. Row r is at r * stride floats; in place is allowed. Zhang and Sennrich 2019,
+/* RMS norm of rows: dst = src / sqrt(mean(src^2) + eps) * weight; with l2 the sum stands in the
+ * place of the mean. Row r is at r * stride floats; in place is allowed. Zhang and Sennrich 2019,
  * arXiv:1910.07467. */
 typedef struct moe_norm_op {
     moe_view dst, src;   // [n_row][dim], strides below
@@ -161,8 +162,8 @@ typedef struct moe_attend_op {
     moe_view sink;       // [n_head]; may be absent
     uint32_t n_tok, pos, n_head, window;
     float scale, cap;
-    uint32_t dim_v;      // only the first dim_v elements of a value take part; 0: all. With it v may
-                         // be k: latent attention keeps both in one row
+    uint32_t dim_v;      // only the first dim_v elements of a value take part; 0: all. With it v
+                         // may be k: latent attention keeps both in one row
 } moe_attend_op;
 
 enum { MOE_CONV_MAX_TAP = 64 };
@@ -170,7 +171,7 @@ enum { MOE_CONV_MAX_TAP = 64 };
 /* Causal convolution over the last n_tap positions, each element by itself. With u = b * x:
  *     y[t][i] = sum over k, ascending, of weight[i][k] * u[t - n_tap + 1 + k][i]
  *     dst = c * y;  or silu(y)
- * What u was before the first token comes from `before`; what a later call needs goes to `after`. */
+ * u before the first token comes from `before`; what a later call needs goes to `after`. */
 typedef struct moe_conv_op {
     moe_view dst;           // [n_tok][dim]
     moe_view x, b, c;       // [n_tok][dim], rows src_stride floats apart; b, c may be absent: 1

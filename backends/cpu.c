@@ -1,8 +1,8 @@
 /* backends/cpu.c - the CPU as a backend: what the machine has, memory, and the recording of
  * operations into phases of tasks. The operations themselves are in cpu_ops.c and cpu_attend.c.
  *
- * Owns: buffers, a queue's threads and scratch memory. Weights that are wrapped stay where they are,
- * normally in the mapped file. */
+ * Owns: buffers, a queue's threads and scratch memory. Weights that are wrapped stay where they
+ * are, normally in the mapped file. */
 #ifndef MOE_BACKENDS_CPU_C
 #define MOE_BACKENDS_CPU_C
 
@@ -167,8 +167,8 @@ static void *cpu_take(uint8_t *base, uint64_t *used, uint64_t bytes)
     return p;
 }
 
-/* Lays out the memory of a queue and returns its size. With base NULL the pointers are not set: so the
- * estimate and the allocation cannot differ. */
+/* Lays out the memory of a queue and returns its size. With base NULL the pointers are not set: so
+ * the estimate and the allocation cannot differ. */
 static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
 {
     const moe_queue_options *o = &q->options;
@@ -200,7 +200,8 @@ static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
             .tile = cpu_take(base, &used, CPU_TILE * sizeof(float)),
             .queries = cpu_take(base, &used, n_query * o->dim_max * sizeof(float)),
             .rows = cpu_take(base, &used, CPU_KEY_ROWS * align_up(o->dim_max, 32) * sizeof(float)),
-            .block = cpu_take(base, &used, CPU_KEY_BLOCK * align_up(o->dim_max, 32) * sizeof(float)),
+            .block = cpu_take(base, &used,
+                              CPU_KEY_BLOCK * align_up(o->dim_max, 32) * sizeof(float)),
             .scores = cpu_take(base, &used, n_query * CPU_SCORES * sizeof(float)),
             .partial = cpu_take(base, &used, n_query * row),
             .total = cpu_take(base, &used, n_query * row),
@@ -408,7 +409,8 @@ static void cpu_record_heads(moe_queue *q, const moe_heads_op *o)
     op->chunk = MOE_MIN(cpu_chunk_rows(q, o->w->dims[1] * o->w->dims[2], o->w->row_bytes, o->n_tok),
                         (uint32_t)align_up(o->w->dims[1], 8));
     cpu_new_phase(q, op, cpu_heads_quantize, o->w->dims[2]);
-    cpu_new_phase(q, op, cpu_heads, (uint64_t)cpu_ceil_div(o->w->dims[1], op->chunk) * o->w->dims[2]);
+    cpu_new_phase(q, op, cpu_heads,
+                  (uint64_t)cpu_ceil_div(o->w->dims[1], op->chunk) * o->w->dims[2]);
 }
 
 static void cpu_record_conv(moe_queue *q, const moe_conv_op *o)

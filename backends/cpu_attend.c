@@ -1,13 +1,13 @@
 /* backends/cpu_attend.c - attention on the CPU.
  *
- * Positions go in segments of CPU_SEGMENT, counted from position 0. A segment's scores become weights
- * relative to the segment's maximum and its values are summed; then segments are joined, ascending.
- * So what a query gets does not depend on which queries are computed beside it, nor on whether a
- * segment is a task of its own (decode) or one of many in a task (prefill).
+ * Positions go in segments of CPU_SEGMENT, counted from position 0. A segment's scores become
+ * weights relative to the segment's maximum and its values are summed; then segments are joined,
+ * ascending. So what a query gets does not depend on which queries are computed beside it, nor on
+ * whether a segment is a task of its own (decode) or one of many in a task (prefill).
  *
- * Within a segment, blocks of keys and values are converted to float, and all queries of the task are
- * multiplied with a block while it is in the cache of the core. Many queries stand side by side in
- * panels; with few, keys are transposed instead.
+ * Within a segment, blocks of keys and values are converted to float, and all queries of the task
+ * are multiplied with a block while it is in the cache of the core. Many queries stand side by side
+ * in panels; with few, keys are transposed instead.
  *
  * Must never: allocate, lock, fail. */
 #ifndef MOE_BACKENDS_CPU_ATTEND_C
@@ -139,9 +139,9 @@ static void cpu_softcap_scores(const cpu_queries *a, float *score, size_t n)
         score[j] = a->o->cap * cpu_tanh(score[j] / a->o->cap);
 }
 
-/* A segment for all queries of a task: partial[i] = (sum of exp(s - max) v, max, sum of exp(s - max)).
- * A query that sees nothing of the segment gets a sum of 0. There are two ways to it, with the same
- * bits: the neighbours in a vector are keys, or they are queries. */
+/* A segment for all queries of a task: partial[i] = (sum of exp(s - max) v, max,
+ * sum of exp(s - max)). A query that sees nothing of the segment gets a sum of 0. There are two
+ * ways to it, with the same bits: the neighbours in a vector are keys, or they are queries. */
 
 /* --------------------------------------------------------------------------- few queries -- */
 
@@ -173,10 +173,10 @@ static void cpu_row_scores(const moe_queue *q, const cpu_queries *a, uint32_t st
     q->device->outer->outer(&o);
 }
 
-/* Turns the scores of positions [first, end) of a query into weights, in place: exp(score - max), and 0
- * where it does not see. */
-static void cpu_row_weights(const moe_queue *q, const cpu_queries *a, uint32_t query, uint32_t start,
-                            uint32_t first, uint32_t end, const cpu_scratch *s)
+/* Turns the scores of positions [first, end) of a query into weights, in place: exp(score - max),
+ * and 0 where it does not see. */
+static void cpu_row_weights(const moe_queue *q, const cpu_queries *a, uint32_t query,
+                            uint32_t start, uint32_t first, uint32_t end, const cpu_scratch *s)
 {
     const size_t dim = cpu_value_dim(a->o, a->v);
     float *score = s->scores + (size_t)query * CPU_SCORES;
@@ -408,8 +408,8 @@ static void cpu_segment(const moe_queue *q, const cpu_queries *a, uint32_t start
     (a->n_query > CPU_FEW_QUERIES ? cpu_segment_panels : cpu_segment_rows)(q, a, start, s);
 }
 
-/* Joins a segment to those before it, for n <= CPU_PANEL queries: both are sums relative to their own
- * maximum. Milakov and Gimelshein 2018, arXiv:1805.02867. */
+/* Joins a segment to those before it, for n <= CPU_PANEL queries: both are sums relative to their
+ * own maximum. Milakov and Gimelshein 2018, arXiv:1805.02867. */
 static void cpu_merge(const moe_queue *q, float *total, const float *partial, size_t dim, size_t n)
 {
     const size_t stride = cpu_sum_stride(dim);

@@ -1,9 +1,9 @@
 /* backends/cpu_ops.c - what each operation of backends/backend.h does on the CPU.
  *
- * An operation is one or two phases of independent tasks (cpu_threads.c). This file holds the bodies of
- * the tasks and the number of them; backends/cpu.c records operations and owns the memory. The way
- * work is cut into tasks never reaches the results: each output element is computed whole, by one
- * task, by an expression that knows nothing of tasks.
+ * An operation is one or two phases of independent tasks (cpu_threads.c). This file holds the
+ * bodies of the tasks and the number of them; backends/cpu.c records operations and owns the
+ * memory. The way work is cut into tasks never reaches the results: each output element is computed
+ * whole, by one task, by an expression that knows nothing of tasks.
  *
  * Must never: allocate, lock, fail. */
 #ifndef MOE_BACKENDS_CPU_OPS_C
@@ -18,7 +18,7 @@
 enum {
     CPU_MAX_OPS = 2048,
     CPU_MAX_PHASES = 3 * CPU_MAX_OPS,
-    CPU_TOK_TILE = 256,     /* tokens per call of a gemm kernel, which cuts them to suit its caches */
+    CPU_TOK_TILE = 256,     /* tokens per call of a gemm kernel, which cuts them for its caches */
     CPU_TOK_PART = 64,      /* tokens of a task are a multiple of this */
     CPU_ROW_TILE = 64,      /* rows per task in prefill */
     CPU_TASKS = 16,         /* tasks per thread that even out what threads differ in */
@@ -92,7 +92,7 @@ typedef struct cpu_scratch {
     float *tile;    // [CPU_TILE] results of a matrix tile; also scores of a router
     float *queries; // [n_panel][dim_max][CPU_PANEL]; few: [n_query][dim_max]
     float *rows;    // [CPU_KEY_ROWS][dim_max rounded up to 32]: keys as they are stored
-    float *block;   // [CPU_KEY_BLOCK][dim_max rounded up to 32] keys or values; few: keys transposed
+    float *block;   // [CPU_KEY_BLOCK][dim_max rounded up to 32] keys or values; few: keys turned
     float *scores;  // [n_panel][CPU_SEGMENT][CPU_PANEL]; few: [n_query][CPU_SCORES]
     float *partial; // [n_query][cpu_sum_stride(dim_max)]: a segment's values, maximum and sum
     float *total;   // the same of the segments so far
@@ -292,8 +292,8 @@ MOE_INLINE uint8_t *cpu_cache_row(const moe_cache *c, uint32_t head, uint32_t po
 
 /* -------------------------------------------------------------------- products per head -- */
 
-/* Phase 1: one head of all tokens, in the form that the matrices want. A head's tokens are neighbours
- * there. */
+/* Phase 1: one head of all tokens, in the form that the matrices want. A head's tokens are
+ * neighbours there. */
 static void cpu_heads_quantize(moe_queue *q, const cpu_op *op, uint32_t head, uint32_t thread)
 {
     (void)thread;
@@ -498,8 +498,8 @@ static void cpu_route(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t threa
                     cpu_floats(o->weights) + (size_t)t * r->n_used);
 }
 
-/* Phase 1 of the experts: sorts (token, slot) by expert, so that each expert's tokens are neighbours.
- * One task; a counting sort. */
+/* Phase 1 of the experts: sorts (token, slot) by expert, so that each expert's tokens are
+ * neighbours. One task; a counting sort. */
 static void cpu_experts_sort(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     (void)task, (void)thread;

@@ -1,10 +1,10 @@
-/* backends/cpu_outer.h - products of two small float matrices, for attention: scores are queries times
- * keys, and what comes out is weights times values. Both have the same form once the queries, or the
- * keys, stand transposed, so there is one kernel, and its transposition.
+/* backends/cpu_outer.h - products of two small float matrices, for attention: scores are queries
+ * times keys, and what comes out is weights times values. Both have the same form once the queries,
+ * or the keys, stand transposed, so there is one kernel, and its transposition.
  *
  * Each kernel stands first in C, which specifies its result to the bit; the vector forms put
- * neighbouring columns into the lanes of a vector, so that each element is the same chain of fmaf in
- * the same order on every machine, however many rows are computed together. */
+ * neighbouring columns into the lanes of a vector, so that each element is the same chain of fmaf
+ * in the same order on every machine, however many rows are computed together. */
 #ifndef MOE_BACKENDS_CPU_OUTER_H
 #define MOE_BACKENDS_CPU_OUTER_H
 
@@ -15,7 +15,7 @@
 #include <arm_neon.h>
 #endif
 
-/* c[i][x] = fmaf(a[i][k], b[k][x], c[i][x]), k = 0 .. n_k - 1 in this order, for i < n_row, x < n_col;
+/* c[i][x] = fmaf(a[i][k], b[k][x], c[i][x]), k = 0 .. n_k - 1 in order, for i < n_row, x < n_col;
  * from 0 on if `fresh`, whatever c held. The strides are in floats. */
 typedef struct cpu_outer {
     float *c;       // [n_row][c_stride]

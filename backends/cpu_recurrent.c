@@ -1,12 +1,12 @@
-/* backends/cpu_recurrent.c - operations of layers that carry a state from token to token: convolution
- * over a few positions, gated delta rule.
+/* backends/cpu_recurrent.c - operations of layers that carry a state from token to token:
+ * convolution over a few positions, gated delta rule.
  *
- * A task owns a strip of columns and takes its tokens one after another, in the order of the sequence,
- * while the strip's state stays in L1. So the work is parallel over heads and columns, and the bits
- * depend on neither threads nor batches. docs/performance.md says what that costs beside a form that
- * is parallel over tokens.
+ * A task owns a strip of columns and takes its tokens one after another, in the order of the
+ * sequence, while the strip's state stays in L1. So the work is parallel over heads and columns,
+ * and the bits depend on neither threads nor batches. docs/performance.md says what that costs
+ * beside a form that is parallel over tokens.
  *
- * Each kernel stands first in C, which specifies its result to the bit, then in AVX2, AVX-512 and NEON. */
+ * Each kernel stands first in C, which specifies it to the bit, then in AVX2, AVX-512 and NEON. */
 #ifndef MOE_BACKENDS_CPU_RECURRENT_C
 #define MOE_BACKENDS_CPU_RECURRENT_C
 
@@ -169,11 +169,13 @@ AVX2 static void delta_avx2(const cpu_delta_step *s)
         for (; i + 4 <= s->dim_k; i += 4)
             MOE_UNROLL
             for (size_t c = 0; c < 4; c++)
-                delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1, sum[c]);
+                delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1,
+                                 sum[c]);
         MOE_UNROLL
         for (size_t c = 0; c < 3; c++)
             if (i + c < s->dim_k)
-                delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1, sum[c]);
+                delta_write_avx2(x + (i + c) * B, s->k + i + c, s->q + i + c, decay, d0, d1,
+                                 sum[c]);
         chains_avx2(sum, &low, &high);
         _mm256_storeu_ps(s->dst + j, _mm256_mul_ps(scale, low));
         _mm256_storeu_ps(s->dst + j + 8, _mm256_mul_ps(scale, high));
@@ -248,8 +250,8 @@ AVX512 MOE_INLINE void delta_row_avx512(float *x, const float *k, const float *q
         delta_add_avx512(next, x0, x1, known);
 }
 
-/* All columns at once: a token's new state is still in registers when the next token reads it, which
- * saves one of three passes over L1. */
+/* All columns at once: a token's new state is still in registers when the next token reads it,
+ * which saves one of three passes over L1. */
 AVX512 MOE_INLINE void delta_rows_avx512(const cpu_delta_step *s, const float *next)
 {
     enum { B = MOE_DELTA_BLOCK };
@@ -267,13 +269,13 @@ AVX512 MOE_INLINE void delta_rows_avx512(const cpu_delta_step *s, const float *n
     for (; i + 4 <= dim_k; i += 4)
         MOE_UNROLL
         for (size_t c = 0; c < 4; c++)
-            delta_row_avx512(x + (i + c) * B, k + i + c, q + i + c, next ? next + i + c : NULL, decay, d,
-                             sum[c], known[c]);
+            delta_row_avx512(x + (i + c) * B, k + i + c, q + i + c, next ? next + i + c : NULL,
+                             decay, d, sum[c], known[c]);
     MOE_UNROLL
     for (size_t c = 0; c < 3; c++)
         if (i + c < dim_k)
-            delta_row_avx512(x + (i + c) * B, k + i + c, q + i + c, next ? next + i + c : NULL, decay, d,
-                             sum[c], known[c]);
+            delta_row_avx512(x + (i + c) * B, k + i + c, q + i + c, next ? next + i + c : NULL,
+                             decay, d, sum[c], known[c]);
     MOE_UNROLL
     for (size_t half = 0; half < 2; half++) {
         _mm512_storeu_ps(s->dst + 16 * half,
@@ -347,7 +349,8 @@ static void delta_read_neon(float *known, const float *state, const float *k, si
         MOE_UNROLL
         for (size_t c = 0; c < 3; c++)
             if (whole + c < dim_k)
-                sum[c] = fma8_neon(sum[c], same8_neon(k[whole + c]), load8_neon(x + (whole + c) * B));
+                sum[c] = fma8_neon(sum[c], same8_neon(k[whole + c]),
+                                   load8_neon(x + (whole + c) * B));
         store8_neon(known + j, chains_neon(sum));
     }
 }
@@ -400,8 +403,8 @@ static const cpu_recurrent *cpu_recurrent_select(uint32_t cpu)
 
 /* ------------------------------------------------------------------------- convolution -- */
 
-/* A strip of columns, all tokens. The last n_tap values of u go round in the task's memory, behind the
- * weights, which stand there tap by tap. */
+/* A strip of columns, all tokens. The last n_tap values of u go round in the task's memory, behind
+ * the weights, which stand there tap by tap. */
 static void cpu_conv(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     enum { STRIP = CPU_CONV_STRIP };
@@ -441,8 +444,8 @@ static void cpu_conv(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thr
 
 /* --------------------------------------------------------------------------- delta rule -- */
 
-/* log(1 + exp(x)) = max(x, 0) + log(1 + u) with u = exp(-|x|) in (0, 1]. The logarithm is 2 artanh(s),
- * s = u / (2 + u) <= 1/3; the first term left out of the series is below 5e-10 s. */
+/* log(1 + exp(x)) = max(x, 0) + log(1 + u) with u = exp(-|x|) in (0, 1]. The logarithm is
+ * 2 artanh(s), s = u / (2 + u) <= 1/3; the first term left out of the series is below 5e-10 s. */
 static float cpu_softplus(float x)
 {
     enum { N_TERM = 9 };

@@ -53,8 +53,8 @@ typedef struct cpu_simd {
 /* ------------------------------------------------------------------------------------- C -- */
 
 /* exp(x) for the x of a softmax or a sigmoid: clamped to [-87, 88], so that neither infinities nor
- * subnormal numbers occur. x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) is its Taylor polynomial of degree
- * 7, whose remainder is below 6e-9; with roundings the relative error is under 1.5e-7. */
+ * subnormal numbers occur. x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) is its Taylor polynomial of
+ * degree 7, whose remainder is below 6e-9; with roundings the relative error is under 1.5e-7. */
 #define EXP_MIN -87.0f
 #define EXP_MAX 88.0f
 #define EXP_LOG2E 0x1.715476p+0f
@@ -274,8 +274,8 @@ AVX2 MOE_INLINE __m256i tail_mask_avx2(size_t n)
                               _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-/* n vectors at once, a constant: the steps of one wait for each other, and those of several fill the
- * gaps. */
+/* n vectors at once, a constant: the steps of one wait for each other, and those of several fill
+ * the gaps. */
 AVX2 MOE_INLINE void exp_many_avx2(__m256 *x, size_t n)
 {
     const __m256 magic = _mm256_set1_ps(EXP_MAGIC);

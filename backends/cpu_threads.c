@@ -1,17 +1,18 @@
 /* backends/cpu_threads.c - the threads of one queue, and how they share a list of phases.
  *
  * A job is a list of phases; a phase is a number of independent tasks. All threads go through the
- * phases together. Each starts with an equal share of neighbouring tasks, so that it reads one stretch of
- * the weights in order, as the prefetchers of a processor and of the kernels expect. Who is done takes
- * tasks from the ends of the others' shares; when none is left it waits for the others. The last to arrive
- * runs the phases of a single task that come next by itself, before it lets the others go: in decode
- * that is every second phase. Which thread runs a task never changes what the task computes.
+ * phases together. Each starts with an equal share of neighbouring tasks, so that it reads one
+ * stretch of the weights in order, as the prefetchers of a processor and of the kernels expect. Who
+ * is done takes tasks from the ends of the others' shares; when none is left it waits for the
+ * others. The last to arrive runs the phases of a single task that come next by itself, before it
+ * lets the others go: in decode that is every second phase. Which thread runs a task never changes
+ * what the task computes.
  *
  * With the host's parallel_for there are no threads here: each phase becomes one call of it.
  *
  * A thread that waits spins for a short while, since in decode the next phase or job comes within
- * microseconds, then offers its core to others, then sleeps: on a busy machine the thread that it waits
- * for may need the core. */
+ * microseconds, then offers its core to others, then sleeps: on a busy machine the thread that it
+ * waits for may need the core. */
 #ifndef MOE_BACKENDS_CPU_THREADS_C
 #define MOE_BACKENDS_CPU_THREADS_C
 
@@ -37,8 +38,8 @@ typedef struct cpu_job {
     uint32_t (*n_task)(void *job, uint32_t phase);
 } cpu_job;
 
-/* What is left of a thread's share of the running phase: tasks [next, end), next in the low half. Its
- * owner takes from the front, the others from the back. On a cache line of its own. */
+/* What is left of a thread's share of the running phase: tasks [next, end), next in the low half.
+ * Its owner takes from the front, the others from the back. On a cache line of its own. */
 typedef struct cpu_share {
     _Atomic uint64_t left;
     char pad[64 - sizeof(uint64_t)];
@@ -72,8 +73,8 @@ struct cpu_pool {
     uint32_t first_phase;       // of the job
 };
 
-/* The gate's low half is a phase, so that a thread learns from one load that the barrier is passed and
- * whether the job is over: once it is, the next job may be written at any moment. */
+/* The gate's low half is a phase, so that a thread learns from one load that the barrier is passed
+ * and whether the job is over: once it is, the next job may be written at any moment. */
 enum { CPU_GATE_PHASE = 0xffff, CPU_GATE_COUNT = 0x10000 };
 
 /* Sleeps until *counter is no longer `seen`, or the end. Who sets the counter looks at n_sleeping
@@ -135,8 +136,8 @@ static void cpu_run_phase(cpu_pool *pool, const cpu_job *job, uint32_t phase, ui
     }
 }
 
-/* The first phase from `phase` on that has several tasks; those before it are run here. Only one thread
- * is at work when this is called. */
+/* The first phase from `phase` on that has several tasks; those before it are run here. Only one
+ * thread is at work when this is called. */
 static uint32_t cpu_advance(cpu_pool *pool, uint32_t phase, uint32_t thread)
 {
     const cpu_job *job = &pool->job;
@@ -152,8 +153,8 @@ static uint32_t cpu_advance(cpu_pool *pool, uint32_t phase, uint32_t thread)
     return phase;
 }
 
-/* Waits until all threads are here; the last one to arrive prepares what comes next. Returns the phase
- * that follows `phase`. */
+/* Waits until all threads are here; the last one to arrive prepares what comes next. Returns the
+ * phase that follows `phase`. */
 static uint32_t cpu_barrier(cpu_pool *pool, uint32_t phase, uint32_t thread)
 {
     const uint32_t seen = atomic_load_explicit(&pool->gate, memory_order_relaxed);

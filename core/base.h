@@ -1,12 +1,12 @@
-/* core/base.h - what every part stands on: compiler macros, errors, checked size arithmetic, memory.
+/* core/base.h - what all parts stand on: compiler macros, errors, checked size arithmetic, memory.
  *
  * Owns nothing. Everything here is static; moe.c includes it once, before all other parts.
  * Must never: print, exit, read the environment, keep state. */
 #ifndef MOE_CORE_BASE_H
 #define MOE_CORE_BASE_H
 
-/* No fusing of a * b + c behind our back: where a fused operation is meant, the code says fmaf. This
- * stands before every include, so that it reaches the bodies of the intrinsics too. */
+/* No fusing of a * b + c behind our back: where a fused operation is meant, the code says fmaf.
+ * This stands before every include, so that it reaches the bodies of the intrinsics too. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
@@ -187,8 +187,8 @@ MOE_UNUSED static uint64_t align_up(uint64_t a, uint64_t align)
 
 /* --------------------------------------------------------------------------------- memory -- */
 
-/* The allocator of one model and all that belongs to it: the host's functions, the ceiling, and what
- * is in use. Shared by threads: the counter is atomic. */
+/* The allocator of one model and all that belongs to it: the host's functions, the ceiling, and
+ * what is in use. Shared by threads: the counter is atomic. */
 typedef struct moe_mem {
     moe_host host;
     uint64_t limit_bytes; /* 0: none */
@@ -246,8 +246,8 @@ static void *mem_raw_alloc(moe_mem *mem, uint64_t bytes)
 #endif
 }
 
-/* n x item_bytes bytes, not cleared, aligned to 64. NULL if the size overflows, is over the ceiling,
- * or the host has no more. n = 0 gives a block of no bytes, not NULL. */
+/* n x item_bytes bytes, not cleared, aligned to 64. NULL if the size overflows, is over the
+ * ceiling, or the host has no more. n = 0 gives a block of no bytes, not NULL. */
 MOE_UNUSED static void *mem_alloc_uncleared(moe_mem *mem, uint64_t n, uint64_t item_bytes)
 {
     uint64_t bytes;

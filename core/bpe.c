@@ -320,7 +320,8 @@ static moe_status bpe_encode(tok_run *run, const uint8_t *piece, size_t bytes)
         return bpe_cached(run, piece, bytes);
     // U+2581 is E2 96 81
     for (size_t i = 1, start = 0; i <= bytes; i++) {
-        bool mark = i + 3 <= bytes && piece[i] == 0xE2 && piece[i + 1] == 0x96 && piece[i + 2] == 0x81;
+        bool mark = i + 3 <= bytes && piece[i] == 0xE2 && piece[i + 1] == 0x96 &&
+                    piece[i + 2] == 0x81;
         bool after = i >= 3 && piece[i - 3] == 0xE2 && piece[i - 2] == 0x96 && piece[i - 1] == 0x81;
         if (i < bytes && (!mark || after))
             continue;

@@ -108,8 +108,8 @@ static moe_status charsmap_load(norm_step *step, const uint8_t *data, uint64_t b
     memcpy(&units_bytes, data, sizeof units_bytes);
     if (units_bytes % 4 || units_bytes >= bytes - 4 || data[bytes - 1] || bytes > 1u << 26)
         return fail(error, MOE_ERR_FORMAT, subject,
-                    "expected an array of %llu bytes at most and NUL-terminated texts behind it, got "
-                    "an array of %u", (unsigned long long)bytes - 5, units_bytes);
+                    "expected an array of %llu bytes at most and NUL-terminated texts behind it, "
+                    "got an array of %u", (unsigned long long)bytes - 5, units_bytes);
     uint8_t *copy = arena_copy(arena, data + 4, (size_t)bytes - 4);
     if (!copy)
         return fail_memory(error, arena->mem, subject, bytes);

@@ -91,14 +91,15 @@ static void describe_attention(const moe_model *m, char *text, size_t bytes)
     if (hp->q_gated)
         describe_add(text, bytes, ", gated");
     if (hp->delta.n_head)
-        describe_add(text, bytes, "; %u of %u layers have a gated delta rule instead: %u heads on %u, "
-                     "states of %u x %u", n_recurrent, hp->n_layer, hp->delta.n_head,
+        describe_add(text, bytes, "; %u of %u layers have a gated delta rule instead: %u heads on "
+                     "%u, states of %u x %u", n_recurrent, hp->n_layer, hp->delta.n_head,
                      hp->delta.n_head_k, hp->delta.dim_k, hp->delta.dim_v);
     else if (n_recurrent)
         describe_add(text, bytes, "; %u of %u layers have a convolution over %u positions instead",
                      n_recurrent, hp->n_layer, hp->n_conv);
     if (hp->rope.scaling != ROPE_PLAIN)
-        describe_add(text, bytes, ", %s x%g", hp->rope.scaling == ROPE_YARN ? "YaRN" : "linear RoPE",
+        describe_add(text, bytes, ", %s x%g",
+                     hp->rope.scaling == ROPE_YARN ? "YaRN" : "linear RoPE",
                      (double)hp->rope.factor);
 }
 

@@ -452,8 +452,8 @@ static bool dir_copy_step(void *self, uint32_t worker, moe_error *error)
     return !status;
 }
 
-/* Reads the data section into memory, after `before` of `total` bytes. Threads share it, since the first
- * touch of a page takes as long as its bytes; a callback is called by one. */
+/* Reads the data section into memory, after `before` of `total` bytes. Threads share it, since the
+ * first touch of a page takes as long as its bytes; a callback is called by one. */
 static moe_status dir_file_copy(const moe_directory *dir, dir_file *file, uint64_t bytes,
                                 uint64_t before, uint64_t total, moe_error *error)
 {

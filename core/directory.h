@@ -1,9 +1,9 @@
 /* core/directory.h - what a model file contains, whichever container it came in: a directory of
  * metadata keys and of tensors.
  *
- * core/gguf.c and core/moefile.c fill a moe_directory and validate everything in it; the rest of the
- * program reads it and never sees a file. After a successful load each tensor lies inside its file,
- * has a known type, a shape whose product fits, and data that can be read.
+ * core/gguf.c and core/moefile.c fill a moe_directory and validate everything in it; the rest of
+ * the program reads it and never sees a file. After a successful load each tensor lies inside its
+ * file, has a known type, a shape whose product fits, and data that can be read.
  *
  * Owns: the mapped or copied file(s), the tables. Must never: know a model family. */
 #ifndef MOE_CORE_DIRECTORY_H

@@ -1,14 +1,14 @@
 /* core/draft.c - guesses which tokens come next, and decides how many of them to compute ahead.
  *
- * A session that drafts evaluates a token together with those that are guessed to follow it. One pass
- * over the weights then serves several tokens, if the guesses come true (Leviathan et al. 2023,
- * arXiv:2211.17192). Which logits a caller gets does not depend on anything here, only when they are
- * computed.
+ * A session that drafts evaluates a token together with those that are guessed to follow it. One
+ * pass over the weights then serves several tokens, if the guesses come true (Leviathan et al.
+ * 2023, arXiv:2211.17192). Which logits a caller gets does not depend on anything here, only when
+ * they are computed.
  *
- * Two sources of guesses: what followed the last tokens where they stood before (prompt lookup, here),
- * and the model's own layer for multi-token prediction (core/session_mtp.c). How often the guesses of
- * each kind come true, and how long evaluations of several tokens take, is measured all the time;
- * guesses are computed ahead only where that makes tokens come faster.
+ * Two sources of guesses: what followed the last tokens where they stood before (prompt lookup,
+ * here), and the model's own layer for multi-token prediction (core/mtp.c). How often the
+ * guesses of each kind come true, and how long evaluations of several tokens take, is measured all
+ * the time; guesses are computed ahead only where that makes tokens come faster.
  *
  * Owns: those measurements. Must never: see a session, a model or a clock. */
 #ifndef MOE_CORE_DRAFT_C
@@ -51,16 +51,16 @@ typedef struct moe_drafter {
     uint32_t n_plain;    // how often that was measured
     uint32_t n_since;    // evaluations since then
     double all_s;        // spent on evaluations
-    double lost_s;       // of it, more than one token after the other would have taken; limited below
+    double lost_s;       // of it, beyond what one token after the other takes; limited below
     moe_draft_stats stats;
 } moe_drafter;
 
 /* ------------------------------------------------------------------------- prompt lookup -- */
 
 /* What followed the longest run of tokens at the end of history[0..n) where it stood before, the
- * latest place first. Where that reaches the end of the history it goes on with the guess: text that
- * repeats itself. Reading 4 bytes per token of context is little beside attention over it. Saxena
- * 2023, github.com/apoorvumang/prompt-lookup-decoding. */
+ * latest place first. Where that reaches the end of the history it goes on with the guess: text
+ * that repeats itself. Reading 4 bytes per token of context is little beside attention over it.
+ * Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding. */
 static void draft_lookup(const moe_token *history, uint32_t n, uint32_t n_max, draft_guess *guess)
 {
     uint32_t best = 0, from = 0;
@@ -87,8 +87,8 @@ static void draft_lookup(const moe_token *history, uint32_t n, uint32_t n_max, d
 
 static uint32_t draft_class(draft_source source, uint32_t grade)
 {
-    static const uint8_t by_match[DRAFT_MATCH_MAX + 1] = {0, 0, 1, 2, 3, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6,
-                                                          6, 7};
+    static const uint8_t by_match[DRAFT_MATCH_MAX + 1] = {0, 0, 1, 2, 3, 4, 4, 5, 5, 5, 5, 6, 6, 6,
+                                                          6, 6, 7};
     return source == DRAFT_BY_NGRAM ? by_match[MOE_MIN(grade, (uint32_t)DRAFT_MATCH_MAX)]
                                     : MOE_MIN(grade, DRAFT_CLASSES - 1u);
 }
@@ -112,8 +112,8 @@ static void draft_learn(moe_drafter *d, draft_source source, uint32_t grade, boo
     s->hits = s->hits * 0.98f + (hit ? 1 : 0);
 }
 
-/* How long an evaluation of n_tok tokens takes: as measured, or between those measured next to it, or
- * as it usually is. */
+/* How long an evaluation of n_tok tokens takes: as measured, or between those measured next to it,
+ * or as it usually is. */
 static double draft_time_of(const moe_drafter *d, draft_source source, uint32_t n_tok)
 {
     const double usual = source == DRAFT_BY_MTP ? 0.45 : 0.35; // per further token
@@ -172,9 +172,9 @@ static void draft_accept(moe_drafter *d)
 
 /* ------------------------------------------------------------------------------- decision -- */
 
-/* How many of the tokens of a guess to compute ahead, so that tokens come fastest; 0 if none. *gain:
- * how many times as fast as one by one. Not adaptive: all that is found, or, where each token has to be
- * computed to be guessed, as many as pay, and one at least. */
+/* How many of the tokens of a guess to compute ahead, so that tokens come fastest; 0 if none.
+ * *gain: how many times as fast as one by one. Not adaptive: all that is found, or, where each
+ * token has to be computed to be guessed, as many as pay, and one at least. */
 static uint32_t draft_choose(const moe_drafter *d, draft_source source, uint32_t grade, uint32_t n,
                              double *gain)
 {
@@ -185,8 +185,8 @@ static uint32_t draft_choose(const moe_drafter *d, draft_source source, uint32_t
     n = MOE_MIN(n, d->n_max);
     if (!d->adaptive && source == DRAFT_BY_NGRAM)
         return n;
-    /* The time of one token must be known, and not from long ago; and all losses together may not be
-     * more than 1 % of the time. */
+    /* The time of one token must be known, and not from long ago; and all losses together may not
+     * be more than 1 % of the time. */
     if (d->adaptive && (d->n_plain < 2 || d->n_since >= REFRESH || d->lost_s > 0.01 * d->all_s))
         return 0;
     for (uint32_t k = 1; k <= n; k++) {

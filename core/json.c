@@ -126,7 +126,8 @@ static bool json_escape(json_doc *doc, uint8_t out[4], size_t *n)
     return true;
 }
 
-static bool json_string_escaped(json_doc *doc, const char *start, const char *close, json_node *node)
+static bool json_string_escaped(json_doc *doc, const char *start, const char *close,
+                                json_node *node)
 {
     uint8_t *out = arena_alloc(doc->arena, (uint64_t)(close - start) + 4, 1);
     size_t n = 0, one;
@@ -352,7 +353,8 @@ static moe_status json_parse(json_doc *doc, const char *text, uint64_t bytes, te
                     JSON_MAX_BYTES, (unsigned long long)bytes);
     size_t good = utf8_valid((const uint8_t *)text, (size_t)bytes);
     if (good != bytes)
-        return fail(error, MOE_ERR_FORMAT, subject, "expected JSON in UTF-8, byte %zu is not", good);
+        return fail(error, MOE_ERR_FORMAT, subject, "expected JSON in UTF-8, byte %zu is not",
+                    good);
     if (bytes >= 3 && !memcmp(text, "\xEF\xBB\xBF", 3))
         doc->p += 3;
     if (json_run(doc))

@@ -142,7 +142,8 @@ static void layer_short_conv_mix(moe_pass *p, uint32_t index)
 }
 
 /* A convolution over some of the elements of a layer with a delta rule, from `first` on. */
-static void layer_delta_conv(moe_pass *p, uint32_t index, moe_view dst, uint64_t first, uint64_t dim)
+static void layer_delta_conv(moe_pass *p, uint32_t index, moe_view dst, uint64_t first,
+                             uint64_t dim)
 {
     const moe_hparams *hp = &p->model->hp;
     const uint64_t n = hparams_conv_dim(hp);
@@ -164,8 +165,9 @@ static void layer_delta_conv(moe_pass *p, uint32_t index, moe_view dst, uint64_t
     p->be->conv(p->queue, &conv);
 }
 
-/* Gated delta rule, from a layer's inputs to p->attn [n_tok][n_head][dim_v]. The inputs: [n_tok][...]
- * queries, keys and values in front of the convolution; a and b [n_tok][n_head] of the gates. */
+/* Gated delta rule, from a layer's inputs to p->attn [n_tok][n_head][dim_v]. The inputs:
+ * [n_tok][...] queries, keys and values in front of the convolution; a and b [n_tok][n_head] of the
+ * gates. */
 static void layer_delta_mix(moe_pass *p, uint32_t index)
 {
     const moe_hparams *hp = &p->model->hp;
@@ -297,8 +299,8 @@ static void layer_gate_heads(moe_pass *p)
     p->be->glu(p->queue, &op);
 }
 
-/* Grouped-query attention: p->h in; the output projection is written to dst, or added to it. Vaswani
- * et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245. */
+/* Grouped-query attention: p->h in; the output projection is written to dst, or added to it.
+ * Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245. */
 static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
 {
     static const moe_weight no_weight = {0};
@@ -345,8 +347,8 @@ static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
     layer_linear(p, dst, &l->wo, p->attn, &l->bo, add);
 }
 
-/* Queries of latent attention, in p->q, with their last n_rot elements rotated; and p->k, a row of the
- * cache: the normed latent and the rotated part that all heads share. */
+/* Queries of latent attention, in p->q, with their last n_rot elements rotated; and p->k, a row of
+ * the cache: the normed latent and the rotated part that all heads share. */
 static void layer_latent_project(moe_pass *p, const moe_layer *l)
 {
     const moe_hparams *hp = &p->model->hp;
@@ -380,13 +382,13 @@ static void layer_latent_project(moe_pass *p, const moe_layer *l)
     p->be->rope(p->queue, &rope_k);
 }
 
-/* Multi-head latent attention: p->h in. Keys are k_b c and values v_b c of a latent c per token, and
- * only c is kept: q . (k_b c) is (k_b^T q) . c, and the sum of the weighted v_b c is v_b times the
- * weighted sum of c. DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
+/* Multi-head latent attention: p->h in. Keys are k_b c and values v_b c of a latent c per token,
+ * and only c is kept: q . (k_b c) is (k_b^T q) . c, and the sum of the weighted v_b c is v_b times
+ * the weighted sum of c. DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
  *
  * Prefill is computed in the same form as decode. To expand keys and values for a long prompt would
- * need fewer multiplications, but round differently, and then the logits would depend on how a prompt
- * is cut into calls. */
+ * need fewer multiplications, but round differently, and then the logits would depend on how a
+ * prompt is cut into calls. */
 static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
 {
     const moe_hparams *hp = &p->model->hp;
@@ -428,8 +430,8 @@ static void layer_glu(moe_pass *p, uint64_t n)
     p->be->glu(p->queue, &op);
 }
 
-/* Gated feed-forward: p->h in; gate, up and down with their biases, which may be absent. Shazeer 2020,
- * arXiv:2002.05202. */
+/* Gated feed-forward: p->h in; gate, up and down with their biases, which may be absent. Shazeer
+ * 2020, arXiv:2002.05202. */
 static void layer_gated(moe_pass *p, const moe_weight *const w[3], const moe_weight *const bias[3],
                         moe_view dst, bool add)
 {
@@ -464,8 +466,8 @@ static void layer_route(moe_pass *p, const moe_layer *l, moe_view src)
         observe_route(p->observe, p->be, p->queue, &route, p->layer, p->pos);
 }
 
-/* Routed experts: p->h in. n_used experts have been chosen for each token; their outputs are summed with
- * the router's weights. Shazeer et al. 2017, arXiv:1701.06538. */
+/* Routed experts: p->h in. n_used experts have been chosen for each token; their outputs are summed
+ * with the router's weights. Shazeer et al. 2017, arXiv:1701.06538. */
 static void layer_routed_experts(moe_pass *p, const moe_layer *l, moe_view dst, bool add)
 {
     const moe_hparams *hp = &p->model->hp;

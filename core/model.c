@@ -1,5 +1,5 @@
-/* core/model.c - from a directory of tensors to a model: reads the hyperparameters, binds each weight
- * to its role, checks every shape, and answers what a model is.
+/* core/model.c - from a directory of tensors to a model: reads the hyperparameters, binds each
+ * weight to its role, checks every shape, and answers what a model is.
  *
  * What a family looks like stands in core/model_<family>.c. Everything that comes from the file is
  * checked here, once; layer code trusts it. */
@@ -68,7 +68,7 @@ static void hparam_require(hparam_reader *r, bool condition, const char *key, co
         r->status = fail(r->error, MOE_ERR_MODEL, hparam_key(r, key, buf), what, a, b);
 }
 
-/* Whether YaRN's ramp ends at whole pairs: no other writer says it, so families have their own way. */
+/* Whether YaRN's ramp ends at whole pairs: no other writer says it, so families have a default. */
 static void hparam_truncate(hparam_reader *r, moe_rope_params *rope)
 {
     char buf[160];
@@ -86,7 +86,8 @@ static void hparam_rope(hparam_reader *r, moe_hparams *hp)
     char buf[160];
     *rope = (moe_rope_params){.base = 10000.0f, .scaling = ROPE_PLAIN, .factor = 1.0f,
                               .attn_factor = 1.0f, .divided = true, .log_multiplier = 0.1,
-                              .beta_fast = 32.0f, .beta_slow = 1.0f, .n_ctx_original = hp->n_ctx_train};
+                              .beta_fast = 32.0f, .beta_slow = 1.0f,
+                              .n_ctx_original = hp->n_ctx_train};
     hparam_f32(r, "rope.freq_base", false, 1, 1e12, &rope->base);
     hp->n_rot = hp->head_dim;
     hparam_u32(r, "rope.dimension_count", false, 2, hp->head_dim, &hp->n_rot);
@@ -110,17 +111,18 @@ static void hparam_rope(hparam_reader *r, moe_hparams *hp)
         hparam_f32(r, "rope.scaling.factor", true, 1e-3, 1e6, &rope->factor);
     hparam_u32(r, "rope.scaling.original_context_length", false, 1, MODEL_MAX_CTX,
                &rope->n_ctx_original);
-    /* yarn_attn_factor is left alone: converters write what config.json has as attn_factor, which the
-     * reference implementation does not know and which the files' other readers do not use. */
+    /* yarn_attn_factor is left alone: converters write what config.json has as attn_factor, which
+     * the reference implementation does not know and which the files' other readers do not use. */
     hparam_f32(r, "rope.scaling.attn_factor", false, 1e-6, 1e6, &rope->attn_factor);
     hparam_f32(r, "rope.scaling.yarn_beta_fast", false, 1e-6, 1e6, &rope->beta_fast);
     hparam_f32(r, "rope.scaling.yarn_beta_slow", false, 1e-6, 1e6, &rope->beta_slow);
     hparam_truncate(r, rope);
 }
 
-/* The sliding window of local layers, and which those are: all but every n-th, if the file does not say
- * it for each, or all for a period of 0. `required`: of a family that always has one. */
-MOE_UNUSED static void hparam_window(hparam_reader *r, moe_hparams *hp, bool required, uint32_t period)
+/* The sliding window of local layers, and which those are: all but every n-th, if the file does not
+ * say it for each, or all for a period of 0. `required`: of a family that always has one. */
+MOE_UNUSED static void hparam_window(hparam_reader *r, moe_hparams *hp, bool required,
+                                     uint32_t period)
 {
     char buf[160];
     const moe_meta *pattern = directory_meta(
@@ -148,8 +150,8 @@ static void hparam_groups(hparam_reader *r, moe_router *router)
     hparam_u32(r, "expert_group_used_count", true, 1, router->n_group, &router->n_group_used);
     hparam_require(r, r->status || router->n_used <= router->n_expert / router->n_group *
                                                         router->n_group_used,
-                   "expert_used_count", "expected at most %u, the experts of the groups that may be "
-                   "used, got %u", r->status ? 0 : router->n_expert / router->n_group *
+                   "expert_used_count", "expected at most %u, the experts of the groups that may "
+                   "be used, got %u", r->status ? 0 : router->n_expert / router->n_group *
                                                        router->n_group_used, router->n_used);
 }
 
@@ -172,7 +174,8 @@ static void hparam_shared_experts(hparam_reader *r, moe_hparams *hp)
 /* How the router's logits become scores, if the file says so. */
 static void hparam_score(hparam_reader *r, moe_router *router)
 {
-    static const moe_score scores[] = {MOE_SCORE_SOFTMAX, MOE_SCORE_SIGMOID, MOE_SCORE_SOFTMAX_TOPK};
+    static const moe_score scores[] = {MOE_SCORE_SOFTMAX, MOE_SCORE_SIGMOID,
+                                       MOE_SCORE_SOFTMAX_TOPK};
     uint32_t func = 0;
     hparam_u32(r, "expert_gating_func", false, 0, MOE_COUNT(scores), &func);
     if (!r->status && func)
@@ -234,8 +237,8 @@ static void hparam_local_layers(hparam_reader *r, moe_hparams *hp)
         hp->local_layers[i / 32] |= list[i] << i % 32;
 }
 
-/* Layers with 0 have no attention, but a state; the others must be alike, local ones, where the file
- * says which those are, and global ones each for themselves. */
+/* Layers with 0 have no attention, but a state; the others must be alike, local ones, where the
+ * file says which those are, and global ones each for themselves. */
 static void hparam_heads_kv(hparam_reader *r, moe_hparams *hp)
 {
     char buf[160];
@@ -255,8 +258,8 @@ static void hparam_heads_kv(hparam_reader *r, moe_hparams *hp)
             *n = list[i];
         else if (list[i] != *n)
             r->status = fail(r->error, MOE_ERR_UNSUPPORTED, buf,
-                             "expected the same value in all layers with attention of one kind, got "
-                             "%u and, in layer %u, %u", *n, i, list[i]);
+                             "expected the same value in all layers with attention of one kind, "
+                             "got %u and, in layer %u, %u", *n, i, list[i]);
     }
     hp->n_head_kv = hp->n_head_kv ? hp->n_head_kv : hp->local.n_kv;
     hp->local.n_kv = hp->local.n_kv ? hp->local.n_kv : hp->n_head_kv;
@@ -576,8 +579,8 @@ static bool tensor_layer(const char *name, uint32_t *layer)
     return *c == '.' && c > name + 4;
 }
 
-/* Whether the first layer for multi-token prediction can be bound: some files have none, although they
- * tell of it. Further ones are not used: the first is applied again and again. */
+/* Whether the first layer for multi-token prediction can be bound: some files have none, although
+ * they tell of it. Further ones are not used: the first is applied again and again. */
 static bool model_has_draft(const moe_model *m)
 {
     char name[96];
@@ -620,8 +623,8 @@ static moe_status bind_find_unused(const moe_model *m, moe_error *error)
     return MOE_OK;
 }
 
-/* Walks over the bindings: the first checks and counts, so that nothing is allocated for a file that
- * is wrong; the second makes the vectors; the third hands out the places. */
+/* Walks over the bindings: the first checks and counts, so that nothing is allocated for a file
+ * that is wrong; the second makes the vectors; the third hands out the places. */
 static moe_status model_bind(moe_model *m, moe_error *error)
 {
     bind_walk walk = {.m = m, .error = error, .visit = bind_count};
@@ -677,7 +680,7 @@ static void rope_frequencies(const moe_rope_params *p, uint32_t n_rot, const flo
     for (uint32_t i = 0; i < n_rot / 2; i++) {
         const double plain = pow(p->base, -2.0 * i / n_rot);
         freq[i] = plain / p->factor;
-        if (p->scaling == ROPE_YARN) { /* fast pairs keep their frequency, slow ones are stretched */
+        if (p->scaling == ROPE_YARN) { /* fast pairs keep their frequency, slow are stretched */
             double ramp = (i - low) / (high > low ? high - low : 0.001);
             ramp = ramp < 0 ? 0 : ramp > 1 ? 1 : ramp;
             freq[i] = plain / p->factor * ramp + plain * (1 - ramp);
@@ -705,7 +708,8 @@ static moe_status model_prepare_rope(moe_model *m, moe_error *error)
             return fail(error, MOE_ERR_MODEL, w->name, "expected positive numbers, got %f",
                         (double)divisors[i]);
     rope_frequencies(&m->hp.rope, m->hp.n_rot, divisors, m->rope_freqs[0], &m->rope_magnitude[0]);
-    rope_frequencies(&m->hp.rope_local, m->hp.local.n_rot, m->hp.rope_local.divided ? divisors : NULL,
+    rope_frequencies(&m->hp.rope_local, m->hp.local.n_rot,
+                     m->hp.rope_local.divided ? divisors : NULL,
                      m->rope_freqs[1], &m->rope_magnitude[1]);
     return MOE_OK;
 }
@@ -787,8 +791,9 @@ static void model_fill_info(moe_model *m)
         info->kv_bytes_per_token +=
             heads.n_kv * (cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, local, false)) +
                           cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, local, true)));
-        info->kv_bytes_per_token_plain += hp->n_head * (cache_row_bytes(MOE_CACHE_F16, heads.dim) +
-                                                        cache_row_bytes(MOE_CACHE_F16, heads.dim_v));
+        info->kv_bytes_per_token_plain +=
+            hp->n_head * (cache_row_bytes(MOE_CACHE_F16, heads.dim) +
+                          cache_row_bytes(MOE_CACHE_F16, heads.dim_v));
     }
     model_count(m);
 }
@@ -835,8 +840,8 @@ static moe_status model_load_weights(moe_model *m, const moe_model_options *opti
     m->family = family_by_arch(m->architecture);
     if (!m->family) {
         family_list(known, sizeof known);
-        return fail(error, MOE_ERR_UNSUPPORTED, "general.architecture", "expected one of %s, got %s",
-                    known, m->architecture);
+        return fail(error, MOE_ERR_UNSUPPORTED, "general.architecture",
+                    "expected one of %s, got %s", known, m->architecture);
     }
     moe_status status = model_read_hparams(m, error);
     if (!status)

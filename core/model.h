@@ -1,8 +1,8 @@
 /* core/model.h - a model in memory: hyperparameters, weights by role, and what a family is.
  *
  * The structs are unions over all families: a weight that a family does not have is absent
- * (weight_present() is false), a number it does not have is 0. Layer code asks for what is there; it
- * does not ask for the name of the family. */
+ * (weight_present() is false), a number it does not have is 0. Layer code asks for what is there;
+ * it does not ask for the name of the family. */
 #ifndef MOE_CORE_MODEL_H
 #define MOE_CORE_MODEL_H
 
@@ -39,7 +39,7 @@ typedef struct moe_delta_shape {
     bool tiled; // head h reads key head h mod n_head_k, else h / (n_head / n_head_k)
 } moe_delta_shape;
 
-/* Heads of attention: n_kv keys and values of dim and dim_v elements, of which n_rot are rotated. */
+/* Attention heads: n_kv keys and values of dim and dim_v elements, of which n_rot are rotated. */
 typedef struct moe_head_shape {
     uint32_t n_kv, dim, dim_v, n_rot;
 } moe_head_shape;
@@ -52,8 +52,8 @@ typedef struct moe_hparams {
     bool latent_split;        // its up-projection comes as one matrix for keys, one for values
     uint32_t n_conv;          // short convolution: positions it looks at; 0: none
     moe_delta_shape delta;    // what stands behind it; n_head 0: nothing
-    uint32_t recurrent_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i has these, and a state, in the
-                                                      // place of attention, keys and values
+    uint32_t recurrent_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i has these, and a state, in
+                                                      // the place of attention, keys and values
     bool q_gated;             // each head of q is followed by a gate for the head's output
     uint32_t n_ff;
     uint32_t n_rot;           // elements of a head that are rotated
@@ -76,9 +76,9 @@ typedef struct moe_hparams {
     uint32_t n_layer_dense;   // layers without experts
     uint32_t dense_layers[MODEL_MAX_LAYERS / 32]; // bit i: layer i is one of them
     uint32_t n_layer_draft;   // layers behind the last one, for multi-token prediction
-    uint32_t n_layer_all;     // layers that are bound: n_layer, and the first of those if it is there
+    uint32_t n_layer_all;     // layers that are bound: n_layer, and the first of those if there
     uint32_t n_ff_expert;
-    bool choice_bias;         // the selection of experts has a bias (of families that need not have it)
+    bool choice_bias;         // the selection of experts has a bias (where that is optional)
     bool parallel_dense;      // a dense feed-forward beside the experts
     uint32_t n_expert_shared, n_ff_shared; // experts that every token uses; width of all of them
 } moe_hparams;
@@ -117,7 +117,7 @@ typedef struct moe_layer {
     moe_weight ffn_post_norm;                    // [n_embd], on the feed-forward's output
     moe_weight router, router_bias;              // [n_expert][n_embd], [n_expert]
     moe_weight router_choice;                    // [n_expert], added for the selection only
-    moe_weight router_scale;                     // [n_embd], of the router's input, which has unit length
+    moe_weight router_scale;                     // [n_embd], of the router's input, of length 1
     moe_weight experts_factor;                   // [n_expert], of their outputs
     moe_weight experts_gate_up;                  // gate and up of each expert in one
     moe_weight experts_gate, experts_up;         // [n_expert][n_ff_expert][n_embd]
@@ -144,7 +144,8 @@ typedef enum moe_dim {
     DIM_NONE, DIM_VOCAB, DIM_EMBD, DIM_Q, DIM_K, DIM_V, DIM_O, DIM_HEAD, DIM_HALF_ROT, DIM_FF,
     DIM_EXPERT, DIM_FF_EXPERT, DIM_FF_SHARED, DIM_Q_HEADS, DIM_NOPE, DIM_LATENT, DIM_LATENT_Q,
     DIM_LATENT_ROT, DIM_LATENT_KV, DIM_HEAD_V, DIM_CONV, DIM_EMBD_2, DIM_EMBD_3, DIM_Q_GATED,
-    DIM_DELTA_CONV, DIM_ONE, DIM_FF_EXPERT_2, DIM_DELTA_HEADS, DIM_DELTA_HEADS_2, DIM_DELTA_HEAD, DIM_DELTA_V
+    DIM_DELTA_CONV, DIM_ONE, DIM_FF_EXPERT_2, DIM_DELTA_HEADS, DIM_DELTA_HEADS_2, DIM_DELTA_HEAD,
+    DIM_DELTA_V
 } moe_dim;
 
 enum {
@@ -166,9 +167,9 @@ enum {
     BIND_CHOICE = 16384      /* a bias for the selection of experts */
 };
 
-/* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it, the
- * converter renames by it. "%u" is the layer; a second one in the Hugging Face name is the expert,
- * whose matrices GGUF stacks. */
+/* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it,
+ * the converter renames by it. "%u" is the layer; a second one in the Hugging Face name is the
+ * expert, whose matrices GGUF stacks. */
 typedef struct moe_binding {
     const char *gguf;
     const char *hf;
@@ -187,25 +188,26 @@ typedef struct moe_binding {
     {gguf, hf, (uint16_t)offsetof(moe_globals, field), (flags) | BIND_GLOBAL, {__VA_ARGS__}}
 #define BIND_END {NULL, NULL, 0, 0, {0}}
 
-/* How a key of a Hugging Face config.json becomes one of GGUF. The converter reads these tables; the
- * runtime sees only what comes of them. Keys that all families share stand in core/models.c.
+/* How a key of a Hugging Face config.json becomes one of GGUF. The converter reads these tables;
+ * the runtime sees only what comes of them. Keys that all families share stand in core/models.c.
  *
- * `hf` is the path of a value: "a.b" is b inside of a, "a.[]" a's first item; "a|b" the first that is
- * there and not null; "a+b" a sum, "a*b" a product, from left to right; "c=x?a" is a if c is x, else
- * missing, and "c!=x?a" the other way round. Nothing is written where a value is missing. Of several lines for one key the first that has a value is written; a family's go
- * before the common. */
+ * `hf` is the path of a value: "a.b" is b inside of a, "a.[]" a's first item; "a|b" the first that
+ * is there and not null; "a+b" a sum, "a*b" a product, from left to right; "c=x?a" is a if c is x,
+ * else missing, and "c!=x?a" the other way round. Nothing is written where a value is missing. Of
+ * several lines for one key the first that has a value is written; a family's go before the
+ * common. */
 typedef enum moe_config_kind {
     CONFIG_U32,    // a whole number, or an array of them, one for each layer
     CONFIG_F32,
     CONFIG_RSQRT,  // float: 1 / sqrt(value)
     CONFIG_BOOL,
     CONFIG_WORD,   // uint32: the number behind the word in `words`, "softmax=1 sigmoid=2"
-    CONFIG_LAYERS, // an array: of each item of a list the number, or the value of the key, behind its
-                   // word in `words`, "conv=0 full_attention=num_key_value_heads"
+    CONFIG_LAYERS, // an array: of each item of a list the number, or the value of the key, behind
+                   // its word in `words`, "conv=0 full_attention=num_key_value_heads"
     CONFIG_PERIOD, // the same, but uint32 n if just every n-th item is 0, and 0 if none is
     CONFIG_SPARSE, // which layers have no experts, by a list of "dense" and "sparse", else by
-                   // decoder_sparse_step and mlp_only_layers: uint32, how many at the start; if there
-                   // are others, "expert_layers" instead, an array of 1 for those with
+                   // decoder_sparse_step and mlp_only_layers: uint32, how many at the start; if
+                   // there are others, "expert_layers" instead, an array of 1 for those with
     CONFIG_SECTIONS, // an array of 4 numbers, of which the last may be missing: 0
     CONFIG_EXPECT  // nothing is written; the value must be one of `words`, "silu swish"
 } moe_config_kind;
@@ -313,7 +315,7 @@ MOE_INLINE uint64_t hparams_input_floats(const moe_hparams *hp)
     return hp->delta.n_head ? hparams_conv_dim(hp) + 2ull * hp->delta.n_head : 3ull * hp->n_embd;
 }
 
-/* Whether keys and values are made from one latent vector per token, which is what the cache holds. */
+/* Whether keys and values are made from one latent vector per token, which the cache holds. */
 MOE_INLINE bool hparams_latent(const moe_hparams *hp)
 {
     return hp->n_latent > 0;
@@ -324,7 +326,7 @@ MOE_INLINE bool layer_has_experts(const moe_hparams *hp, uint32_t index)
     return hp->router.n_expert && !(hp->dense_layers[index / 32] >> index % 32 & 1);
 }
 
-/* Width of the feed-forward of layers without experts; 0 if there are none, whatever the file says. */
+/* Feed-forward width of layers without experts; 0 if there are none, whatever the file says. */
 MOE_INLINE uint32_t hparams_dense_width(const moe_hparams *hp)
 {
     return hp->router.n_expert && !hp->n_layer_dense && !hp->parallel_dense ? 0 : hp->n_ff;
@@ -351,8 +353,8 @@ MOE_INLINE moe_head_shape hparams_most_heads(const moe_hparams *hp)
         MOE_MAX(hp->head_dim_v, hp->local.dim_v), MOE_MAX(hp->n_rot, hp->local.n_rot)};
 }
 
-/* Length of a head's row in the cache of keys, or in that of values. With latent attention the latent
- * and the rotated part stand in the one, and nothing in the other. */
+/* Length of a head's row in the cache of keys, or in that of values. With latent attention the
+ * latent and the rotated part stand in the one, and nothing in the other. */
 MOE_INLINE uint32_t hparams_cache_dim(const moe_hparams *hp, bool local, bool values)
 {
     const moe_head_shape heads = hparams_heads(hp, local);

@@ -1,8 +1,8 @@
-/* core/model_deepseek.c - DeepSeek V2 and V3 with their kin (R1, Moonlight, GLM-4.7-Flash), which GGUF
- * calls deepseek2: latent attention, shared experts, leading layers without experts.
+/* core/model_deepseek.c - DeepSeek V2 and V3 with their kin (R1, Moonlight, GLM-4.7-Flash), which
+ * GGUF calls deepseek2: latent attention, shared experts, leading layers without experts.
  *
- * DeepSeek-AI 2024, arXiv:2405.04434 (V2) and arXiv:2412.19437 (V3). The layer is Llama's with another
- * attention. */
+ * DeepSeek-AI 2024, arXiv:2405.04434 (V2) and arXiv:2412.19437 (V3). The layer is Llama's with
+ * another attention. */
 #ifndef MOE_CORE_MODEL_DEEPSEEK_C
 #define MOE_CORE_MODEL_DEEPSEEK_C
 
@@ -24,7 +24,7 @@ static const moe_binding bindings_latent_attention[] = {
                   DIM_EMBD, DIM_LATENT_ROT),
     BIND_IN_LAYER("attn_kv_a_norm.weight", "self_attn.kv_a_layernorm.weight", wkv_a_norm,
                   BIND_VECTOR, DIM_LATENT),
-    /* Checkpoints and older files have one matrix: for each head, rows for keys, then for values. */
+    /* Checkpoints and older files have one matrix: per head, rows for keys, then for values. */
     BIND_IN_LAYER("attn_kv_b.weight", "self_attn.kv_b_proj.weight", wkv_b, BIND_LATENT_FUSED,
                   DIM_LATENT, DIM_LATENT_KV),
     /* Newer files have two stacks, the keys' transposed. */
@@ -57,8 +57,8 @@ static const moe_binding bindings_shared_experts[] = {
 
 /* ------------------------------------------------------------------------ hyperparameters -- */
 
-/* Newer files describe the heads that the cache sees (one, as long as its row) and add the lengths of
- * the model's own heads; older ones have only the latter. */
+/* Newer files describe the heads that the cache sees (one, as long as its row) and add the lengths
+ * of the model's own heads; older ones have only the latter. */
 static void deepseek_heads(moe_hparams *hp, hparam_reader *r)
 {
     const uint32_t row = hp->n_latent + hp->n_rot, key = hp->head_dim, value = hp->head_dim_v;
@@ -84,8 +84,8 @@ static void deepseek_heads(moe_hparams *hp, hparam_reader *r)
     hp->n_head_kv = 1;
 }
 
-/* The scale of q . k, which YaRN makes larger: with the multiplier given, what other families apply to
- * cos and sin is applied here, to the whole product. */
+/* The scale of q . k, which YaRN makes larger: with the multiplier given, what other families apply
+ * to cos and sin is applied here, to the whole product. */
 static void deepseek_scale(moe_hparams *hp, hparam_reader *r)
 {
     float given = 0, multiplier = 0;
@@ -117,8 +117,8 @@ static void deepseek_hparams(moe_hparams *hp, hparam_reader *r)
     uint32_t n_rot = 0;
     char buf[160];
     hp->rope_interleaved = true; /* others' files do not say it */
-    r->status = meta_bool(r->dir, hparam_key(r, "rope.interleaved", buf), false, &hp->rope_interleaved,
-                          r->error);
+    r->status = meta_bool(r->dir, hparam_key(r, "rope.interleaved", buf), false,
+                          &hp->rope_interleaved, r->error);
     hp->eps_latent = 1e-6f; /* whatever rms_norm_eps is */
     hparam_u32(r, "attention.kv_lora_rank", true, 1, MODEL_MAX_EMBD, &hp->n_latent);
     hparam_u32(r, "attention.q_lora_rank", false, 0, MODEL_MAX_EMBD, &hp->n_latent_q);
@@ -140,15 +140,15 @@ static void deepseek_hparams(moe_hparams *hp, hparam_reader *r)
 /* -------------------------------------------------------------------------------- weights -- */
 
 /* What the transposed part of a fused matrix is kept as: float types as they are, others as F16. A
- * block of rows cannot be transposed in an integer format without rounding it anew; F16 is a rounding
- * of 2^-12, far below what the format itself has cost. */
+ * block of rows cannot be transposed in an integer format without rounding it anew; F16 is a
+ * rounding of 2^-12, far below what the format itself has cost. */
 static const moe_quant *derived_quant(const moe_weight *fused)
 {
     return fused->quant->block_len == 1 ? fused->quant : quant_by_name("F16");
 }
 
-/* The keys' part of a layer's fused matrix, [n_head][n_nope][n_latent], as [n_head][n_latent][n_nope]
- * in w. `rows` and `turned` are room for a head's part. */
+/* The keys' part of a layer's fused matrix, [n_head][n_nope][n_latent], as
+ * [n_head][n_latent][n_nope] in w. `rows` and `turned` are room for a head's part. */
 static void derive_keys(const moe_hparams *hp, const moe_tensor *fused, moe_weight *w, uint8_t *dst,
                         float *rows, float *turned)
 {
@@ -226,8 +226,8 @@ static moe_status derive_fill(moe_model *m, uint64_t bytes, float *room, moe_err
     return MOE_OK;
 }
 
-/* Where a file has the fused matrix, makes the part that absorbs the queries. The memory counts as the
- * model's. */
+/* Where a file has the fused matrix, makes the part that absorbs the queries. The memory counts as
+ * the model's. */
 static moe_status deepseek_derive(moe_model *m, moe_error *error)
 {
     const moe_hparams *hp = &m->hp;

@@ -1,5 +1,6 @@
-/* core/model_gemma.c - Gemma 3: norms after attention and feed-forward as well as before, local layers
- * with a sliding window and a rotary base of their own, GeGLU. Gemma Team 2025, arXiv:2503.19786. */
+/* core/model_gemma.c - Gemma 3: norms after attention and feed-forward as well as before, local
+ * layers with a sliding window and a rotary base of their own, GeGLU. Gemma Team 2025,
+ * arXiv:2503.19786. */
 #ifndef MOE_CORE_MODEL_GEMMA_C
 #define MOE_CORE_MODEL_GEMMA_C
 
@@ -31,9 +32,10 @@ static void gemma3_hparams(moe_hparams *hp, hparam_reader *r)
                                        .n_ctx_original = hp->n_ctx_train};
     hparam_f32(r, "rope.freq_base_swa", false, 1, 1e12, &hp->rope_local.base);
     hparam_f32(r, "final_logit_softcapping", false, 0, 1e6, &hp->logit_cap);
-    /* The largest model scales by the width per head instead of the head's length; its files often do
-     * not say so. */
-    if (hp->n_layer == N_LAYER_27B && !directory_meta(r->dir, hparam_key(r, "attention.scale", buf)))
+    /* The largest model scales by the width per head instead of the head's length; its files often
+     * do not say so. */
+    if (hp->n_layer == N_LAYER_27B &&
+        !directory_meta(r->dir, hparam_key(r, "attention.scale", buf)))
         hp->attn_scale = 1.0f / sqrtf((float)(hp->n_embd / hp->n_head));
 }
 

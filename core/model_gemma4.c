@@ -113,8 +113,8 @@ static moe_status gemma4_split(moe_layer *l, moe_error *error)
     const uint64_t half = both->dims[1] / 2 * both->row_bytes;
     if (both->matrices || half % sizeof(float))
         return fail(error, MOE_ERR_UNSUPPORTED, both->name,
-                    "expected gate and up of the experts in tensors of their own, since the rows of "
-                    "both cannot be told apart in place");
+                    "expected gate and up of the experts in tensors of their own, since the rows "
+                    "of both cannot be told apart in place");
     l->experts_gate = l->experts_up = *both;
     l->experts_gate.dims[1] = l->experts_up.dims[1] = both->dims[1] / 2;
     l->experts_up.data = view_at(both->data, half);
@@ -138,8 +138,8 @@ static moe_status gemma4_check_experts(moe_layer *l, uint32_t layer, moe_error *
                 both ? "both forms" : gate || up ? "one of them" : "none");
 }
 
-/* Which of the optional tensors are there must make sense: values of their own in local layers, and in
- * all global ones or in none. */
+/* Which of the optional tensors are there must make sense: values of their own in local layers, and
+ * in all global ones or in none. */
 static moe_status gemma4_derive(moe_model *m, moe_error *error)
 {
     char name[64];

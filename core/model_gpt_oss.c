@@ -43,7 +43,7 @@ static void gpt_oss_hparams(moe_hparams *hp, hparam_reader *r)
     hparam_u32(r, "expert_count", true, 1, MODEL_MAX_EXPERTS, &n_expert);
     hparam_f32(r, "feed_forward.swiglu_alpha", false, -1e6, 1e6, &hp->glu_alpha);
     hparam_f32(r, "feed_forward.swiglu_limit", false, 0, 1e30, &hp->glu_limit);
-    hp->rope.no_truncate = true; /* "truncate" in the model's config.json; others' files do not say it */
+    hp->rope.no_truncate = true; /* "truncate" in config.json; others' files do not say it */
     hparam_truncate(r, &hp->rope);
     hparam_window(r, hp, true, 2);
     hparam_f32(r, "rope.freq_base_swa", false, 1, 1e12, &hp->rope_local.base);

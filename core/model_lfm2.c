@@ -57,8 +57,8 @@ static void lfm2moe_hparams(moe_hparams *hp, hparam_reader *r)
     char buf[160];
     hp->router.score = MOE_SCORE_SIGMOID;
     hp->choice_bias = true; /* others' files do not say it */
-    r->status = meta_bool(r->dir, hparam_key(r, "expert_selection_bias", buf), false, &hp->choice_bias,
-                          r->error);
+    r->status = meta_bool(r->dir, hparam_key(r, "expert_selection_bias", buf), false,
+                          &hp->choice_bias, r->error);
     hparam_u32(r, "shortconv.l_cache", true, 1, MOE_CONV_MAX_TAP, &hp->n_conv);
 }
 

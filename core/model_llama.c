@@ -1,5 +1,5 @@
-/* core/model_llama.c - the Llama family and those that differ from it only in details that are data:
- * llama (with Mixtral, which GGUF calls llama too), qwen2, qwen2moe, qwen3, qwen3moe, olmoe.
+/* core/model_llama.c - the Llama family and those that differ from it only in details that are
+ * data: llama (with Mixtral, which GGUF calls llama too), qwen2, qwen2moe, qwen3, qwen3moe, olmoe.
  *
  * The layer, Touvron et al. 2023, arXiv:2302.13971:
  *     x += attention(norm(x));  x += feed_forward(norm(x))
@@ -31,7 +31,7 @@ static const moe_binding bindings_attention[] = {
     BIND_END,
 };
 
-/* Llama has biases only in a few derived models; Qwen2 has them always, without that of the output. */
+/* Llama has biases only in a few derived models; Qwen2 always has them, without the output's. */
 static const moe_binding bindings_optional_bias[] = {
     BIND_IN_LAYER("attn_q.bias", "self_attn.q_proj.bias", bq, BIND_OPTIONAL | BIND_VECTOR, DIM_Q),
     BIND_IN_LAYER("attn_k.bias", "self_attn.k_proj.bias", bk, BIND_OPTIONAL | BIND_VECTOR, DIM_K),
@@ -118,8 +118,8 @@ static const moe_binding bindings_mixtral_experts[] = {
     BIND_END,
 };
 
-/* The layer for multi-token prediction is a layer like the others, with these around it. Checkpoints
- * repeat the embedding and the output matrix in it; some files do, too. */
+/* The layer for multi-token prediction is a layer like the others, with these around it.
+ * Checkpoints repeat the embedding and the output matrix in it; some files do, too. */
 static const moe_binding bindings_draft[] = {
     BIND_IN_LAYER("nextn.enorm.weight", "enorm.weight", draft_token_norm, BIND_DRAFT | BIND_VECTOR,
                   DIM_EMBD),
@@ -129,8 +129,8 @@ static const moe_binding bindings_draft[] = {
                   DIM_EMBD),
     BIND_IN_LAYER("nextn.shared_head_norm.weight", "shared_head.norm.weight", draft_norm,
                   BIND_DRAFT | BIND_OPTIONAL | BIND_VECTOR, DIM_EMBD),
-    BIND_GGUF_ONLY("nextn.embed_tokens.weight", draft_embedding, BIND_DRAFT | BIND_OPTIONAL, DIM_EMBD,
-                   DIM_VOCAB),
+    BIND_GGUF_ONLY("nextn.embed_tokens.weight", draft_embedding, BIND_DRAFT | BIND_OPTIONAL,
+                   DIM_EMBD, DIM_VOCAB),
     BIND_GGUF_ONLY("nextn.shared_head_head.weight", draft_output, BIND_DRAFT | BIND_OPTIONAL,
                    DIM_EMBD, DIM_VOCAB),
     BIND_END,
@@ -138,8 +138,8 @@ static const moe_binding bindings_draft[] = {
 
 /* ------------------------------------------------------------------------ hyperparameters -- */
 
-/* GGUF stores the q and k of Llama with the two halves of each head interleaved, so that rotary pairs
- * are neighbours. */
+/* GGUF stores the q and k of Llama with the two halves of each head interleaved, so that rotary
+ * pairs are neighbours. */
 static void llama_hparams(moe_hparams *hp, hparam_reader *r)
 {
     hp->rope_interleaved = true;

@@ -1,5 +1,6 @@
 /* core/model_qwen35.c - Qwen3.5 and 3.6 (dense and MoE) and Qwen3-Next: three of four layers have a
- * gated delta rule in the place of attention, whose output is gated too; experts beside a shared one.
+ * gated delta rule in the place of attention, whose output is gated too; experts beside a shared
+ * one.
  *
  * Yang et al. 2024, "Gated Delta Networks", arXiv:2412.06464. */
 #ifndef MOE_CORE_MODEL_QWEN35_C
@@ -61,8 +62,8 @@ static const moe_binding bindings_qwen35_delta[] = {
     BIND_END,
 };
 
-/* A checkpoint has the first two in one matrix, in_proj_qkvz, key head by key head. In ssm_ba the rows
- * of b and a take turns: for each key head, those of its value heads. */
+/* A checkpoint has the first two in one matrix, in_proj_qkvz, key head by key head. In ssm_ba the
+ * rows of b and a take turns: for each key head, those of its value heads. */
 static const moe_binding bindings_qwen3next_delta[] = {
     BIND_IN_LAYER("attn_qkv.weight", "linear_attn.in_proj_qkvz.weight", conv_in, BIND_RECURRENT,
                   DIM_EMBD, DIM_DELTA_CONV),
@@ -100,8 +101,8 @@ static void qwen35_delta(moe_hparams *hp, hparam_reader *r)
                    "expected a multiple of the %u key heads of ssm.group_count, got %u",
                    d->n_head_k, d->n_head);
     hparam_require(r, inner % d->n_head == 0 && inner / d->n_head <= MODEL_MAX_HEAD_DIM,
-                   "ssm.inner_size", "expected a multiple of the %u heads of ssm.time_step_rank, got "
-                   "%u", d->n_head, inner);
+                   "ssm.inner_size", "expected a multiple of the %u heads of ssm.time_step_rank, "
+                   "got %u", d->n_head, inner);
     d->dim_v = inner / d->n_head;
 }
 

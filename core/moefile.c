@@ -2,8 +2,8 @@
  *
  * A .moe file stores a model as records, each a tensor or one expert, raw or as compressed planes.
  * docs/format.md is the specification, core/moeformat.h has the structs. Here they are checked and
- * made readable: raw slices are used where they are in the map, compressed ones are decoded into one
- * block of memory, by all cores.
+ * made readable: raw slices are used where they are in the map, compressed ones are decoded into
+ * one block of memory, by all cores.
  *
  * Owns nothing: everything goes into the directory. In: bytes that nobody has checked. Out: a
  * directory in which everything is.
@@ -111,13 +111,14 @@ static moe_status moefile_check_version(const moefile_header *h, moe_error *erro
 {
     if (h->major != MOEFILE_MAJOR)
         return fail(error, MOE_ERR_UNSUPPORTED, "version",
-                    "expected version %d of the .moe format, got %u.%u; %s", MOEFILE_MAJOR, h->major,
-                    h->minor, h->major > MOEFILE_MAJOR ? "a newer version of this program may read it"
-                                                       : "convert the model again");
+                    "expected version %d of the .moe format, got %u.%u; %s",
+                    MOEFILE_MAJOR, h->major, h->minor,
+                    h->major > MOEFILE_MAJOR ? "a newer version of this program may read it"
+                                             : "convert the model again");
     if (h->features & ~(uint64_t)MOEFILE_KNOWN_FEATURES)
         return fail(error, MOE_ERR_UNSUPPORTED, "features",
-                    "expected no features but 0x%x, got 0x%llx; a newer version of this program may "
-                    "read the file",
+                    "expected no features but 0x%x, got 0x%llx; a newer version of this program "
+                    "may read the file",
                     MOEFILE_KNOWN_FEATURES, (unsigned long long)h->features);
     return MOE_OK;
 }
@@ -132,11 +133,12 @@ static moe_status moefile_check_sizes(const moefile_header *h, uint64_t file_byt
                             (uint64_t)h->n_segments * sizeof(uint32_t);
     if (h->file_bytes != file_bytes)
         return fail(error, MOE_ERR_FORMAT, "file_bytes",
-                    "expected a file of %llu bytes, got %llu: it is cut off or damaged; get it again",
+                    "expected a file of %llu bytes, got %llu: it is cut off or damaged; get it "
+                    "again",
                     (unsigned long long)h->file_bytes, (unsigned long long)file_bytes);
     if (h->header_bytes != sizeof *h || h->reserved[0] || h->reserved[1] || h->reserved[2])
-        return fail(error, MOE_ERR_FORMAT, "header", "expected %zu bytes with zeros at the end, got "
-                    "%u bytes or other values", sizeof *h, h->header_bytes);
+        return fail(error, MOE_ERR_FORMAT, "header", "expected %zu bytes with zeros at the end, "
+                    "got %u bytes or other values", sizeof *h, h->header_bytes);
     if (h->directory_bytes > MOEFILE_MAX_DIRECTORY_BYTES)
         return fail(error, MOE_ERR_LIMIT, "directory_bytes", "expected at most %u, got %llu",
                     (unsigned)MOEFILE_MAX_DIRECTORY_BYTES, (unsigned long long)h->directory_bytes);
@@ -179,8 +181,8 @@ static moe_status moefile_read_directory(moe_directory *dir, dir_file *file, moe
     }
     if (!status && moefile_root(h, *bytes + sizeof *h) != h->root)
         return fail(error, MOE_ERR_FORMAT, "directory",
-                    "expected the checksum %016llx over header and directory, got another: the file "
-                    "is damaged; get it again", (unsigned long long)h->root);
+                    "expected the checksum %016llx over header and directory, got another: the "
+                    "file is damaged; get it again", (unsigned long long)h->root);
     return status;
 }
 
@@ -206,8 +208,8 @@ static moe_status moefile_parse_keys(gguf_reader *r, const char *section, uint32
 {
     moefile_begin_section(r, bytes);
     if (n > bytes / GGUF_MIN_META_BYTES)
-        return fail(r->error, MOE_ERR_FORMAT, section, "expected at most %llu keys in %llu bytes, got "
-                    "%u", (unsigned long long)(bytes / GGUF_MIN_META_BYTES),
+        return fail(r->error, MOE_ERR_FORMAT, section, "expected at most %llu keys in %llu bytes, "
+                    "got %u", (unsigned long long)(bytes / GGUF_MIN_META_BYTES),
                     (unsigned long long)bytes, n);
     moe_status status = dir_table_reserve(r->dir, &r->dir->meta, n, section, r->error);
     for (uint32_t i = 0; i < n && !status; i++)
@@ -231,12 +233,13 @@ static moe_status moefile_parse_tensor(gguf_reader *r, uint32_t index, uint64_t 
         return status;
     if (n_parts != 1 && (t->n_dims != 3 || n_parts != t->dims[2]))
         return fail(r->error, MOE_ERR_FORMAT, t->name,
-                    "expected one part, or one for each matrix of a stack of them, got %u", n_parts);
+                    "expected one part, or one for each matrix of a stack of them, got %u",
+                    n_parts);
     r->dir->moe->first_part[index] = *n_parts_all;
     *n_parts_all += n_parts;
     if (*n_parts_all > r->dir->moe->header.n_slices)
-        return fail(r->error, MOE_ERR_FORMAT, t->name, "expected at most %u slices by the header, got "
-                    "more with the parts of this tensor", r->dir->moe->header.n_slices);
+        return fail(r->error, MOE_ERR_FORMAT, t->name, "expected at most %u slices by the header, "
+                    "got more with the parts of this tensor", r->dir->moe->header.n_slices);
     t->parts = r->dir->moe->parts + r->dir->moe->first_part[index];
     return MOE_OK;
 }
@@ -248,10 +251,12 @@ static moe_status moefile_parse_tensors(gguf_reader *r)
     enum { LEAST = 8 + 1 + 4 + 8 + 4 };
     moefile_begin_section(r, h->tensors_bytes);
     if (h->n_tensors > h->tensors_bytes / LEAST)
-        return fail(r->error, MOE_ERR_FORMAT, "tensors", "expected at most %llu in %llu bytes, got %u",
+        return fail(r->error, MOE_ERR_FORMAT, "tensors",
+                    "expected at most %llu in %llu bytes, got %u",
                     (unsigned long long)(h->tensors_bytes / LEAST),
                     (unsigned long long)h->tensors_bytes, h->n_tensors);
-    moe_status status = dir_table_reserve(r->dir, &r->dir->tensor, h->n_tensors, "tensors", r->error);
+    moe_status status = dir_table_reserve(r->dir, &r->dir->tensor, h->n_tensors, "tensors",
+                                          r->error);
     if (status)
         return status;
     f->parts = dir_alloc(r->dir, h->n_slices, sizeof *f->parts);
@@ -285,7 +290,8 @@ static moe_status moefile_take_part(moefile_walk *w, const moefile_slice *s, uin
     char name[128];
     const moefile *f = w->dir->moe;
     if (s->tensor >= f->header.n_tensors)
-        return fail(w->error, MOE_ERR_FORMAT, "slices", "expected a tensor below %u in slice %u, got %u",
+        return fail(w->error, MOE_ERR_FORMAT, "slices",
+                    "expected a tensor below %u in slice %u, got %u",
                     f->header.n_tensors, w->slice, s->tensor);
     const moe_tensor *t = directory_tensor_at(w->dir, s->tensor);
     const uint64_t n_parts = moefile_n_parts(f, s->tensor);
@@ -305,7 +311,8 @@ static moe_status moefile_take_part(moefile_walk *w, const moefile_slice *s, uin
                     "expected rows that are a multiple of %u, the block of %s, got rows of %llu",
                     quant->block_len, quant->name, (unsigned long long)t->dims[0]);
     *part = (moe_part){.quant = quant, .offset = record_offset + s->offset};
-    if (!checked_mul(t->n_elements / n_parts / quant->block_len, quant->block_bytes, &part->bytes) ||
+    if (!checked_mul(t->n_elements / n_parts / quant->block_len, quant->block_bytes,
+                     &part->bytes) ||
         !checked_add(w->decoded_bytes, part->bytes, &w->decoded_bytes))
         return fail(w->error, MOE_ERR_FORMAT, name, "expected a size that fits into 64 bits");
     return MOE_OK;
@@ -324,7 +331,8 @@ static moe_status moefile_take_segments(moefile_walk *w, const moefile_slice *s,
                     s->segment_blocks);
     const uint64_t n = (n_blocks + per - 1) / per;
     if (s->first_segment != w->segment || n > f->header.n_segments - w->segment)
-        return fail(w->error, MOE_ERR_FORMAT, name, "expected %llu segments from %u on, got %u of %u",
+        return fail(w->error, MOE_ERR_FORMAT, name,
+                    "expected %llu segments from %u on, got %u of %u",
                     (unsigned long long)n, w->segment, s->first_segment, f->header.n_segments);
     uint64_t bytes = 0;
     for (uint64_t i = 0; i < n; i++) {
@@ -355,18 +363,19 @@ static moe_status moefile_take_slice(moefile_walk *w, const moefile_record *r)
     if (s.offset != align_up(w->at, MOEFILE_SLICE_ALIGN) || s.offset > r->stored_bytes ||
         s.stored_bytes > r->stored_bytes - s.offset)
         return fail(w->error, MOE_ERR_FORMAT, name,
-                    "expected it behind the %llu bytes before it in a record of %llu, got %llu bytes "
-                    "at %llu", (unsigned long long)w->at, (unsigned long long)r->stored_bytes,
+                    "expected it behind the %llu bytes before it in a record of %llu, got %llu "
+                    "bytes at %llu", (unsigned long long)w->at, (unsigned long long)r->stored_bytes,
                     (unsigned long long)s.stored_bytes, (unsigned long long)s.offset);
     w->at = s.offset + s.stored_bytes;
     if (s.encoding == MOEFILE_PLANES)
         status = moefile_take_segments(w, &s, name);
     else if (s.encoding != MOEFILE_RAW)
-        status = fail(w->error, MOE_ERR_UNSUPPORTED, name, "expected encoding 0 or 1, got %u; a newer "
-                      "version of this program may know it", s.encoding);
+        status = fail(w->error, MOE_ERR_UNSUPPORTED, name, "expected encoding 0 or 1, got %u; a "
+                      "newer version of this program may know it", s.encoding);
     else if (s.segment_blocks || s.first_segment != w->segment ||
              s.stored_bytes != moefile_part_of(f, &s)->bytes)
-        status = fail(w->error, MOE_ERR_FORMAT, name, "expected %llu bytes without segments, got %llu",
+        status = fail(w->error, MOE_ERR_FORMAT, name,
+                      "expected %llu bytes without segments, got %llu",
                       (unsigned long long)moefile_part_of(f, &s)->bytes,
                       (unsigned long long)s.stored_bytes);
     if (!status && r->kind == MOEFILE_EXPERT && s.part != r->expert)
@@ -402,15 +411,15 @@ static moe_status moefile_take_record(moefile_walk *w, uint32_t index)
         status = moefile_take_slice(w, &r);
     if (!status && known && (w->at != r.stored_bytes || w->decoded_bytes != r.decoded_bytes))
         status = fail(w->error, MOE_ERR_FORMAT, name,
-                      "expected %llu bytes for %llu of weights, the sums of its slices, got %llu for "
-                      "%llu", (unsigned long long)w->at, (unsigned long long)w->decoded_bytes,
+                      "expected %llu bytes for %llu of weights, the sums of its slices, got %llu "
+                      "for %llu", (unsigned long long)w->at, (unsigned long long)w->decoded_bytes,
                       (unsigned long long)r.stored_bytes, (unsigned long long)r.decoded_bytes);
     w->at = end;
     return status;
 }
 
-/* What the tensors are, now that their parts are known. One of several parts of one type that are not
- * needed apart becomes a plain stack. */
+/* What the tensors are, now that their parts are known. One of several parts of one type that are
+ * not needed apart becomes a plain stack. */
 static void moefile_sum_parts(moe_directory *dir)
 {
     const moefile *f = dir->moe;
@@ -446,9 +455,9 @@ static moe_status moefile_parse(moe_directory *dir, const uint8_t *bytes, moe_er
         status = moefile_take_record(&w, i);
     if (!status && (w.slice != h->n_slices || w.segment != h->n_segments || w.at != h->file_bytes))
         status = fail(error, MOE_ERR_FORMAT, "records",
-                      "expected %u slices, %u segments and %llu bytes in all records, got %u, %u and "
-                      "%llu", h->n_slices, h->n_segments, (unsigned long long)h->file_bytes, w.slice,
-                      w.segment, (unsigned long long)w.at);
+                      "expected %u slices, %u segments and %llu bytes in all records, got %u, %u "
+                      "and %llu", h->n_slices, h->n_segments, (unsigned long long)h->file_bytes,
+                      w.slice, w.segment, (unsigned long long)w.at);
     if (!status)
         moefile_sum_parts(dir);
     return status;
@@ -483,7 +492,8 @@ static moe_status moefile_decoder_open(moe_mem *mem, moefile_decoder *d, moe_err
     d->memory = mem_alloc_uncleared(mem, bytes, 1);
     if (!d->stored || !d->planes || !d->memory) {
         moefile_decoder_close(mem, d);
-        return fail_memory(error, mem, "decoder", MOEFILE_PIECE_BYTES + MOEFILE_SEGMENT_BYTES + bytes);
+        return fail_memory(error, mem, "decoder",
+                           MOEFILE_PIECE_BYTES + MOEFILE_SEGMENT_BYTES + bytes);
     }
 #ifndef MOE_NO_ZSTD
     d->zstd = ZSTD_initStaticDCtx(d->memory, (size_t)bytes);
@@ -532,8 +542,8 @@ static moe_status moefile_decode_segment(const moefile_decoder *d, const moe_qua
                                                   n_blocks * width, &why);
         if (!bytes)
             return fail(error, MOE_ERR_FORMAT, name,
-                        "expected frames of its planes, got a bad one for plane %zu (%s): the file is "
-                        "damaged", i, why);
+                        "expected frames of its planes, got a bad one for plane %zu (%s): the file "
+                        "is damaged", i, why);
         moefile_move_field(dst + offset, quant->block_bytes, d->planes, width, n_blocks, width);
         offset += width;
         at += bytes;
@@ -561,8 +571,8 @@ static bool moefile_team_work(void *arg, uint32_t worker, moe_error *error)
     return team->run(team->self, &team->decoders[worker], error);
 }
 
-/* Runs on up to n threads: as many as there are buffers for. The buffers are made here, since a host's
- * allocator is called by one thread at a time. */
+/* Runs on up to n threads: as many as there are buffers for. The buffers are made here, since a
+ * host's allocator is called by one thread at a time. */
 static moe_status moefile_team_run(moefile_team *team, uint32_t n, moe_error *error)
 {
     moe_mem *mem = team->dir->mem;
@@ -578,8 +588,8 @@ static moe_status moefile_team_run(moefile_team *team, uint32_t n, moe_error *er
     return status;
 }
 
-/* Reads a piece of the file: a pointer into memory that is there, or into `room`. Callbacks are called
- * by one thread at a time. */
+/* Reads a piece of the file: a pointer into memory that is there, or into `room`. Callbacks are
+ * called by one thread at a time. */
 static moe_status moefile_fetch(const moe_directory *dir, plat_mutex *lock, uint64_t offset,
                                 uint64_t bytes, uint8_t *room, const uint8_t **data,
                                 moe_error *error)
@@ -619,7 +629,7 @@ static bool moefile_is_zero(const uint8_t *p, uint64_t n)
     return !any;
 }
 
-/* The bytes [offset, end) of the file, of which the first `hashed` are hashed; the rest must be 0. */
+/* The bytes [offset, end) of the file: the first `hashed` are hashed, the rest must be 0. */
 static moe_status moefile_check_range(moefile_check *c, const moefile_decoder *d, uint64_t offset,
                                       uint64_t hashed, uint64_t end, uint64_t hash, bool *good,
                                       moe_error *error)
@@ -663,7 +673,8 @@ static bool moefile_check_run(void *self, moefile_decoder *d, moe_error *error)
         end = i + 1 < h->n_records ? moefile_record_at(c->dir->moe, i + 1).offset : h->file_bytes;
     }
     bool good = false;
-    moe_status status = moefile_check_range(c, d, r.offset, r.stored_bytes, end, r.hash, &good, error);
+    moe_status status = moefile_check_range(c, d, r.offset, r.stored_bytes, end, r.hash, &good,
+                                            error);
     plat_mutex_lock(&c->lock);
     c->damaged[i] = !good;
     c->stop |= status != MOE_OK;
@@ -691,8 +702,8 @@ static moe_status moefile_fail_damaged(const moe_directory *dir, uint32_t index,
     if (index < dir->moe->header.n_records)
         moefile_record_name(dir, index, name);
     return fail(error, MOE_ERR_FORMAT, name,
-                "expected the bytes that the checksum was made of, got others: the file is damaged; "
-                "get it again");
+                "expected the bytes that the checksum was made of, got others: the file is "
+                "damaged; get it again");
 }
 
 /* Before anything is used: all records are as they were written. */
@@ -712,7 +723,7 @@ static moe_status moefile_check_first(moe_directory *dir, moe_error *error)
 
 /* ------------------------------------------------------------------------------- loading -- */
 
-/* What is loaded into memory, piece by piece. A piece is a segment, or about as much of raw rows. */
+/* What is loaded into memory, in pieces. A piece is a segment, or about as much of raw rows. */
 typedef struct moefile_load_state {
     moe_directory *dir;
     const dir_file *file;
@@ -826,8 +837,8 @@ static void moefile_find_loaded(const moe_directory *dir, bool in_place, bool *l
     }
 }
 
-/* Gives each tensor that is loaded a place in memory, its parts one after another; `memory` NULL: only
- * counts. A tensor whose parts are of one type is a plain stack then. */
+/* Gives each tensor that is loaded a place in memory, its parts one after another; `memory` NULL:
+ * only counts. A tensor whose parts are of one type is a plain stack then. */
 static uint64_t moefile_place_tensors(moe_directory *dir, const bool *load, uint8_t *memory)
 {
     const moefile *f = dir->moe;
@@ -943,8 +954,8 @@ static moe_status moefile_load_data(moe_directory *dir, bool copy, moe_error *er
 
 /* ------------------------------------------------------------------------------- receipt -- */
 
-/* What the tables say of a tensor: bytes in the file, and the error of making it. The experts of a stack
- * count alike. */
+/* What the tables say of a tensor: bytes in the file, and the error of making it. The experts of a
+ * stack count alike. */
 static void moefile_describe(const moe_directory *dir, uint32_t tensor, moe_tensor_info *info)
 {
     const moefile *f = dir->moe;
@@ -1069,8 +1080,9 @@ static moe_status moefile_verify(moe_directory *dir, const moe_model_options *op
         if (!damaged[i])
             continue;
         const bool record = i < h->n_records;
-        const moefile_record r = record ? moefile_record_at(dir->moe, i)
-                                        : (moefile_record){.offset = sizeof *h + h->directory_bytes};
+        const moefile_record r =
+            record ? moefile_record_at(dir->moe, i)
+                   : (moefile_record){.offset = sizeof *h + h->directory_bytes};
         first = MOE_MIN(first, i);
         report->n_damaged++;
         if (damage)
@@ -1088,7 +1100,8 @@ moe_status moe_file_verify(const moe_model_options *options, moe_damage_fn *dama
     moe_verify_report full = {.size = sizeof full};
     if (!options || !options->size || (report && !report->size))
         return fail(error, MOE_ERR_ARGUMENT, "options",
-                    "expected options filled by moe_model_options_init, and the size of the report");
+                    "expected options filled by moe_model_options_init, and the size of the "
+                    "report");
     moe_model_options_init(&known);
     memcpy(&known, options, MOE_MIN(options->size, sizeof known));
     moe_mem mem;

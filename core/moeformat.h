@@ -1,8 +1,8 @@
-/* core/moeformat.h - the parts of a .moe file as they stand in it, for its reader (core/moefile.c) and
- * its writer (convert/moe_write.c). docs/format.md is the specification.
+/* core/moeformat.h - the parts of a .moe file as they stand in it, for its reader (core/moefile.c)
+ * and its writer (convert/moe_write.c). docs/format.md is the specification.
  *
- *     header | directory: keys, receipt, tensors, records, slices, segments | records, at multiples of
- *     4096
+ *     header | directory: keys, receipt, tensors, records, slices, segments |
+ *     records, at multiples of 4096
  *
  * All numbers are little-endian. Owns nothing. */
 #ifndef MOE_CORE_MOEFORMAT_H
@@ -15,7 +15,7 @@
 enum {
     MOEFILE_MAJOR = 1,
     MOEFILE_MINOR = 0,
-    MOEFILE_RECORD_ALIGN = 4096, // so that a record can be mapped, read past the cache, or punched out
+    MOEFILE_RECORD_ALIGN = 4096, // so that a record can be mapped, read past the cache, punched out
     MOEFILE_SLICE_ALIGN = 64,
     MOEFILE_TABLE_ALIGN = 8,
     MOEFILE_SEGMENT_BYTES = 1 << 20, // of blocks, at most
@@ -191,10 +191,10 @@ MOE_UNUSED static uint64_t moefile_root(const moefile_header *header, const void
 
 /* ------------------------------------------------------------------------------- segments -- */
 
-/* A segment is a run of blocks, stored as one frame for each field of the type: a plane, which is the
- * field's bytes of all the blocks. This moves a field of n blocks into a plane or back. */
-MOE_INLINE void moefile_copy_field(uint8_t *dst, size_t dst_step, const uint8_t *src, size_t src_step,
-                                   size_t n, const size_t width)
+/* A segment is a run of blocks, stored as one frame for each field of the type: a plane, which is
+ * the field's bytes of all the blocks. This moves a field of n blocks into a plane or back. */
+MOE_INLINE void moefile_copy_field(uint8_t *dst, size_t dst_step, const uint8_t *src,
+                                   size_t src_step, size_t n, const size_t width)
 {
     for (size_t i = 0; i < n; i++)
         memcpy(dst + i * dst_step, src + i * src_step, width);

@@ -1,14 +1,15 @@
 /* core/mtp.c - multi-token prediction: guesses by the model's own extra layer. DeepSeek-AI 2024,
  * arXiv:2412.19437, section 2.2.
  *
- * The layer takes, for each position p > 0, the token there and the model's normed output one position
- * before:
+ * The layer takes, for each position p > 0, the token there and the model's normed output one
+ * position before:
  *     x = join [norm(embedding(token p)); norm(output p - 1)];  x = layer(x);  y = norm(x)
- * and the output matrix on y says which token comes at p + 1. To guess further, y takes the place of the
- * model's output and the guess that of the token.
+ * and the output matrix on y says which token comes at p + 1. To guess further, y takes the place
+ * of the model's output and the guess that of the token.
  *
- * It has a cache like any other layer, with the row of position p in slot p - 1. Rows are made when they
- * are needed: when a guess is asked for, or when there is no room for more of the model's outputs.
+ * It has a cache like any other layer, with the row of position p in slot p - 1. Rows are made when
+ * they are needed: when a guess is asked for, or when there is no room for more of the model's
+ * outputs.
  *
  * Owns: session_mtp. Must never: change what the session computes. */
 #ifndef MOE_CORE_MTP_C
@@ -36,8 +37,8 @@ static void mtp_cut(moe_session *s, uint32_t pos)
                           MOE_MIN(sizeof zeros, row_bytes - done));
 }
 
-/* Records the layer for the tokens at positions [first, first + n_tok), from the model's outputs in front
- * of each. The result is in p->x. */
+/* Records the layer for the tokens at positions [first, first + n_tok), from the model's outputs in
+ * front of each. The result is in p->x. */
 static void mtp_record(moe_session *s, const moe_token *tokens, uint32_t first, uint32_t n_tok,
                        moe_view outputs)
 {
@@ -56,7 +57,8 @@ static void mtp_record(moe_session *s, const moe_token *tokens, uint32_t first, 
                                                                   : &m->globals.embedding;
     const moe_embed_op embed = {p->x, p->ids, table, hp->embed_scale, n_tok};
     p->be->embed(p->queue, &embed);
-    const moe_norm_op token = {.dst = p->draft_input, .src = p->x, .weight = l->draft_token_norm.data,
+    const moe_norm_op token = {.dst = p->draft_input, .src = p->x,
+                               .weight = l->draft_token_norm.data,
                                .n_row = n_tok, .dim = n, .dst_stride = 2 * n, .src_stride = n,
                                .eps = hp->eps};
     moe_norm_op hidden = token;
@@ -111,13 +113,14 @@ static void mtp_keep(moe_session *s, uint32_t n_tok)
     const uint32_t n = s->model->hp.n_embd;
     if (!t->on)
         return;
-    layer_norm(&s->pass, view_at(s->pass.draft_outputs, (uint64_t)(t->to - t->from) * n * sizeof(float)),
+    layer_norm(&s->pass,
+               view_at(s->pass.draft_outputs, (uint64_t)(t->to - t->from) * n * sizeof(float)),
                s->pass.x, &s->model->globals.output_norm, n_tok, n);
     t->to += n_tok;
 }
 
-/* What the layer says behind the last of the n_row rows in p->x: logits to t->logits. Its normed output
- * goes to p->draft_output. */
+/* What the layer says behind the last of the n_row rows in p->x: logits to t->logits. Its normed
+ * output goes to p->draft_output. */
 static moe_status mtp_read(moe_session *s, uint32_t n_row)
 {
     moe_pass *p = &s->pass;
@@ -129,8 +132,8 @@ static moe_status mtp_read(moe_session *s, uint32_t n_row)
     const moe_weight *output = weight_present(&l->draft_output) ? &l->draft_output
                                : weight_present(&g->output)     ? &g->output
                                                                 : &g->embedding;
-    layer_norm(p, p->draft_output, view_at(p->x, (n_row - 1ull) * hp->n_embd * sizeof(float)), norm, 1,
-               hp->n_embd);
+    layer_norm(p, p->draft_output, view_at(p->x, (n_row - 1ull) * hp->n_embd * sizeof(float)), norm,
+               1, hp->n_embd);
     p->n_tok = 1;
     layer_linear(p, p->logits, output, p->draft_output, NULL, false);
     return p->be->read(p->queue, p->logits, t->logits, (uint64_t)hp->n_vocab * sizeof(float),

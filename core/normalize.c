@@ -2,8 +2,8 @@
  * case, accents, replacements, SentencePiece's character map.
  *
  * Well-formed UTF-8 flows in and out. The decomposition data is utf8proc's, but only for characters
- * that the tables of unicode_data.h call active: what newer versions of Unicode added is left alone,
- * as the tokenizers' own training tools do. Must never: take quadratic time over marks in a row. */
+ * that the tables of unicode_data.h call active: what newer versions of Unicode added is left
+ * alone, as the tokenizers' training tools do. Must never: take quadratic time over marks. */
 #ifndef MOE_CORE_NORMALIZE_C
 #define MOE_CORE_NORMALIZE_C
 

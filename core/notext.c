@@ -1,7 +1,7 @@
-/* core/notext.c - the tokenizer's functions in a build with -DMOE_NO_TEXT: token ids in, logits out.
+/* core/notext.c - the tokenizer's functions in builds with -DMOE_NO_TEXT: token ids in, logits out.
  *
- * Opening says that text was left out; a model simply has no tokenizer. With no moe_tokenizer in the
- * world the other functions have only NULL to answer for. */
+ * Opening says that text was left out; a model simply has no tokenizer. With no moe_tokenizer in
+ * the world the other functions have only NULL to answer for. */
 #ifndef MOE_CORE_NOTEXT_C
 #define MOE_CORE_NOTEXT_C
 
@@ -42,9 +42,9 @@ void moe_tokenizer_close(moe_tokenizer *tokenizer)
     (void)tokenizer;
 }
 
-moe_status moe_tokenizer_encode(const moe_tokenizer *tokenizer, const char *text, size_t text_bytes,
-                                uint32_t flags, moe_token *tokens, size_t capacity, size_t *n_tokens,
-                                moe_error *error)
+moe_status moe_tokenizer_encode(const moe_tokenizer *tokenizer, const char *text,
+                                size_t text_bytes, uint32_t flags, moe_token *tokens,
+                                size_t capacity, size_t *n_tokens, moe_error *error)
 {
     (void)tokenizer;
     (void)text;

@@ -11,9 +11,9 @@ MOE_UNUSED static uint32_t plat_n_cores(void);      // physical cores this proce
 MOE_UNUSED static uint64_t plat_free_memory(void);  // bytes that can be allocated without swapping,
                                                     // cgroup limits heeded; 0: unknown
 
-/* Asks for large pages behind memory that is about to be filled, or a map: otherwise the first touch of
- * each small page can take as long as what is written to it, and reads here and there wait for walks of
- * the page tables. A hint. */
+/* Asks for large pages behind memory that is about to be filled, or a map: otherwise the first
+ * touch of each small page can take as long as what is written to it, and reads here and there wait
+ * for walks of the page tables. A hint. */
 MOE_UNUSED static void plat_large_pages(void *p, uint64_t bytes);
 
 /* -- files -- */
@@ -22,7 +22,7 @@ typedef struct plat_file {
     uint64_t bytes;
 } plat_file;
 
-/* Opens a regular file for reading; anything else (directory, FIFO, device) is an error, at once. */
+/* Opens a regular file for reading; anything else (directory, FIFO, device) is an error at once. */
 MOE_UNUSED static moe_status plat_open(plat_file *file, const char *path, moe_error *error);
 MOE_UNUSED static void plat_close(plat_file *file);
 /* Reads exactly `bytes` bytes at `offset`. */

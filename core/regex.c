@@ -5,8 +5,8 @@
  * alternation, groups, classes with && and nesting, \p, (?i), greedy, lazy and possessive
  * quantifiers, look-ahead, look-behind of a fixed length, anchors. Back-references are refused.
  *
- * Why not PCRE2: it lacks class intersection, and its Unicode version is the system's; patterns from
- * the wild must mean the same on every machine.
+ * Why not PCRE2: it lacks class intersection, and its Unicode version is the system's; patterns
+ * from the wild must mean the same on every machine.
  *
  * Matching is backtracking on an explicit stack, with a budget of steps: a hostile pattern ends in
  * an error, not in a hang. A pattern is immutable once made; a regex_run belongs to one thread.
@@ -558,7 +558,8 @@ static uint32_t regex_width(const regex_node *node)
 }
 
 /* Appends an operation and returns its index. */
-static uint32_t regex_emit(regex_parser *s, regex_op_code code, unsigned mode, uint32_t x, uint32_t y)
+static uint32_t regex_emit(regex_parser *s, regex_op_code code, unsigned mode, uint32_t x,
+                           uint32_t y)
 {
     if (s->n_ops == REGEX_MAX_OPS) {
         regex_problem(s, "it is too long");

@@ -128,7 +128,8 @@ static bool regex_backtrack(const regex *re, regex_run *run, size_t base, uint32
             if (*p < run->end && set_has(&re->sets[re->ops[*pc].set], utf8_next(*p, &length))) {
                 *p += length;
                 if (left)
-                    regex_push(run, (regex_frame){.pc = *pc, .kind = RF_LAZY, .n = left, .pos = *p});
+                    regex_push(run,
+                               (regex_frame){.pc = *pc, .kind = RF_LAZY, .n = left, .pos = *p});
                 ++*pc;
                 return run->status == MOE_OK;
             }
@@ -144,7 +145,7 @@ static bool regex_backtrack(const regex *re, regex_run *run, size_t base, uint32
 
 static const uint8_t *regex_match(const regex *re, regex_run *run, uint32_t pc, const uint8_t *p);
 
-/* RE_LOOK and RE_ATOMIC: the body at pc + 1 on its own. Recursion is as deep as the pattern nests. */
+/* RE_LOOK, RE_ATOMIC: the body at pc + 1 on its own. Recursion is as deep as the pattern nests. */
 static const uint8_t *regex_sub(const regex *re, regex_run *run, uint32_t pc, const uint8_t *p)
 {
     const regex_op *op = &re->ops[pc];

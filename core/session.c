@@ -1,7 +1,7 @@
-/* core/session.c - one conversation: the cache, the work memory, and the forward pass over batches of
- * tokens.
+/* core/session.c - one conversation: the cache, the work memory, and the forward pass over batches
+ * of tokens.
  *
- * session_forward() is the whole of inference at a glance: embedding, layers, final norm, logits. */
+ * session_forward() is all of inference at a glance: embedding, layers, final norm, logits. */
 #ifndef MOE_CORE_SESSION_C
 #define MOE_CORE_SESSION_C
 
@@ -52,16 +52,16 @@ struct moe_session {
     uint32_t lookback;     // positions that they look at; else 0
     uint32_t n_slot_local;
     uint32_t held_from;    // the first position that they still hold; SESSION_NONE: none
-    /* Recurrent layers know all positions only as one state, which the next token changes. States of
-     * some positions are kept, so as to go back to them: session_keep_state(). */
+    /* Recurrent layers know all positions only as one state, which the next token changes. States
+     * of some positions are kept, so as to go back to them: session_keep_state(). */
     uint64_t state_bytes;  // of one; 0: no such layers
     moe_view states;       // [SESSION_N_STATE][state_bytes]
-    uint32_t state_pos[SESSION_N_STATE]; // how many tokens it has seen; SESSION_NONE: it holds nothing
+    uint32_t state_pos[SESSION_N_STATE]; // how many tokens it has seen; SESSION_NONE: holds nothing
     uint32_t state;        // the one in use
     bool keep_state;       // the next batch must not overwrite it
     uint32_t journal_pos, journal_n; // whose inputs the journal holds
-    moe_token *history;    // [n_ctx]: what to compute anew after going back further, and what guesses
-                           // are made from; NULL if neither is needed
+    moe_token *history;    // [n_ctx]: what to compute anew after going back further, and what
+                           // guesses are made from; NULL if neither is needed
     session_ahead ahead;   // of a session that drafts
     moe_observe *observe;  // NULL: nobody looks on
     session_mtp mtp;
@@ -94,7 +94,8 @@ static uint32_t plan_row(const moe_hparams *hp, bool values)
 /* Whether the session drafts with the layer for multi-token prediction. */
 static bool plan_mtp(const moe_hparams *hp, const moe_session_options *o)
 {
-    return (o->draft == MOE_DRAFT_AUTO || o->draft == MOE_DRAFT_MTP) && hp->n_layer_all > hp->n_layer;
+    return (o->draft == MOE_DRAFT_AUTO || o->draft == MOE_DRAFT_MTP) &&
+           hp->n_layer_all > hp->n_layer;
 }
 
 /* Layers that have caches. */
@@ -147,8 +148,8 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->logits, (uint64_t)o->n_logits * hp->n_vocab, f);
 }
 
-/* Positions that a layer's cache has room for: with a sliding window, what a batch adds, and what its
- * first token looks at. */
+/* Positions that a layer's cache has room for: with a sliding window, what a batch adds, and what
+ * its first token looks at. */
 static uint32_t plan_slots(const moe_session_options *o, uint32_t window)
 {
     return window ? (uint32_t)MOE_MIN(o->n_ctx, (uint64_t)window + o->n_batch) : o->n_ctx;
@@ -199,8 +200,8 @@ static bool plan_caches(const moe_hparams *hp, const moe_session_options *o, uin
     return true;
 }
 
-/* How far sliding windows look back, if their caches are shorter than the context, so that going back
- * may need more than is there; else 0. */
+/* How far sliding windows look back, if their caches are shorter than the context, so that going
+ * back may need more than is there; else 0. */
 static uint32_t plan_lookback(const moe_hparams *hp, const moe_session_options *o)
 {
     for (uint32_t i = 0; i < hp->n_layer; i++)
@@ -302,7 +303,7 @@ static moe_status session_fill_draft(const moe_hparams *hp, moe_session_options 
         return fail(error, MOE_ERR_UNSUPPORTED, "draft",
                     "expected a model with a layer for multi-token prediction, got one without");
     o->n_draft = MOE_MIN(o->n_draft, o->n_batch - 1);
-    if (!o->n_draft || o->observer) /* an observer sees the sequence, and nothing that may not come */
+    if (!o->n_draft || o->observer) /* an observer sees the sequence, nothing that may not come */
         o->draft = MOE_DRAFT_OFF;
     if (o->draft != MOE_DRAFT_OFF)
         o->n_logits = MOE_MAX(o->n_logits, o->n_draft + 1);
@@ -468,8 +469,8 @@ moe_status moe_session_open(moe_session **out, moe_model *model,
     if (o.n_ctx > MODEL_MAX_CTX || !session_plan_for(model, &o, &plan) ||
         plan.total_bytes > budget)
         return fail(error, MOE_ERR_LIMIT, "n_ctx",
-                    "a context of %u tokens needs more than the %llu MB that are available; at most "
-                    "%u tokens fit", o.n_ctx, (unsigned long long)(budget >> 20),
+                    "a context of %u tokens needs more than the %llu MB that are available; at "
+                    "most %u tokens fit", o.n_ctx, (unsigned long long)(budget >> 20),
                     session_longest(model, &o, budget));
     moe_session *s = mem_alloc(&model->mem, 1, sizeof *s);
     if (!s)
@@ -514,8 +515,8 @@ static moe_view session_state_view(const moe_session *s, uint32_t i)
     return view_at(s->states, i * s->state_bytes);
 }
 
-/* A state that may be overwritten, but not the one in use: one that holds nothing, or else the one that
- * is closest behind another, so that those kept spread over the sequence. */
+/* A state that may be overwritten, but not the one in use: one that holds nothing, or else the one
+ * that is closest behind another, so that those kept spread over the sequence. */
 static uint32_t session_spare_state(const moe_session *s)
 {
     uint32_t spare = SESSION_NONE, least = 0;
@@ -536,9 +537,9 @@ static uint32_t session_spare_state(const moe_session *s)
     return spare;
 }
 
-/* Chooses where a batch reads and writes its states. One token overwrites the state in use, unless that
- * is to be kept; a larger batch, which may be one that is gone back on, leaves it, and so does the
- * token behind such a batch. */
+/* Chooses where a batch reads and writes its states. One token overwrites the state in use, unless
+ * that is to be kept; a larger batch, which may be one that is gone back on, leaves it, and so does
+ * the token behind such a batch. */
 static void session_choose_states(moe_session *s, uint32_t pos, uint32_t n_tok)
 {
     moe_pass *p = &s->pass;
@@ -582,8 +583,8 @@ static moe_status session_replay(moe_session *s, uint32_t n_tok)
     return status;
 }
 
-/* Whether computing can go on behind n_tok tokens: sliding windows hold what the next one looks at, and
- * there is a state, whose index goes to *state. */
+/* Whether computing can go on behind n_tok tokens: sliding windows hold what the next one looks at,
+ * and there is a state, whose index goes to *state. */
 static bool session_can_resume(const moe_session *s, uint32_t n_tok, uint32_t *state)
 {
     const uint32_t first = n_tok + 1 > s->lookback ? n_tok + 1 - s->lookback : 0;
@@ -600,8 +601,8 @@ static bool session_can_resume(const moe_session *s, uint32_t n_tok, uint32_t *s
     return false;
 }
 
-/* The most of the first n_tok tokens that need not be computed anew to go on behind them; *state is the
- * state behind those. */
+/* The most of the first n_tok tokens that need not be computed anew to go on behind them; *state is
+ * the state behind those. */
 static uint32_t session_resume_at(const moe_session *s, uint32_t n_tok, uint32_t *state)
 {
     uint32_t best = 0, other;
@@ -658,7 +659,7 @@ static moe_status session_logits(moe_session *s, uint32_t row, uint32_t n_row, f
                        &s->error);
 }
 
-/* core/mtp.c: before and behind the layers of a batch; and guesses of n tokens behind that at n_past. */
+/* core/mtp.c: before and behind a batch's layers; guesses of n tokens behind that at n_past. */
 static void mtp_prepare(moe_session *s, uint32_t pos, uint32_t n_tok);
 static void mtp_keep(moe_session *s, uint32_t n_tok);
 static moe_status mtp_guess(moe_session *s, uint32_t n, draft_guess *guess);
@@ -705,8 +706,8 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
 
 /* --------------------------------------------------------------------------------- evaluate -- */
 
-/* The first of n weights that is not a finite number; n if there is none. Rows are cut: where a block
- * depends on those before it the numbers are other ones, but as finite. */
+/* The first of n weights that is not a finite number; n if there is none. Rows are cut: where a
+ * block depends on those before it the numbers are other ones, but as finite. */
 static uint64_t session_first_bad(const moe_quant *quant, const uint8_t *data, uint64_t n,
                                   float *bad)
 {
@@ -765,8 +766,8 @@ static moe_status session_check_eval(moe_session *s, const moe_token *tokens, si
                     n_logits);
     if (n_tok > free_slots)
         return fail(&s->error, MOE_ERR_CONTEXT, NULL,
-                    "%zu tokens do not fit: %u of %u positions are taken; rewind, or open a session "
-                    "with a longer context", n_tok, s->n_past, s->options.n_ctx);
+                    "%zu tokens do not fit: %u of %u positions are taken; rewind, or open a "
+                    "session with a longer context", n_tok, s->n_past, s->options.n_ctx);
     for (size_t i = 0; i < n_tok; i++)
         if (tokens[i] < 0 || (uint32_t)tokens[i] >= s->model->hp.n_vocab)
             return fail(&s->error, MOE_ERR_ARGUMENT, "tokens",
@@ -775,8 +776,8 @@ static moe_status session_check_eval(moe_session *s, const moe_token *tokens, si
     return directory_check(s->model->dir, &s->error);
 }
 
-/* After going back, or after a call that failed, sliding windows may have lost what the next token looks
- * at, and states may be those of later tokens. What cannot be had otherwise is computed anew. */
+/* After going back, or after a call that failed, sliding windows may have lost what the next token
+ * looks at, and states may be those of later tokens. What is missing is computed anew. */
 static moe_status session_restore(moe_session *s)
 {
     uint32_t from, state;
@@ -810,8 +811,8 @@ static moe_status session_restore(moe_session *s)
     return status;
 }
 
-/* The next n_tok tokens, checked, in batches; logits of the last n_logits. The session's length is left
- * as it is. */
+/* The next n_tok tokens, checked, in batches; logits of the last n_logits. The session's length is
+ * left as it is. */
 static moe_status session_compute(moe_session *s, const moe_token *tokens, size_t n_tok,
                                   size_t n_logits, float *logits)
 {
@@ -851,7 +852,7 @@ static void session_learn(session_ahead *a, moe_token token)
     }
 }
 
-/* Tokens to compute together with the one at n_past, which is in the history; their number to *n. */
+/* Tokens to compute along with the one at n_past, which is in the history; their number to *n. */
 static moe_status session_guess(moe_session *s, uint32_t *n)
 {
     session_ahead *a = &s->ahead;
@@ -867,7 +868,8 @@ static moe_status session_guess(moe_session *s, uint32_t *n)
         *n = draft_choose(&a->drafter, DRAFT_BY_NGRAM, a->lookup.grade, a->lookup.n, &by_lookup);
     if (!s->mtp.on)
         return MOE_OK;
-    const uint32_t n_mtp = draft_choose(&a->drafter, DRAFT_BY_MTP, 0, s->n_past ? room : 0, &by_mtp);
+    const uint32_t n_mtp = draft_choose(&a->drafter, DRAFT_BY_MTP, 0, s->n_past ? room : 0,
+                                        &by_mtp);
     if (!n_mtp || by_mtp <= by_lookup)
         return MOE_OK;
     *n = n_mtp;

@@ -1,8 +1,8 @@
 /* core/tokenizer.c - text <-> tokens: the public functions.
  *
- * Text flows through the stages that tokenizer.h lists; tokens flow back through the decoder, one at
- * a time. Tokenizers come from the metadata of a model file (tokenizer_gguf.c) or from a Hugging Face
- * tokenizer.json (tokenizer_json.c). Any number of threads may use one. */
+ * Text flows through the stages that tokenizer.h lists; tokens flow back through the decoder, one
+ * at a time. Tokenizers come from the metadata of a model file (tokenizer_gguf.c) or from a Hugging
+ * Face tokenizer.json (tokenizer_json.c). Any number of threads may use one. */
 #ifndef MOE_CORE_TOKENIZER_C
 #define MOE_CORE_TOKENIZER_C
 
@@ -59,8 +59,8 @@ static moe_status tokenizer_fill(moe_tokenizer *tok, const moe_directory *dir, b
     return vocab_load(&g, model);
 }
 
-/* The tokenizer of a model file. MOE_OK and *out NULL if the file has none. Nothing of the directory
- * is kept. */
+/* The tokenizer of a model file. MOE_OK and *out NULL if the file has none. Nothing of the
+ * directory is kept. */
 MOE_UNUSED static moe_status tokenizer_from_directory(moe_tokenizer **out, const moe_directory *dir,
                                                       moe_mem *mem, moe_error *error)
 {
@@ -122,7 +122,8 @@ static moe_status tokenizer_open_json(moe_tokenizer *tok, const moe_model_option
     const char *data;
     uint64_t bytes;
     void *copy;
-    moe_status status = tokenizer_read(o, tok->mem, &data, &bytes, &copy, JSON_MAX_BYTES + 1, error);
+    moe_status status = tokenizer_read(o, tok->mem, &data, &bytes, &copy, JSON_MAX_BYTES + 1,
+                                       error);
     if (status != MOE_OK)
         return status;
     status = json_tokenizer_load(tok, data, bytes, error);
@@ -157,7 +158,8 @@ moe_status moe_tokenizer_open(moe_tokenizer **out, const moe_model_options *opti
     if (options)
         memcpy(&o, options, MOE_MIN(options->size, sizeof o));
     if ((o.path != NULL) + (o.data != NULL) + (o.read != NULL) != 1)
-        return fail(error, MOE_ERR_ARGUMENT, "options", "expected exactly one of path, data and read");
+        return fail(error, MOE_ERR_ARGUMENT, "options",
+                    "expected exactly one of path, data and read");
     moe_tokenizer *tok = tokenizer_new(NULL, o.host, o.memory_limit_bytes);
     if (!tok)
         return fail(error, MOE_ERR_MEMORY, "tokenizer", "cannot allocate %zu bytes", sizeof *tok);
@@ -247,9 +249,9 @@ static void encode_free(tok_run *run)
     mem_free(run->tok->mem, run->cache);
 }
 
-moe_status moe_tokenizer_encode(const moe_tokenizer *tokenizer, const char *text, size_t text_bytes,
-                                uint32_t flags, moe_token *tokens, size_t capacity, size_t *n_tokens,
-                                moe_error *error)
+moe_status moe_tokenizer_encode(const moe_tokenizer *tokenizer, const char *text,
+                                size_t text_bytes, uint32_t flags, moe_token *tokens,
+                                size_t capacity, size_t *n_tokens, moe_error *error)
 {
     if (!tokenizer || (!text && text_bytes) || (!tokens && capacity) || !n_tokens)
         return fail(error, MOE_ERR_ARGUMENT, "tokenizer", "expected pointers, got NULL");
@@ -276,8 +278,8 @@ moe_status moe_tokenizer_encode(const moe_tokenizer *tokenizer, const char *text
         return status;
     *n_tokens = run.n;
     if (run.n > capacity)
-        return fail(error, MOE_ERR_LIMIT, "capacity", "expected room for %zu tokens, got %zu", run.n,
-                    capacity);
+        return fail(error, MOE_ERR_LIMIT, "capacity", "expected room for %zu tokens, got %zu",
+                    run.n, capacity);
     return MOE_OK;
 }
 
@@ -359,8 +361,8 @@ static bool decode_begins(const uint8_t *p, size_t n, const char *text)
 }
 
 /* WordPiece: takes the mark off a token and puts a space in front of one that begins a word. */
-static void decode_word(const moe_tokenizer *tok, const moe_decoder *d, const uint8_t **p, size_t *n,
-                        decode_out *out)
+static void decode_word(const moe_tokenizer *tok, const moe_decoder *d, const uint8_t **p,
+                        size_t *n, decode_out *out)
 {
     static const char *const glued[] = {".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re"};
     bool continues = *tok->prefix ? decode_begins(*p, *n, tok->prefix)

@@ -1,7 +1,8 @@
 /* core/tokenizer_gguf.c - a tokenizer from the metadata of a GGUF (or .moe) file.
  *
- * The keys are tokenizer.ggml.*; a missing one takes the default that writers of such files rely on.
- * tokenizer.ggml.model says which model it is, tokenizer.ggml.pre which patterns split the text. */
+ * The keys are tokenizer.ggml.*; a missing one takes the default that writers of such files rely
+ * on. tokenizer.ggml.model says which model it is, tokenizer.ggml.pre which patterns split the
+ * text. */
 #ifndef MOE_CORE_TOKENIZER_GGUF_C
 #define MOE_CORE_TOKENIZER_GGUF_C
 
@@ -51,7 +52,7 @@ typedef struct vocab_loader {
     bool add_bos, add_eos, add_prefix, squeeze, marks;
 } vocab_loader;
 
-/* --------------------------------------------------------------------------------- vocabulary -- */
+/* ----------------------------------------------------------------------------- vocabulary -- */
 
 static moe_status vocab_array(const vocab_loader *g, const char *key, bool required,
                              const moe_meta **out)
@@ -76,11 +77,11 @@ static moe_status vocab_numbers(const vocab_loader *g, const char *key, uint64_t
     bool wide = m->item == META_I32 || m->item == META_U32 || m->item == META_I64 ||
                 m->item == META_U64 || is_float;
     if (!wide || (integers && is_float))
-        return fail(g->error, MOE_ERR_MODEL, key, "expected an array of 32-bit numbers, got items of "
-                    "type %d", (int)m->item);
+        return fail(g->error, MOE_ERR_MODEL, key, "expected an array of 32-bit numbers, got items "
+                    "of type %d", (int)m->item);
     if (m->n != n)
-        return fail(g->error, MOE_ERR_MODEL, key, "expected one item for each of the %llu tokens, got "
-                    "%llu", (unsigned long long)n, (unsigned long long)m->n);
+        return fail(g->error, MOE_ERR_MODEL, key, "expected one item for each of the %llu tokens, "
+                    "got %llu", (unsigned long long)n, (unsigned long long)m->n);
     return MOE_OK;
 }
 
@@ -119,7 +120,8 @@ static moe_status vocab_load_tokens(vocab_loader *g)
     if (tokens->item != META_STRING)
         return fail(g->error, MOE_ERR_MODEL, key, "expected an array of strings");
     if ((status = vocab_numbers(g, "tokenizer.ggml.scores", tokens->n, false, &scores)) != MOE_OK ||
-        (status = vocab_numbers(g, "tokenizer.ggml.token_type", tokens->n, true, &types)) != MOE_OK ||
+        (status = vocab_numbers(g, "tokenizer.ggml.token_type", tokens->n, true,
+                                &types)) != MOE_OK ||
         (status = tok_reserve(g->tok, tokens->n, key, g->error)) != MOE_OK)
         return status;
     if (!scores && (g->tok->model == MODEL_SCORES || g->tok->model == MODEL_UNIGRAM))
@@ -128,8 +130,8 @@ static moe_status vocab_load_tokens(vocab_loader *g)
         double score = scores ? meta_item_f64(scores, id) : 0;
         int64_t kind = types ? meta_item_i64(types, id) : TOK_NORMAL;
         if (isnan(score))
-            return fail(g->error, MOE_ERR_MODEL, "tokenizer.ggml.scores", "the score of token %u is "
-                        "not a number", id);
+            return fail(g->error, MOE_ERR_MODEL, "tokenizer.ggml.scores", "the score of token %u "
+                        "is not a number", id);
         if (kind < TOK_UNDEFINED || kind > TOK_BYTE)
             return fail(g->error, MOE_ERR_MODEL, "tokenizer.ggml.token_type", "expected 0 to 6 for "
                         "token %u, got %lld", id, (long long)kind);
@@ -160,10 +162,11 @@ static moe_status vocab_load_merges(vocab_loader *g)
         status = merges_reserve(g->tok, merges->n, key, g->error);
     for (uint32_t i = 0; status == MOE_OK && i < merges->n; i++) {
         moe_str text = merges->strings[i];
-        const char *space = text.bytes > 2 ? memchr(text.data + 1, ' ', (size_t)text.bytes - 2) : NULL;
+        const char *space =
+            text.bytes > 2 ? memchr(text.data + 1, ' ', (size_t)text.bytes - 2) : NULL;
         if (!space) {
-            status = fail(g->error, MOE_ERR_FORMAT, key, "expected two texts with a space between at "
-                          "%u, got \"%.*s\"", i, (int)MOE_MIN(text.bytes, 100), text.data);
+            status = fail(g->error, MOE_ERR_FORMAT, key, "expected two texts with a space between "
+                          "at %u, got \"%.*s\"", i, (int)MOE_MIN(text.bytes, 100), text.data);
             break;
         }
         size_t left = (size_t)(space - text.data);
@@ -191,7 +194,8 @@ static moe_status vocab_load_added(vocab_loader *g)
     for (uint32_t id = 0; id < tok->n_tokens; id++)
         if (tok->tokens[id].special || tok->tokens[id].kind == TOK_USER) {
             added_add(&tok->added, tok, id);
-            moe_status status = g->marks && !tok->tokens[id].special ? vocab_add_spaced(g, id) : MOE_OK;
+            moe_status status =
+                g->marks && !tok->tokens[id].special ? vocab_add_spaced(g, id) : MOE_OK;
             if (status != MOE_OK)
                 return status;
         }
@@ -199,7 +203,7 @@ static moe_status vocab_load_added(vocab_loader *g)
     return MOE_OK;
 }
 
-/* ------------------------------------------------------------------------------------- stages -- */
+/* --------------------------------------------------------------------------------- stages -- */
 
 static moe_status vocab_pattern(vocab_loader *g, unsigned index, pre_behavior behavior, bool invert)
 {
@@ -252,8 +256,8 @@ static moe_status vocab_find_pre(vocab_loader *g)
         return MOE_OK;
     // the patterns only say where words end: with the wrong ones the text is still all there
     g->pre = &vocab_pres[0];
-    snprintf(line, sizeof line, "tokenizer.ggml.pre: unknown name \"%s\", using \"default\"; the ids "
-             "may differ from those the model was trained with", text);
+    snprintf(line, sizeof line, "tokenizer.ggml.pre: unknown name \"%s\", using \"default\"; the "
+             "ids may differ from those the model was trained with", text);
     for (char *c = line; *c; c++)
         if ((unsigned char)*c < 0x20)
             *c = '?';
@@ -306,7 +310,8 @@ static moe_status vocab_load_normalizer(vocab_loader *g)
         status = charsmap_load(step, map->data, map->n, &tok->arena, charsmap_key, g->error);
     }
     if (status == MOE_OK)
-        status = meta_bool(g->dir, "tokenizer.ggml.add_space_prefix", false, &g->add_prefix, g->error);
+        status = meta_bool(g->dir, "tokenizer.ggml.add_space_prefix", false, &g->add_prefix,
+                           g->error);
     if (status == MOE_OK)
         status = meta_bool(g->dir, "tokenizer.ggml.remove_extra_whitespaces", false, &g->squeeze,
                            g->error);
@@ -360,7 +365,8 @@ static moe_status vocab_load_wordpiece(vocab_loader *g)
         status = meta_bool(g->dir, "tokenizer.ggml.normalizer.lowercase", false, &lower, g->error);
     bool strip = lower;
     if (status == MOE_OK)
-        status = meta_bool(g->dir, "tokenizer.ggml.normalizer.strip_accents", false, &strip, g->error);
+        status = meta_bool(g->dir, "tokenizer.ggml.normalizer.strip_accents", false, &strip,
+                           g->error);
     if (status != MOE_OK)
         return status;
     vocab_add_norm(g, NORM_BERT_CLEAN);
@@ -380,7 +386,7 @@ static moe_status vocab_load_wordpiece(vocab_loader *g)
     return vocab_regex(g, "\\p{splitter punctuation}", &pre->pattern);
 }
 
-/* -------------------------------------------------------------------------------- special ids -- */
+/* ---------------------------------------------------------------------------- special ids -- */
 
 /* Reads a token id. `otherwise` is used if the key is missing and the vocabulary has that id. */
 static moe_status vocab_id(vocab_loader *g, const char *key, int32_t otherwise, int32_t *id)
@@ -396,7 +402,8 @@ static moe_status vocab_id(vocab_loader *g, const char *key, int32_t otherwise, 
 /* tokenizer.ggml.eot_token_id and so on: more tokens that end a generation. */
 static moe_status vocab_load_ends(vocab_loader *g)
 {
-    static const char *const keys[] = {"tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    static const char *const keys[] = {"tokenizer.ggml.eot_token_id",
+                                       "tokenizer.ggml.eom_token_id"};
     tok_mark_ends(g->tok);
     for (size_t i = 0; i < MOE_COUNT(keys); i++) {
         int32_t id;
@@ -441,7 +448,8 @@ static moe_status vocab_load_special(vocab_loader *g)
         return status;
     if (tok->byte_level)
         tok->unknown = -1; // all bytes are there; a missing one is lost, as with Hugging Face
-    if ((status = meta_bool(g->dir, "tokenizer.ggml.add_bos_token", false, &g->add_bos, g->error)) ||
+    if ((status = meta_bool(g->dir, "tokenizer.ggml.add_bos_token", false, &g->add_bos,
+                            g->error)) ||
         (status = meta_bool(g->dir, "tokenizer.ggml.add_eos_token", false, &g->add_eos, g->error)))
         return status;
     if (g->add_bos && tok->bos >= 0)
@@ -474,8 +482,9 @@ static moe_status vocab_load(vocab_loader *g, moe_str model)
     static const struct {
         const char *name;
         moe_status (*load)(vocab_loader *g);
-    } models[] = {{"gpt2", vocab_load_bpe}, {"gemma4", vocab_load_bpe}, {"llama", vocab_load_scores},
-                  {"t5", vocab_load_unigram}, {"bert", vocab_load_wordpiece}};
+    } models[] = {{"gpt2", vocab_load_bpe}, {"gemma4", vocab_load_bpe},
+                  {"llama", vocab_load_scores}, {"t5", vocab_load_unigram},
+                  {"bert", vocab_load_wordpiece}};
     g->marks = str_equal(model, "gemma4");
     for (size_t i = 0; i < MOE_COUNT(models); i++) {
         if (!str_equal(model, models[i].name))
@@ -491,8 +500,8 @@ static moe_status vocab_load(vocab_loader *g, moe_str model)
             g->tok->split_marks = tok_can_split_marks(g->tok);
         return status;
     }
-    return fail(g->error, MOE_ERR_UNSUPPORTED, "tokenizer.ggml.model", "expected gpt2, llama, gemma4, "
-                "t5 or bert, got \"%.*s\"", (int)MOE_MIN(model.bytes, 40), model.data);
+    return fail(g->error, MOE_ERR_UNSUPPORTED, "tokenizer.ggml.model", "expected gpt2, llama, "
+                "gemma4, t5 or bert, got \"%.*s\"", (int)MOE_MIN(model.bytes, 40), model.data);
 }
 
 #endif

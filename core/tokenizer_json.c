@@ -73,8 +73,8 @@ static moe_status hf_load_vocab(hf_loader *h, json_ref vocab)
             if (json_count(v) == 2)
                 score = json_next(v, text);
             if (json_typeof(score) != JSON_NUMBER)
-                return fail(h->error, MOE_ERR_FORMAT, "model.vocab", "expected a text and a score at "
-                            "%u", id);
+                return fail(h->error, MOE_ERR_FORMAT, "model.vocab", "expected a text and a score "
+                            "at %u", id);
             status = hf_set(h, id++, text, json_double(score, 0));
         }
         return status;
@@ -100,8 +100,8 @@ static moe_status hf_mark_added(hf_loader *h, json_ref added)
                     !memcmp(t->text, text.node->as.text, t->bytes);
         bool model = same && t->model;
         moe_status status = same ? MOE_OK
-                                 : tok_set(h->tok, id, text.node->as.text, text.node->n, TOK_USER, 0,
-                                           "added_tokens", h->error);
+                                 : tok_set(h->tok, id, text.node->as.text, text.node->n, TOK_USER,
+                                           0, "added_tokens", h->error);
         if (status != MOE_OK)
             return status;
         t->special = json_bool(json_get(a, "special"), false);
@@ -281,8 +281,8 @@ static moe_status hf_load(hf_loader *h, json_ref root)
                     "tokenizer.json?");
     const char *type = hf_model_type(model);
     if (!type || (json_typeof(vocab) == JSON_ARRAY) != !strcmp(type, "Unigram"))
-        return fail(h->error, MOE_ERR_UNSUPPORTED, "model.type", "expected BPE, Unigram, WordPiece or "
-                    "WordLevel with a vocabulary of its kind");
+        return fail(h->error, MOE_ERR_UNSUPPORTED, "model.type", "expected BPE, Unigram, WordPiece "
+                    "or WordLevel with a vocabulary of its kind");
     moe_status status = hf_load_steps(h, root);
     if (status == MOE_OK)
         status = hf_load_model(h, model, type);

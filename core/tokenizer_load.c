@@ -191,8 +191,8 @@ static int32_t merge_part(const moe_tokenizer *tok, text_buf *key, const char *t
     return map_find(tok, key->data, n);
 }
 
-/* Enters merge number `rank` of two texts. A merge that makes a control token is left out: text must
- * not spell one. */
+/* Enters merge number `rank` of two texts. A merge that makes a control token is left out: text
+ * must not spell one. */
 static moe_status merges_add(moe_tokenizer *tok, text_buf *key, uint32_t rank, const char *left,
                              size_t left_bytes, const char *right, size_t right_bytes,
                              const char *subject, moe_error *error)

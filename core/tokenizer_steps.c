@@ -1,5 +1,6 @@
-/* core/tokenizer_steps.c - the stages of a tokenizer.json: normalizer, pre-tokenizer, post-processor
- * and decoder, each a step or a sequence of steps, become the tables of moe_tokenizer.
+/* core/tokenizer_steps.c - the stages of a tokenizer.json: normalizer, pre-tokenizer,
+ * post-processor and decoder, each a step or a sequence of steps, become the tables of
+ * moe_tokenizer.
  *
  * Each kind of step has a function, found by the name that the file gives. A step that is not known
  * is an error: leaving it out would give other tokens. */
@@ -75,7 +76,8 @@ static moe_status hf_pattern(hf_loader *h, json_ref pattern, const regex **out)
 static moe_status hf_regex(hf_loader *h, const char *pattern, const regex **out)
 {
     regex *made;
-    moe_status status = regex_new(&made, pattern, strlen(pattern), &h->tok->arena, h->stage, h->error);
+    moe_status status = regex_new(&made, pattern, strlen(pattern), &h->tok->arena, h->stage,
+                                  h->error);
     *out = made;
     return status;
 }
@@ -157,7 +159,8 @@ static moe_status hf_norm_bert(hf_loader *h, json_ref s)
 /* Decodes base64 into `out`; false if it is malformed. */
 static bool hf_base64(json_ref text, text_buf *out)
 {
-    static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    static const char letters[] =
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     uint32_t bits = 0, n_bits = 0, n = text.node->n;
     while (n && text.node->as.text[n - 1] == '=')
         n--;
@@ -367,10 +370,11 @@ static moe_status hf_load_steps(hf_loader *h, json_ref root)
     h->stage = "normalizer";
     if (json_typeof(norm) != JSON_NULL)
         status = hf_steps(h, norm, "normalizers", hf_normalizers, MOE_COUNT(hf_normalizers), 0);
-    bool bytes = h->tok->byte_level; // said by the normalizer: what comes next would split its signs
+    bool bytes = h->tok->byte_level; // said by the normalizer: what follows would split its signs
     h->stage = "pre_tokenizer";
     if (status == MOE_OK && json_typeof(pre) != JSON_NULL)
-        status = hf_steps(h, pre, "pretokenizers", hf_pre_tokenizers, MOE_COUNT(hf_pre_tokenizers), 0);
+        status = hf_steps(h, pre, "pretokenizers", hf_pre_tokenizers,
+                          MOE_COUNT(hf_pre_tokenizers), 0);
     h->tok->byte_level |= bytes;
     return status;
 }
@@ -406,8 +410,8 @@ static moe_status hf_post_template(hf_loader *h, json_ref s)
                 !memcmp(k.node->as.text, name.node->as.text, k.node->n))
                 ids = json_get(json_held(k), "ids");
         if (!json_count(ids))
-            return fail(h->error, MOE_ERR_FORMAT, h->stage, "a token of the template is not among its "
-                        "special_tokens");
+            return fail(h->error, MOE_ERR_FORMAT, h->stage, "a token of the template is not among "
+                        "its special_tokens");
         for (json_ref v = json_first(ids); v.node && status == MOE_OK; v = json_next(ids, v)) {
             uint32_t id = 0;
             status = json_id(v, h->tok->n_tokens, &id)
@@ -431,8 +435,8 @@ static moe_status hf_post_pair(hf_loader *h, json_ref s)
         if (json_count(pair) == 2)
             id = json_next(pair, id);
         if (!json_id(id, h->tok->n_tokens, &value))
-            return fail(h->error, MOE_ERR_FORMAT, h->stage, "expected a token and an id below %u for "
-                        "\"%s\"", h->tok->n_tokens, names[i]);
+            return fail(h->error, MOE_ERR_FORMAT, h->stage, "expected a token and an id below %u "
+                        "for \"%s\"", h->tok->n_tokens, names[i]);
         moe_status status = hf_template_put(h, i == 0, (int32_t)value);
         if (status != MOE_OK)
             return status;
@@ -457,7 +461,8 @@ static moe_status hf_load_template(hf_loader *h, json_ref post)
     h->stage = "post_processor";
     return json_typeof(post) == JSON_NULL
                ? MOE_OK
-               : hf_steps(h, post, "processors", hf_post_processors, MOE_COUNT(hf_post_processors), 0);
+               : hf_steps(h, post, "processors", hf_post_processors,
+                          MOE_COUNT(hf_post_processors), 0);
 }
 
 /* ----------------------------------------------------------------------------------- decoder -- */
@@ -476,7 +481,8 @@ static moe_status hf_replace_all(hf_loader *h, const char *from, size_t from_byt
 static moe_status hf_dec_replace(hf_loader *h, json_ref s)
 {
     json_ref from = json_get(json_get(s, "pattern"), "String"), to = json_get(s, "content");
-    if (json_typeof(from) != JSON_STRING || !from.node->n || json_typeof(to) != JSON_STRING || h->fused)
+    if (json_typeof(from) != JSON_STRING || !from.node->n || json_typeof(to) != JSON_STRING ||
+        h->fused)
         return fail(h->error, MOE_ERR_UNSUPPORTED, h->stage, "Replace of anything but a String, or "
                     "behind Fuse");
     return hf_replace_all(h, from.node->as.text, from.node->n, to.node->as.text, to.node->n);
@@ -568,13 +574,14 @@ static moe_status hf_load_decoder(hf_loader *h, json_ref decoder)
     if (json_typeof(decoder) == JSON_NULL)
         h->tok->decoder = DECODE_SPACED;
     else {
-        moe_status status = hf_steps(h, decoder, "decoders", hf_decoders, MOE_COUNT(hf_decoders), 0);
+        moe_status status = hf_steps(h, decoder, "decoders", hf_decoders,
+                                     MOE_COUNT(hf_decoders), 0);
         if (status != MOE_OK)
             return status;
     }
     if (h->byte_decoder != h->tok->byte_level)
-        return fail(h->error, MOE_ERR_UNSUPPORTED, h->stage, "ByteLevel must stand in pre_tokenizer "
-                    "and decoder, or in neither");
+        return fail(h->error, MOE_ERR_UNSUPPORTED, h->stage, "ByteLevel must stand in "
+                    "pre_tokenizer and decoder, or in neither");
     return MOE_OK;
 }
 

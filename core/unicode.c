@@ -1,7 +1,7 @@
 /* core/unicode.c - UTF-8, and the properties of characters that tokenizers ask for.
  *
- * Bytes or code points flow in, code points and properties out; the tables are in unicode_data.h and
- * are constant. Must never: depend on the Unicode version of a library of the system, since a
+ * Bytes or code points flow in, code points and properties out; the tables are in unicode_data.h
+ * and are constant. Must never: depend on the Unicode version of a library of the system, since a
  * character that is a letter in one version and unassigned in another makes other tokens. */
 #ifndef MOE_CORE_UNICODE_C
 #define MOE_CORE_UNICODE_C

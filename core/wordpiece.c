@@ -6,7 +6,8 @@
 #include "tokenizer.h"
 
 /* The longest token at p[start..n): its id, and where it ends in *end. -1 if there is none. */
-static int32_t wordpiece_longest(tok_run *run, const uint8_t *p, size_t n, size_t start, size_t *end)
+static int32_t wordpiece_longest(tok_run *run, const uint8_t *p, size_t n, size_t start,
+                                 size_t *end)
 {
     const moe_tokenizer *tok = run->tok;
     const char *prefix = start ? tok->prefix : tok->suffix; // see wordpiece_encode

@@ -75,7 +75,8 @@ MOE_UNUSED static void quant_put_nibbles(uint8_t q[16], const uint8_t code[32])
 {
     const uint64_t mask = 0x0f0f0f0f0f0f0f0f;
     for (int i = 0; i < 16; i += 8) {
-        const uint64_t v = (quant_codes8(code + i) & mask) | (quant_codes8(code + 16 + i) & mask) << 4;
+        const uint64_t v = (quant_codes8(code + i) & mask) |
+                           (quant_codes8(code + 16 + i) & mask) << 4;
         memcpy(q + i, &v, 8);
     }
 }

@@ -13,7 +13,7 @@
  *     written at the top of the type's file and in its C kernel.
  *   - Weights in a float format are multiplied with float activations in 8 lanes: lane l sums the
  *     elements k = l mod 8 in ascending order with fmaf; then reduce8() adds the lanes.
- * A vector kernel therefore equals the C kernel exactly, not approximately, and the tests say so. */
+ * A vector kernel therefore equals the C kernel exactly, not approximately; the tests say so. */
 #ifndef MOE_QUANT_QUANT_H
 #define MOE_QUANT_QUANT_H
 
@@ -57,9 +57,9 @@ MOE_INLINE size_t act_q_offset(moe_act act, size_t n)
     return act_sum_offset(act, n) + (size_t)align_up(n_pad / 16 * sizeof(int16_t), 32);
 }
 
-/* Bytes of one row of n activations; a multiple of 32. Rows are stored one after another. Rows of floats
- * are never a multiple of 256 bytes apart, so that those of many tokens spread over all sets of a
- * cache. */
+/* Bytes of one row of n activations; a multiple of 32. Rows are stored one after another. Rows of
+ * floats are never a multiple of 256 bytes apart, so that those of many tokens spread over all sets
+ * of a cache. */
 MOE_INLINE size_t act_row_bytes(moe_act act, size_t n)
 {
     if (act == MOE_ACT_F32) {
@@ -135,8 +135,9 @@ typedef struct moe_quant {
     /* The best kernels for a set of moe_cpu bits: a ladder that starts from C. */
     moe_kernels (*select)(uint32_t cpu);
     /* What a block consists of, in order: widths in bytes, 0 after the last; their sum is
-     * block_bytes. Bytes that are distributed alike are one field. Files that compress weights gather
-     * each field of many blocks into a plane (docs/format.md): the widths are part of the format. */
+     * block_bytes. Bytes that are distributed alike are one field. Files that compress weights
+     * gather each field of many blocks into a plane (docs/format.md): the widths are part of the
+     * format. */
     uint8_t fields[QUANT_MAX_FIELDS];
 } moe_quant;
 
@@ -181,7 +182,8 @@ MOE_INLINE float f32_of_f16(uint16_t h)
     uint32_t sign = (uint32_t)(h & 0x8000) << 16;
     uint32_t rest = h & 0x7fff;
     if (rest >= 0x7c00) /* infinity, NaN: the exponent becomes all ones, the payload moves up */
-        return f32_of_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13 | ((rest & 0x3ff) ? 1u << 22 : 0));
+        return f32_of_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13 |
+                           ((rest & 0x3ff) ? 1u << 22 : 0));
     if (rest < 0x400) /* subnormal: rest * 2^-24 */
         return f32_of_bits(sign | bits_of_f32((float)rest * 0x1p-24f));
     return f32_of_bits(sign | ((rest << 13) + (112u << 23)));
@@ -215,7 +217,8 @@ MOE_INLINE uint16_t bf16_of_f32(float x)
 /* The sum of 8 lanes, in the one order that all kernels use. */
 MOE_INLINE float reduce8(const float lane[8])
 {
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+           ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
 
 #endif

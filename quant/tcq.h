@@ -186,7 +186,8 @@ MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
                 const size_t b = b0 + i;
                 if (b == n_block)
                     break;
-                tcq_parity_avx2 *const turn[3] = {&p[(3 - i) % 3], &p[(4 - i) % 3], &p[(5 - i) % 3]};
+                tcq_parity_avx2 *const turn[3] = {&p[(3 - i) % 3], &p[(4 - i) % 3],
+                                                  &p[(5 - i) % 3]};
                 x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
                 x86_block w;
                 w.d = x86_f16x8(row, b * block_bytes);
@@ -318,7 +319,8 @@ MOE_VNNI512_INLINE __m512 tcq_add_512(const tcq_values_512 *w, __m512 d, const m
     int32_t sum;
     memcpy(&sum, x->sum + 2 * t, 4);
     const __m512i dot = _mm512_dpwssd_epi32(tcq_dot_512(w, x->q + TCQ_PATHS * t),
-                                            _mm512_set1_epi16((short)-bias), _mm512_set1_epi32(sum));
+                                            _mm512_set1_epi16((short)-bias),
+                                            _mm512_set1_epi32(sum));
     return _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(x->scale[t])), _mm512_cvtepi32_ps(dot),
                            acc);
 }
@@ -560,7 +562,7 @@ MOE_INLINE void tcq_gemm_arm(const moe_mm *mm, const tcq_arm *f, const arm_engin
 
 /* A type's kernels, made of `type`_values_arm. */
 #define TCQ_ARM(type, bias)                                                                        \
-    static const tcq_arm type##_arm = {sizeof(type##_block), type##_values_arm, bias};              \
+    static const tcq_arm type##_arm = {sizeof(type##_block), type##_values_arm, bias};             \
     static void type##_gemv_neon(const moe_mm *mm)                                                 \
     {                                                                                              \
         tcq_gemv_arm(mm, &type##_arm, arm_dot_neon);                                               \

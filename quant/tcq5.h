@@ -9,9 +9,9 @@
  *     weight = d (2 c + p - 32)
  *
  * The lowest bit of a code, which moves the paths, is as good as random: on disk it costs a bit
- * whether it stands apart or not, and the others are coded by bytes, two of them at once. Apart, the
- * bits of a whole row of a block are 8 bytes, and so are its parities: both of a weight are brought
- * side by side, and unpacked as one number of two bits.
+ * whether it stands apart or not, and the others are coded by bytes, two of them at once. Apart,
+ * the bits of a whole row of a block are 8 bytes, and so are its parities: both of a weight are
+ * brought side by side, and unpacked as one number of two bits.
  *
  * The parity p and the product with activations are described in tcq.h. */
 #ifndef MOE_QUANT_TCQ5_H
@@ -30,7 +30,8 @@ enum { TCQ5_BIAS = 32 };
 
 MOE_INLINE void tcq5_codes(const uint8_t *block, size_t half, uint8_t code[32])
 {
-    const uint8_t *q = ((const tcq5_block *)block)->q[half], *low = ((const tcq5_block *)block)->low;
+    const uint8_t *q = ((const tcq5_block *)block)->q[half];
+    const uint8_t *low = ((const tcq5_block *)block)->low;
     for (size_t k = 0; k < 32; k++) {
         const int nibble = k < 16 ? q[k] & 15 : q[k - 16] >> 4;
         code[k] = (uint8_t)(2 * nibble + (low[k % 8] >> (2 * (k / 8) + half) & 1));
@@ -136,7 +137,8 @@ MOE_VNNI512_INLINE __m512i tcq5_low_512(const uint8_t *const row[16], size_t off
 
 MOE_VNNI512_INLINE __m512i tcq5_next_512(__m512i low, __m512i last, __m512i old)
 {
-    const __m512i shifted = tcq_select_512(0x55, _mm512_srli_epi16(old, 1), _mm512_add_epi8(last, last));
+    const __m512i shifted = tcq_select_512(0x55, _mm512_srli_epi16(old, 1),
+                                           _mm512_add_epi8(last, last));
     return _mm512_ternarylogic_epi32(low, old, shifted, 0x96);
 }
 

@@ -76,9 +76,9 @@ MOE_VNNI512_INLINE __m512i tcq8_value_512(__m512i code, __m512i p)
     return tcq_select_512(1, p, _mm512_add_epi8(code, code));
 }
 
-/* A step of 8 rows: sums of products. With 8 rows (0 and 4, 1 and 5, ... in a vector) the parities of
- * three blocks fit into the registers; with 16, of twice as many codes as TCQ4 has in a vector, they
- * do not. */
+/* A step of 8 rows: sums of products. With 8 rows (0 and 4, 1 and 5, ... in a vector) the parities
+ * of three blocks fit into the registers; with 16, of twice as many codes as TCQ4 has in a vector,
+ * they do not. */
 MOE_VNNI512_INLINE __m256i tcq8_dot_512(const uint8_t *const row[8], size_t q, size_t half,
                                         tcq_parity_512 *const parity[3], const int8_t *x_q)
 {

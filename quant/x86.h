@@ -290,9 +290,10 @@ MOE_AVX2_INLINE void x86_prefetch(uintptr_t address, size_t bytes)
         _mm_prefetch((const char *)(address + i), _MM_HINT_T0);
 }
 
-/* What is fetched while rows r .. r + 7 are multiplied by few tokens: the next, but so far ahead that
- * memory has the time to answer. Zen 5, one thread, share of a plain read with the next 8 rows alone,
- * with 6, 8 and 12 KiB: Q8_0, rows of 576: 70, 83, 90, 90 %; Q4_K, rows of 768: 76, 89, 93, 85 %. */
+/* What is fetched while rows r .. r + 7 are multiplied by few tokens: the next, but so far ahead
+ * that memory has the time to answer. Zen 5, one thread, share of a plain read with the next 8 rows
+ * alone, with 6, 8 and 12 KiB: Q8_0, rows of 576: 70, 83, 90, 90 %; Q4_K, rows of 768:
+ * 76, 89, 93, 85 %. */
 enum { X86_AHEAD_BYTES = 8 << 10 };
 
 MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)
@@ -380,9 +381,9 @@ MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, size_t item_bytes, x86_loa
     }
 }
 
-/* Many tokens: 4 rows of weights are unpacked once for all of them. 4 rows times 3 tokens, 12 sums, take
- * 7 loads for 12 products and all 16 registers; the weights stay in L1, the activations come from L2.
- * Sums leave the registers only where a row is longer than X86_FLOAT_K. */
+/* Many tokens: 4 rows of weights are unpacked once for all of them. 4 rows times 3 tokens, 12 sums,
+ * take 7 loads for 12 products and all 16 registers; the weights stay in L1, the activations come
+ * from L2. Sums leave the registers only where a row is longer than X86_FLOAT_K. */
 enum {
     X86_FLOAT_ROWS = 4,
     X86_FLOAT_TOKENS = 192, /* for which rows are unpacked once */
@@ -398,7 +399,7 @@ typedef struct x86_float_tile {
     float *y;             // [tokens][y_stride]
     size_t x_stride, y_stride;
     size_t n_k, n_row;    // weights, rows <= X86_FLOAT_ROWS
-    bool first, last;     // the part of the rows: if first, sums begin with 0; if last, y is written
+    bool first, last;     // part of the rows: if first, sums begin with 0; if last, y is written
 } x86_float_tile;
 
 /* Keeps a vector in a register that a compiler would rather load once for each use. */
@@ -423,8 +424,8 @@ MOE_AVX2_INLINE __m128 x86_float_reduce8(const __m256 v[X86_FLOAT_ROWS])
 }
 
 /* acc[t][i] += eight k of the tile times n_tok (constant) tokens. */
-MOE_AVX2_INLINE void x86_float_eight(const __m256 w[X86_FLOAT_ROWS], const uint8_t *x, size_t stride,
-                                     __m256 (*acc)[X86_FLOAT_ROWS], size_t n_tok)
+MOE_AVX2_INLINE void x86_float_eight(const __m256 w[X86_FLOAT_ROWS], const uint8_t *x,
+                                     size_t stride, __m256 (*acc)[X86_FLOAT_ROWS], size_t n_tok)
 {
     __m256 xk[X86_FLOAT_STEP];
     MOE_UNROLL

@@ -293,8 +293,8 @@ MOE_VNNI512_INLINE void x86_512_load_header(x86_512_rows *rows, size_t offset,
 /* ------------------------------------------------------------------------------- multiplying -- */
 
 /* sum[t * n_tile + r] += the products of vectors first .. first + n - 1 of tile r with token t. n,
- * n_tile and n_tok are constants; q are the activations that belong to the first. One tile times one
- * token is summed in four chains, to hide the latency of vpdpbusd. */
+ * n_tile and n_tok are constants; q are the activations that belong to the first. One tile times
+ * one token is summed in four chains, to hide the latency of vpdpbusd. */
 MOE_VNNI512_INLINE void x86_512_dot(const x86_512_tile *tile, size_t first, size_t n,
                                     const int8_t *q, size_t stride, __m512i sum[16], size_t n_tile,
                                     size_t n_tok)
@@ -601,14 +601,15 @@ MOE_VNNI512 static void x86_512_gemm(const moe_mm *mm, const x86_512_format *f)
 /* ----------------------------------------------------------------------------- float weights -- */
 
 /* Float weights are summed in 8 lanes: a vector holds 8 weights each of rows 2p and 2p + 1, and
- * meets 8 activations in both halves. A tile of 4 vectors times 6 tokens, 24 sums, takes 10 loads for
- * 24 products. The weights of a tile stay in L1, the activations come from L2 (Zen 5: 94 % of the
- * peak either way). Sums leave the registers only where a row is longer than X86_512_FLOAT_K. */
+ * meets 8 activations in both halves. A tile of 4 vectors times 6 tokens, 24 sums, takes 10 loads
+ * for 24 products. The weights of a tile stay in L1, the activations come from L2 (Zen 5: 94 % of
+ * the peak either way). Sums leave the registers only where a row is longer than
+ * X86_512_FLOAT_K. */
 enum {
     X86_512_FLOAT_ROWS = 16,    /* two tiles of 4 vectors */
     X86_512_FLOAT_TOKENS = 192, /* for which a tile is unpacked once */
     X86_512_FLOAT_STEP = 6,     /* tokens of a step */
-    X86_512_FLOAT_K = 768       /* weights of a row in a tile: 24 KiB of it, 18 KiB of activations */
+    X86_512_FLOAT_K = 768       /* weights of a row in a tile: 24 KiB, with 18 KiB of activations */
 };
 
 typedef struct x86_512_floats {
@@ -629,7 +630,7 @@ typedef struct x86_512_float_tile {
     float *y;             // [tokens][y_stride]
     size_t x_stride, y_stride;
     size_t n_k, n_row;    // weights, rows <= 8
-    bool first, last;     // the part of the rows: if first, sums begin with 0; if last, y is written
+    bool first, last;     // part of the rows: if first, sums begin with 0; if last, y is written
 } x86_512_float_tile;
 
 /* The body of an x86_512_unpack_fn. */

@@ -1,10 +1,10 @@
 /* quant/x86_k.h - what the AVX2 kernels of the formats with superblocks of 256 weights share: parts
- * of their tiles (x86_tile.h), and the loop over rows and superblocks for one token (gemv). The loop
- * is a body, as in x86.h; a format brings one function.
+ * of their tiles (x86_tile.h), and the loop over rows and superblocks for one token (gemv). The
+ * loop is a body, as in x86.h; a format brings one function.
  *
  * 8 rows are multiplied side by side: their integer sums become one vector, in row order, which
- * goes through the format's float expression. Meanwhile the next 8 rows are fetched, in the order in
- * which they lie in memory.
+ * goes through the format's float expression. Meanwhile the next 8 rows are fetched, in the order
+ * in which they lie in memory.
  *
  * Must never: read a byte outside a row, or compute a float in another order than the C kernel. */
 #ifndef MOE_QUANT_X86_K_H

@@ -9,13 +9,13 @@
  *     d[b]      float    row 0: scale of block b | row 1 | ... | row 7
  *
  * A vector of weights meets 4 activations of a token, broadcast, and the sums of 8 rows grow in the
- * lanes of one vector; nothing is added across lanes. Two tiles and 4 tokens are multiplied at once:
- * 8 products take 6 loads. The instruction sets differ in one step:
+ * lanes of one vector; nothing is added across lanes. Two tiles and 4 tokens are multiplied at
+ * once: 8 products take 6 loads. The instruction sets differ in one step:
  *   - x86_dot32_avx2() multiplies unsigned codes to pairs of products in 16 bits (vpmaddubsw), adds
  *     as many of them as fit for codes of that size (fold), and makes 32 bits of the sums in one
  *     product with the scales, or with 1. Zen 5, one core: 320 Gop/s with Q4_K of a peak of 433.
- *   - x86_dot32_signed_avx2(): bytes with a sign fill 16 bits at once. Four instructions for a vector
- *     instead of two: 186 Gop/s with Q8_0 of a peak of 232.
+ *   - x86_dot32_signed_avx2(): bytes with a sign fill 16 bits at once. Four instructions for a
+ *     vector instead of two: 186 Gop/s with Q8_0 of a peak of 232.
  *   - x86_dot32_avxvnni() adds four products to 32 bits (vpdpbusd).
  *
  * A format brings a function that unpacks and names the steps for its blocks, which are compiled
