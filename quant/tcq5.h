@@ -55,13 +55,11 @@ TCQ_C(tcq5, TCQ5_BIAS)
 /* The lowest bits of 8 rows: rows 0, 1 | 4, 5 and 2, 3 | 6, 7. */
 MOE_AVX2_INLINE __m256i tcq5_low_avx2(const uint8_t *const row[8], size_t offset, size_t first)
 {
-    const double *at[4];
+    __m128i at[4];
     MOE_UNROLL
     for (size_t i = 0; i < 4; i++)
-        at[i] = (const double *)(const void *)(row[first + i / 2 * 4 + i % 2] + offset);
-    return _mm256_castpd_si256(
-        _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadh_pd(_mm_load_sd(at[0]), at[1])),
-                             _mm_loadh_pd(_mm_load_sd(at[2]), at[3]), 1));
+        at[i] = _mm_loadl_epi64((const void *)(row[first + i / 2 * 4 + i % 2] + offset));
+    return _mm256_set_m128i(_mm_unpacklo_epi64(at[2], at[3]), _mm_unpacklo_epi64(at[0], at[1]));
 }
 
 /* Bits of step 0 are the even, those of step 1 the odd ones. Parities of the next block: those five

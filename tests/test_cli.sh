@@ -219,7 +219,7 @@ end
 begin interrupt_ends_a_generation
 "$moe" run "$model" -p 123 -n 200000 --ctx 300000 >"$work/out" 2>"$work/err" &
 pid=$!
-wait_until test -s "$work/out"
+wait_until grep -q 456 "$work/out"
 kill -INT $pid
 wait $pid
 status=$?
