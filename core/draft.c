@@ -6,9 +6,9 @@
  * they are computed.
  *
  * Two sources of guesses: what followed the last tokens where they stood before (prompt lookup,
- * here), and the model's own layer for multi-token prediction (core/mtp.c). How often the
- * guesses of each kind come true, and how long evaluations of several tokens take, is measured all
- * the time; guesses are computed ahead only where that makes tokens come faster.
+ * here), and the model's own layer for multi-token prediction (core/mtp.c). How often the guesses
+ * of each kind come true, and how long evaluations of several tokens take, is measured all the
+ * time; guesses are computed ahead only where that makes tokens come faster.
  *
  * Owns: those measurements. Must never: see a session, a model or a clock. */
 #ifndef MOE_CORE_DRAFT_C
@@ -48,7 +48,7 @@ typedef struct moe_drafter {
     draft_share shares[DRAFT_N_SOURCES][DRAFT_CLASSES];
     draft_time times[DRAFT_N_SOURCES][DRAFT_MAX + 2]; // of [b] tokens at once
     double plain_s;      // the time of one token by itself
-    uint32_t n_plain;    // how often that was measured
+    uint32_t n_plain;    // how often that was measured, counted up to 8
     uint32_t n_since;    // evaluations since then
     double all_s;        // spent on evaluations
     double lost_s;       // of it, beyond what one token after the other takes; limited below

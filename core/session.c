@@ -53,7 +53,7 @@ struct moe_session {
     uint32_t n_slot_local;
     uint32_t held_from;    // the first position that they still hold; SESSION_NONE: none
     /* Recurrent layers know all positions only as one state, which the next token changes. States
-     * of some positions are kept, so as to go back to them: session_keep_state(). */
+     * of some positions are kept, so as to go back to them: session_choose_states(). */
     uint64_t state_bytes;  // of one; 0: no such layers
     moe_view states;       // [SESSION_N_STATE][state_bytes]
     uint32_t state_pos[SESSION_N_STATE]; // how many tokens it has seen; SESSION_NONE: holds nothing

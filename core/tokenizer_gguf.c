@@ -433,7 +433,7 @@ static moe_status vocab_load_special(vocab_loader *g)
     moe_tokenizer *tok = g->tok;
     bool scores = tok->model == MODEL_SCORES, words = tok->model == MODEL_WORDPIECE;
     bool unigram = tok->model == MODEL_UNIGRAM;
-    int32_t last = -1; // what ADD_SPECIAL puts behind the text
+    int32_t last = -1; // what MOE_ENCODE_ADD_SPECIAL puts behind the text
     moe_status status = MOE_OK;
     if ((status = vocab_id(g, "tokenizer.ggml.bos_token_id", scores ? 1 : words ? 101 : -1,
                           &tok->bos)) != MOE_OK ||

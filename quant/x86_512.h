@@ -173,7 +173,7 @@ MOE_VNNI512_INLINE void x86_512_load_words(x86_512_rows *rows, size_t offset,
         x86_512_load16(rows, offset + bytes - 16, out + bytes / 4 - 4);
 }
 
-/* Bytes `at` .. at + 3 of each row, constant, of what load_words() returned. */
+/* Bytes `at` .. at + 3 of each row, constant, of what x86_512_load_words() read. */
 MOE_VNNI512_INLINE __m512i x86_512_word(const __m512i *words, size_t at)
 {
     const unsigned shift = 8 * (unsigned)(at % 4);

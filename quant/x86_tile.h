@@ -296,8 +296,8 @@ MOE_AVX2_INLINE void x86_dot32_avx2(const x86_tile *tile, size_t p, const x86_pa
     }
 }
 
-/* Codes with a sign, which x86_split_signs() has split: |w| (x ^ sign) = w x - (1 if w < 0) |w|.
- * 2 * 128 * 128 = 32768 is reached below zero only. */
+/* Codes with a sign, which x86_split_signs_avx2() has split: |w| (x ^ sign) =
+ * w x - (1 if w < 0) |w|. 2 * 128 * 128 = 32768 is reached below zero only. */
 MOE_AVX2_INLINE void x86_dot32_signed_avx2(const x86_tile *tile, size_t p, const x86_part *x,
                                            __m256i *sum, size_t n_tile, size_t n_tok,
                                            const x86_shape *s)
