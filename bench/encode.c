@@ -4,9 +4,9 @@
  *     encode --compare SOURCE.gguf RESULT.gguf
  *
  * For each type: million weights per second without and with importance (medians of 5 runs over 4 M
- * weights, rows of 2048, normally distributed unless FILE has others), the squared error relative to
- * the sum of squares, weighted where importance is given, and the reference quantizer's. --c measures
- * the plain C form.
+ * weights, rows of 2048, normally distributed unless FILE has others), the squared error relative
+ * to the sum of squares, weighted where importance is given, and the reference quantizer's. --c
+ * measures the plain C form.
  * --compare reads two GGUF files of one model and prints the relative squared error of RESULT for
  * each type in it: ours and another quantizer's results can be measured in the same way. */
 #include "../tests/test.h"
@@ -105,7 +105,8 @@ static double encode_all_rows(const moe_quant *quant, encode_fn *encode, const w
     return (double)(w->n_row * w->n_in) / seconds[N_RUNS / 2] * 1e-6;
 }
 
-static void bench_type(const moe_quant *quant, const weights *w, uint32_t cpu, bool json, bool first)
+static void bench_type(const moe_quant *quant, const weights *w, uint32_t cpu, bool json,
+                       bool first)
 {
     const size_t n = w->n_row * w->n_in;
     encode_fn *encode = encoder_select(quant, cpu);

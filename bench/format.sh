@@ -4,20 +4,20 @@
 #   make bench-format            with the models of `make models`, or those of MOE_FORMAT_MODELS
 #
 # MOE_FORMAT_TYPES chooses the types; a number is a size, for --bpw, in trellis-coded types.
-# MOE_FORMAT_TEXT is the text, and if it is empty the divergence, which takes most of the time, is left
+# MOE_FORMAT_TEXT is the text; if it is empty the divergence, which takes most of the time, is left
 # out. MOE_FORMAT_RUN stands in front of the command that measures loading, such as "nice -n -5".
 #
-# Each model is converted from the file as it is published to each type, compressed, and that to a raw
-# file. The error is the receipt's, over all quantized weights; the divergence is from the published
-# model on tests/data/eval_text.txt; loading is the best of five with the file in the page cache. For
-# models without a tokenizer the divergence stays empty. Results go to stdout as Markdown.
+# Each model is converted from the file as it is published to each type, compressed, and that to a
+# raw file. The error is the receipt's, over all quantized weights; the divergence is from the
+# published model on tests/data/eval_text.txt; loading is the best of five with the file in the page
+# cache. For models without a tokenizer the divergence stays empty. Markdown goes to stdout.
 set -eu
 
 build=${MOE_BUILD:-build}
 models=${MOE_MODELS:-$HOME/.cache/moe/models}
 text=${MOE_FORMAT_TEXT-tests/data/eval_text.txt}
-types=${MOE_FORMAT_TYPES:-"source BF16 F16 Q8_0 Q6_K Q5_K q4_k_m Q4_K IQ4_XS Q4_1 IQ4_NL Q4_0 MXFP4 Q3_K \
-Q2_K 6 5 4.5 4 3.5 3"}
+types=${MOE_FORMAT_TYPES:-"source BF16 F16 Q8_0 Q6_K Q5_K q4_k_m Q4_K IQ4_XS Q4_1 IQ4_NL Q4_0 \
+MXFP4 Q3_K Q2_K 6 5 4.5 4 3.5 3"}
 work=$(mktemp -d "${TMPDIR:-/tmp}/moe-format-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
@@ -35,7 +35,8 @@ row() {
     *) quant="--quant $2" ;;
     esac
     # shellcheck disable=SC2086 # words
-    "$build/moe-convert" "$1" "$work/zstd.moe" $quant --store zstd --json >"$work/zstd.json" 2>&1 || {
+    "$build/moe-convert" "$1" "$work/zstd.moe" $quant --store zstd --json \
+        >"$work/zstd.json" 2>&1 || {
         echo "| $2 | $(tail -n 1 "$work/zstd.json" | cut -c 1-60) | | | | | | | |"
         return
     }
@@ -69,7 +70,8 @@ for model in ${MOE_FORMAT_MODELS:-"$models/smollm2.gguf" "$models/gemma3.gguf"};
         "$build/moe" eval "$model" "$text" --save-logits "$work/base" -q >/dev/null 2>&1 ||
         rm -f "$work/base"
     printf '\n**%s**, %s bytes as published\n\n' "$(basename "$model" .gguf)" "$(wc -c <"$model")"
-    echo "| type | bits, raw | bits, zstd | | squared error | KL | load raw | load zstd | GB/s per core |"
+    echo "| type | bits, raw | bits, zstd | | squared error | KL | load raw | load zstd |" \
+        "GB/s per core |"
     echo "|---|---|---|---|---|---|---|---|---|"
     for type in $types; do
         row "$model" "$type"

@@ -1,9 +1,10 @@
 /* bench/loading.c - how fast files are opened: build/bench/loading FILE...
  *
- * Opens each file (.moe or .gguf) as the library does, directory and weights but no model, and prints
- * for the best of a few rounds: seconds, the bytes that were decoded or read into memory, and the rate
- * at which stored bytes were taken in, for each core that took part. Files are in the page cache after
- * the first round: what is measured is the machine, not the drive. Without arguments it says so. */
+ * Opens each file (.moe or .gguf) as the library does, directory and weights but no model, and
+ * prints for the best of a few rounds: seconds, the bytes that were decoded or read into memory,
+ * and the rate at which stored bytes were taken in, for each core that took part. Files are in the
+ * page cache after the first round: this measures the machine, not the drive. Without arguments it
+ * says so. */
 #include "../moe.c"
 
 #include <stdio.h>

@@ -69,7 +69,7 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/moe-peers.XXXXXX") || exit 1
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' INT TERM
 
-# Runner i is described by $dir/i.name and $dir/i.command; its figures go to $dir/i.pp and $dir/i.tg.
+# Runner i is described by $dir/i.name and $dir/i.command; its figures go to $dir/i.pp and i.tg.
 n=0
 echo "moe.c" >"$dir/0.name"
 # "NAME=command", or a command whose name is that of the folder above build/, bin/ and the like.
@@ -142,7 +142,8 @@ peer_values() {
 run_peer() {
     i=$1
     # shellcheck disable=SC2046 # a command with options
-    set -- $(cat "$dir/$i.command") -m "$model" -t "$threads" -ctk "$cache" -ctv "$cache" -r 1 -o json
+    set -- $(cat "$dir/$i.command") -m "$model" -t "$threads" -ctk "$cache" -ctv "$cache" -r 1 \
+        -o json
     if [ "$prompt" -gt 0 ]; then
         attempt "$i" "$@" -p "$prompt" -n 0 || return
         peer_values "$i"
@@ -213,11 +214,12 @@ NR == 1 {
                "\"generate\": %d, \"depth\": %d, \"cache\": \"%s\", \"runtimes\": [",
                quote(model), threads, repeat, pp, tg, depth, cache
     else
-        printf "%s, %d threads, cache %s, medians of %d rounds, tokens/s\n%-14s  %10s %27s  %10s %27s\n",
+        printf "%s, %d threads, cache %s, medians of %d rounds, tokens/s\n" \
+               "%-14s  %10s %27s  %10s %27s\n",
                model, threads, cache, repeat, "", "pp" pp, "ours over it", what, "ours over it"
 }
-json  { printf("%s\n  {\"name\": %s%s%s}", NR > 1 ? "," : "", quote($1), object("prefill", $2, p[1]),
-               object("decode", $3, t[1])) }
+json  { printf("%s\n  {\"name\": %s%s%s}", NR > 1 ? "," : "", quote($1),
+               object("prefill", $2, p[1]), object("decode", $3, t[1])) }
 !json { printf "%-14s%s%s\n", $1, cell($2, p[1]), cell($3, t[1]) }
 END   { if (json) print "\n]}" }' "$dir/table"
 

@@ -1,6 +1,7 @@
 #!/bin/sh
-# bench/report.sh - how throughput scales with threads, prompt length and model width, as a fraction of
-# what the hardware can do: tables and a plot for docs/performance.md. `make bench-report` calls it.
+# bench/report.sh - how throughput scales with threads, prompt length and model width, as a fraction
+# of what the hardware can do: tables and a plot for docs/performance.md. `make bench-report` calls
+# it.
 #
 #   bench/report.sh [options] MODEL...
 #
@@ -13,9 +14,9 @@
 #
 # Environment: MOE and ROOFLINE, the programs; default build/moe and build/bench/roofline.
 #
-# "of limit" is the fraction of the fastest products of bytes (of float32 numbers for float weights) in
-# prefill, and of the fastest reading of memory in decode, that the same number of threads reaches in
-# bench/roofline.c. More threads than cores have the limit of all cores.
+# "of limit" is the fraction of the fastest products of bytes (of float32 numbers for float weights)
+# in prefill, and of the fastest reading of memory in decode, that the same number of threads
+# reaches in bench/roofline.c. More threads than cores have the limit of all cores.
 set -uf
 
 usage() {
@@ -83,8 +84,8 @@ median() {
 }
 
 # measure TABLE MODEL THREADS PROMPT GENERATE: a line of $dir/rows, fields separated by tabs:
-# table, model, type, width, threads, prompt, prefill tokens/s, Gop/s, of limit, decode tokens/s, GB/s,
-# of limit; then prefill and decode as fractions of the limits of all cores.
+# table, model, type, width, threads, prompt, prefill tokens/s, Gop/s, of limit, decode tokens/s,
+# GB/s, of limit; then prefill and decode as fractions of the limits of all cores.
 measure() {
     if [ "$3" = 1 ]; then column=one; else column=all; fi
     echo "$2: $3 threads, prompt $4, generate $5" >&2
@@ -129,12 +130,13 @@ processor=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n
 {
     echo "$begin"
     echo
-    echo "${processor:-$(uname -m)}, $cores cores, $(value device), median of $repeat. The machine at most:" \
-        "reading $(limit read one) GB/s with one thread, $(limit read all) with all; products of bytes" \
-        "$(limit int8 one) and $(limit int8 all) Gop/s; float32 $(limit f32 one) and" \
-        "$(limit f32 all) Gop/s."
+    echo "${processor:-$(uname -m)}, $cores cores, $(value device), median of $repeat. The" \
+        "machine at most: reading $(limit read one) GB/s with one thread, $(limit read all) with" \
+        "all; products of bytes $(limit int8 one) and $(limit int8 all) Gop/s; float32" \
+        "$(limit f32 one) and $(limit f32 all) Gop/s."
     echo
-    echo "![Fractions of the hardware's limit against threads, prompt length and width](scaling.svg)"
+    echo "![Fractions of the hardware's limit against threads, prompt length and" \
+        "width](scaling.svg)"
     awk -F '\t' -v prompt="$prompt" -v generate="$generate" '
     function head(text, width_first) {
         print "\n" text "\n"
@@ -143,14 +145,19 @@ processor=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n
         print "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     }
     function row(decode) {
-        printf("| %s | %s | %d | %d | %d | %.1f | %.1f | %.0f %% |", $2, $3, $4, $5, $6, $7, $8, 100 * $9)
+        printf("| %s | %s | %d | %d | %d | %.1f | %.1f | %.0f %% |", $2, $3, $4, $5, $6, $7, $8,
+               100 * $9)
         if (decode)
             printf(" %.2f | %.2f | %.0f %% |\n", $10, $11, 100 * $12)
         else
             print " | | |"
     }
-    $1 == "threads" { if (!threads++) head("Against threads, prompt " prompt ", " generate \
-                                           " tokens of decode; the models differ in width:"); row(1) }
+    $1 == "threads" {
+        if (!threads++)
+            head("Against threads, prompt " prompt ", " generate " tokens of decode; the models" \
+                 " differ in width:")
+        row(1)
+    }
     $1 == "length" { lengths[++n] = $0 }
     END {
         head("Against prompt length:")
@@ -164,7 +171,9 @@ processor=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n
 
 # Three panels beside each other: y is the fraction of the limit of all cores, x a power of two.
 awk -F '\t' -v cores="$cores" '
-function x_of(panel, v) { return left[panel] + 10 + (log(v) - low[panel]) / (high[panel] - low[panel]) * 200 }
+function x_of(panel, v) {
+    return left[panel] + 10 + (log(v) - low[panel]) / (high[panel] - low[panel]) * 200
+}
 function y_of(v) { return 250 - v / top * 200 }
 function text(x, y, anchor, s) {
     printf("<text x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">%s</text>\n", x, y, anchor, s)
@@ -221,7 +230,8 @@ END {
                        key[2] ? " stroke-dasharray=\"4 3\"" : "")
         }
     }
-    text(50, 290, "start", "filled, solid: prefill, of operations; hollow, dashed: decode, of bytes read")
+    text(50, 290, "start",
+         "filled, solid: prefill, of operations; hollow, dashed: decode, of bytes read")
     for (m = 1; m <= n_models; m++) {
         printf("<rect x=\"50\" y=\"%d\" width=\"12\" height=\"12\" fill=\"%s\"/>\n", 280 + 18 * m,
                colour[(m - 1) % 8 + 1])

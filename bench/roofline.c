@@ -8,11 +8,12 @@
  *          where the system gives them and in pages of 4 KiB as a mapped file has them; loads alone
  *          and fetched 8 KiB ahead
  *   f32    fused multiply-adds from registers
- *   int8   products of bytes, summed to 32 bits, from registers. "16-bit sums" adds eight products in
- *          16 bits before it widens, which 4-bit codes allow
- * A multiplication and an addition are two operations. Each figure is the best of several runs, since
- * a limit is what is asked for: one thread, then all of them. The summary has the best of each kind
- * with all threads: `moe bench --read-limit GB/S --op-limit GOP/S` takes these two numbers. */
+ *   int8   products of bytes, summed to 32 bits, from registers. "16-bit sums" adds eight products
+ *          in 16 bits before it widens, which 4-bit codes allow
+ * A multiplication and an addition are two operations. Each figure is the best of several runs,
+ * since a limit is what is asked for: one thread, then all of them. The summary has the best of
+ * each kind with all threads: `moe bench --read-limit GB/S --op-limit GOP/S` takes these two
+ * numbers. */
 #include "../tests/test.h"
 
 #include <sys/mman.h>
@@ -35,8 +36,8 @@ static volatile uint64_t sink;
 
 /* ------------------------------------------------------------------------------- arithmetic -- */
 
-/* Each runs n rounds of CHAINS independent sums: enough to hide the latency of an instruction. The sums
- * are opaque from the start, or equal ones would be computed once. */
+/* Each runs n rounds of CHAINS independent sums: enough to hide the latency of an instruction. The
+ * sums are opaque from the start, or equal ones would be computed once. */
 enum { CHAINS = 12 };
 
 #if MOE_X86
@@ -333,8 +334,8 @@ static const roofline_row rows[] = {
      false},
     {"AVX-VNNI vpdpbusd, 256 bits", ROW_INT8, MOE_CPU_AVX_VNNI, int8_avx_vnni, 2 * 32 * CHAINS,
      false, false},
-    {"AVX-512 maddubs, 16-bit sums", ROW_INT8, MOE_CPU_AVX512, int8_avx512_16, 2 * 64 * 8 * 8, false,
-     false},
+    {"AVX-512 maddubs, 16-bit sums", ROW_INT8, MOE_CPU_AVX512, int8_avx512_16, 2 * 64 * 8 * 8,
+     false, false},
     {"AVX-512 vpdpbusd, 512 bits", ROW_INT8, MOE_CPU_AVX512_VNNI, int8_vnni512, 2 * 64 * CHAINS,
      false, false},
 #elif MOE_ARM64
@@ -435,7 +436,7 @@ static double run_threads(const roofline_row *row, uint64_t n, const uint8_t *da
     return (double)(end - start) * 1e-9;
 }
 
-/* A buffer in pages of one size, touched. The system may give small pages where large were asked. */
+/* A buffer in pages of one size, touched. The system may give small pages for large ones. */
 static uint8_t *buffer_open(size_t bytes, bool small_pages)
 {
     uint8_t *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

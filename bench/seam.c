@@ -2,9 +2,9 @@
  *
  *     seam [MODEL]        default: smollm2.gguf in the folder where `make models` keeps it
  *
- * A forward pass is recorded as operations, then run. This measures one token both ways: as it is, and
- * with a backend that records everything and runs nothing; the second is the whole cost of layers
- * that never touch the data. Medians of alternating runs, one thread. */
+ * A forward pass is recorded as operations, then run. This measures one token both ways: as it is,
+ * and with a backend that records everything and runs nothing; the second is the whole cost of
+ * layers that never touch the data. Medians of alternating runs, one thread. */
 #include "../tests/test.h"
 
 enum { N_RUNS = 15, N_TOKENS = 32 };

@@ -1,12 +1,12 @@
-/* bench/tcq.c - what the trellis-coded types give: bytes on disk at equal squared error, against the
- * K-quants, and the speed of their encoder.
+/* bench/tcq.c - what the trellis-coded types give: bytes on disk at equal squared error, against
+ * the K-quants, and the speed of their encoder.
  *
  *     tcq [FILE.gguf]
  *
- * Weights are Gaussian, or the matrices of a file, each with a plan of its own. For each K-quant, as
- * moe-convert makes it: its bits per weight as it is and as planes in a .moe file, and its error; then
- * the bits per weight in a .moe file, with all that belongs to them, of the trellis-coded type that has
- * the same error. */
+ * Weights are Gaussian, or the matrices of a file, each with a plan of its own. For each K-quant,
+ * as moe-convert makes it: its bits per weight as it is and as planes in a .moe file, and its
+ * error; then the bits per weight in a .moe file, with all that belongs to them, of the
+ * trellis-coded type that has the same error. */
 #include "../tests/test.h"
 
 #include "../convert/convert.c"
@@ -57,8 +57,8 @@ static void add(result *r, const matrix *m, const moe_quant *type, const uint8_t
     const size_t n_blocks = m->n_row * m->n_in / type->block_len;
     const size_t most = MOEFILE_SEGMENT_BYTES / type->block_bytes;
     for (size_t b = 0; p && b < n_blocks; b += most)
-        if (planes_pack(p, type, blocks + b * type->block_bytes, MOE_MIN(most, n_blocks - b), "bench",
-                        &error)) {
+        if (planes_pack(p, type, blocks + b * type->block_bytes, MOE_MIN(most, n_blocks - b),
+                        "bench", &error)) {
             fprintf(stderr, "%s\n", error.message);
             exit(1);
         }
@@ -90,7 +90,8 @@ static result measure(const matrix *m, size_t n, const moe_quant *type, double b
             const size_t n_sample = MOE_MIN(n_row, MOE_MAX(TCQ_SAMPLE / n_in, 1));
             float *sample = alloc(n_sample * n_in * sizeof *sample);
             for (size_t s = 0; s < n_sample; s++)
-                memcpy(sample + s * n_in, m[i].w + s * n_row / n_sample * n_in, n_in * sizeof *sample);
+                memcpy(sample + s * n_in, m[i].w + s * n_row / n_sample * n_in,
+                       n_in * sizeof *sample);
             tcq_plan made;
             tcq_plan_make(&made, type, bits, sample, NULL, n_sample, n_in, room);
             const double start = seconds();
@@ -112,7 +113,8 @@ static result measure(const matrix *m, size_t n, const moe_quant *type, double b
 }
 
 /* Bits on disk at which the error would be `error`: a bit is a factor of 4. */
-static result equal_error(const matrix *m, size_t n, double error, double bits, const moe_quant **type)
+static result equal_error(const matrix *m, size_t n, double error, double bits,
+                          const moe_quant **type)
 {
     result r = {0};
     for (int i = 0; i < 3; i++) {
@@ -128,15 +130,15 @@ static void table(const char *title, const matrix *m, size_t n)
 {
     static const struct { const char *name; double bits; } peers[] = {
         {"Q2_K", 2.1}, {"Q3_K", 2.9}, {"Q4_K", 3.95}, {"Q5_K", 4.9}, {"Q6_K", 5.95}};
-    printf("%s\n%-7s %7s %7s %10s   %-5s %7s %8s %8s   M weights/s\n", title, "type", "bits", "planes",
-           "error", "same", "bits", "/bits", "/planes");
+    printf("%s\n%-7s %7s %7s %10s   %-5s %7s %8s %8s   M weights/s\n", title, "type", "bits",
+           "planes", "error", "same", "bits", "/bits", "/planes");
     for (size_t i = 0; i < MOE_COUNT(peers); i++) {
         const moe_quant *peer = quant_by_name(peers[i].name), *type = NULL;
         const result a = measure(m, n, peer, 0);
         const result b = equal_error(m, n, a.error, peers[i].bits, &type);
-        printf("%-7s %7.4f %7.4f %10.3e   %-5s %7.4f %+7.2f%% %+7.2f%%   %.1f\n", peer->name, peer->bits,
-               a.bits, a.error / a.square, type->name, b.bits, 100 * (b.bits / peer->bits - 1),
-               100 * (b.bits / a.bits - 1), 1e-6 / b.seconds);
+        printf("%-7s %7.4f %7.4f %10.3e   %-5s %7.4f %+7.2f%% %+7.2f%%   %.1f\n", peer->name,
+               peer->bits, a.bits, a.error / a.square, type->name, b.bits,
+               100 * (b.bits / peer->bits - 1), 100 * (b.bits / a.bits - 1), 1e-6 / b.seconds);
         fflush(stdout);
     }
 }

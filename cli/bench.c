@@ -1,10 +1,10 @@
 /* cli/bench.c - `moe bench`: the speed of prefill and decode, and how near it is to the machine's.
  *
- * The context is filled with `depth` tokens once. A repetition goes back to them, computes `n_prompt`
- * tokens in one call (prefill; timed), goes back again, then computes `n_gen` tokens one by one
- * (decode; timed). Before the first there is a warm-up that is not counted: one token, which reads
- * the weights into memory and tells the time to the first token, and one batch of the prompt. The
- * tokens are pseudo-random: with a mixture of experts, text from one subject would use fewer of
+ * The context is filled with `depth` tokens once. A repetition goes back to them, computes
+ * `n_prompt` tokens in one call (prefill; timed), goes back again, then computes `n_gen` tokens one
+ * by one (decode; timed). Before the first there is a warm-up that is not counted: one token, which
+ * reads the weights into memory and tells the time to the first token, and one batch of the prompt.
+ * The tokens are pseudo-random: with a mixture of experts, text from one subject would use fewer of
  * them. */
 #include "cli.h"
 
@@ -310,10 +310,10 @@ static int bench_main(int argc, char **argv)
 
 const cli_verb verb_bench = {
     "bench", "MODEL", "measures the speed of prefill and decode",
-    "Prints the median, the slowest and the fastest of -r repetitions after a warm-up. Prefill and\n"
-    "decode both start from a context of -d tokens. Prefill is also shown as operations (two for\n"
-    "each weight that a token uses), decode as bytes of weights read. `build/bench/roofline` says\n"
-    "what the machine can do of both.",
+    "Prints the median, the slowest and the fastest of -r repetitions after a warm-up. Prefill\n"
+    "and decode both start from a context of -d tokens. Prefill is also shown as operations (two\n"
+    "for each weight that a token uses), decode as bytes of weights read. `build/bench/roofline`\n"
+    "says what the machine can do of both.",
     "  moe bench model.gguf\n"
     "  moe bench model.gguf -p 2048 -n 0 -t 1\n"
     "  moe bench model.gguf -p 0 -n 128 -d 4096 --json\n",

@@ -179,9 +179,8 @@ bool output_write(cli_output *output, const void *data, size_t bytes);
  * */
 bool output_close(cli_output *output, bool keep);
 
-/* A text as `moe eval` and `moe imatrix` see it: tokens in windows, each computed alone. What is left
- * over at the end is dropped. If the tokenizer adds BOS, it takes the place of each window's first
- * token. */
+/* A text as `moe eval` and `moe imatrix` see it: tokens in windows, each computed alone. What is
+ * left over at the end is dropped. A BOS of the tokenizer replaces each window's first token. */
 typedef struct cli_windows {
     moe_token *tokens;  /* [n_window][window]; the caller frees it */
     uint32_t window, n_window;
@@ -189,8 +188,8 @@ typedef struct cli_windows {
     bool bos;
 } cli_windows;
 
-/* Reads a file ("-": standard input) into windows of `window` tokens, or one that is shorter if the text
- * is. */
+/* Reads a file ("-": standard input) into windows of `window` tokens; a shorter text is one
+ * window. */
 enum { WINDOW_MIN = 4 };
 int windows_read(cli_windows *w, const moe_tokenizer *tokenizer, const char *path, uint32_t window);
 

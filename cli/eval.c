@@ -317,7 +317,8 @@ static int eval_setup(eval_state *e, moe_model *model, const char *path, const e
     e->logits = cli_alloc(NULL, (size_t)ROWS * e->n_vocab, sizeof(float));
     if (o->base) {
         e->base_logits = cli_alloc(NULL, (size_t)ROWS * e->n_vocab, sizeof(float));
-        e->kl_values = cli_alloc(NULL, (size_t)e->text.n_window * scored_per_window(e), sizeof(double));
+        e->kl_values = cli_alloc(NULL, (size_t)e->text.n_window * scored_per_window(e),
+                                 sizeof(double));
         result = base_begin(e, o->base);
     }
     return result ? result : o->save ? save_begin(e, o->save) : EXIT_OK;

@@ -346,8 +346,9 @@ const cli_verb verb_imatrix = {
     "imatrix", "MODEL TEXT", "measures which weights matter, for moe-convert",
     "The text is cut into windows of --ctx tokens, each computed alone. Of each matrix, the\n"
     "squares of what it is multiplied with are summed up, of experts each by itself.\n"
-    "`moe-convert --imatrix` spends precision accordingly. The text should be of the kind that the\n"
-    "model will see: some 50,000 tokens of it, more for a model of many experts. TEXT may be \"-\".\n"
+    "`moe-convert --imatrix` spends precision accordingly. The text should be of the kind that\n"
+    "the model will see: some 50,000 tokens of it, more for a model of many experts. TEXT may\n"
+    "be \"-\".\n"
     "The file is a GGUF that llama.cpp's tools read and write, too.",
     "  moe imatrix model-f16.gguf text.txt -o model.imatrix\n"
     "  moe-convert model-f16.gguf model-q3.gguf --quant q3_k_m --imatrix model.imatrix\n",

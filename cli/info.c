@@ -255,7 +255,7 @@ static void text_receipt(const info_file *file)
     }
 }
 
-/* Compressed weights are decoded into memory of their own; the others stay where they are in the file. */
+/* Compressed weights are decoded into memory of their own; the others stay in the file. */
 static void text_weights_memory(const info_file *file, bool copied)
 {
     const uint64_t decoded = copied ? 0 : file->decoded_bytes;
@@ -283,7 +283,8 @@ static void text_memory(const info_file *file, const info_options *o)
         printf("  %-24s NO; no context would\n", "fits");
     printf("  %-24s %s\n", "runs on", file->info.device);
     if (strstr(file->info.device, "plain C"))
-        printf("  %-24s no AVX2 and no NEON, or switched off: the same results, many times slower\n",
+        printf("  %-24s no AVX2 and no NEON, or switched off: the same results, many times "
+               "slower\n",
                "");
 }
 
@@ -340,12 +341,13 @@ static void json_model(cli_json *json, const info_file *file)
     json_string(json, "attention", m->attention);
     const struct { const char *key; uint64_t value; } number[] = {
         {"n_vocab", m->n_vocab}, {"n_ctx_train", m->n_ctx_train}, {"n_embd", m->n_embd},
-        {"n_layer", m->n_layer}, {"n_layer_draft", m->n_layer_draft}, {"n_head", m->n_head}, {"n_head_kv", m->n_head_kv},
-        {"head_dim", m->head_dim}, {"n_ff", m->n_ff}, {"n_expert", m->n_expert},
-        {"n_expert_used", m->n_expert_used}, {"n_expert_shared", m->n_expert_shared},
-        {"n_ff_expert", m->n_ff_expert}, {"sliding_window", m->sliding_window},
-        {"n_param", m->n_param}, {"n_param_active", m->n_param_active},
-        {"weight_bytes", m->weight_bytes}, {"weight_bytes_active", m->weight_bytes_active},
+        {"n_layer", m->n_layer}, {"n_layer_draft", m->n_layer_draft}, {"n_head", m->n_head},
+        {"n_head_kv", m->n_head_kv}, {"head_dim", m->head_dim}, {"n_ff", m->n_ff},
+        {"n_expert", m->n_expert}, {"n_expert_used", m->n_expert_used},
+        {"n_expert_shared", m->n_expert_shared}, {"n_ff_expert", m->n_ff_expert},
+        {"sliding_window", m->sliding_window}, {"n_param", m->n_param},
+        {"n_param_active", m->n_param_active}, {"weight_bytes", m->weight_bytes},
+        {"weight_bytes_active", m->weight_bytes_active},
         {"kv_bytes_per_token", m->kv_bytes_per_token},
         {"kv_bytes_per_token_plain", m->kv_bytes_per_token_plain},
     };

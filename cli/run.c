@@ -317,11 +317,12 @@ static int run_main(int argc, char **argv)
         {0, "batch", CLI_U32, &o.n_batch, "N", "prompt tokens computed at once", NULL},
         {0, "cache", CLI_CHOICE, &o.cache, "TYPE", "type of the key/value cache", cache_names},
         {0, "trace-experts", CLI_TEXT, &o.trace, "FILE",
-         "write which experts each token used, for `moe experts`;\nno tokens are drafted then", NULL},
+         "write which experts each token used, for `moe experts`;\nno tokens are drafted then",
+         NULL},
         {0, "draft", CLI_CHOICE, &o.draft, "HOW",
-         "compute tokens ahead that are guessed to come: the text is\nthe same, the speed is not. auto: "
-         "where it is measured to be\nfaster; ngram: what followed earlier; mtp: what the model's\n"
-         "layer for it says", draft_names},
+         "compute tokens ahead that are guessed to come: the text is\nthe same, the speed is not. "
+         "auto: where it is measured to be\nfaster; ngram: what followed earlier; mtp: what the "
+         "model's\nlayer for it says", draft_names},
         {0},
     };
     const cli_option *tables[] = {table, common_options(&o.common, common_table), NULL};

@@ -232,7 +232,8 @@ static moe_status config_put_sections(config_reader *r, const moe_config_key *k,
 }
 
 /* The number of one item of a list, by its word. */
-static moe_status config_layer(config_reader *r, const moe_config_key *k, json_ref v, uint32_t *number)
+static moe_status config_layer(config_reader *r, const moe_config_key *k, json_ref v,
+                               uint32_t *number)
 {
     char buf[64], what[128], mark;
     json_ref value;
@@ -249,7 +250,7 @@ static moe_status config_layer(config_reader *r, const moe_config_key *k, json_r
     return MOE_OK;
 }
 
-/* The n of a list whose every n-th number is 0 and no other; 0 if none is, UINT32_MAX if there is none. */
+/* The n of a list whose every n-th number is 0 and no other; 0 if none is, else UINT32_MAX. */
 static uint32_t config_period(const uint32_t *list, uint32_t n)
 {
     uint32_t period = 0;
@@ -389,8 +390,9 @@ static moe_status config_rope_number(const config_reader *r, json_ref rope, cons
     return config_fail(r, MOE_ERR_MODEL, subject, "a number", v);
 }
 
-/* What cos and sin are multiplied with: GGUF's readers take the usual factor and this one on top, which
- * must undo it where transformers takes another. With mscale_all_dim DeepSeek's readers take none. */
+/* What cos and sin are multiplied with: GGUF's readers take the usual factor and this one on top,
+ * which must undo it where transformers takes another. With mscale_all_dim DeepSeek's readers take
+ * none. */
 static moe_status config_put_yarn_factor(config_reader *r, json_ref rope, double factor)
 {
     char key[160];
@@ -399,8 +401,8 @@ static moe_status config_put_yarn_factor(config_reader *r, json_ref rope, double
     if (!status)
         status = config_rope_number(r, rope, "mscale_all_dim", 0, &all_dim);
     const double log_factor = factor > 1 ? 0.1 * log(factor) : 0;
-    const bool none = config_writes(r, r->family->config, NULL, "rope.scaling.yarn_log_multiplier") &&
-                      all_dim > 0;
+    const bool none = config_writes(r, r->family->config, NULL,
+                                    "rope.scaling.yarn_log_multiplier") && all_dim > 0;
     const double usual = none ? 1 : 1 + log_factor;
     const double otherwise = mscale != 0 && all_dim != 0
                                  ? (1 + mscale * log_factor) / (1 + all_dim * log_factor)
@@ -462,9 +464,10 @@ static moe_status config_put_rope(config_reader *r)
     snprintf(key, sizeof key, "%s.rope.scaling.type", r->family->arch);
     meta_put_string(&r->kv, key, linear ? "linear" : "yarn");
     const double stretched = json_double(config_path(r->root, "max_position_embeddings"), NAN);
-    const double train = json_double(config_path(r->root, "original_max_position_embeddings"), stretched);
-    moe_status status = config_rope_number(r, rope, "original_max_position_embeddings", yarn ? train : 0,
-                                           &n_ctx);
+    const double train = json_double(config_path(r->root, "original_max_position_embeddings"),
+                                     stretched);
+    moe_status status = config_rope_number(r, rope, "original_max_position_embeddings",
+                                           yarn ? train : 0, &n_ctx);
     if (!status)
         status = config_rope_number(r, rope, "factor", yarn ? stretched / n_ctx : NAN, &factor);
     snprintf(key, sizeof key, "%s.rope.scaling.factor", r->family->arch);

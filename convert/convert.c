@@ -101,7 +101,8 @@ static moe_status conv_write_moe(conv_job *job, moe_error *error)
 
 /* Converts, or only plans. Either way the job is to be closed; after success it says what was
  * done. */
-static moe_status conv_run(conv_job *job, const conv_options *options, moe_error *error)
+MOE_UNUSED static moe_status conv_run(conv_job *job, const conv_options *options,
+                                      moe_error *error)
 {
     const uint64_t start = plat_time_ns();
     plan p = {0};
@@ -128,7 +129,7 @@ static moe_status conv_run(conv_job *job, const conv_options *options, moe_error
     return status;
 }
 
-static void conv_close(conv_job *job)
+MOE_UNUSED static void conv_close(conv_job *job)
 {
     conv_source *s = &job->source;
     for (uint32_t i = 0; i < s->n_files; i++)

@@ -1,9 +1,9 @@
-/* convert/encode_fit.h - the arithmetic of the quantizers: which scales and offsets fit weights best.
+/* convert/encode_fit.h - the arithmetic of the quantizers: the scales and offsets that fit best.
  *
  * Weights that share a scale are a group, of 16 or 32. Groups are worked on 8 at a time in a tile,
- * which holds them transposed: a vector is one weight of each of 8 groups, and nothing is ever added
- * across lanes. The C form takes one group after the other and specifies the results; the AVX2 form,
- * encode_fit_avx2.h, gives the same bits.
+ * which holds them transposed: a vector is one weight of each of 8 groups, and nothing is ever
+ * added across lanes. The C form takes one group after the other and specifies the results; the
+ * AVX2 form, encode_fit_avx2.h, gives the same bits.
  *
  * A fit tries steps around the one that spans the group. For each it rounds the weights to codes q,
  * in units of the step y = q + r, and solves the least squares problem y = (1 + a) q + b for these
@@ -159,7 +159,7 @@ MOE_INLINE int fit_n_tries(const fit_search *how)
     return (how->both_signs ? 2 * how->n : how->n) + how->n_rounds;
 }
 
-/* ------------------------------------------------------------------------ C: the specification -- */
+/* ---------------------------------------------------------------------- C: the specification -- */
 
 static void fit_load_c(fit_tile *t, const float *const x[8], const float *const w[8], int n)
 {

@@ -1,5 +1,5 @@
-/* convert/encode_fit_avx2.h - the fits of encode_fit.h with AVX2 and FMA: line by line the same, for 8
- * groups at once. */
+/* convert/encode_fit_avx2.h - the fits of encode_fit.h with AVX2 and FMA: line by line the same,
+ * for 8 groups at once. */
 #ifndef MOE_CONVERT_ENCODE_FIT_AVX2_H
 #define MOE_CONVERT_ENCODE_FIT_AVX2_H
 
@@ -303,7 +303,8 @@ MOE_AVX2_INLINE void fit_linear_int_any_avx2(const fit_tile *t, const fit_levels
         fit_clamp_avx2(_mm256_mul_ps(_mm256_load_ps(scale->v), per_d), s_min, s_max));
     __m256 best = _mm256_set1_ps(INFINITY), best_s = _mm256_setzero_ps();
     for (int k = -how->n_near; k <= how->n_near; k++) {
-        const __m256 s = fit_clamp_avx2(_mm256_add_ps(near, _mm256_set1_ps((float)k)), s_min, s_max);
+        const __m256 s = fit_clamp_avx2(_mm256_add_ps(near, _mm256_set1_ps((float)k)), s_min,
+                                        s_max);
         const __m256 step = _mm256_mul_ps(d, s), inverse = fit_inverse_avx2(step);
         __m256 error = _mm256_setzero_ps();
         for (int i = 0; i < t->n; i++) {

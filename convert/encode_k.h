@@ -1,9 +1,9 @@
 /* convert/encode_k.h - quantizers of the types with superblocks of 256 weights. A superblock is one
  * tile of 8 groups of 32 or two of 8 groups of 16.
  *
- * First each group gets the scale that fits it best, whatever it is. The largest decides the scale of
- * the superblock, in which the others are small integers. Then each group tries the integers near
- * what it wants: their steps are coarse enough that the next one is often better. */
+ * First each group gets the scale that fits it best, whatever it is. The largest decides the scale
+ * of the superblock, in which the others are small integers. Then each group tries the integers
+ * near what it wants: their steps are coarse enough that the next one is often better. */
 #ifndef MOE_CONVERT_ENCODE_K_H
 #define MOE_CONVERT_ENCODE_K_H
 
@@ -37,7 +37,8 @@ static void encode_k_affine(const fit_ops *ops, const encode_k *type, const fit_
     float peak = 0, deepest = 0;
     k_affine k;
     for (int i = 0; i < n_tiles; i++) {
-        ops->affine(&t[i], type->levels.high, true, encode_k_search(type, t), &scale[i], &offset[i]);
+        ops->affine(&t[i], type->levels.high, true, encode_k_search(type, t), &scale[i],
+                    &offset[i]);
         for (int g = 0; g < FIT_LANES; g++) {
             peak = fit_max(scale[i].v[g], peak);
             deepest = fit_max(-offset[i].v[g], deepest);

@@ -1,17 +1,17 @@
-/* convert/encode_tcq.c - the encoder of the trellis-coded types (quant/tcq.h): rows of floats to the
- * blocks that cost least.
+/* convert/encode_tcq.c - the encoder of the trellis-coded types (quant/tcq.h): rows of floats to
+ * the blocks that cost least.
  *
- * What a row costs is its squared error, weighted by the importance of the columns, plus lambda times
- * the bits that its codes will take on disk (entropy-constrained trellis-coded quantization: Fischer
- * and Wang 1992). The best path of each of the row's 32 trellises is found by the Viterbi algorithm.
- * lambda is a fixed multiple of the squared step, so the step alone sets the rate.
+ * What a row costs is its squared error, weighted by the importance of the columns, plus lambda
+ * times the bits that its codes will take on disk (entropy-constrained trellis-coded quantization:
+ * Fischer and Wang 1992). The best path of each of the row's 32 trellises is found by the Viterbi
+ * algorithm. lambda is a fixed multiple of the squared step, so the step alone sets the rate.
  *
  * A plan holds what the rows of a tensor have in common: the step, and what each code costs. It is
  * made from a sample of the rows, which is encoded a few times until step, rate and costs agree.
- * Blocks of important columns have smaller steps, those of others larger ones, the same in all rows:
- * a pattern that repeats takes next to no room.
+ * Blocks of important columns have smaller steps, those of others larger ones, the same in all
+ * rows: a pattern that repeats takes next to no room.
  * Must never: depend on the machine or on how rows are cut into calls. All float expressions are
- * spelled out with fmaf; there is one source for all instruction sets, which compilers vectorize. */
+ * spelled out with fmaf; one source serves all instruction sets, compilers vectorize it. */
 #ifndef MOE_CONVERT_ENCODE_TCQ_C
 #define MOE_CONVERT_ENCODE_TCQ_C
 
@@ -31,7 +31,7 @@ typedef struct tcq_format {
     int bias;             // half the number of values, and the number of codes
     double bits;          // per weight on disk, of a plan that was not asked for a rate
     double most;          // up to which rate the codes reach far enough
-    float lambda;         // squared steps that a bit is worth: gives the least error at a given rate
+    float lambda;         // squared steps that a bit is worth: least error at a given rate
     tcq_put_fn *put;
 } tcq_format;
 
@@ -49,7 +49,7 @@ typedef struct tcq_plan {
     const moe_quant *type;
     tcq_search_fn *search;
     const float *roots;      // [n_in] of the columns' importance, whose mean is 1; NULL: all alike
-    uint16_t *scales;        // [n_in / TCQ_LEN] of the blocks of a row, unless their weights need more
+    uint16_t *scales;        // [n_in / TCQ_LEN] of a row's blocks, unless weights need more
     float d;                 // the step of columns of mean importance, a number of binary16
     float reach;             // steps from 0 to the largest value that is used
     float cost[TCQ_CODES];   // lambda times the bits of each code, in units of d^2
@@ -95,10 +95,11 @@ MOE_INLINE int tcq_before(int s, int low)
     return (s ^ (parity ? 48 : 0) ^ low << 1) << 1 | parity;
 }
 
-/* The code nearest to each weight of one step in subset j, and what it costs: its values are 4 q + j.
+/* The code nearest to each weight of one step in subset j, of values 4 q + j, and what it costs.
  * (No sum of a product is left to the compiler: what looks like one is exact.) */
-MOE_INLINE void tcq_match(const float *restrict y, const float *restrict scale, const float *code_cost,
-                          int bias, int j, int32_t *restrict code, float *restrict cost)
+MOE_INLINE void tcq_match(const float *restrict y, const float *restrict scale,
+                          const float *code_cost, int bias, int j, int32_t *restrict code,
+                          float *restrict cost)
 {
     const float least = (float)(-bias / 4), most = (float)(bias / 4 - 1);
     const float rounds = 0x1.8p23f; /* adding it rounds to the nearest integer */
@@ -188,8 +189,8 @@ static tcq_search_fn *tcq_search_select(uint32_t cpu)
 
 /* ---------------------------------------------------------------------------------- rows -- */
 
-/* The scale of block b of a row: the plan's, or larger if its weights need it. Larger ones differ in
- * the high byte only: the plane of low bytes stays one number. */
+/* The scale of block b of a row: the plan's, or larger if its weights need it. Larger ones differ
+ * in the high byte only: the plane of low bytes stays one number. */
 static uint16_t tcq_block_scale(const tcq_plan *p, size_t b, const float *src)
 {
     uint16_t stored = p->scales[b];
@@ -253,8 +254,8 @@ static int64_t tcq_log2(uint64_t x)
     return log;
 }
 
-/* Lengths of Huffman codes, whole bits. Those of zstd are not longer than 11, which is what codes that
- * were not used would get. */
+/* Lengths of Huffman codes, whole bits. Those of zstd are not longer than 11, which is what codes
+ * that were not used would get. */
 static void tcq_lengths(const uint32_t *counts, int n_code, uint64_t n, uint8_t *length)
 {
     uint64_t weight[TCQ_CODES];
@@ -286,8 +287,9 @@ static void tcq_lengths(const uint32_t *counts, int n_code, uint64_t n, uint8_t 
     }
 }
 
-/* Bits of each code on disk, in units of 2^-16, from how often they were used. Bytes of two codes come
- * near to the entropy; codes that were not used count as half a time. Returns the bits per weight. */
+/* Bits of each code on disk, in units of 2^-16, from how often they were used. Bytes of two codes
+ * come near to the entropy; codes that were not used count as half a time. Returns the bits per
+ * weight. */
 static int64_t tcq_bits(const tcq_format *f, const uint32_t counts[TCQ_CODES], uint64_t n,
                         int64_t bits[TCQ_CODES])
 {
@@ -311,8 +313,8 @@ static void tcq_costs(tcq_plan *p, const int64_t bits[TCQ_CODES])
         p->cost[c] = (float)bits[c] * (p->format->lambda / 65536);
 }
 
-/* What all but one of 2500 weights do not exceed. Huffman codes lose if there are codes that are hardly
- * ever used: blocks of larger weights take a larger step instead. */
+/* What all but one of 2500 weights do not exceed. Huffman codes lose if there are codes that are
+ * hardly ever used: blocks of larger weights take a larger step instead. */
 static float tcq_most(const float *src, size_t n)
 {
     uint32_t low = 0, high = 0x7f800000; // as integers, magnitudes compare like floats
@@ -368,8 +370,8 @@ static size_t tcq_room_bytes(size_t n_in)
            n_in / TCQ_LEN * (sizeof(uint16_t) + sizeof(tcq8_block));
 }
 
-/* The plan for rows like these: `bits` per weight on disk; 0: the type's default. importance [n_in] as
- * for an encode_fn. */
+/* The plan for rows like these: `bits` per weight on disk; 0: the type's default. importance [n_in]
+ * as for an encode_fn. */
 static void tcq_plan_make(tcq_plan *p, const moe_quant *type, double bits, const float *src,
                           const float *importance, size_t n_row, size_t n_in, void *room)
 {

@@ -1,9 +1,9 @@
 /* convert/encoders.h - the quantizers of the converter: rows of floats to blocks of a type.
  *
- * quant/<type>.h has a reference quantizer for each type. The ones here replace them in the converter:
- * they are faster, come nearer to the source, and heed how much each column matters.
- * Must never: depend on the machine, the number of threads, or how rows are cut into calls. The same
- * floats become the same bytes everywhere. */
+ * quant/<type>.h has a reference quantizer for each type. The ones here replace them in the
+ * converter: they are faster, come nearer to the source, and heed how much each column matters.
+ * Must never: depend on the machine, the number of threads, or how rows are cut into calls. The
+ * same floats become the same bytes everywhere. */
 #ifndef MOE_CONVERT_ENCODERS_H
 #define MOE_CONVERT_ENCODERS_H
 

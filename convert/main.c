@@ -25,8 +25,8 @@ static const char help_text[] =
 "                         the last one that matches wins. In a .moe file a single\n"
 "                         expert is NAME#EXPERT, as in blk.0.ffn_up_exps.weight#7\n"
 "      --bpw BITS         choose the types so that the file has at most so many bits per weight\n"
-"                         and loses as little as possible; in a .moe file each expert has its own,\n"
-"                         and if it is compressed, rates of trellis-coded types\n"
+"                         and loses as little as possible; in a .moe file each expert has\n"
+"                         its own, and if it is compressed, rates of trellis-coded types\n"
 "      --size BYTES       the same for the size of the file, such as 6GB or 800M\n"
 "      --imatrix FILE     which columns matter, by `moe imatrix` or llama-imatrix: heeded in\n"
 "                         every quantizer\n"
@@ -242,9 +242,9 @@ static void main_print(const conv_job *job)
         main_print_plan(job);
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         if (sums[i].n_tensors)
-            printf("%-7s %5llu tensors %16llu weights %16llu bytes in memory\n", quant_table[i]->name,
-                   (unsigned long long)sums[i].n_tensors, (unsigned long long)sums[i].n_weights,
-                   (unsigned long long)sums[i].bytes);
+            printf("%-7s %5llu tensors %16llu weights %16llu bytes in memory\n",
+                   quant_table[i]->name, (unsigned long long)sums[i].n_tensors,
+                   (unsigned long long)sums[i].n_weights, (unsigned long long)sums[i].bytes);
     printf("%s: %s%llu bytes (%s), %.2f bits per weight", job->options.out,
            !job->options.dry_run ? "" : job->sampled < 1 ? "would have about " : "would have ",
            (unsigned long long)job->file_bytes, main_bytes(job->file_bytes, size), main_bits(job));

@@ -2,8 +2,7 @@
  *
  * What compression saves is known when it is done. So tasks of the writer, spread evenly over the
  * file, are encoded and compressed as it would, and what was not tried is taken to shrink like what
- * was: the same slice, else those of the same type. A small model is tried as a whole; then the size
- * is exact.
+ * was: the same slice, else those of the same type. A small model is tried as a whole: exact.
  * Must never: depend on the number of threads. */
 #ifndef MOE_CONVERT_MOE_SIZE_C
 #define MOE_CONVERT_MOE_SIZE_C

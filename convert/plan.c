@@ -1,9 +1,9 @@
 /* convert/plan.c - which type each tensor gets.
  *
- * A mix is a type for matrices and rules for some of them, as llama.cpp's quantizer has them under the
- * same names: sensitive matrices (output, attention values, the second matrix of a feed-forward) get
- * more bits, some of them only in the layers where it pays: the first and last eighth, and every third
- * between. Norms, biases and routers stay floats. */
+ * A mix is a type for matrices and rules for some of them, as llama.cpp's quantizer has them under
+ * the same names: sensitive matrices (output, attention values, the second matrix of a
+ * feed-forward) get more bits, some of them only in the layers where it pays: the first and last
+ * eighth, and every third between. Norms, biases and routers stay floats. */
 #ifndef MOE_CONVERT_PLAN_C
 #define MOE_CONVERT_PLAN_C
 
@@ -43,12 +43,15 @@ static const plan_mix plan_mixes[] = {
     {"q3_k_l", 13, Q_Q3_K, {{"attn_v", WHEN_ALWAYS, Q_Q5_K}, {"ffn_down", WHEN_ALWAYS, Q_Q5_K},
                             {"attn_output", WHEN_ALWAYS, Q_Q5_K}}},
     {"q4_k_s", 14, Q_Q4_K, {{"attn_v", WHEN_8_EXPERTS, Q_Q8_0}, {"attn_k", WHEN_8_EXPERTS, Q_Q8_0},
-                            {"attn_v", WHEN_FIRST_4, Q_Q5_K}, {"ffn_down", WHEN_FIRST_EIGHTH, Q_Q5_K},
+                            {"attn_v", WHEN_FIRST_4, Q_Q5_K},
+                            {"ffn_down", WHEN_FIRST_EIGHTH, Q_Q5_K},
                             {"attn_output", WHEN_8_EXPERTS, Q_Q5_K}}},
     {"q4_k_m", 15, Q_Q4_K, {{"attn_v", WHEN_8_EXPERTS, Q_Q8_0}, {"attn_k", WHEN_8_EXPERTS, Q_Q8_0},
-                            {"attn_v", WHEN_MORE_BITS, Q_Q6_K}, {"ffn_down", WHEN_MORE_BITS, Q_Q6_K},
+                            {"attn_v", WHEN_MORE_BITS, Q_Q6_K},
+                            {"ffn_down", WHEN_MORE_BITS, Q_Q6_K},
                             {"attn_output", WHEN_8_EXPERTS, Q_Q5_K}}},
-    {"q5_k_s", 16, Q_Q5_K, {{"attn_v", WHEN_8_EXPERTS, Q_Q8_0}, {"attn_k", WHEN_8_EXPERTS, Q_Q8_0}}},
+    {"q5_k_s", 16, Q_Q5_K, {{"attn_v", WHEN_8_EXPERTS, Q_Q8_0},
+                            {"attn_k", WHEN_8_EXPERTS, Q_Q8_0}}},
     {"q5_k_m", 17, Q_Q5_K, {{"attn_v", WHEN_8_EXPERTS, Q_Q8_0}, {"attn_k", WHEN_8_EXPERTS, Q_Q8_0},
                             {"attn_v", WHEN_MORE_BITS, Q_Q6_K},
                             {"ffn_down", WHEN_MORE_BITS, Q_Q6_K}}},
@@ -97,7 +100,8 @@ static moe_status plan_find(plan *p, const char *name, moe_error *error)
     if (!p->mix && !p->type)
         plan_find_rate(p, name);
     if (!p->mix && !p->type)
-        return fail(error, MOE_ERR_ARGUMENT, "--quant", "expected one of %s, or a rate such as tcq3.7, "
+        return fail(error, MOE_ERR_ARGUMENT, "--quant",
+                    "expected one of %s, or a rate such as tcq3.7, "
                     "1.0 to 6.0 bits per weight; got %s", known, name);
     return MOE_OK;
 }
@@ -200,8 +204,8 @@ static const moe_quant *plan_type(const plan *p, const conv_source *s, const con
 
 /* -------------------------------------------------------------------------------- overrides -- */
 
-/* The types of single experts, whose names are those of their tensor, "#" and the expert. Returns how
- * many match. */
+/* The types of single experts, whose names are those of their tensor, "#" and the expert. Returns
+ * how many match. */
 static uint32_t plan_keep_parts(conv_source *s, conv_tensor *t, const regex_t *re,
                                 const moe_quant *type, moe_status *status, moe_error *error)
 {
@@ -233,8 +237,8 @@ static moe_status plan_keep(conv_source *s, const conv_keep *keep, moe_error *er
     int code = regcomp(&re, keep->pattern, REG_EXTENDED | REG_NOSUB);
     if (code) {
         regerror(code, &re, text, sizeof text);
-        return fail(error, MOE_ERR_ARGUMENT, "--keep", "expected a regular expression, got \"%s\": %s",
-                    keep->pattern, text);
+        return fail(error, MOE_ERR_ARGUMENT, "--keep",
+                    "expected a regular expression, got \"%s\": %s", keep->pattern, text);
     }
     moe_status status = MOE_OK;
     for (size_t i = 0; i < s->n_tensors && !status; i++) {
@@ -261,7 +265,8 @@ static moe_status plan_keep(conv_source *s, const conv_keep *keep, moe_error *er
     }
     regfree(&re);
     if (!status && !n)
-        status = fail(error, MOE_ERR_ARGUMENT, "--keep", "expected a pattern that some tensor's name "
+        status = fail(error, MOE_ERR_ARGUMENT, "--keep",
+                      "expected a pattern that some tensor's name "
                       "matches, got \"%s\"; see the names with --dry-run", keep->pattern);
     return status;
 }

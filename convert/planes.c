@@ -1,10 +1,10 @@
 /* convert/planes.c - blocks -> planes -> frames of zstd, most of which hold literals only.
  *
- * The bytes of quantized weights have a skewed distribution but do not repeat: what a match saves is
- * less than what it costs. So zstd is told, through its interface for sequence producers, that there
- * are none, and codes each plane's bytes with Huffman codes. Those are a bit long at least; planes
- * that would need little more, such as scales that are nearly all alike, are also compressed as
- * usual, and the shorter frame is taken. Any zstd decoder reads both. */
+ * The bytes of quantized weights have a skewed distribution but do not repeat: what a match saves
+ * is less than what it costs. So zstd is told, through its interface for sequence producers, that
+ * there are none, and codes each plane's bytes with Huffman codes. Those are a bit long at least;
+ * planes that would need little more, such as scales that are nearly all alike, are also compressed
+ * as usual, and the shorter frame is taken. Any zstd decoder reads both. */
 #ifndef MOE_CONVERT_PLANES_C
 #define MOE_CONVERT_PLANES_C
 

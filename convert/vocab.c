@@ -613,7 +613,8 @@ static moe_status vocab_put_sp(vocab_writer *w, const char *data, uint64_t bytes
     for (uint32_t id = 0; id < m.n; id++)
         n_unused += m.pieces[id].kind == TOK_UNUSED;
     if (m.kind == SP_BPE && n_unused)
-        conv_note(w->source, "tokenizer.model: SentencePiece takes its %u unused pieces apart again; "
+        conv_note(w->source,
+                  "tokenizer.model: SentencePiece takes its %u unused pieces apart again; "
                   "readers of GGUF may give their ids", n_unused);
     const vocab_roles own = {m.bos, m.eos, m.unknown, m.pad, .add_bos = true};
     status = vocab_put_roles(w, &own);

@@ -1,8 +1,9 @@
 /* tests/all.c - many test programs in one, so that the library is compiled once for all of them.
  *
- * The Makefile has the compiler include their files in front of this one (-include) and lists them in
- * TEST_PROGRAMS, such as TEST(api) TEST(gguf). It makes a link for each name: the program runs the test
- * by whose name it is called. Two names at file scope that are the same are the compiler's errors. */
+ * The Makefile has the compiler include their files in front of this one (-include) and lists them
+ * in TEST_PROGRAMS, such as TEST(api) TEST(gguf). It makes a link for each name: the program runs
+ * the test by whose name it is called. Two names at file scope that are the same are the compiler's
+ * errors. */
 #include "test.h"
 
 #define TEST(part) {"test_" #part, part##_program},

@@ -1,7 +1,7 @@
-/* tests/converter.h - the converter with its internals, for tests; only in builds with text and zstd.
+/* tests/converter.h - the converter with its internals; only in builds with text and zstd.
  *
- * Two sizes are set so small here that the little models of the tests have compressed slices of many
- * segments. */
+ * Two sizes are set so small here that the little models of the tests have compressed slices of
+ * many segments. */
 #ifndef MOE_TESTS_CONVERTER_H
 #define MOE_TESTS_CONVERTER_H
 

@@ -314,8 +314,8 @@ static bool fenced_matrices(fenced_queue *q, const char *op, moe_weight *place, 
     for (uint64_t i = 0; i < n && sound; i++) {
         const moe_quant *quant = copy[i].quant;
         sound = fenced_at_most(q, op, "remainder of a row", n_in % quant->block_len, 0) &&
-                fenced_at_most(q, op, "bytes in a row", n_in / quant->block_len * quant->block_bytes,
-                               copy[i].row_bytes) &&
+                fenced_at_most(q, op, "bytes in a row",
+                               n_in / quant->block_len * quant->block_bytes, copy[i].row_bytes) &&
                 fenced_at_most(q, op, "missing form of activations",
                                ~place->act_mask & 1u << quant->act, 0) &&
                 fenced_view(q, op, place->name, &copy[i].data, place->dims[1] * copy[i].row_bytes,

@@ -1,11 +1,11 @@
-/* tests/fuzz.h - what the fuzzers of file readers share: any bytes into directory_open(), and the promises
- * that must hold whatever they are.
+/* tests/fuzz.h - what the fuzzers of file readers share: any bytes into directory_open(), and the
+ * promises that must hold whatever they are.
  *
  *     clang -O1 -g -fsanitize=fuzzer,address,undefined -DMOE_FUZZ tests/fuzz_gguf.c ...
  *         a fuzzer; start it with a folder of small files
  *     cc tests/fuzz_gguf.c ...
- *         a program that runs the files it is given, once each; `-mutate N` in front of them: and N random
- *         changes of each
+ *         a program that runs the files it is given, once each; `-mutate N` in front of them: and N
+ *         random changes of each
  */
 #ifndef MOE_TESTS_FUZZ_H
 #define MOE_TESTS_FUZZ_H
@@ -86,8 +86,8 @@ static void fuzz_change(uint8_t *data, size_t bytes)
     }
 }
 
-/* The file, and then changes of it, each in an allocation of just its size: a sanitizer sees the first
- * byte behind it. */
+/* The file, and then changes of it, each in an allocation of just its size: a sanitizer sees the
+ * first byte behind it. */
 static void fuzz_file(const char *data, size_t bytes, long n_changed)
 {
     for (long i = 0; i <= n_changed; i++) {

@@ -1,4 +1,4 @@
-/* tests/fuzz_gguf.c - any bytes into the GGUF loader, through each kind of source. See tests/fuzz.h. */
+/* tests/fuzz_gguf.c - any bytes into the GGUF loader, through each kind of source. See fuzz.h. */
 #include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)

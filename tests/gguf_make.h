@@ -1,6 +1,7 @@
-/* tests/gguf_make.h - GGUF files made in memory by a writer that can also write nonsense, and opened
- * through every kind of source: what must load gives the same everywhere, what must not is refused with
- * an error that says what was wrong, quickly, in bounded memory, with nothing left behind.
+/* tests/gguf_make.h - GGUF files made in memory by a writer that can also write nonsense, and
+ * opened through every kind of source: what must load gives the same everywhere, what must not is
+ * refused with an error that says what was wrong, quickly, in bounded memory, with nothing left
+ * behind.
  *
  * The test program calls scratch_begin() first. */
 #ifndef MOE_TESTS_GGUF_MAKE_H
@@ -90,8 +91,8 @@ MOE_UNUSED static void put_key_array(gguf_made *b, const char *key, uint32_t ite
 }
 
 /* An entry of two dimensions, or of one if the second is 0. */
-MOE_UNUSED static void put_tensor(gguf_made *b, const char *name, uint64_t d0, uint64_t d1, uint32_t type,
-                       uint64_t offset)
+MOE_UNUSED static void put_tensor(gguf_made *b, const char *name, uint64_t d0, uint64_t d1,
+                                  uint32_t type, uint64_t offset)
 {
     put_string(b, name);
     put_u32(b, d1 ? 2 : 1);
@@ -227,8 +228,8 @@ MOE_UNUSED static void opened_close(gguf_opened *s)
 
 /* Opens what was written from all sources, checks the error, and forgets it. `subject` and `text`
  * must stand in the error. */
-MOE_UNUSED static void refuse_mode(gguf_made *b, bool vocab_only, moe_status status, const char *subject,
-                        const char *text)
+MOE_UNUSED static void refuse_mode(gguf_made *b, bool vocab_only, moe_status status,
+                                   const char *subject, const char *text)
 {
     for (int kind = 0; kind < N_SOURCES; kind++) {
         gguf_opened s;
@@ -254,7 +255,8 @@ MOE_UNUSED static void refuse_mode(gguf_made *b, bool vocab_only, moe_status sta
         printf("  (the message: see above; %zu bytes of file)\n", b->n);
 }
 
-MOE_UNUSED static void refuse(gguf_made *b, moe_status status, const char *subject, const char *text)
+MOE_UNUSED static void refuse(gguf_made *b, moe_status status, const char *subject,
+                              const char *text)
 {
     refuse_mode(b, false, status, subject, text);
     free(b->data);
@@ -262,14 +264,16 @@ MOE_UNUSED static void refuse(gguf_made *b, moe_status status, const char *subje
 }
 
 /* For what is wrong however the file is opened. */
-MOE_UNUSED static void refuse_always(gguf_made *b, moe_status status, const char *subject, const char *text)
+MOE_UNUSED static void refuse_always(gguf_made *b, moe_status status, const char *subject,
+                                     const char *text)
 {
     refuse_mode(b, true, status, subject, text);
     refuse(b, status, subject, text);
 }
 
 /* Opens from all sources; `look` may check the directory. */
-MOE_UNUSED static void accept_mode(const gguf_made *b, bool vocab_only, void (*look)(const gguf_opened *s))
+MOE_UNUSED static void accept_mode(const gguf_made *b, bool vocab_only,
+                                   void (*look)(const gguf_opened *s))
 {
     uint64_t sum = 0;
     for (int kind = 0; kind < N_SOURCES; kind++) {

@@ -20,7 +20,8 @@ static char scratch_folder[256];
 MOE_UNUSED static bool scratch_begin(const char *name)
 {
     const char *tmp = getenv("TMPDIR");
-    snprintf(scratch_folder, sizeof scratch_folder, "%s/moe-test-%s.XXXXXX", tmp ? tmp : "/tmp", name);
+    snprintf(scratch_folder, sizeof scratch_folder, "%s/moe-test-%s.XXXXXX", tmp ? tmp : "/tmp",
+             name);
     if (mkdtemp(scratch_folder))
         return true;
     printf("FAIL cannot make a folder: %s\n", scratch_folder);

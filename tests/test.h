@@ -12,9 +12,9 @@
  * It compiles alone, with a main() of its own. `make test` compiles many at once, as one program
  * (tests/all.c), so their names at file scope must differ: the compiler says which do not.
  *
- * It prints one line per test, "ok NAME" or "FAIL NAME", and what failed before it; the last line is
- * "N passed, N failed". Tests find their data below test_root() and, if the extra data set is there,
- * below test_shared() (NULL if not: say so with SKIP). */
+ * It prints one line per test, "ok NAME" or "FAIL NAME", and what failed before it; the last line
+ * is "N passed, N failed". Tests find their data below test_root() and, if the extra data set is
+ * there, below test_shared() (NULL if not: say so with SKIP). */
 #ifndef MOE_TESTS_TEST_H
 #define MOE_TESTS_TEST_H
 

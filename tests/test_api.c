@@ -375,7 +375,8 @@ static void null_is_an_argument_error(void)
     CHECK(moe_session_eval(NULL, api_tokens, 1, 0, NULL) == MOE_ERR_ARGUMENT, "session");
     CHECK(moe_session_eval(session, NULL, 1, 0, NULL) == MOE_ERR_ARGUMENT, "tokens");
     CHECK(moe_session_eval(session, api_tokens, 1, 1, NULL) == MOE_ERR_ARGUMENT, "logits");
-    CHECK(moe_session_eval(session, api_tokens, 1, 2, logits) == MOE_ERR_ARGUMENT, "n_logits > n_tok");
+    CHECK(moe_session_eval(session, api_tokens, 1, 2, logits) == MOE_ERR_ARGUMENT,
+          "n_logits > n_tok");
     CHECK(moe_session_rewind(NULL, 0) == MOE_ERR_ARGUMENT, "session");
     CHECK(moe_session_length(session) == 0, "a refused call changed the length");
     moe_session_close(NULL);
@@ -457,7 +458,8 @@ static void refused_evals_change_nothing(void)
     float *logits = calloc(3 * (size_t)n_vocab, sizeof *logits);
     moe_token bad[3] = {1, 2, 3};
     REQUIRE(s && logits, "no session");
-    CHECK(moe_session_eval(s, api_tokens, 5, 0, NULL) == MOE_OK, "%s", moe_session_error(s)->message);
+    CHECK(moe_session_eval(s, api_tokens, 5, 0, NULL) == MOE_OK, "%s",
+          moe_session_error(s)->message);
     CHECK(moe_session_length(s) == 5 && moe_session_capacity(s) == 8, "length");
     const moe_token ids[] = {-1, (moe_token)n_vocab, INT32_MAX, INT32_MIN};
     for (size_t i = 0; i < MOE_COUNT(ids); i++) {

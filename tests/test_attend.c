@@ -1,6 +1,7 @@
-/* tests/test_attend.c - attention (backends/cpu_attend.c) over more than one segment: the same bits for
- * a token by itself and in a batch, for every instruction set and number of threads, and near what
- * plain double arithmetic gives. Shapes are odd on purpose: they fill no vector, panel or block. */
+/* tests/test_attend.c - attention (backends/cpu_attend.c) over more than one segment: the same bits
+ * for a token by itself and in a batch, for every instruction set and number of threads, and near
+ * what plain double arithmetic gives. Shapes are odd on purpose: they fill no vector, panel or
+ * block. */
 #include "test.h"
 
 typedef struct attend_shape {

@@ -420,8 +420,9 @@ run 1 info "$0"
 mkfifo "$work/fifo" && run 1 info "$work/fifo"
 end
 
-# The file was made by `moe-convert alphabet.gguf alphabet.moe`: it stays readable. Four records: small
-# tensors of the model, and of the layer; before and behind them, the compressed matrices of 24,864 bytes.
+# The file was made by `moe-convert alphabet.gguf alphabet.moe`: it stays readable. Four records:
+# small tensors of the model, and of the layer; before and behind them, the compressed matrices of
+# 24,864 bytes.
 begin moe_files
 packed=$root/data/alphabet.moe
 run 0 logits "$model" --tokens $ids --out "$work/base"
@@ -446,7 +447,8 @@ run 0 verify "$packed"
 out_has "good, 46.66 kB in 4 records, root 10868dee42429e78"
 err_empty
 run 0 verify "$packed" --json
-out_is "{\"file\":\"$packed\",\"good\":true,\"bytes\":46662,\"n_records\":4,\"root\":\"10868dee42429e78\",\"damaged\":[]}"
+out_is "{\"file\":\"$packed\",\"good\":true,\"bytes\":46662,\"n_records\":4,\
+\"root\":\"10868dee42429e78\",\"damaged\":[]}"
 # damage AT NAME: another byte at AT is a damaged NAME.
 damage() {
     { head -c "$1" "$packed"; printf '\252'; tail -c +$(($1 + 2)) "$packed"; } >"$work/changed.moe"
@@ -481,7 +483,7 @@ run 1 verify "$work/nowhere"
 run 2 verify
 end
 
-# Four tokens of one layer: 0 1, 1 2, 1 2, then a new sequence: 3 0. The figures are worked out by hand.
+# Four tokens of one layer: 0 1, 1 2, 1 2, then a new sequence: 3 0. The figures are made by hand.
 begin experts_figures
 trace="$work/hand.trace"
 {
@@ -506,7 +508,9 @@ at=0
 while [ $at -lt "$size" ]; do
     head -c $at "$trace" >"$work/cut"
     # what ends with a token is whole
-    if [ $at -gt 28 ] && [ $((at % 8)) = 4 ]; then run 0 experts "$work/cut"; else run 1 experts "$work/cut"; fi
+    want=1
+    if [ $at -gt 28 ] && [ $((at % 8)) = 4 ]; then want=0; fi
+    run $want experts "$work/cut"
     { head -c $at "$trace"; printf '\377'; tail -c +$((at + 2)) "$trace"; } >"$work/changed"
     want=1
     case $at in 16 | 17 | 24 | 25 | 26 | 27) want=0 ;; esac   # more experts; another layer

@@ -1,5 +1,6 @@
-/* tests/test_convert.c - the converter: checkpoints of every family against the logits of transformers
- * (tests/make_checkpoints.py), GGUF files copied and requantized, plans, and input that lies.
+/* tests/test_convert.c - the converter: checkpoints of every family against the logits of
+ * transformers (tests/make_checkpoints.py), GGUF files copied and requantized, plans, and input
+ * that lies.
  *
  * Everything is written into a folder of its own below $TMPDIR, which is removed at the end. */
 #include "test.h"
@@ -146,8 +147,8 @@ static int by_size(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* The median over the positions of the divergence from the expected logits: some positions lie at a tie of the
- * router, and there the divergence says nothing about the weights. */
+/* The median over the positions of the divergence from the expected logits: some positions lie at a
+ * tie of the router, and there the divergence says nothing about the weights. */
 static double run_divergence(const char *path, const expected_logits *e)
 {
     float *logits = run_model(path, e);
@@ -165,9 +166,9 @@ static double run_divergence(const char *path, const expected_logits *e)
     return median;
 }
 
-/* Every checkpoint as F32 gives transformers' logits; in its own types too, but for FP8, which becomes
- * BF16 with a rounding of 2^-9 for each weight, and MXFP4, which is multiplied with int8: both can
- * turn a close decision of a router, so their divergence is looked at. */
+/* Every checkpoint as F32 gives transformers' logits; in its own types too, but for FP8, which
+ * becomes BF16 with a rounding of 2^-9 for each weight, and MXFP4, which is multiplied with int8:
+ * both can turn a close decision of a router, so their divergence is looked at. */
 static void checkpoints_give_the_logits_of_transformers(void)
 {
     int n = 0;
@@ -186,8 +187,11 @@ static void checkpoints_give_the_logits_of_transformers(void)
             moe_status status = convert(folder, out, i ? "f32" : NULL, &error);
             CHECK(!status, "%s: %s", d->d_name, error.message);
             const bool rounded = i == 0 && (strstr(d->d_name, "fp8") || strstr(d->d_name, "mxfp4"));
-            const double far = status ? 1e9 : rounded ? run_divergence(out, &e) : run_distance(out, &e);
-            CHECK(far <= (rounded ? 0.01 : 1e-4), "%s (%s): %g", d->d_name, i ? "f32" : "source", far);
+            const double far = status ? 1e9
+                               : rounded ? run_divergence(out, &e)
+                                         : run_distance(out, &e);
+            CHECK(far <= (rounded ? 0.01 : 1e-4), "%s (%s): %g", d->d_name, i ? "f32" : "source",
+                  far);
             unlink(out);
         }
         free(e.data);
@@ -197,8 +201,8 @@ static void checkpoints_give_the_logits_of_transformers(void)
     CHECK(n >= 16, "%d checkpoints", n);
 }
 
-/* A bit less doubles the rounding and so makes the divergence four times as large, until routers change
- * their minds. The committed checkpoints mostly have rows that fill no block; those of
+/* A bit less doubles the rounding and so makes the divergence four times as large, until routers
+ * change their minds. The committed checkpoints mostly have rows that fill no block; those of
  * make_checkpoints.py --wide are all quantized. */
 static void quantized_checkpoints_diverge_as_their_bits_say(void)
 {
@@ -230,8 +234,8 @@ static void quantized_checkpoints_diverge_as_their_bits_say(void)
     CHECK(n >= 3, "only %d checkpoints were quantized", n);
 }
 
-/* A layer for multi-token prediction is carried over, and says what transformers' says; through GGUF, and
- * through a .moe file to another one. */
+/* A layer for multi-token prediction is carried over, and says what transformers' says; through
+ * GGUF, and through a .moe file to another one. */
 static void draft_layer_comes_through(const char *name, bool twice)
 {
     char path[600];
@@ -287,7 +291,7 @@ static void draft_layer_is_converted(void)
     }
 }
 
-/* Values of E4M3 as torch's float8_e4m3fn has them: subnormals, both ends, the one NaN of each sign. */
+/* Values of E4M3 as torch's float8_e4m3fn has them: subnormals, both ends, a NaN of each sign. */
 static void fp8_codes_have_their_values(void)
 {
     static const struct { uint8_t code; float value; } cases[] = {
@@ -543,7 +547,8 @@ static void keep_overrides_the_mix(void)
 {
     planned_files *p = malloc(sizeof *p);
     moe_error error = {0};
-    conv_keep keeps[] = {{"attn", quant_by_name("Q8_0")}, {"blk\\.[01]\\.attn_v", quant_by_name("F16")}};
+    conv_keep keeps[] = {{"attn", quant_by_name("Q8_0")},
+                         {"blk\\.[01]\\.attn_v", quant_by_name("F16")}};
     conv_options o = {.quant = "q4_k", .keeps = keeps, .n_keeps = 2};
     plan_begin(p, 4, false);
     plan_layers(p);
@@ -572,9 +577,12 @@ static char *make_tokenizer(const char *pre)
     static const char merges[] = "}, \"merges\": [[\"t\", \"h\"], \"th e\", \"i n\"]}}";
     char *text = malloc(1 << 16), *p = text;
     uint32_t id = 0;
-    p += sprintf(p, "{\"added_tokens\": [{\"id\": 260, \"content\": \"<|end|>\", \"special\": true}],"
-                 "\"normalizer\": {\"type\": \"NFC\"}, \"pre_tokenizer\": %s, \"post_processor\": null,"
-                 "\"decoder\": {\"type\": \"ByteLevel\"}, \"model\": {\"type\": \"BPE\", \"vocab\": {",
+    p += sprintf(p,
+                 "{\"added_tokens\": [{\"id\": 260, \"content\": \"<|end|>\", \"special\": true}],"
+                 "\"normalizer\": {\"type\": \"NFC\"}, \"pre_tokenizer\": %s, "
+                 "\"post_processor\": null,"
+                 "\"decoder\": {\"type\": \"ByteLevel\"}, "
+                 "\"model\": {\"type\": \"BPE\", \"vocab\": {",
                  pre);
     for (uint32_t c = 0x21; c < 0x144; c++) {
         uint8_t utf8[4];
@@ -600,7 +608,8 @@ static void make_small(const char *folder, uint32_t n_vocab)
     char header[4096], config[512];
     uint64_t at = 0, n = 0;
     mkdir(folder, 0777);
-    n += (uint64_t)sprintf(header + n, "{\"model.embed_tokens.weight\": {\"dtype\": \"F32\", \"shape\": "
+    n += (uint64_t)sprintf(header + n,
+                           "{\"model.embed_tokens.weight\": {\"dtype\": \"F32\", \"shape\": "
                            "[%u, 4], \"data_offsets\": [0, %u]}", n_vocab, 16 * n_vocab);
     at = 16 * n_vocab;
     static const char *const norms[] = {"model.norm", "model.layers.0.input_layernorm",
@@ -684,7 +693,8 @@ static void unknown_patterns_are_refused(void)
     make_small(folder, 261);
     // it splits "the", or it would make no difference
     char *text = make_tokenizer(
-        "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\", \"pattern\": {\"Regex\": "
+        "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\", "
+        "\"pattern\": {\"Regex\": "
         "\"[a-e]|[f-z]+\"}, \"behavior\": \"Isolated\", \"invert\": false}, {\"type\": "
         "\"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": false}]}");
     snprintf(path, sizeof path, "%s/tokenizer.json", folder);
@@ -717,7 +727,7 @@ static void tokenizers_that_contradict_the_model_are_refused(void)
     free(text);
 }
 
-/* ------------------------------------------------------------------------------ SentencePiece -- */
+/* ----------------------------------------------------------------------------- SentencePiece -- */
 
 /* A checkpoint whose tokenizer is tests/data/spm_NAME.model. */
 static bool make_small_spm(const char *folder, const char *name, uint32_t n_vocab)
@@ -790,9 +800,9 @@ static void sentencepiece_gives_its_ids(void)
         size_t k = 0;
         while (k < n_want && k < n_got && want[k] == got[k])
             k++;
-        CHECK(k == n_want && k == n_got, "%s, \"%.*s\": token %zu of %zu (%zu): expected %d, got %d",
-              name, (int)bytes, hex, k, n_want, n_got, k < n_want ? want[k] : -1,
-              k < n_got ? got[k] : -1);
+        CHECK(k == n_want && k == n_got,
+              "%s, \"%.*s\": token %zu of %zu (%zu): expected %d, got %d", name, (int)bytes, hex, k,
+              n_want, n_got, k < n_want ? want[k] : -1, k < n_got ? got[k] : -1);
         n_line++;
     }
     CHECK(n_model == 5 && n_line > 100, "%u models, %u lines", n_model, n_line);
@@ -809,9 +819,11 @@ static void sentencepiece_has_added_tokens(void)
     snprintf(folder, sizeof folder, "%s", scratch_path("spm_added"));
     REQUIRE(make_small_spm(folder, "bpe", 490), "no model");
     snprintf(path, sizeof path, "%s/tokenizer_config.json", folder);
-    scratch_write_text(path, "{\"added_tokens_decoder\": {\"480\": {\"content\": \"<|turn|>\", \"special\": true}, "
-                     "\"481\": {\"content\": \"<tool>\", \"special\": false}, \"0\": {\"content\": "
-                     "\"<unk>\", \"special\": true}}, \"eos_token\": \"<|turn|>\"}");
+    scratch_write_text(path, "{\"added_tokens_decoder\": {"
+                             "\"480\": {\"content\": \"<|turn|>\", \"special\": true}, "
+                             "\"481\": {\"content\": \"<tool>\", \"special\": false}, "
+                             "\"0\": {\"content\": \"<unk>\", \"special\": true}}, "
+                             "\"eos_token\": \"<|turn|>\"}");
     snprintf(path, sizeof path, "%s/added_tokens.json", folder);
     scratch_write_text(path, "{\"<extra>\": 482}");
     const char *out = scratch_path("spm_added.gguf");
@@ -865,7 +877,8 @@ static void lying_sentencepiece_models_are_refused(void)
         {"tiktoken", "a model of SentencePiece", 7, "IQ== 0\n", MOE_ERR_FORMAT},
         {"a length of 2^63", "a model of SentencePiece", 12,
          "\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01\x00", MOE_ERR_FORMAT},
-        {"a length behind the end", "a model of SentencePiece", 4, "\x0a\x03\x0a\x01", MOE_ERR_FORMAT},
+        {"a length behind the end", "a model of SentencePiece", 4, "\x0a\x03\x0a\x01",
+         MOE_ERR_FORMAT},
         {"a number of 11 bytes", "a model of SentencePiece", 13,
          "\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", MOE_ERR_FORMAT},
         {"a group", "a model of SentencePiece", 2, "\x0b\x0c", MOE_ERR_FORMAT},
@@ -876,7 +889,8 @@ static void lying_sentencepiece_models_are_refused(void)
         {"a text that is no UTF-8", "UTF-8", 5, "\x0a\x03\x0a\x01\xff", MOE_ERR_FORMAT},
         {"a text with NUL", "UTF-8", 6, "\x0a\x04\x0a\x02\x61\x00", MOE_ERR_FORMAT},
         {"kind 9", "a kind from 1 to 6", 7, "\x0a\x05\x0a\x01\x61\x18\x09", MOE_ERR_FORMAT},
-        {"a byte that is none", "a kind from 1 to 6", 7, "\x0a\x05\x0a\x01\x61\x18\x06", MOE_ERR_FORMAT},
+        {"a byte that is none", "a kind from 1 to 6", 7, "\x0a\x05\x0a\x01\x61\x18\x06",
+         MOE_ERR_FORMAT},
         {"a score that is no number", "a finite score", 10,
          "\x0a\x08\x0a\x01\x61\x15\x00\x00\xc0\x7f", MOE_ERR_FORMAT},
         {"words", "a unigram (1) or a BPE model (2), got kind 3", 9,
@@ -946,7 +960,8 @@ static void write_safetensors(const char *path, const char *header, size_t data_
 }
 
 #define T(name, dtype, shape, from, to)                                                            \
-    "\"" name "\": {\"dtype\": \"" dtype "\", \"shape\": " shape ", \"data_offsets\": [" from ", " to "]}"
+    "\"" name "\": {\"dtype\": \"" dtype "\", \"shape\": " shape ", " \
+    "\"data_offsets\": [" from ", " to "]}"
 
 static void lying_headers_are_refused(void)
 {
@@ -963,18 +978,20 @@ static void lying_headers_are_refused(void)
         {"S7 twice", "{" T("a", "F32", "[1]", "0", "4") ", " T("a", "F32", "[1]", "4", "8") "}", 8,
          MOE_ERR_FORMAT, "twice"},
         {"S8 inverted", "{" T("a", "F32", "[1]", "4", "0") "}", 4, MOE_ERR_FORMAT, "in order"},
-        {"S9 overlap", "{" T("a", "F32", "[2]", "0", "8") ", " T("b", "F32", "[1]", "4", "8") "}", 8,
+        {"S9 overlap", "{" T("a", "F32", "[2]", "0", "8") ", " T("b", "F32", "[1]", "4", "8") "}",
+         8, MOE_ERR_FORMAT, "overlaps"},
+        {"S9 same place",
+         "{" T("a", "F32", "[1]", "0", "4") ", " T("b", "F32", "[1]", "0", "4") "}", 4,
          MOE_ERR_FORMAT, "overlaps"},
-        {"S9 same place", "{" T("a", "F32", "[1]", "0", "4") ", " T("b", "F32", "[1]", "0", "4") "}", 4,
-         MOE_ERR_FORMAT, "overlaps"},
-        {"S10 hole", "{" T("a", "F32", "[1]", "0", "4") ", " T("b", "F32", "[1]", "8", "12") "}", 12,
-         MOE_ERR_FORMAT, "a hole"},
+        {"S10 hole", "{" T("a", "F32", "[1]", "0", "4") ", " T("b", "F32", "[1]", "8", "12") "}",
+         12, MOE_ERR_FORMAT, "a hole"},
         {"S10 hole in front", "{" T("a", "F32", "[1]", "4", "8") "}", 8, MOE_ERR_FORMAT, "a hole"},
         {"S10 tail", "{" T("a", "F32", "[1]", "0", "4") "}", 5, MOE_ERR_FORMAT, "belong to none"},
         {"S11 too small", "{" T("a", "F32", "[3]", "0", "8") "}", 8, MOE_ERR_FORMAT, "do not fit"},
-        {"S11 wrong dtype", "{" T("a", "F16", "[2]", "0", "8") "}", 8, MOE_ERR_FORMAT, "do not fit"},
-        {"S12 wraps", "{" T("a", "F32", "[4294967296, 4294967296]", "0", "4") "}", 4, MOE_ERR_FORMAT,
-         "64 bits"},
+        {"S11 wrong dtype", "{" T("a", "F16", "[2]", "0", "8") "}", 8, MOE_ERR_FORMAT,
+         "do not fit"},
+        {"S12 wraps", "{" T("a", "F32", "[4294967296, 4294967296]", "0", "4") "}", 4,
+         MOE_ERR_FORMAT, "64 bits"},
         {"S12 bytes wrap", "{" T("a", "F32", "[4611686018427387904]", "0", "0") "}", 0,
          MOE_ERR_FORMAT, "2^53"},
         {"S12 bytes wrap", "{" T("a", "F32", "[2147483648, 2147483648]", "0", "0") "}", 0,
@@ -994,7 +1011,8 @@ static void lying_headers_are_refused(void)
          "dimensions"},
         {"not an object", "{\"a\": 3}", 0, MOE_ERR_FORMAT, "object"},
         {"empty name", "{" T("", "F32", "[1]", "0", "4") "}", 4, MOE_ERR_FORMAT, "name"},
-        {"NUL in a name", "{" T("a\\u0000b", "F32", "[1]", "0", "4") "}", 4, MOE_ERR_FORMAT, "name"},
+        {"NUL in a name", "{" T("a\\u0000b", "F32", "[1]", "0", "4") "}", 4, MOE_ERR_FORMAT,
+         "name"},
         {"nothing", "{}", 0, MOE_ERR_MODEL, "embed_tokens"},
     };
     char folder[600], path[700];
@@ -1033,8 +1051,8 @@ static void lying_headers_are_refused(void)
     refused_conversion(&o, MOE_ERR_IO, "model.safetensors");
 }
 
-/* S15: a small header cannot name more tensors than there are bytes, and names for the same bytes are
- * an overlap. */
+/* S15: a small header cannot name more tensors than there are bytes, and names for the same bytes
+ * are an overlap. */
 static void aliases_are_refused(void)
 {
     char folder[600], path[700];
@@ -1144,7 +1162,8 @@ static void lying_configs_are_refused(void)
         {"1e-5", "7", MOE_ERR_MODEL, "rms_norm_eps"},
         {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"magic\"}", MOE_ERR_UNSUPPORTED,
          "magic"},
-        {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\"}", MOE_ERR_MODEL, "factor"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\"}", MOE_ERR_MODEL,
+         "factor"},
         {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8}",
          MOE_ERR_MODEL, "low_freq_factor"},
         {"\"rope_scaling\": null", "\"hidden_act\": \"relu\"", MOE_ERR_UNSUPPORTED, "relu"},
@@ -1217,8 +1236,8 @@ static void unused_tensors_are_refused(void)
     free(data);
 }
 
-/* A copy of the gpt-oss checkpoint whose safetensors header has `to` for `from`, of the same length,
- * or whose first byte of a tensor is `value`. */
+/* A copy of the gpt-oss checkpoint whose safetensors header has `to` for `from`, of the same
+ * length, or whose first byte of a tensor is `value`. */
 static void copy_packed(const char *folder, const char *from, const char *to, const char *tensor,
                         uint8_t value)
 {
@@ -1255,12 +1274,15 @@ static void packed_experts_that_lie_are_refused(void)
     copy_packed(folder, "up_proj_blocks", "up_proj_blockz", NULL, 0);
     refused_conversion(&o, MOE_ERR_MODEL, "gate_up_proj_blocks: expected this tensor");
     copy_packed(folder, "[4,64,2,16]", "[4,64,16,2]", NULL, 0);
-    refused_conversion(&o, MOE_ERR_MODEL, "expected shape [4, 64, 2, 16] by config.json, got [4, 64, 16, 2]");
+    refused_conversion(&o, MOE_ERR_MODEL,
+                       "expected shape [4, 64, 2, 16] by config.json, got [4, 64, 16, 2]");
     copy_packed(folder, "[4,64,2]", "[4,32,4]", NULL, 0);
-    refused_conversion(&o, MOE_ERR_MODEL, "expected shape [4, 64, 2] by config.json, got [4, 32, 4]");
+    refused_conversion(&o, MOE_ERR_MODEL,
+                       "expected shape [4, 64, 2] by config.json, got [4, 32, 4]");
     copy_packed(folder, NULL, NULL, "layers.1.mlp.experts.down_proj_scales", 255);
-    refused_conversion(&o, MOE_ERR_MODEL, "blk.1.ffn_down_exps.weight: expected finite weights, got an "
-                               "exponent of 255 at row 0");
+    refused_conversion(&o, MOE_ERR_MODEL,
+                       "blk.1.ffn_down_exps.weight: expected finite weights, got an "
+                       "exponent of 255 at row 0");
 }
 
 /* ------------------------------------------------------------------------- during the work -- */
@@ -1289,7 +1311,9 @@ static void weights_that_are_not_finite_are_named(void)
     for (size_t i = 0; i < MOE_COUNT(types); i++) {
         o.quant = types[i];
         poison(folder, NAN);
-        refused_conversion(&o, MOE_ERR_MODEL, "token_embd.weight: expected finite weights, got nan at row 3, column 1");
+        refused_conversion(&o, MOE_ERR_MODEL,
+                           "token_embd.weight: expected finite weights, got nan at row 3, "
+                           "column 1");
         poison(folder, -INFINITY);
         refused_conversion(&o, MOE_ERR_MODEL, "got -inf at row 3, column 1");
     }

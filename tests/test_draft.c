@@ -1,5 +1,5 @@
-/* tests/test_draft.c - speculative decoding: the same bits as without, the guesses themselves, and the
- * decision whether they pay. */
+/* tests/test_draft.c - speculative decoding: the same bits as without, the guesses themselves, and
+ * the decision whether they pay. */
 #include "test.h"
 
 #include "models.h"
@@ -35,8 +35,8 @@ static moe_draft_stats stats_of(const moe_session *s)
 enum { N_DRAFT_PROMPT = 9, N_GEN = 60 };
 
 /* Generates from a prompt as a program would: tokens [n], logits [n][n_vocab]. */
-static void draft_generate(moe_session *s, const moe_sampler_options *so, uint32_t n_vocab, uint32_t n,
-                     moe_token *tokens, float *logits)
+static void draft_generate(moe_session *s, const moe_sampler_options *so, uint32_t n_vocab,
+                           uint32_t n, moe_token *tokens, float *logits)
 {
     moe_token prompt[N_DRAFT_PROMPT];
     moe_sampler *sampler = NULL;
@@ -46,7 +46,8 @@ static void draft_generate(moe_session *s, const moe_sampler_options *so, uint32
     moe_status status = moe_session_eval(s, prompt, N_DRAFT_PROMPT, 1, logits);
     for (uint32_t i = 0; i < n && !status; i++) {
         CHECK(!moe_sampler_pick(sampler, logits + (size_t)i * n_vocab, &tokens[i]), "pick");
-        CHECK(moe_session_length(s) == N_DRAFT_PROMPT + i, "length %u after %u", moe_session_length(s), i);
+        CHECK(moe_session_length(s) == N_DRAFT_PROMPT + i, "length %u after %u",
+              moe_session_length(s), i);
         if (i + 1 < n)
             status = moe_session_eval(s, &tokens[i], 1, 1, logits + (size_t)(i + 1) * n_vocab);
     }
@@ -54,8 +55,8 @@ static void draft_generate(moe_session *s, const moe_sampler_options *so, uint32
     moe_sampler_free(sampler);
 }
 
-/* The same generation with and without drafting: the same tokens, the same bits. Returns the number of
- * guesses that came true. */
+/* The same generation with and without drafting: the same tokens, the same bits. Returns the number
+ * of guesses that came true. */
 static uint64_t compare_with_plain(const char *name, const setup *u, const moe_sampler_options *so)
 {
     moe_model *model = open_fixture(name);
@@ -73,9 +74,10 @@ static uint64_t compare_with_plain(const char *name, const setup *u, const moe_s
     CHECK(!memcmp(plain, drafted, sizeof plain), "%s: other tokens", name);
     CHECK(!memcmp(a, b, (size_t)N_GEN * n_vocab * sizeof *a), "%s: other bits", name);
     const moe_draft_stats stats = stats_of(second);
-    CHECK(stats.n_accepted <= stats.n_drafted && stats.n_drafted <= u->n_draft * stats.n_evaluations,
-          "%s: %llu of %llu in %llu", name, (unsigned long long)stats.n_accepted,
-          (unsigned long long)stats.n_drafted, (unsigned long long)stats.n_evaluations);
+    CHECK(stats.n_accepted <= stats.n_drafted &&
+          stats.n_drafted <= u->n_draft * stats.n_evaluations, "%s: %llu of %llu in %llu", name,
+          (unsigned long long)stats.n_accepted, (unsigned long long)stats.n_drafted,
+          (unsigned long long)stats.n_evaluations);
     moe_session_close(first);
     moe_session_close(second);
     moe_model_close(model);
@@ -100,7 +102,8 @@ static void lookup_gives_the_same_bits(void)
     uint64_t n = 0;
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
         n += compare_with_plain(names[i], &(setup){MOE_DRAFT_NGRAM, 8, 0, 0, MOE_CACHE_F16}, &so);
-        n += compare_with_plain(names[i], &(setup){MOE_DRAFT_NGRAM, 3, N_DRAFT_PROMPT + N_GEN, 4, MOE_CACHE_Q8_0}, &so);
+        n += compare_with_plain(names[i], &(setup){MOE_DRAFT_NGRAM, 3, N_DRAFT_PROMPT + N_GEN, 4,
+                                                   MOE_CACHE_Q8_0}, &so);
         n += compare_with_plain(names[i], &(setup){MOE_DRAFT_AUTO, 5, 0, 7, MOE_CACHE_F32}, &so);
     }
     CHECK(n > 100, "only %llu guesses came true", (unsigned long long)n);
@@ -116,7 +119,8 @@ static void sampling_gives_the_same_tokens(void)
     so.repetition_penalty = 1.05f;
     so.penalty_window = 8;
     for (so.seed = 1; so.seed <= 3; so.seed++)
-        n += compare_with_plain("llama-tied", &(setup){MOE_DRAFT_NGRAM, 6, 0, 0, MOE_CACHE_F16}, &so);
+        n += compare_with_plain("llama-tied", &(setup){MOE_DRAFT_NGRAM, 6, 0, 0, MOE_CACHE_F16},
+                                &so);
     CHECK(n > 0, "no guess came true");
 }
 
@@ -129,7 +133,8 @@ static void any_calls_give_the_same_bits(void)
         const uint32_t n_vocab = vocab_of(model);
         float *a = calloc(n_vocab, sizeof *a), *b = calloc(n_vocab, sizeof *b);
         moe_session *plain = open_drafting(model, &(setup){.draft = MOE_DRAFT_OFF, .n_batch = 6});
-        moe_session *drafts = open_drafting(model, &(setup){.draft = MOE_DRAFT_NGRAM, .n_batch = 6});
+        moe_session *drafts = open_drafting(model,
+                                            &(setup){.draft = MOE_DRAFT_NGRAM, .n_batch = 6});
         for (uint32_t step = 0; step < 300; step++) {
             moe_token tokens[4];
             const uint32_t kind = test_random() % 16, n = kind < 14 ? 1 : 1 + test_random() % 4;
@@ -138,11 +143,13 @@ static void any_calls_give_the_same_bits(void)
                                                           : test_random() % n_vocab);
             const uint32_t n_logits = kind % 7 != 0, length = moe_session_length(plain);
             if (kind == 13)
-                CHECK(!moe_session_checkpoint(plain) && !moe_session_checkpoint(drafts), "checkpoint");
+                CHECK(!moe_session_checkpoint(plain) && !moe_session_checkpoint(drafts),
+                      "checkpoint");
             if (length + n > moe_session_capacity(plain) || kind == 15) {
                 const uint32_t back = kind == 15 && length ? length - 1 - test_random() % MOE_MIN(
                                                                                length, 9) : 3;
-                CHECK(!moe_session_rewind(plain, back) && !moe_session_rewind(drafts, back), "rewind");
+                CHECK(!moe_session_rewind(plain, back) && !moe_session_rewind(drafts, back),
+                      "rewind");
             }
             CHECK(!moe_session_eval(plain, tokens, n, n_logits, a), "plain");
             CHECK(!moe_session_eval(drafts, tokens, n, n_logits, b), "drafts");
@@ -193,7 +200,12 @@ static void options_are_checked(void)
     moe_session *s;
     moe_session_options o;
     moe_error error;
-    const struct { int draft; uint32_t n_draft; moe_status status; const char *subject; } cases[] = {
+    const struct {
+        int draft;
+        uint32_t n_draft;
+        moe_status status;
+        const char *subject;
+    } cases[] = {
         {4, 8, MOE_ERR_ARGUMENT, "draft"},
         {-1, 8, MOE_ERR_ARGUMENT, "draft"},
         {MOE_DRAFT_NGRAM, 0, MOE_ERR_ARGUMENT, "n_draft"},
@@ -299,7 +311,7 @@ static void check_reference(const char *name)
             check_layer(s, &r, &worst);
         }
         CHECK(worst < 1e-4, "%s, batches of %u: %g", name, n_batch, worst);
-        /* Back, and on: rows of other tokens are made again, if the output in front of them is there. */
+        /* Back, and on: rows of other tokens are made again if there is output before them. */
         const bool kept = s->mtp.from < r.n_tok - 4;
         CHECK(!moe_session_rewind(s, r.n_tok - 4) &&
               !moe_session_eval(s, (moe_token[]){1, 2, 3}, 3, 1, logits) &&
@@ -335,13 +347,16 @@ static void follow_the_layer(const char *name)
     moe_session *drafts = open_drafting(model, &(setup){.draft = MOE_DRAFT_MTP, .n_draft = 6});
     moe_token token = 5;
     for (uint32_t i = 0; i < 90; i++) {
-        CHECK(!moe_session_eval(plain, &token, 1, 1, a) && !moe_session_eval(drafts, &token, 1, 1, b),
-              "%s", moe_session_error(drafts)->message);
+        CHECK(!moe_session_eval(plain, &token, 1, 1, a) &&
+              !moe_session_eval(drafts, &token, 1, 1, b), "%s", moe_session_error(drafts)->message);
         CHECK(!memcmp(a, b, n_vocab * sizeof *a), "%s, step %u: other bits", name, i);
         const session_ahead *h = &drafts->ahead;
-        token = i % 29 == 28 ? 11 : h->used < h->n ? h->guess.tokens[h->used] : (moe_token)(i % n_vocab);
+        token = i % 29 == 28     ? 11
+                : h->used < h->n ? h->guess.tokens[h->used]
+                                 : (moe_token)(i % n_vocab);
     }
-    CHECK(stats_of(drafts).n_accepted > 40, "%llu", (unsigned long long)stats_of(drafts).n_accepted);
+    CHECK(stats_of(drafts).n_accepted > 40, "%llu",
+          (unsigned long long)stats_of(drafts).n_accepted);
     CHECK(stats_of(drafts).n_drafted > stats_of(drafts).n_evaluations, "no chains");
     moe_session_close(plain);
     moe_session_close(drafts);
@@ -356,7 +371,8 @@ static void layer_gives_the_same_bits(void)
         moe_sampler_options so = greedy();
         const char *name = with_layer[i];
         compare_with_plain(name, &(setup){MOE_DRAFT_MTP, 4, 0, 0, MOE_CACHE_F16}, &so);
-        compare_with_plain(name, &(setup){MOE_DRAFT_MTP, 2, N_DRAFT_PROMPT + N_GEN, 4, MOE_CACHE_Q8_0}, &so);
+        compare_with_plain(name, &(setup){MOE_DRAFT_MTP, 2, N_DRAFT_PROMPT + N_GEN, 4,
+                                          MOE_CACHE_Q8_0}, &so);
         compare_with_plain(name, &(setup){MOE_DRAFT_AUTO, 8, 0, 5, MOE_CACHE_F32}, &so);
         so.temperature = 0.7f;
         compare_with_plain(name, &(setup){MOE_DRAFT_MTP, 3, 0, 0, MOE_CACHE_F16}, &so);
@@ -436,7 +452,8 @@ static void drafting_never_costs_much(void)
 static void drafting_pays_where_it_can(void)
 {
     /* At best: the tokens of one evaluation over its time. */
-    CHECK(simulate(0.1, 0.95, 0.95, 0.1, 4000) < 0.35, "%.3f", simulate(0.1, 0.95, 0.95, 0.1, 4000));
+    CHECK(simulate(0.1, 0.95, 0.95, 0.1, 4000) < 0.35, "%.3f",
+          simulate(0.1, 0.95, 0.95, 0.1, 4000));
     CHECK(simulate(0.3, 0.8, 0.8, 0.1, 4000) < 0.72, "%.3f", simulate(0.3, 0.8, 0.8, 0.1, 4000));
     CHECK(simulate(0.2, 0.6, 0.6, 0.1, 4000) < 0.85, "%.3f", simulate(0.2, 0.6, 0.6, 0.1, 4000));
 }

@@ -139,8 +139,8 @@ static void cutting_rows_changes_nothing(void)
     }
 }
 
-/* On normal weights, as a part of what the reference quantizers leave: those of Q3_K, Q6_K and IQ4_XS
- * try as many scales, in a tenth of the speed or less. */
+/* On normal weights, as a part of what the reference quantizers leave: those of Q3_K, Q6_K and
+ * IQ4_XS try as many scales, in a tenth of the speed or less. */
 static void error_is_below_the_reference(void)
 {
     static const struct { const char *name; double part; } bounds[] = {
@@ -161,8 +161,8 @@ static void error_is_below_the_reference(void)
     }
 }
 
-/* On everything else it may be equal, never clearly worse. Where weights are equal, or so small that
- * scales are subnormal, the error is that of the scale's own rounding. */
+/* On everything else it may be equal, never clearly worse. Where weights are equal, or so small
+ * that scales are subnormal, the error is that of the scale's own rounding. */
 static void error_is_never_far_above_the_reference(void)
 {
     static float x[ENCODE_N];
@@ -177,8 +177,8 @@ static void error_is_never_far_above_the_reference(void)
             const double reference = error_of(quant, blocks, x, NULL, ENCODE_IN, ENCODE_N);
             const double error = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
             const bool luck = kind == DATA_CONSTANT || kind == DATA_TINY;
-            CHECK(error <= reference * (luck ? 1.5 : 1.02), "%s, data %d: %g, reference %g", quant->name, kind,
-                  error, reference);
+            CHECK(error <= reference * (luck ? 1.5 : 1.02), "%s, data %d: %g, reference %g",
+                  quant->name, kind, error, reference);
             free(blocks);
         }
 }
@@ -226,7 +226,7 @@ static void what_fits_is_exact(void)
     }
 }
 
-/* The bytes for one set of weights, on every machine. To change them on purpose, print them anew. */
+/* The bytes for one set of weights, on every machine. To change them, print them anew. */
 static void bytes_are_the_recorded_ones(void)
 {
     static const struct { const char *name; uint64_t plain, weighted; } recorded[] = {
@@ -344,9 +344,9 @@ static double tcq_entropy(const moe_quant *type, const uint8_t *blocks)
     return bits / TCQ_TEST_N;
 }
 
-/* Of all rates: the entropy of the bytes is the rate (few bytes look a little more orderly than many),
- * and the error is less than a uniform step would leave, which needs a quarter of a bit more than
- * the least possible, 2^(-2 rate) of the weights' squares. The same with every search. */
+/* Of all rates: the entropy of the bytes is the rate (few bytes look a little more orderly than
+ * many), and the error is less than a uniform step would leave, which needs a quarter of a bit more
+ * than the least possible, 2^(-2 rate) of the weights' squares. The same with every search. */
 static void trellis_keeps_to_the_rate(void)
 {
     float *x = malloc(TCQ_TEST_N * sizeof *x);
@@ -369,7 +369,8 @@ static void trellis_keeps_to_the_rate(void)
         CHECK(!memcmp(row, blocks + (TCQ_TEST_ROW - 1) * row_bytes, row_bytes), "a row alone");
         chosen.search = tcq_search_c;
         uint8_t *plain = tcq_blocks(&chosen, x, TCQ_TEST_ROW, room);
-        CHECK(!memcmp(plain, blocks, TCQ_TEST_ROW * row_bytes), "%s at %g: plain C", type->name, rate);
+        CHECK(!memcmp(plain, blocks, TCQ_TEST_ROW * row_bytes), "%s at %g: plain C", type->name,
+              rate);
         free(blocks);
         free(row);
         free(plain);

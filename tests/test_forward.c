@@ -1,6 +1,6 @@
 /* tests/test_forward.c - the forward pass of every family against the logits that Hugging Face
- * transformers computes (tests/make_fixtures.py), and the promise that those logits are the same bits
- * however they are asked for.
+ * transformers computes (tests/make_fixtures.py), and the promise that those logits are the same
+ * bits however they are asked for.
  *
  * Environment: MOE_TEST_FIXTURES, another folder of fixtures; MOE_TEST_WRITE_BITS, a file to write
  * the hashes to that bits_are_those_recorded compares.
@@ -214,10 +214,10 @@ static void check_same_logits(const fixture *f, const char *what, float *got, co
 /* Float weights and an F32 cache: single precision alone puts transformers 1e-6 to 7e-6 away from
  * itself in double precision (make_fixtures.py prints it); 1e-4 is the promise.
  *
- * A rounded cache, and activations rounded to 8 bits in front of integer weights, cost what they cost
- * transformers when it rounds likewise in double precision: the fixture says how much. This library
- * rounds the same numbers, but single precision turns a few of them the other way, and each such turn
- * is an error of the same kind: half as much again. */
+ * A rounded cache, and activations rounded to 8 bits in front of integer weights, cost what they
+ * cost transformers when it rounds likewise in double precision: the fixture says how much. This
+ * library rounds the same numbers, but single precision turns a few of them the other way, and each
+ * such turn is an error of the same kind: half as much again. */
 static double tolerance(const fixture *f, moe_cache_type cache)
 {
     return 1e-4 + 1.5 * (double)f->rounding[cache];
@@ -274,8 +274,8 @@ static void q8_0_cache_is_right(void)
     check_against_transformers(&(run_options){.cache = MOE_CACHE_Q8_0}, "Q8_0 cache");
 }
 
-/* A test of the tests: one other token at the start must be outside the tolerances at some position,
- * with whichever cache. */
+/* A test of the tests: one other token at the start must be outside the tolerances at some
+ * position, with whichever cache. */
 static void tolerances_can_fail(void)
 {
     for (size_t i = 0; i < n_fixtures; i++) {
@@ -336,8 +336,8 @@ static void for_each_reference(void (*compare)(const fixture *, moe_model *, moe
     }
 }
 
-/* More threads than cores make each of the many tiny steps wait for the scheduler, so the long sequence
- * is for two threads only. */
+/* More threads than cores make each of the many tiny steps wait for the scheduler, so the long
+ * sequence is for two threads only. */
 static void compare_threads(const fixture *f, moe_model *model, moe_cache_type cache,
                             const moe_token *tok, size_t n, const float *want)
 {
@@ -390,7 +390,8 @@ static void same_bits_for_any_context_length(void)
         size_t n = f->n_tok, bytes = n * f->n_vocab * sizeof(float);
         moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
         float *want = run(model, &(run_options){.chunk = 3}, f->tok, n, f->n_vocab);
-        moe_session *session = model ? session_open_how(model, &(run_options){0}, (uint32_t)n + 37) : NULL;
+        moe_session *session =
+            model ? session_open_how(model, &(run_options){0}, (uint32_t)n + 37) : NULL;
         float *got = malloc(bytes);
         if (session && want && eval_chunks(session, f->tok, n, 11, f->n_vocab, got))
             check_same_logits(f, "a longer context", got, want, n);
@@ -417,9 +418,11 @@ static void same_bits_on_any_instruction_set(void)
                 char what[40];
                 snprintf(what, sizeof what, "isa %d, cache %d", (int)isas[k], c);
                 h.chunk = 0;
-                check_same_logits(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want, f->n_tok);
+                check_same_logits(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want,
+                                  f->n_tok);
                 h.chunk = 1;
-                check_same_logits(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want, f->n_tok);
+                check_same_logits(f, what, run(model, &h, f->tok, f->n_tok, f->n_vocab), want,
+                                  f->n_tok);
                 moe_model_close(model);
             }
             free(want);
@@ -466,8 +469,9 @@ static void same_bits_for_any_way_of_opening(void)
                 options.data_bytes = f->gguf_bytes;
             }
             moe_model *model = model_open_with(f, &options);
-            check_same_logits(f, names[way], run(model, &(run_options){0}, f->tok, f->n_tok, f->n_vocab), want,
-                       f->n_tok);
+            check_same_logits(f, names[way],
+                              run(model, &(run_options){0}, f->tok, f->n_tok, f->n_vocab), want,
+                              f->n_tok);
             moe_model_close(model);
         }
         free(moved);
@@ -797,7 +801,8 @@ static void any_number_of_logits_gives_the_same_rows(void)
         float *got = malloc(n * v * sizeof(float));
         static const size_t counts[] = {0, 1, 2, 17};
         for (size_t k = 0; want && k < MOE_COUNT(counts); k++) {
-            moe_session *session = session_open_how(model, &(run_options){.n_batch = 8}, (uint32_t)n);
+            moe_session *session = session_open_how(model, &(run_options){.n_batch = 8},
+                                                    (uint32_t)n);
             if (!session)
                 break;
             size_t first = n - 1; /* the last token goes alone, after the logits of some before */
@@ -826,10 +831,12 @@ static void a_refused_call_changes_nothing(void)
         moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
         float *want = run(model, &(run_options){0}, f->tok, n, v);
         float *got = malloc((n + 1) * v * sizeof(float));
-        moe_session *session = want ? session_open_how(model, &(run_options){0}, (uint32_t)n) : NULL;
+        moe_session *session =
+            want ? session_open_how(model, &(run_options){0}, (uint32_t)n) : NULL;
         if (session && eval_chunks(session, f->tok, 10, 0, v, got)) {
             moe_token bad[2] = {f->tok[10], (moe_token)v};
-            CHECK(moe_session_eval(session, f->tok, n - 9, 1, got) == MOE_ERR_CONTEXT, "%s", f->name);
+            CHECK(moe_session_eval(session, f->tok, n - 9, 1, got) == MOE_ERR_CONTEXT, "%s",
+                  f->name);
             CHECK(moe_session_eval(session, bad, 2, 1, got) == MOE_ERR_ARGUMENT, "%s", f->name);
             bad[1] = -1;
             CHECK(moe_session_eval(session, bad, 2, 1, got) == MOE_ERR_ARGUMENT, "%s", f->name);
@@ -847,9 +854,9 @@ static void a_refused_call_changes_nothing(void)
 
 /* -------------------------------------------------------------------------- recorded bits -- */
 
-/* The hashes of the fixtures' logits are those of fixtures/bits.txt, lines of "NAME CACHE HASH": the
- * only test that compares compilers and machines with each other. After a change of the arithmetic
- * that is meant, write the file anew: MOE_TEST_WRITE_BITS=tests/fixtures/bits.txt. */
+/* The hashes of the fixtures' logits are those of fixtures/bits.txt, lines of "NAME CACHE HASH":
+ * the only test that compares compilers and machines with each other. After a change of the
+ * arithmetic that is meant, write the file anew: MOE_TEST_WRITE_BITS=tests/fixtures/bits.txt. */
 static void bits_are_those_recorded(void)
 {
     char path[512];

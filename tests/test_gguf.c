@@ -1,6 +1,6 @@
-/* tests/test_gguf.c - the GGUF loader: valid files load, and each known way to write a bad one (the names
- * g01 to g41) ends in a typed error. What happens to files beside their content is the subject of
- * tests/test_gguf_files.c. */
+/* tests/test_gguf.c - the GGUF loader: valid files load, and each known way to write a bad one (the
+ * names g01 to g41) ends in a typed error. What happens to files beside their content is the
+ * subject of tests/test_gguf_files.c. */
 #include "gguf_make.h"
 
 /* ------------------------------------------------------------------------- valid controls -- */

@@ -1,5 +1,5 @@
-/* tests/test_gguf_files.c - the GGUF loader and the world around a file: files that change or are none,
- * split files, read callbacks, limits, allocations that fail, random changes. */
+/* tests/test_gguf_files.c - the GGUF loader and the world around a file: files that change or are
+ * none, split files, read callbacks, limits, allocations that fail, random changes. */
 #include "gguf_make.h"
 
 #include <fcntl.h>

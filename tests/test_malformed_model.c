@@ -144,7 +144,7 @@ static moe_status outcome(const gguf_edit *e, const char *what, moe_error *error
     return status;
 }
 
-/* The file must be refused_edit, with `name` as the subject and a message that says what is expected. */
+/* The file must be refused, with `name` as the subject and a message of what is expected. */
 static void refused_edit(const gguf_edit *e, const family *f, const char *name, const char *what)
 {
     moe_error error;
@@ -254,7 +254,8 @@ static void m2_m3_block_count(void)
             snprintf(what, sizeof what, "%s: %d layers", f->file, (int)n + (more ? 1 : -1));
             CHECK(outcome(e, what, &error) != MOE_OK, "%s", what);
             snprintf(name, sizeof name, "blk.%u.", more ? n : n - 1);
-            const char *list = key_of(f, "attention.sliding_window_pattern"); // too short for one more
+            // too short for one more
+            const char *list = key_of(f, "attention.sliding_window_pattern");
             CHECK(n == 1 || !strncmp(error.subject, name, strlen(name)) ||
                       (is_list(f, "attention.sliding_window_pattern") &&
                        !strcmp(error.subject, list)), "%s: \"%s\"", what, error.message);
@@ -663,8 +664,8 @@ static void m8_gemma4(void)
     edit_free(f->valid);
 }
 
-/* The last layers may be there to draft tokens only: the model is the one without them. The first of
- * them drafts if it is whole. */
+/* The last layers may be there to draft tokens only: the model is the one without them. The first
+ * of them drafts if it is whole. */
 static void draft_layers_are_not_of_the_model(void)
 {
     FOR_EACH_FAMILY(f)

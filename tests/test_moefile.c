@@ -1,5 +1,5 @@
-/* tests/test_moefile.c - .moe files: what goes in comes out again, for every type; the same logits as
- * from GGUF, however the file is opened; damage and lies are found; a killed conversion goes on.
+/* tests/test_moefile.c - .moe files: what goes in comes out again, for every type; the same logits
+ * as from GGUF, however the file is opened; damage and lies are found; a killed conversion goes on.
  *
  * Everything is written into a folder of its own below $TMPDIR, which is removed at the end. */
 
@@ -50,7 +50,8 @@ static void xxh64_is_the_public_one(void)
         {"Nobody inspects the spammish repetition", 0xfbcea83c8a378bf1u}};
     uint8_t data[300];
     for (size_t i = 0; i < MOE_COUNT(known); i++)
-        CHECK(xxh64(known[i].text, strlen(known[i].text)) == known[i].hash, "\"%s\"", known[i].text);
+        CHECK(xxh64(known[i].text, strlen(known[i].text)) == known[i].hash, "\"%s\"",
+              known[i].text);
     for (size_t i = 0; i < sizeof data; i++)
         data[i] = (uint8_t)test_random();
     for (size_t cut = 0; cut < sizeof data; cut += 7) { // the state does not depend on the calls
@@ -111,8 +112,8 @@ static void fields_cover_the_block(void)
     }
 }
 
-/* A GGUF file with a tensor of each of GGUF's types, of weights that look like weights, and a key of
- * each kind. */
+/* A GGUF file with a tensor of each of GGUF's types, of weights that look like weights, and a key
+ * of each kind. */
 static void write_all_types(const char *path, uint32_t alignment)
 {
     enum { ROW = 512, ROWS = 24, FLOATS = ROW * ROWS };
@@ -179,8 +180,9 @@ static void every_type_comes_back_from_moe(void)
                 return;
             CHECK(same_files(gguf, back), "store %d, alignment %u", stores[i], alignment);
             // from one way of storing to another and back
-            CHECK(convert_as(moe, again, stores[(i + 1) % 3]) && convert_as(again, back, CONV_STORE_AUTO) &&
-                  same_files(gguf, back), "through two .moe files, %d", stores[i]);
+            CHECK(convert_as(moe, again, stores[(i + 1) % 3]) &&
+                  convert_as(again, back, CONV_STORE_AUTO) && same_files(gguf, back),
+                  "through two .moe files, %d", stores[i]);
         }
     }
 }
@@ -300,10 +302,12 @@ static void logits_are_those_of_gguf(void)
         for (conv_store store = CONV_STORE_RAW; store <= CONV_STORE_ZSTD; store++) {
             REQUIRE(convert_as(gguf, moe, store), "%s", names[i]);
             for (int source = 0; source < 3; source++)
-                CHECK(logits_of(moe, (opening){.source = source}) == want, "%s, store %d, source %d",
-                      names[i], store, source);
-            CHECK(logits_of(moe, (opening){.copy = true, .verify = true}) == want, "%s, copy", names[i]);
-            CHECK(logits_of(moe, (opening){.backend = fenced_backend()}) == want, "%s, fenced", names[i]);
+                CHECK(logits_of(moe, (opening){.source = source}) == want,
+                      "%s, store %d, source %d", names[i], store, source);
+            CHECK(logits_of(moe, (opening){.copy = true, .verify = true}) == want, "%s, copy",
+                  names[i]);
+            CHECK(logits_of(moe, (opening){.backend = fenced_backend()}) == want, "%s, fenced",
+                  names[i]);
         }
     }
 }
@@ -336,13 +340,15 @@ static void experts_have_types_of_their_own(void)
     REQUIRE(!convert_with(&o, &error), "%s", error.message);
     const uint64_t want = logits_of(gguf, (opening){0});
     for (conv_store store = CONV_STORE_RAW; store <= CONV_STORE_ZSTD; store++) {
-        o = (conv_options){.source = gguf, .out = moe, .keeps = keeps, .n_keeps = 3, .store = store};
+        o = (conv_options){.source = gguf, .out = moe, .keeps = keeps, .n_keeps = 3,
+                           .store = store};
         REQUIRE(!convert_with(&o, &error), "%s", error.message);
         for (int source = 0; source < 3; source++)
             CHECK(logits_of(moe, (opening){.source = source}) == want, "store %d, source %d", store,
                   source);
         CHECK(logits_of(moe, (opening){.copy = true}) == want, "store %d, copy", store);
-        CHECK(logits_of(moe, (opening){.backend = fenced_backend()}) == want, "store %d, fenced", store);
+        CHECK(logits_of(moe, (opening){.backend = fenced_backend()}) == want, "store %d, fenced",
+              store);
         REQUIRE(convert_as(moe, again, store), "again");
         CHECK(logits_of(again, (opening){0}) == want, "types are lost on the way");
     }
@@ -485,7 +491,8 @@ static image make_image(conv_store store)
 {
     const char *path = scratch_path("image.moe");
     const char *source = scratch_path("image.gguf");
-    if (!convert_as(checkpoint("qwen3moe"), source, CONV_STORE_AUTO) || !convert_as(source, path, store))
+    if (!convert_as(checkpoint("qwen3moe"), source, CONV_STORE_AUTO) ||
+        !convert_as(source, path, store))
         return (image){0};
     return image_read(path);
 }
@@ -542,7 +549,7 @@ static void flip_is_found(const image *m, size_t at, uint8_t bit)
     m->data[at] ^= bit;
 }
 
-/* Every bit counts: those of the directory, of raw and of compressed records, and of the padding. */
+/* Every bit counts: those of the directory, of raw and compressed records, of the padding. */
 static void every_flipped_bit_is_found(void)
 {
     enum { FLIPS = 1000 };
@@ -552,8 +559,8 @@ static void every_flipped_bit_is_found(void)
     moe_verify_report report = {.size = sizeof report};
     CHECK(!image_verify(&m, NULL, NULL, &report, &error), "%s", error.message);
     CHECK(!image_open_verified(&m, &error), "%s", error.message);
-    CHECK(report.n_records > 10 && report.file_bytes == m.bytes && !report.n_damaged, "%llu records",
-          (unsigned long long)report.n_records);
+    CHECK(report.n_records > 10 && report.file_bytes == m.bytes && !report.n_damaged,
+          "%llu records", (unsigned long long)report.n_records);
     const moefile_header h = *image_header(&m);
     const size_t front = sizeof h + (size_t)h.directory_bytes;
     uint32_t n_slice_kind[2] = {0, 0};
@@ -714,7 +721,8 @@ static void directories_that_lie_are_refused(void)
     for (size_t i = 0; i < MOE_COUNT(lies); i++) {
         memcpy(m.data, good.data, good.bytes);
         uint8_t *at = lie_find(&m, lies[i].place, lies[i].index) + lies[i].offset;
-        CHECK(memcmp(at, &lies[i].value, MOE_MIN(lies[i].bytes, 8)), "%s: it is no lie", lies[i].name);
+        CHECK(memcmp(at, &lies[i].value, MOE_MIN(lies[i].bytes, 8)), "%s: it is no lie",
+              lies[i].name);
         memcpy(at, &lies[i].value, MOE_MIN(lies[i].bytes, 8));
         xxh64_state root;
         xxh64_begin(&root);
@@ -816,7 +824,8 @@ static void frames_that_lie_are_refused(void)
     uint8_t *data[16];
     size_t count = 0;
 #define CASE(text, length) \
-    (cases[count].name = (text), cases[count].bytes = (length), data[count] = malloc((length) + 1), \
+    (cases[count].name = (text), cases[count].bytes = (length), \
+     data[count] = malloc((length) + 1), \
      memcpy(data[count], two, (length)), data[count++])
     memcpy(two, one, n);
     uint8_t *p;
@@ -942,8 +951,8 @@ static void a_killed_conversion_goes_on(void)
         o.user = &fresh;
         CHECK(!convert_with(&o, &error), "%s", error.message);
         total = fresh.first_done;
-        CHECK(round % 2 || s.first_done > 2 * total, "round %d: %llu weights were made again", round,
-              (unsigned long long)s.first_done);
+        CHECK(round % 2 || s.first_done > 2 * total, "round %d: %llu weights were made again",
+              round, (unsigned long long)s.first_done);
         unlink(out);
     }
 }
@@ -959,12 +968,14 @@ static void another_conversion_starts_anew(void)
     conv_options o = {.source = source, .out = out, .n_threads = 1, .progress = stop_at, .user = &s,
                       .cancel = &s.cancel, .store = CONV_STORE_RAW};
     CHECK(convert_with(&o, &error) == MOE_ERR_CANCELLED, "%s", error.message);
-    REQUIRE(convert_as(source, out, CONV_STORE_ZSTD) && convert_as(source, whole, CONV_STORE_ZSTD), "zstd");
+    REQUIRE(convert_as(source, out, CONV_STORE_ZSTD) && convert_as(source, whole, CONV_STORE_ZSTD),
+            "zstd");
     CHECK(same_files(out, whole), "something of the raw file is in it");
     s.cancel.flag = 0;
     CHECK(convert_with(&o, &error) == MOE_ERR_CANCELLED, "%s", error.message);
     write_all_types(source, 32); // the source is another one now
-    REQUIRE(convert_as(source, out, CONV_STORE_RAW) && convert_as(source, whole, CONV_STORE_RAW), "raw");
+    REQUIRE(convert_as(source, out, CONV_STORE_RAW) && convert_as(source, whole, CONV_STORE_RAW),
+            "raw");
     CHECK(same_files(out, whole), "something of the old source is in it");
 }
 

@@ -116,7 +116,8 @@ static moe_model *open_observed(const char *file, const moe_backend *backend)
 }
 
 /* Evaluates N_SEEN_TOK tokens in calls of `chunk`; all logits. `s` NULL: without an observer. */
-static bool evaluate(moe_model *model, all_seen *s, uint32_t chunk, uint32_t n_threads, float *logits)
+static bool evaluate(moe_model *model, all_seen *s, uint32_t chunk, uint32_t n_threads,
+                     float *logits)
 {
     const moe_observer observer = {sizeof observer, s, see_experts, see_input};
     moe_session_options options;
@@ -190,7 +191,8 @@ static void check_complete(const moe_model *model, const char *file, all_seen *s
     CHECK(s->n_tensor == n, "%s: %u tensors seen, %u in the file", file, s->n_tensor, n);
 }
 
-static void check_same_seen(const char *file, const char *what, const all_seen *a, const all_seen *b)
+static void check_same_seen(const char *file, const char *what, const all_seen *a,
+                            const all_seen *b)
 {
     CHECK(a->n_tensor == b->n_tensor && a->route_hash == b->route_hash && a->n_route == b->n_route,
           "%s: %s: other tensors, or other experts", file, what);
@@ -284,7 +286,8 @@ static void what_is_shown_is_what_is_computed(void)
     s->close[2].tensor = router->name;
     s->close[3].tensor = output->name;
     REQUIRE(logits && evaluate(model, s, 3, 2, logits), "evaluate");
-    REQUIRE(s->close[0].n == N_SEEN_TOK * n_used && s->n_ids == N_SEEN_TOK * n_used, "%u products", s->n_ids);
+    REQUIRE(s->close[0].n == N_SEEN_TOK * n_used && s->n_ids == N_SEEN_TOK * n_used, "%u products",
+            s->n_ids);
     for (uint32_t i = 0; i < N_SEEN_TOK * n_used; i++) {
         const float *h = s->close[0].rows + (size_t)i * gate->dims[0];
         const float *a = s->close[1].rows + (size_t)i * gate->dims[1];
@@ -704,8 +707,8 @@ static void sizes_that_cannot_be(void)
     const char *source = scratch_path("source.gguf"), *out = scratch_path("no.gguf");
     make_source(source);
     conv_options o = {.source = source, .out = out, .bits_per_weight = 2};
-    CHECK(convert_with(&o, &error) == MOE_ERR_LIMIT && strstr(error.message, "smallest types"), "%s",
-          error.message);
+    CHECK(convert_with(&o, &error) == MOE_ERR_LIMIT && strstr(error.message, "smallest types"),
+          "%s", error.message);
     o = (conv_options){.source = source, .out = out, .max_bytes = 5000};
     CHECK(convert_with(&o, &error) == MOE_ERR_LIMIT, "%s", error.message);
     o = (conv_options){.source = source, .out = out, .max_bytes = 50000, .quant = "q4_0"};
@@ -733,8 +736,8 @@ static void allocation_is_deterministic(void)
     make_imatrix(scratch_path("a.imatrix"), "blk.0.ffn_down_exps.weight", N_IN, N_EXPERT);
     for (uint32_t moe = 0; moe < 2; moe++) {
         for (uint32_t i = 0; i < 2; i++) {
-            if (!allocate(&job, scratch_path(moe ? i ? "b.moe" : "a.moe" : i ? "b.gguf" : "a.gguf"), 5.3,
-                          0, true, i ? 4 : 1))
+            if (!allocate(&job, scratch_path(moe ? i ? "b.moe" : "a.moe" : i ? "b.gguf" : "a.gguf"),
+                          5.3, 0, true, i ? 4 : 1))
                 return conv_close(&job);
             conv_close(&job);
         }
@@ -779,9 +782,9 @@ static void check_trellis(const char *out, conv_store store, bool expected)
         const conv_tensor *t = &job.source.tensors[i];
         CHECK(tcq_is(t->target) == (expected && i < 2), "%s, store %d: %s is %s", out, (int)store,
               t->name, t->target->name);
-        CHECK(i >= 2 || (t->stored_bytes < t->bytes) == expected, "%s, store %d: %s: %llu of %llu bytes",
-              out, (int)store, t->name, (unsigned long long)t->stored_bytes,
-              (unsigned long long)t->bytes);
+        CHECK(i >= 2 || (t->stored_bytes < t->bytes) == expected,
+              "%s, store %d: %s: %llu of %llu bytes", out, (int)store, t->name,
+              (unsigned long long)t->stored_bytes, (unsigned long long)t->bytes);
     }
     conv_close(&job);
 }
@@ -822,15 +825,17 @@ static void compressed_files_have_their_size(void)
                                 .out = scratch_path("sized.moe"), .max_bytes = size};
         REQUIRE(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
         CHECK(!stat(o.out, &info) && (uint64_t)info.st_size == job.file_bytes, "%s", o.out);
-        CHECK(job.file_bytes <= size && job.file_bytes + 2 * MOEFILE_RECORD_ALIGN + size / 200 > size,
+        CHECK(job.file_bytes <= size &&
+              job.file_bytes + 2 * MOEFILE_RECORD_ALIGN + size / 200 > size,
               "%llu bytes asked for, got %llu", (unsigned long long)size,
               (unsigned long long)job.file_bytes);
         conv_close(&job);
     }
     for (uint32_t i = 0; i < 6 * MOE_COUNT(quants); i++) {
         conv_options o = {.source = scratch_path("matrices.gguf"), .quant = quants[i / 6],
-                          .bits_per_weight = quants[i / 6] ? 0 : 5.7, .store = (conv_store)(i / 2 % 3),
-                          .out = scratch_path("sized.moe"), .dry_run = i % 2 == 0, .n_threads = 3};
+                          .bits_per_weight = quants[i / 6] ? 0 : 5.7,
+                          .store = (conv_store)(i / 2 % 3), .out = scratch_path("sized.moe"),
+                          .dry_run = i % 2 == 0, .n_threads = 3};
         REQUIRE(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
         if (o.dry_run)
             planned = job.file_bytes;

@@ -2,8 +2,8 @@
  * (tests/data/real_models.txt, made by tests/make_real_figures.py; docs/correctness.md explains the
  * protocol and the bounds).
  *
- * Environment: MOE_TEST_MODELS, a folder with smollm2.gguf and gemma3.gguf; without it, or without one
- * of the files, the tests are skipped.
+ * Environment: MOE_TEST_MODELS, a folder with smollm2.gguf and gemma3.gguf; without it, or without
+ * one of the files, the tests are skipped.
  *
  * The figures were computed with float activations. This library rounds activations to 8 bits in
  * front of integer weights, so it cannot agree exactly; how far off that puts a correct program was
@@ -21,8 +21,8 @@
 enum { LOGIT_ROWS = 16 };
 
 static const double ALLOWANCE = 1.5;
-/* The mean over 1000 positions hides most of the rounding: some 0.2 to 1 % of the perplexity are left,
- * of either sign. */
+/* The mean over 1000 positions hides most of the rounding: some 0.2 to 1 % of the perplexity are
+ * left, of either sign. */
 static const double PERPLEXITY_LIMIT = 0.015;
 
 static const char *figures_at; // what has not been read of real_models.txt
@@ -217,8 +217,8 @@ static void check_greedy(size_t n_vocab, greedy_count *count)
         count->steps++;
         count->other += best != want[i];
         CHECK(best == want[i] || margin[i] < ALLOWANCE * largest,
-              "%s: step %zu after %zu tokens: %d instead of %d, which was ahead by %.3f", model_name,
-              i, n_prompt, best, want[i], margin[i]);
+              "%s: step %zu after %zu tokens: %d instead of %d, which was ahead by %.3f",
+              model_name, i, n_prompt, best, want[i], margin[i]);
     }
     moe_session_close(session);
     free(logits);
@@ -246,7 +246,8 @@ static void check_model(const char *name, moe_token bos)
     CHECK(n_prompts >= 5, "only %zu prompts", n_prompts);
     printf("  %s: %zu of %zu greedy steps as in transformers, rounding %zu\n", name,
            count.steps - count.other, count.steps, count.steps - count.rounded_other);
-    CHECK(count.other <= count.steps / 20 + 2 * count.rounded_other, "%zu other tokens", count.other);
+    CHECK(count.other <= count.steps / 20 + 2 * count.rounded_other, "%zu other tokens",
+          count.other);
     free(text);
     moe_model_close(real_model);
     real_model = NULL;

@@ -81,8 +81,8 @@ static void softplus_is_accurate(void)
     for (int i = -80000; i <= 80000; i++) {
         const float x = (float)i * 1e-3f;
         const double want = x > 30 ? (double)x : log1p(exp((double)x));
-        CHECK(fabs((double)cpu_softplus(x) - want) <= 3e-7 * want, "softplus(%g): expected %g, got %g",
-              (double)x, want, (double)cpu_softplus(x));
+        CHECK(fabs((double)cpu_softplus(x) - want) <= 3e-7 * want,
+              "softplus(%g): expected %g, got %g", (double)x, want, (double)cpu_softplus(x));
     }
 }
 

@@ -100,8 +100,10 @@ static void elementwise_equals_c(void)
                 CHECK_SAME("sigmoid", c->sigmoid(out, v.a, v.b, n), m->sigmoid(out, v.a, v.b, n));
                 CHECK_SAME("gelu", c->gelu(out, v.a, v.b, n), m->gelu(out, v.a, v.b, n));
                 CHECK_SAME("add", c->add(out, v.a, v.b, -1.7f, n), m->add(out, v.a, v.b, -1.7f, n));
-                CHECK_SAME("rope", c->rope(out, v.a, n / 2, 1, n / 2), m->rope(out, v.a, n / 2, 1, n / 2));
-                CHECK_SAME("rope, pairs", c->rope(out, v.a, n / 2, 2, 1), m->rope(out, v.a, n / 2, 2, 1));
+                CHECK_SAME("rope", c->rope(out, v.a, n / 2, 1, n / 2),
+                           m->rope(out, v.a, n / 2, 1, n / 2));
+                CHECK_SAME("rope, pairs", c->rope(out, v.a, n / 2, 2, 1),
+                           m->rope(out, v.a, n / 2, 2, 1));
                 CHECK_SAME("f32_of_f16", c->f32_of_f16(out, (uint8_t *)v.a + 1, n),
                            m->f32_of_f16(out, (uint8_t *)v.a + 1, n));
                 CHECK_SAME("f32_of_q8_0", c->f32_of_q8_0(out, (uint8_t *)v.a + 1, n / 32 * 32),
@@ -182,8 +184,8 @@ static void products_equal_c(void)
                     memcpy(c[1], c[0], sizeof c[0]);
                     /* the rows of a, or its columns, lie one after another */
                     const size_t step = n_row % 2 ? 1 : STRIDE;
-                    cpu_outer o = {c[0] + 1, a, b, STRIDE, STRIDE + 1 - step, step, STRIDE, n_row, n_k,
-                                   cols[i], i % 2, (uintptr_t)a, n_k * 100};
+                    cpu_outer o = {c[0] + 1, a, b, STRIDE, STRIDE + 1 - step, step, STRIDE, n_row,
+                                   n_k, cols[i], i % 2, (uintptr_t)a, n_k * 100};
                     outer_c(&o);
                     o.c = c[1] + 1;
                     m->outer(&o);

@@ -55,7 +55,8 @@ static const char *corpus_at(const corpus_line *line, size_t k)
 /* One step of corpus() in make_tokenizer_fixtures.py. */
 static void corpus_piece(corpus_text *out, const corpus_line *lines, uint32_t n_lines)
 {
-    static const uint32_t blanks[] = {0x20, 0x20, 0x20, 0x0A, 0x09, 0x0D, 0xA0, 0x3000, 0x2009, 0x0A};
+    static const uint32_t blanks[] = {0x20, 0x20, 0x20, 0x0A, 0x09, 0x0D, 0xA0, 0x3000, 0x2009,
+                                      0x0A};
     static const char *const contractions[] = {"'s", "'S", "'t", "'ll", "'LL", "'\xC5\xBF", "'re",
                                                "'Ve", "'d", "'m"};
     static const char *const ends[] = {"\n", " ", "\n\n", ""};
@@ -180,7 +181,7 @@ static moe_tokenizer *open_tokenizer(const char *name)
     return open_path(path);
 }
 
-/* The tokenizer of a row: a fixture, or a packed file of the shared folder. NULL if it is not there. */
+/* The tokenizer of a row: a fixture, or a packed file of the shared folder. NULL: not there. */
 static moe_tokenizer *open_row(const char *name, bool *shared)
 {
     char path[600];
@@ -230,7 +231,7 @@ static char *decode_all(const moe_tokenizer *tok, const moe_token *ids, size_t n
     return out.data;
 }
 
-/* ---------------------------------------------------------------------------- against oracles -- */
+/* --------------------------------------------------------------------------- against oracles -- */
 
 static void check_row(const char *row, bool want_shared)
 {
@@ -239,8 +240,9 @@ static void check_row(const char *row, bool want_shared)
     size_t bytes, count, n, got;
     size_t text_bytes[2];
     unsigned long long hash, text_hash[2];
-    int n_fields = sscanf(row, "%63s %u %zu %zu %llx %zu %llx %zu %llx", name, &flags, &bytes, &count,
-                          &hash, &text_bytes[0], &text_hash[0], &text_bytes[1], &text_hash[1]);
+    int n_fields = sscanf(row, "%63s %u %zu %zu %llx %zu %llx %zu %llx", name, &flags, &bytes,
+                          &count, &hash, &text_bytes[0], &text_hash[0], &text_bytes[1],
+                          &text_hash[1]);
     REQUIRE(n_fields == 9, "a malformed row: %s", row);
     bool shared;
     char path[500];
@@ -323,13 +325,13 @@ static void check_pair(const char *name)
         char *p = row;
         for (size_t i = 0; i < got; i++) {
             long want = strtol(p, &p, 10);
-            CHECK(ids[i] == want, "%s: text %d, token %zu: %d, expected %ld", name, n_texts, i, ids[i],
-                  want);
+            CHECK(ids[i] == want, "%s: text %d, token %zu: %d, expected %ld", name, n_texts, i,
+                  ids[i], want);
         }
         while (*p == ' ')
             p++;
-        CHECK(p == (row_end ? row_end : row + strlen(row)), "%s: text %d: more tokens expected", name,
-              n_texts);
+        CHECK(p == (row_end ? row_end : row + strlen(row)), "%s: text %d: more tokens expected",
+              name, n_texts);
         n_texts++;
         text = end ? end + sizeof separator - 1 : NULL;
         row = row_end ? row_end + 1 : NULL;
@@ -342,8 +344,8 @@ static void check_pair(const char *name)
 
 static void vocabulary_files_give_their_pairs(void)
 {
-    static const char *const names[] = {"bert-bge", "deepseek-coder", "falcon", "gpt-2", "llama-spm",
-                                        "refact"};
+    static const char *const names[] = {"bert-bge", "deepseek-coder", "falcon", "gpt-2",
+                                        "llama-spm", "refact"};
     if (!test_shared())
         SKIP("MOE_TEST_SHARED is not set");
     for (size_t i = 0; i < MOE_COUNT(names); i++)
@@ -375,7 +377,8 @@ static void invalid_utf8_becomes_replacement_characters(void)
 
 static void plain_text_never_makes_control_tokens(void)
 {
-    static const char *const names[] = {"bpe_bytes", "bpe_gpt2", "bpe_marks", "unigram", "wordpiece"};
+    static const char *const names[] = {"bpe_bytes", "bpe_gpt2", "bpe_marks", "unigram",
+                                        "wordpiece"};
     static const char text[] = "<|im_start|>user<|im_end|> </s><s><unk> <mask> [CLS][SEP] <0x0A>";
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
         moe_token ids[256];
@@ -402,11 +405,13 @@ static void a_small_buffer_is_reported_with_the_size(void)
     size_t n, m;
     moe_error error = {0};
     const char *text = "All human beings are born free.";
-    CHECK(!moe_tokenizer_encode(tok, text, strlen(text), 0, all, 64, &n, &error), "%s", error.message);
-    CHECK(moe_tokenizer_encode(tok, text, strlen(text), 0, some, 2, &m, &error) == MOE_ERR_LIMIT, "ok");
+    CHECK(!moe_tokenizer_encode(tok, text, strlen(text), 0, all, 64, &n, &error), "%s",
+          error.message);
+    CHECK(moe_tokenizer_encode(tok, text, strlen(text), 0, some, 2, &m, &error) == MOE_ERR_LIMIT,
+          "ok");
     CHECK(m == n && some[0] == all[0] && some[1] == all[1] && some[2] == 0, "%zu %zu", m, n);
-    CHECK(moe_tokenizer_encode(tok, text, strlen(text), 0, NULL, 0, &m, NULL) == MOE_ERR_LIMIT && m == n,
-          "%zu", m);
+    CHECK(moe_tokenizer_encode(tok, text, strlen(text), 0, NULL, 0, &m, NULL) == MOE_ERR_LIMIT &&
+          m == n, "%zu", m);
     CHECK(!moe_tokenizer_encode(tok, NULL, 0, 0, NULL, 0, &m, NULL) && m == 0, "%zu", m);
     moe_tokenizer_close(tok);
 }
@@ -428,14 +433,15 @@ static void decoding_streams_whole_characters(void)
     CHECK(moe_tokenizer_decode(tok, &d, -1, buf, 16) == 3 && !strcmp(buf, "\uFFFD"), "[%s]", buf);
     CHECK(moe_tokenizer_decode(tok, &d, 3 + 0xE4, buf, 16) == 0, "held back again");
     CHECK(moe_tokenizer_decode(tok, &d, 3 + 'x', buf, 2) == 4, "too small a buffer");
-    CHECK(moe_tokenizer_decode(tok, &d, 3 + 'x', buf, 16) == 4 && !strcmp(buf, "\uFFFDx"), "[%s]", buf);
+    CHECK(moe_tokenizer_decode(tok, &d, 3 + 'x', buf, 16) == 4 && !strcmp(buf, "\uFFFDx"), "[%s]",
+          buf);
     moe_tokenizer_close(tok);
 }
 
 static void long_runs_take_linear_time(void)
 {
-    static const char *const names[] = {"bpe_bytes", "bpe_gpt2", "bpe_marks", "bpe_words", "unigram",
-                                        "wordpiece"};
+    static const char *const names[] = {"bpe_bytes", "bpe_gpt2", "bpe_marks", "bpe_words",
+                                        "unigram", "wordpiece"};
     static const char *const runs[] = {" ", "a", "Z", "\n", "\U0001F642", "'", "\u0301", "1"};
     enum { BYTES = 1000000 };
     char *text = malloc(BYTES + 8);
@@ -457,7 +463,7 @@ static void long_runs_take_linear_time(void)
     free(text);
 }
 
-/* ----------------------------------------------------------------------------------- patterns -- */
+/* ---------------------------------------------------------------------------------- patterns -- */
 
 static void patterns_match_as_oniguruma(void)
 {
@@ -465,20 +471,23 @@ static void patterns_match_as_oniguruma(void)
         const char *pattern, *text;
         int start, end; // -1: no match; -2: a step limit
     } cases[] = {
-        {"a|ab", "xab", 1, 2}, {"(?:a|ab)c", "abc", 0, 3}, {"a+?", "aaa", 0, 1}, {"a{2,3}", "aaaa", 0, 3},
-        {"a{,2}b", "aab", 0, 3}, {"a{x", "a{x", 0, 3}, {"a++a", "aaa", -1, -1}, {"(?>a+)b", "aab", 0, 3},
-        {"[\\p{L}&&[^a-c]]+", "abcde", 3, 5}, {"[^\\s\\p{L}]+", "ab 12", 3, 5}, {"(?i:'S)", "'\u017F", 0, 3},
-        {"(?i)k", "\u212A", 0, 3}, {"\\bfoo\\b", "a foo", 2, 5}, {"(?<=a)b", "bab", 2, 3},
-        {"(?<!a)b", "abb", 2, 3}, {"\\s+(?!\\S)", "a   b", 1, 3}, {"\\s+$", "a  \nb", 1, 3},
-        {"[]a]+", "x]a", 1, 3}, {"[a\\-z]+", "b-z", 1, 3}, {"(a*)*b", "aaab", 0, 4}, {"(|a)+", "aa", 0, 0},
-        {"\\x{4E00}", "\u4E00", 0, 3}, {"\\p{Han}+", "a\u4E00\u4E8C", 1, 7}, {"\\p{^L}", "a1", 1, 2},
-        {"[[:alpha:]_]+", "1a_", 1, 3}, {".", "\nx", 1, 2}, {"(a+)+$", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab", -2, 0},
+        {"a|ab", "xab", 1, 2}, {"(?:a|ab)c", "abc", 0, 3}, {"a+?", "aaa", 0, 1},
+        {"a{2,3}", "aaaa", 0, 3}, {"a{,2}b", "aab", 0, 3}, {"a{x", "a{x", 0, 3},
+        {"a++a", "aaa", -1, -1}, {"(?>a+)b", "aab", 0, 3}, {"[\\p{L}&&[^a-c]]+", "abcde", 3, 5},
+        {"[^\\s\\p{L}]+", "ab 12", 3, 5}, {"(?i:'S)", "'\u017F", 0, 3}, {"(?i)k", "\u212A", 0, 3},
+        {"\\bfoo\\b", "a foo", 2, 5}, {"(?<=a)b", "bab", 2, 3}, {"(?<!a)b", "abb", 2, 3},
+        {"\\s+(?!\\S)", "a   b", 1, 3}, {"\\s+$", "a  \nb", 1, 3}, {"[]a]+", "x]a", 1, 3},
+        {"[a\\-z]+", "b-z", 1, 3}, {"(a*)*b", "aaab", 0, 4}, {"(|a)+", "aa", 0, 0},
+        {"\\x{4E00}", "\u4E00", 0, 3}, {"\\p{Han}+", "a\u4E00\u4E8C", 1, 7},
+        {"\\p{^L}", "a1", 1, 2}, {"[[:alpha:]_]+", "1a_", 1, 3}, {".", "\nx", 1, 2},
+        {"(a+)+$", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab", -2, 0},
     };
     moe_mem mem;
     mem_init(&mem, NULL, 0);
     for (size_t i = 0; i < MOE_COUNT(cases); i++) {
         text_arena arena = {.mem = &mem};
-        regex_run run = {.mem = &mem, .text = (const uint8_t *)cases[i].text, .steps_left = 1000000};
+        regex_run run = {.mem = &mem, .text = (const uint8_t *)cases[i].text,
+                         .steps_left = 1000000};
         run.end = run.text + strlen(cases[i].text);
         regex *re;
         moe_error error = {0};
@@ -495,14 +504,15 @@ static void patterns_match_as_oniguruma(void)
         regex_run_free(&run);
         arena_free(&arena);
     }
-    static const char *const bad[] = {"(", ")", "[a", "a{3,2}", "\\p{Nope}", "(?<=a+)b", "\\1", "*a|(?Z)",
-                                      "[b-a]", "\\"};
+    static const char *const bad[] = {"(", ")", "[a", "a{3,2}", "\\p{Nope}", "(?<=a+)b", "\\1",
+                                      "*a|(?Z)", "[b-a]", "\\"};
     for (size_t i = 0; i < MOE_COUNT(bad); i++) {
         text_arena arena = {.mem = &mem};
         regex *re;
         moe_error error = {0};
         moe_status status = regex_new(&re, bad[i], strlen(bad[i]), &arena, "test", &error);
-        CHECK(status == MOE_ERR_UNSUPPORTED && error.message[0] && !re, "\"%s\" was accepted", bad[i]);
+        CHECK(status == MOE_ERR_UNSUPPORTED && error.message[0] && !re, "\"%s\" was accepted",
+              bad[i]);
         arena_free(&arena);
     }
     CHECK(mem.used_bytes == 0, "%llu bytes leak", (unsigned long long)mem.used_bytes);
@@ -512,7 +522,8 @@ static void patterns_match_as_oniguruma(void)
 
 static void malformed_json_is_refused(void)
 {
-#define BPE(vocab, merges) "{\"model\":{\"type\":\"BPE\",\"vocab\":" vocab ",\"merges\":" merges "}}"
+#define BPE(vocab, merges) \
+    "{\"model\":{\"type\":\"BPE\",\"vocab\":" vocab ",\"merges\":" merges "}}"
 #define WITH(stage) "{" stage ",\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[]}}"
     static const struct {
         const char *text;
@@ -520,24 +531,30 @@ static void malformed_json_is_refused(void)
     } cases[] = {
         {"{", MOE_ERR_FORMAT}, {"{}", MOE_ERR_FORMAT}, {"{\"model\":null}", MOE_ERR_FORMAT},
         {"{\"a\":1,\"a\":2}", MOE_ERR_FORMAT}, {"{\"a\":\"\\ud800\"}", MOE_ERR_FORMAT},
-        {"{\"a\":01}", MOE_ERR_FORMAT}, {"{\"a\":NaN}", MOE_ERR_FORMAT}, {"{\"a\":\"\x80\"}", MOE_ERR_FORMAT},
-        {"{} x", MOE_ERR_FORMAT}, {BPE("{}", "[]"), MOE_ERR_FORMAT},
-        {BPE("{\"a\":2147483648}", "[]"), MOE_ERR_FORMAT}, {BPE("{\"a\":-1}", "[]"), MOE_ERR_FORMAT},
-        {BPE("{\"a\":0.5}", "[]"), MOE_ERR_FORMAT}, {BPE("{\"a\":0,\"b\":0}", "[]"), MOE_ERR_FORMAT},
-        {BPE("{\"a\":0}", "[\"a\"]"), MOE_ERR_FORMAT}, {BPE("{\"a\":0}", "[\"a b\"]"), MOE_ERR_FORMAT},
+        {"{\"a\":01}", MOE_ERR_FORMAT}, {"{\"a\":NaN}", MOE_ERR_FORMAT},
+        {"{\"a\":\"\x80\"}", MOE_ERR_FORMAT}, {"{} x", MOE_ERR_FORMAT},
+        {BPE("{}", "[]"), MOE_ERR_FORMAT}, {BPE("{\"a\":2147483648}", "[]"), MOE_ERR_FORMAT},
+        {BPE("{\"a\":-1}", "[]"), MOE_ERR_FORMAT}, {BPE("{\"a\":0.5}", "[]"), MOE_ERR_FORMAT},
+        {BPE("{\"a\":0,\"b\":0}", "[]"), MOE_ERR_FORMAT},
+        {BPE("{\"a\":0}", "[\"a\"]"), MOE_ERR_FORMAT},
+        {BPE("{\"a\":0}", "[\"a b\"]"), MOE_ERR_FORMAT},
         {BPE("{\"a\":0,\"b\":1}", "[\"a b\"]"), MOE_ERR_FORMAT},
         {BPE("{\"a\":0,\"aa\":1}", "[\"a a\",\"a a\"]"), MOE_ERR_FORMAT},
         {BPE("{\"a\":0}", "[[\"a\"]]"), MOE_ERR_FORMAT},
         {WITH("\"pre_tokenizer\":{\"type\":\"FixedLength\",\"length\":0}"), MOE_ERR_FORMAT},
         {WITH("\"pre_tokenizer\":{\"type\":\"Nope\"}"), MOE_ERR_UNSUPPORTED},
-        {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a\"},\"behavior\":\"Isolated\"}"),
+        {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a\"},"
+              "\"behavior\":\"Isolated\"}"),
          MOE_ERR_UNSUPPORTED},
-        {WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"AAA=\"}"), MOE_ERR_FORMAT},
+        {WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"AAA=\"}"),
+         MOE_ERR_FORMAT},
         {WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"/////wAA\"}"),
          MOE_ERR_FORMAT},
-        {WITH("\"post_processor\":{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],"
+        {WITH("\"post_processor\":{\"type\":\"TemplateProcessing\","
+              "\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],"
               "\"special_tokens\":{}}"), MOE_ERR_FORMAT},
-        {WITH("\"post_processor\":{\"type\":\"BertProcessing\",\"sep\":[\"x\",9],\"cls\":[\"x\",9]}"),
+        {WITH("\"post_processor\":{\"type\":\"BertProcessing\",\"sep\":[\"x\",9],"
+              "\"cls\":[\"x\",9]}"),
          MOE_ERR_FORMAT},
         {WITH("\"added_tokens\":[{\"id\":1,\"content\":\"\"}]"), MOE_ERR_FORMAT},
         {WITH("\"added_tokens\":[{\"id\":4000000000,\"content\":\"x\"}]"), MOE_ERR_FORMAT},
@@ -663,7 +680,8 @@ static void malformed_metadata_is_refused(void)
         {.name = "control, words", .model = "bert"},
         {.name = "unknown pre", .pre = "from the future"},
         {.name = "unknown model", .model = "nope", .status = MOE_ERR_UNSUPPORTED},
-        {.name = "no tokens", .tokens = "", .status = MOE_ERR_FORMAT, .n_scores = -4, .n_types = -4},
+        {.name = "no tokens", .tokens = "", .status = MOE_ERR_FORMAT, .n_scores = -4,
+         .n_types = -4},
         {.name = "scores too few", .n_scores = -1, .status = MOE_ERR_MODEL},
         {.name = "scores too many", .n_scores = 1, .status = MOE_ERR_MODEL},
         {.name = "types too few", .n_types = -1, .status = MOE_ERR_MODEL},
@@ -672,7 +690,8 @@ static void malformed_metadata_is_refused(void)
         {.name = "type -1", .kind = -1, .status = MOE_ERR_MODEL},
         {.name = "score NaN", .score = NAN, .status = MOE_ERR_MODEL},
         {.name = "bos past the end", .id_key = "bos_token_id", .id = 4, .status = MOE_ERR_MODEL},
-        {.name = "eot past the end", .id_key = "eot_token_id", .id = UINT32_MAX, .status = MOE_ERR_MODEL},
+        {.name = "eot past the end", .id_key = "eot_token_id", .id = UINT32_MAX,
+         .status = MOE_ERR_MODEL},
         {.name = "byte <0x-1>", .kind = 6, .tokens = "<0x-1>|b|ab|<s>", .status = MOE_ERR_MODEL},
         {.name = "byte <0xZZ>", .kind = 6, .tokens = "<0xZZ>|b|ab|<s>", .status = MOE_ERR_MODEL},
         {.name = "merge without a space", .merges = "ab", .status = MOE_ERR_FORMAT},
@@ -682,7 +701,8 @@ static void malformed_metadata_is_refused(void)
         {.name = "merge of blanks", .merges = "   ", .status = MOE_ERR_FORMAT},
         {.name = "charsmap of 1 byte", .model = "t5", .charsmap = 1, .status = MOE_ERR_FORMAT},
         {.name = "charsmap of 3 bytes", .model = "t5", .charsmap = 3, .status = MOE_ERR_FORMAT},
-        {.name = "charsmap too long inside", .model = "t5", .charsmap = 9, .status = MOE_ERR_FORMAT},
+        {.name = "charsmap too long inside", .model = "t5", .charsmap = 9,
+         .status = MOE_ERR_FORMAT},
         {.name = "empty control token", .tokens = "a|b|ab|"},
     };
     for (size_t i = 0; i < MOE_COUNT(cases); i++) {
@@ -703,8 +723,10 @@ static void malformed_metadata_is_refused(void)
 /* Every file with one changed byte opens or is refused, and then encodes or is refused. */
 static void changed_bytes_do_no_harm(void)
 {
-    static const char *const names[] = {"bpe_bytes", "bpe_marks", "bpe_words", "unigram", "wordpiece"};
-    static const char text[] = "All human beings\u00E9 <|im_end|> 123 \U0001F642 \u4EBA\u4EBA e\u0301";
+    static const char *const names[] = {"bpe_bytes", "bpe_marks", "bpe_words", "unigram",
+                                        "wordpiece"};
+    static const char text[] = "All human beings\u00E9 <|im_end|> 123 \U0001F642 "
+                               "\u4EBA\u4EBA e\u0301";
     const char *rounds = getenv("MOE_TEST_ROUNDS");
     int n_rounds = rounds ? atoi(rounds) : 150;
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
@@ -724,7 +746,8 @@ static void changed_bytes_do_no_harm(void)
             moe_status status = open_data(&tok, data, bytes, &error);
             CHECK((status == MOE_OK) == (tok != NULL) && (tok || error.message[0]), "%s", names[i]);
             if (tok)
-                moe_tokenizer_encode(tok, text, strlen(text), test_random() & 3, ids, 256, &n, NULL);
+                moe_tokenizer_encode(tok, text, strlen(text), test_random() & 3, ids, 256, &n,
+                                     NULL);
             moe_tokenizer_close(tok);
             data[at] = old;
         }
@@ -737,13 +760,14 @@ static void ends_and_roles_are_found(void)
     moe_tokenizer *tok = open_tokenizer("bpe_bytes");
     REQUIRE(tok, "no fixture");
     moe_token end;
-    moe_tokenizer_encode(tok, "<|im_end|>", 10, MOE_ENCODE_PARSE_SPECIAL, &end, 1, &(size_t){0}, NULL);
+    moe_tokenizer_encode(tok, "<|im_end|>", 10, MOE_ENCODE_PARSE_SPECIAL, &end, 1, &(size_t){0},
+                         NULL);
     CHECK(moe_tokenizer_eos(tok) == end && moe_tokenizer_is_end(tok, end), "%d", end);
     CHECK(moe_tokenizer_bos(tok) == tok->template_ids[0] && !moe_tokenizer_is_end(tok, 5), "bos");
     const char *piece;
     size_t bytes;
-    CHECK(!moe_tokenizer_piece(tok, end, &piece, &bytes) && bytes == 10 && !memcmp(piece, "<|im_end|>", 10),
-          "piece");
+    CHECK(!moe_tokenizer_piece(tok, end, &piece, &bytes) && bytes == 10 &&
+          !memcmp(piece, "<|im_end|>", 10), "piece");
     CHECK(moe_tokenizer_piece(tok, (moe_token)moe_tokenizer_size(tok), &piece, &bytes) ==
           MOE_ERR_ARGUMENT, "past the end");
     moe_tokenizer_close(tok);

@@ -1,7 +1,7 @@
 /* tests/emulated/x86.h - the intrinsics of the AVX2 and AVX-512 kernels as ordinary functions, for
- * machines that lack the instructions. Most are SIMDe's (Debian: libsimde-dev, version 0.7.4); here is
- * what that version lacks, and the fused multiply-adds, which it rounds twice. One that is missing
- * once more kernels are written: add it below. */
+ * machines that lack the instructions. Most are SIMDe's (Debian: libsimde-dev, version 0.7.4); here
+ * is what that version lacks, and the fused multiply-adds, which it rounds twice. One that is
+ * missing once more kernels are written: add it below. */
 #ifndef MOE_TESTS_EMULATED_X86_H
 #define MOE_TESTS_EMULATED_X86_H
 
