@@ -36,9 +36,35 @@ static volatile uint64_t sink;
 
 /* ------------------------------------------------------------------------------- arithmetic -- */
 
-/* Each runs n rounds of CHAINS independent sums: enough to hide the latency of an instruction. The
- * sums are opaque from the start, or equal ones would be computed once. */
-enum { CHAINS = 12 };
+/* Independent sums, enough to hide the latency of an instruction. Where each has a sum of 16 bits
+ * beside it, which takes DEEP products before it is widened, fewer fit into the registers. */
+enum { CHAINS = 12, CHAINS_16_AVX2 = 6, CHAINS_16_AVX512 = 8, DEEP = 8 };
+
+/* A function that runs n rounds of CHAINS sums, each of which becomes `next`, an expression of sum,
+ * a and b. Sums are opaque from the start, or equal ones would be computed once, and so is a. */
+#define RATE(target, name, opaque, zero, of_a, of_b, next) \
+    target static void name(uint64_t n)                    \
+    {                                                      \
+        __typeof__(zero) acc[CHAINS];                      \
+        __typeof__(of_a) a = of_a;                         \
+        const __typeof__(of_b) b = of_b;                   \
+        UNROLL                                             \
+        for (int j = 0; j < CHAINS; j++) {                 \
+            acc[j] = zero;                                 \
+            opaque(acc[j]);                                \
+        }                                                  \
+        for (uint64_t i = 0; i < n; i++) {                 \
+            UNROLL                                         \
+            for (int j = 0; j < CHAINS; j++) {             \
+                const __typeof__(zero) sum = acc[j];       \
+                opaque(a);                                 \
+                acc[j] = next;                             \
+            }                                              \
+        }                                                  \
+        UNROLL                                             \
+        for (int j = 0; j < CHAINS; j++)                   \
+            opaque(acc[j]);                                \
+    }
 
 #if MOE_X86
 
@@ -47,261 +73,68 @@ enum { CHAINS = 12 };
 #define AVX_VNNI MOE_TARGET("avx2,fma,avxvnni")
 #define AVX2_ONLY MOE_TARGET("avx2,fma")
 
-AVX2_ONLY static void f32_avx2(uint64_t n)
-{
-    __m256 acc[CHAINS], a = _mm256_set1_ps(0.5f), b = _mm256_set1_ps(0.25f);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = _mm256_setzero_ps();
-        OPAQUE_AVX2(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        OPAQUE_AVX2(a);
-        UNROLL
-        for (int j = 0; j < CHAINS; j++)
-            acc[j] = _mm256_fmadd_ps(a, b, acc[j]);
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_AVX2(acc[j]);
-}
-
-AVX512 static void f32_avx512(uint64_t n)
-{
-    __m512 acc[CHAINS], a = _mm512_set1_ps(0.5f), b = _mm512_set1_ps(0.25f);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = _mm512_setzero_ps();
-        OPAQUE_AVX512(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        OPAQUE_AVX512(a);
-        UNROLL
-        for (int j = 0; j < CHAINS; j++)
-            acc[j] = _mm512_fmadd_ps(a, b, acc[j]);
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_AVX512(acc[j]);
-}
-
+RATE(AVX2_ONLY, f32_avx2, OPAQUE_AVX2, _mm256_setzero_ps(), _mm256_set1_ps(0.5f),
+     _mm256_set1_ps(0.25f), _mm256_fmadd_ps(a, b, sum))
+RATE(AVX512, f32_avx512, OPAQUE_AVX512, _mm512_setzero_ps(), _mm512_set1_ps(0.5f),
+     _mm512_set1_ps(0.25f), _mm512_fmadd_ps(a, b, sum))
 /* vpmaddubsw, vpmaddwd, vpaddd: every product is widened at once. */
-AVX2_ONLY static void int8_avx2(uint64_t n)
-{
-    __m256i acc[CHAINS], a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);
-    const __m256i one = _mm256_set1_epi16(1);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = _mm256_setzero_si256();
-        OPAQUE_AVX2(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        UNROLL
-        for (int j = 0; j < CHAINS; j++) {
-            OPAQUE_AVX2(a);
-            acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), one));
-        }
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_AVX2(acc[j]);
-}
+RATE(AVX2_ONLY, int8_avx2, OPAQUE_AVX2, _mm256_setzero_si256(), _mm256_set1_epi8(3),
+     _mm256_set1_epi8(5),
+     _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1))))
+RATE(AVX_VNNI, int8_avx_vnni, OPAQUE_AVX2, _mm256_setzero_si256(), _mm256_set1_epi8(3),
+     _mm256_set1_epi8(5), _mm256_dpbusd_avx_epi32(sum, a, b))
+RATE(VNNI512, int8_vnni512, OPAQUE_AVX512, _mm512_setzero_si512(), _mm512_set1_epi8(3),
+     _mm512_set1_epi8(5), _mm512_dpbusd_epi32(sum, a, b))
 
-/* vpmaddubsw, vpaddw; after eight of them vpmaddwd, vpaddd. */
-AVX2_ONLY static void int8_avx2_16(uint64_t n)
-{
-    enum { DEEP = 8, SUMS = 6 };
-    __m256i acc[SUMS], a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);
-    const __m256i one = _mm256_set1_epi16(1);
-    UNROLL
-    for (int j = 0; j < SUMS; j++) {
-        acc[j] = _mm256_setzero_si256();
-        OPAQUE_AVX2(acc[j]);
+/* DEEP times vpmaddubsw and vpaddw, then vpmaddwd and vpaddd. Sums in 16 bits are opaque too, or
+ * GCC keeps all products for later, in memory. */
+#define RATE_16(target, name, opaque, bits, n_sums)                                          \
+    target static void name(uint64_t n)                                                      \
+    {                                                                                        \
+        __m##bits##i acc[n_sums], a = _mm##bits##_set1_epi8(3);                              \
+        const __m##bits##i b = _mm##bits##_set1_epi8(5), one = _mm##bits##_set1_epi16(1);    \
+        UNROLL                                                                               \
+        for (int j = 0; j < n_sums; j++) {                                                   \
+            acc[j] = _mm##bits##_setzero_si##bits();                                         \
+            opaque(acc[j]);                                                                  \
+        }                                                                                    \
+        for (uint64_t i = 0; i < n; i++) {                                                   \
+            __m##bits##i sum[n_sums];                                                        \
+            UNROLL                                                                           \
+            for (int j = 0; j < n_sums; j++)                                                 \
+                sum[j] = _mm##bits##_setzero_si##bits();                                     \
+            UNROLL                                                                           \
+            for (int d = 0; d < DEEP; d++) {                                                 \
+                UNROLL                                                                       \
+                for (int j = 0; j < n_sums; j++) {                                           \
+                    opaque(a);                                                               \
+                    sum[j] = _mm##bits##_add_epi16(sum[j], _mm##bits##_maddubs_epi16(a, b)); \
+                    opaque(sum[j]);                                                          \
+                }                                                                            \
+            }                                                                                \
+            UNROLL                                                                           \
+            for (int j = 0; j < n_sums; j++)                                                 \
+                acc[j] = _mm##bits##_add_epi32(acc[j], _mm##bits##_madd_epi16(sum[j], one)); \
+        }                                                                                    \
+        UNROLL                                                                               \
+        for (int j = 0; j < n_sums; j++)                                                     \
+            opaque(acc[j]);                                                                  \
     }
-    for (uint64_t i = 0; i < n; i++) {
-        __m256i sum[SUMS];
-        UNROLL
-        for (int j = 0; j < SUMS; j++)
-            sum[j] = _mm256_setzero_si256();
-        UNROLL
-        for (int d = 0; d < DEEP; d++) {
-            UNROLL
-            for (int j = 0; j < SUMS; j++) {
-                OPAQUE_AVX2(a);
-                sum[j] = _mm256_add_epi16(sum[j], _mm256_maddubs_epi16(a, b));
-                OPAQUE_AVX2(sum[j]); /* or GCC keeps all products for later, in memory */
-            }
-        }
-        UNROLL
-        for (int j = 0; j < SUMS; j++)
-            acc[j] = _mm256_add_epi32(acc[j], _mm256_madd_epi16(sum[j], one));
-    }
-    UNROLL
-    for (int j = 0; j < SUMS; j++)
-        OPAQUE_AVX2(acc[j]);
-}
 
-/* The same with vectors of 512 bits. */
-AVX512 static void int8_avx512_16(uint64_t n)
-{
-    enum { DEEP = 8, SUMS = 8 };
-    __m512i acc[SUMS], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
-    const __m512i one = _mm512_set1_epi16(1);
-    UNROLL
-    for (int j = 0; j < SUMS; j++) {
-        acc[j] = _mm512_setzero_si512();
-        OPAQUE_AVX512(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        __m512i sum[SUMS];
-        UNROLL
-        for (int j = 0; j < SUMS; j++)
-            sum[j] = _mm512_setzero_si512();
-        UNROLL
-        for (int d = 0; d < DEEP; d++) {
-            UNROLL
-            for (int j = 0; j < SUMS; j++) {
-                OPAQUE_AVX512(a);
-                sum[j] = _mm512_add_epi16(sum[j], _mm512_maddubs_epi16(a, b));
-                OPAQUE_AVX512(sum[j]);
-            }
-        }
-        UNROLL
-        for (int j = 0; j < SUMS; j++)
-            acc[j] = _mm512_add_epi32(acc[j], _mm512_madd_epi16(sum[j], one));
-    }
-    UNROLL
-    for (int j = 0; j < SUMS; j++)
-        OPAQUE_AVX512(acc[j]);
-}
+RATE_16(AVX2_ONLY, int8_avx2_16, OPAQUE_AVX2, 256, CHAINS_16_AVX2)
+RATE_16(AVX512, int8_avx512_16, OPAQUE_AVX512, 512, CHAINS_16_AVX512)
 
-AVX_VNNI static void int8_avx_vnni(uint64_t n)
-{
-    __m256i acc[CHAINS], a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = _mm256_setzero_si256();
-        OPAQUE_AVX2(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        OPAQUE_AVX2(a);
-        UNROLL
-        for (int j = 0; j < CHAINS; j++)
-            acc[j] = _mm256_dpbusd_avx_epi32(acc[j], a, b);
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_AVX2(acc[j]);
-}
+#elif MOE_ARM64
 
-VNNI512 static void int8_vnni512(uint64_t n)
-{
-    __m512i acc[CHAINS], a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(5);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = _mm512_setzero_si512();
-        OPAQUE_AVX512(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        OPAQUE_AVX512(a);
-        UNROLL
-        for (int j = 0; j < CHAINS; j++)
-            acc[j] = _mm512_dpbusd_epi32(acc[j], a, b);
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_AVX512(acc[j]);
-}
-
-#endif
-
-#if MOE_ARM64
-
-static void f32_neon(uint64_t n)
-{
-    float32x4_t acc[CHAINS], a = vdupq_n_f32(0.5f);
-    const float32x4_t b = vdupq_n_f32(0.25f);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = vdupq_n_f32(0);
-        OPAQUE_ARM(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        OPAQUE_ARM(a);
-        UNROLL
-        for (int j = 0; j < CHAINS; j++)
-            acc[j] = vfmaq_f32(acc[j], a, b);
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_ARM(acc[j]);
-}
-
+RATE(, f32_neon, OPAQUE_ARM, vdupq_n_f32(0), vdupq_n_f32(0.5f), vdupq_n_f32(0.25f),
+     vfmaq_f32(sum, a, b))
 /* smull and smlal2 of halves, sadalp. */
-static void int8_neon(uint64_t n)
-{
-    int32x4_t acc[CHAINS];
-    int8x16_t a = vdupq_n_s8(3);
-    const int8x16_t b = vdupq_n_s8(5);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = vdupq_n_s32(0);
-        OPAQUE_ARM(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        UNROLL
-        for (int j = 0; j < CHAINS; j++) {
-            OPAQUE_ARM(a);
-            const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
-            acc[j] = vpadalq_s16(acc[j], vmlal_high_s8(low, a, b));
-        }
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_ARM(acc[j]);
-}
-
-MOE_DOTPROD static void int8_dotprod(uint64_t n)
-{
-    int32x4_t acc[CHAINS];
-    int8x16_t a = vdupq_n_s8(3);
-    const int8x16_t b = vdupq_n_s8(5);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = vdupq_n_s32(0);
-        OPAQUE_ARM(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        OPAQUE_ARM(a);
-        UNROLL
-        for (int j = 0; j < CHAINS; j++)
-            acc[j] = vdotq_s32(acc[j], a, b);
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_ARM(acc[j]);
-}
-
-MOE_I8MM static void int8_i8mm(uint64_t n)
-{
-    int32x4_t acc[CHAINS];
-    int8x16_t a = vdupq_n_s8(3);
-    const int8x16_t b = vdupq_n_s8(5);
-    UNROLL
-    for (int j = 0; j < CHAINS; j++) {
-        acc[j] = vdupq_n_s32(0);
-        OPAQUE_ARM(acc[j]);
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        OPAQUE_ARM(a);
-        UNROLL
-        for (int j = 0; j < CHAINS; j++)
-            acc[j] = vmmlaq_s32(acc[j], a, b);
-    }
-    UNROLL
-    for (int j = 0; j < CHAINS; j++)
-        OPAQUE_ARM(acc[j]);
-}
+RATE(, int8_neon, OPAQUE_ARM, vdupq_n_s32(0), vdupq_n_s8(3), vdupq_n_s8(5),
+     vpadalq_s16(sum, vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b)))
+RATE(MOE_DOTPROD, int8_dotprod, OPAQUE_ARM, vdupq_n_s32(0), vdupq_n_s8(3), vdupq_n_s8(5),
+     vdotq_s32(sum, a, b))
+RATE(MOE_I8MM, int8_i8mm, OPAQUE_ARM, vdupq_n_s32(0), vdupq_n_s8(3), vdupq_n_s8(5),
+     vmmlaq_s32(sum, a, b))
 
 #endif
 
@@ -330,12 +163,12 @@ static const roofline_row rows[] = {
     {"AVX2 FMA", ROW_F32, MOE_CPU_AVX2, f32_avx2, 2 * 8 * CHAINS, false, false},
     {"AVX-512 FMA", ROW_F32, MOE_CPU_AVX512, f32_avx512, 2 * 16 * CHAINS, false, false},
     {"AVX2 maddubs, madd, add", ROW_INT8, MOE_CPU_AVX2, int8_avx2, 2 * 32 * CHAINS, false, false},
-    {"AVX2 maddubs, 16-bit sums", ROW_INT8, MOE_CPU_AVX2, int8_avx2_16, 2 * 32 * 8 * 6, false,
-     false},
+    {"AVX2 maddubs, 16-bit sums", ROW_INT8, MOE_CPU_AVX2, int8_avx2_16,
+     2 * 32 * DEEP * CHAINS_16_AVX2, false, false},
     {"AVX-VNNI vpdpbusd, 256 bits", ROW_INT8, MOE_CPU_AVX_VNNI, int8_avx_vnni, 2 * 32 * CHAINS,
      false, false},
-    {"AVX-512 maddubs, 16-bit sums", ROW_INT8, MOE_CPU_AVX512, int8_avx512_16, 2 * 64 * 8 * 8,
-     false, false},
+    {"AVX-512 maddubs, 16-bit sums", ROW_INT8, MOE_CPU_AVX512, int8_avx512_16,
+     2 * 64 * DEEP * CHAINS_16_AVX512, false, false},
     {"AVX-512 vpdpbusd, 512 bits", ROW_INT8, MOE_CPU_AVX512_VNNI, int8_vnni512, 2 * 64 * CHAINS,
      false, false},
 #elif MOE_ARM64
