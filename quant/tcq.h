@@ -18,8 +18,8 @@
  * These are 64 states, as many as an encoder can search in good time: each doubling gains about
  * 0.007 bits per weight. (Ungerboeck's trellises, which are usually taken, need more terms for
  * as much: all with up to three terms were measured, and this is the best.) The parity comes from
- * exclusive ors, which do not care where in a byte the bits are: a kernel has one for all codes of
- * a vector before it unpacks them.
+ * exclusive ors, which do not care where in a byte the bits are: a kernel takes them for all codes
+ * of a vector at once, before it unpacks the codes.
  *
  * A block has a scale, but an encoder gives most blocks of a tensor the same: at equal error large
  * weights have long codes and small ones short codes, and scales that are all alike take no room
