@@ -40,9 +40,9 @@ static volatile uint64_t sink;
  * beside it, which takes DEEP products before it is widened, fewer fit into the registers. */
 enum { CHAINS = 12, CHAINS_16_AVX2 = 6, CHAINS_16_AVX512 = 8, DEEP = 8 };
 
-/* A function that runs n rounds of CHAINS sums, each of which becomes `next`, an expression of sum,
- * a and b. Sums are opaque from the start, or equal ones would be computed once, and so is a. */
-#define RATE(target, name, opaque, zero, of_a, of_b, next) \
+/* A function that runs n rounds of CHAINS sums; `step` adds a product of a and b to sum. Sums are
+ * opaque from the start, or equal ones would be computed once, and so is a. */
+#define RATE(target, name, opaque, zero, of_a, of_b, step) \
     target static void name(uint64_t n)                    \
     {                                                      \
         __typeof__(zero) acc[CHAINS];                      \
@@ -56,9 +56,10 @@ enum { CHAINS = 12, CHAINS_16_AVX2 = 6, CHAINS_16_AVX512 = 8, DEEP = 8 };
         for (uint64_t i = 0; i < n; i++) {                 \
             UNROLL                                         \
             for (int j = 0; j < CHAINS; j++) {             \
-                const __typeof__(zero) sum = acc[j];       \
+                __typeof__(zero) sum = acc[j];             \
                 opaque(a);                                 \
-                acc[j] = next;                             \
+                step;                                      \
+                acc[j] = sum;                              \
             }                                              \
         }                                                  \
         UNROLL                                             \
@@ -74,17 +75,17 @@ enum { CHAINS = 12, CHAINS_16_AVX2 = 6, CHAINS_16_AVX512 = 8, DEEP = 8 };
 #define AVX2_ONLY MOE_TARGET("avx2,fma")
 
 RATE(AVX2_ONLY, f32_avx2, OPAQUE_AVX2, _mm256_setzero_ps(), _mm256_set1_ps(0.5f),
-     _mm256_set1_ps(0.25f), _mm256_fmadd_ps(a, b, sum))
+     _mm256_set1_ps(0.25f), sum = _mm256_fmadd_ps(a, b, sum))
 RATE(AVX512, f32_avx512, OPAQUE_AVX512, _mm512_setzero_ps(), _mm512_set1_ps(0.5f),
-     _mm512_set1_ps(0.25f), _mm512_fmadd_ps(a, b, sum))
+     _mm512_set1_ps(0.25f), sum = _mm512_fmadd_ps(a, b, sum))
 /* vpmaddubsw, vpmaddwd, vpaddd: every product is widened at once. */
 RATE(AVX2_ONLY, int8_avx2, OPAQUE_AVX2, _mm256_setzero_si256(), _mm256_set1_epi8(3),
-     _mm256_set1_epi8(5),
-     _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1))))
+     _mm256_set1_epi8(5), sum = _mm256_add_epi32(sum, _mm256_madd_epi16(
+         _mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1))))
 RATE(AVX_VNNI, int8_avx_vnni, OPAQUE_AVX2, _mm256_setzero_si256(), _mm256_set1_epi8(3),
-     _mm256_set1_epi8(5), _mm256_dpbusd_avx_epi32(sum, a, b))
+     _mm256_set1_epi8(5), sum = _mm256_dpbusd_avx_epi32(sum, a, b))
 RATE(VNNI512, int8_vnni512, OPAQUE_AVX512, _mm512_setzero_si512(), _mm512_set1_epi8(3),
-     _mm512_set1_epi8(5), _mm512_dpbusd_epi32(sum, a, b))
+     _mm512_set1_epi8(5), sum = _mm512_dpbusd_epi32(sum, a, b))
 
 /* DEEP times vpmaddubsw and vpaddw, then vpmaddwd and vpaddd. Sums in 16 bits are opaque too, or
  * GCC keeps all products for later, in memory. */
@@ -127,14 +128,14 @@ RATE_16(AVX512, int8_avx512_16, OPAQUE_AVX512, 512, CHAINS_16_AVX512)
 #elif MOE_ARM64
 
 RATE(, f32_neon, OPAQUE_ARM, vdupq_n_f32(0), vdupq_n_f32(0.5f), vdupq_n_f32(0.25f),
-     vfmaq_f32(sum, a, b))
+     sum = vfmaq_f32(sum, a, b))
 /* smull and smlal2 of halves, sadalp. */
 RATE(, int8_neon, OPAQUE_ARM, vdupq_n_s32(0), vdupq_n_s8(3), vdupq_n_s8(5),
-     vpadalq_s16(sum, vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b)))
+     sum = vpadalq_s16(sum, vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b)))
 RATE(MOE_DOTPROD, int8_dotprod, OPAQUE_ARM, vdupq_n_s32(0), vdupq_n_s8(3), vdupq_n_s8(5),
-     vdotq_s32(sum, a, b))
+     ARM_SDOT(sum, b, a))
 RATE(MOE_I8MM, int8_i8mm, OPAQUE_ARM, vdupq_n_s32(0), vdupq_n_s8(3), vdupq_n_s8(5),
-     vmmlaq_s32(sum, a, b))
+     ARM_SMMLA(sum, b, a))
 
 #endif
 
