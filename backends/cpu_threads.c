@@ -89,10 +89,11 @@ static void cpu_sleep(cpu_pool *pool, const _Atomic uint32_t *counter, uint32_t 
     plat_mutex_unlock(&pool->mutex);
 }
 
-/* Sets a counter that others wait for. */
+/* Sets a counter that others wait for. An exchange: emulators of AArch64 on x86 let a load pass a
+ * store before it, even where both are sequentially consistent, and then nobody would be woken. */
 static void cpu_wake(cpu_pool *pool, _Atomic uint32_t *counter, uint32_t value)
 {
-    atomic_store(counter, value);
+    atomic_exchange(counter, value);
     if (atomic_load(&pool->n_sleeping)) {
         plat_mutex_lock(&pool->mutex);
         plat_cond_broadcast(&pool->wake);

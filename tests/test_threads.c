@@ -345,8 +345,47 @@ static void another_thread_cancels(void)
     moe_model_close(model);
 }
 
+/* ------------------------------------------------------------------------------ the pool -- */
+
+enum { POOL_JOBS = 5000, POOL_PHASES = 4 };
+
+typedef struct pool_work {
+    uint32_t n_task;
+    _Atomic uint32_t counts[POOL_PHASES]; // tasks that were run
+} pool_work;
+
+static uint32_t pool_n_task(void *arg, uint32_t phase)
+{
+    (void)phase;
+    return ((const pool_work *)arg)->n_task;
+}
+
+static void pool_count(void *arg, uint32_t phase, uint32_t task, uint32_t thread)
+{
+    (void)task, (void)thread;
+    atomic_fetch_add(&((pool_work *)arg)->counts[phase], 1);
+}
+
+/* More threads than cores go to sleep at every barrier. A wake-up that is lost once stops them all. */
+static void sleeping_threads_are_woken(void)
+{
+    const uint32_t n_threads = plat_n_cores() + 1;
+    pool_work work = {.n_task = n_threads};
+    const cpu_job phases = {&work, POOL_PHASES, pool_count, pool_n_task};
+    moe_mem mem = {0};
+    cpu_pool pool;
+    mem_init(&mem, NULL, 0);
+    REQUIRE(cpu_pool_open(&pool, n_threads, &mem, NULL) == MOE_OK, "%u threads", n_threads);
+    for (uint32_t i = 0; i < POOL_JOBS; i++)
+        cpu_pool_run(&pool, &phases);
+    for (uint32_t i = 0; i < POOL_PHASES; i++)
+        CHECK(work.counts[i] == POOL_JOBS * n_threads, "phase %u: %u tasks", i, work.counts[i]);
+    cpu_pool_close(&pool);
+}
+
 TEST_PROGRAM(threads)
 {
+    RUN(sleeping_threads_are_woken);
     RUN(sessions_share_a_model);
     RUN(threads_share_a_tokenizer);
     RUN(sessions_compete_for_memory);
