@@ -366,7 +366,7 @@ static void pool_count(void *arg, uint32_t phase, uint32_t task, uint32_t thread
     atomic_fetch_add(&((pool_work *)arg)->counts[phase], 1);
 }
 
-/* More threads than cores go to sleep at every barrier. A wake-up that is lost once stops them all. */
+/* More threads than cores go to sleep at every barrier. One lost wake-up would stop them all. */
 static void sleeping_threads_are_woken(void)
 {
     const uint32_t n_threads = plat_n_cores() + 1;
