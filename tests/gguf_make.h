@@ -21,7 +21,8 @@ typedef struct gguf_made {
     size_t n, capacity;
 } gguf_made;
 
-MOE_UNUSED static void put(gguf_made *b, const void *data, size_t n)
+/* Room for n bytes more, which belong to b from then on. */
+MOE_UNUSED static uint8_t *put_room(gguf_made *b, size_t n)
 {
     if (b->n + n > b->capacity) {
         b->capacity = 2 * b->capacity + n + 256;
@@ -29,9 +30,15 @@ MOE_UNUSED static void put(gguf_made *b, const void *data, size_t n)
         if (!b->data)
             exit(2);
     }
-    if (n)
-        memcpy(b->data + b->n, data, n);
     b->n += n;
+    return b->data + b->n - n;
+}
+
+MOE_UNUSED static void put(gguf_made *b, const void *data, size_t n)
+{
+    uint8_t *room = put_room(b, n);
+    if (n)
+        memcpy(room, data, n);
 }
 
 MOE_UNUSED static void put_u8(gguf_made *b, uint8_t x) { put(b, &x, sizeof x); }
@@ -41,8 +48,7 @@ MOE_UNUSED static void put_u64(gguf_made *b, uint64_t x) { put(b, &x, sizeof x);
 
 MOE_UNUSED static void put_zeros(gguf_made *b, size_t n)
 {
-    for (size_t i = 0; i < n; i++)
-        put_u8(b, 0);
+    memset(put_room(b, n), 0, n);
 }
 
 MOE_UNUSED static void put_string(gguf_made *b, const char *s)

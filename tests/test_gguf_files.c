@@ -416,10 +416,7 @@ static void header_over_the_limit(void)
     gguf_made b = {0};
     put_head(&b, 3, 0, 1);
     put_key_array(&b, "blob", META_U8, 80 << 20);
-    b.data = realloc(b.data, b.n + (80 << 20));
-    REQUIRE(b.data, "memory");
-    memset(b.data + b.n, 0, 80 << 20);
-    b.n += 80 << 20;
+    put_zeros(&b, 80 << 20);
     refuse(&b, MOE_ERR_LIMIT, "blob", "67108864");
 }
 
@@ -429,10 +426,7 @@ static void strings_over_the_limit(void)
     gguf_made b = {0};
     put_head(&b, 3, 0, 1);
     put_key_array(&b, "tokens", META_STRING, 3 << 20);
-    b.data = realloc(b.data, b.n + (24 << 20));
-    REQUIRE(b.data, "memory");
-    memset(b.data + b.n, 0, 24 << 20);
-    b.n += 24 << 20;
+    put_zeros(&b, 24 << 20);
     refuse(&b, MOE_ERR_LIMIT, "tokens", "3145728");
 }
 
