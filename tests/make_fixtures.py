@@ -696,7 +696,8 @@ def gguf_tensors(weights, m, arch):
 def llama3_factors(m):
     """What each rotary frequency is divided by in Llama 3.1's scheme."""
     r, n_ctx = m["rope"], m["rope"]["original_max_position_embeddings"]
-    freq = r["rope_theta"] ** -(np.arange(0, m["dim"], 2) / m["dim"])
+    n_rot = m.get("rot", m["dim"])
+    freq = r["rope_theta"] ** -(np.arange(0, n_rot, 2) / n_rot)
     turns = n_ctx * freq / (2 * np.pi)
     smooth = (turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])
     smooth = np.clip(smooth, 0, 1)

@@ -25,6 +25,7 @@
 #endif
 
 #include <stdio.h>
+#include <time.h>
 
 static int test_n_passed, test_n_failed, test_n_skipped, test_failures;
 static const char *test_skip_reason, *test_only;
@@ -123,6 +124,12 @@ MOE_UNUSED static const char *test_root(void)
 MOE_UNUSED static const char *test_shared(void)
 {
     return getenv("MOE_TEST_SHARED");
+}
+
+/* Milliseconds of processor time that this process took: limits on work hold on a busy machine too. */
+MOE_UNUSED static double test_cpu_ms(void)
+{
+    return (double)clock() * 1e3 / CLOCKS_PER_SEC;
 }
 
 /* A factor on time limits: sanitizers are slow, and emulators by what MOE_TEST_SLOW says. */

@@ -95,10 +95,8 @@ static void g43_not_a_regular_file(void)
         gguf_opened s;
         opened_init(&s, &b, FROM_MAP, false);
         s.options.path = paths[i][0];
-        uint64_t start = plat_time_ns();
         CHECK(opened_open(&s) == MOE_ERR_IO && strstr(s.error.message, paths[i][1]), "%s",
               s.error.message);
-        CHECK(plat_time_ns() - start < 1000000000, "waited");
         CHECK(strcmp(s.error.subject, paths[i][0]) == 0, "%s", s.error.subject);
         opened_close(&s);
     }

@@ -453,9 +453,9 @@ static void long_runs_take_linear_time(void)
             for (size_t at = 0; at < n; at += one)
                 memcpy(text + at, runs[k], one);
             moe_error error = {0};
-            uint64_t start = plat_time_ns();
+            const double start = test_cpu_ms();
             moe_status status = moe_tokenizer_encode(tok, text, n, 0, NULL, 0, &count, &error);
-            double seconds = (double)(plat_time_ns() - start) * 1e-9;
+            const double seconds = (test_cpu_ms() - start) * 1e-3;
             CHECK(status == MOE_ERR_LIMIT || count == 0, "%s: %s", names[i], error.message);
             CHECK(seconds < 60, "%s, run of \"%s\": %.1f s", names[i], runs[k], seconds);
             moe_tokenizer_close(tok);
