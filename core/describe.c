@@ -39,6 +39,8 @@ static void describe_router(const moe_model *m, char *text, size_t bytes)
         describe_add(text, bytes, "; %u shared%s, width %u", hp->n_expert_shared,
                      weight_present(&last->shared_router) ? " behind a sigmoid gate" : "",
                      hp->n_ff_shared);
+    if (hp->parallel_dense)
+        describe_add(text, bytes, "; beside a dense feed-forward, width %u", hp->n_ff);
     bool leading = true;
     for (uint32_t i = 0; i < hp->n_layer_dense; i++)
         leading &= !layer_has_experts(hp, i);
@@ -49,58 +51,86 @@ static void describe_router(const moe_model *m, char *text, size_t bytes)
         describe_add(text, bytes, "; %u of %u layers dense", hp->n_layer_dense, hp->n_layer);
 }
 
-static void describe_attention(const moe_model *m, char *text, size_t bytes)
+static void describe_heads(const moe_hparams *hp, char *text, size_t bytes)
 {
-    const moe_hparams *hp = &m->hp;
-    uint32_t n_recurrent = 0, n_local = 0, attention = 0, global = 0;
-    for (uint32_t i = hp->n_layer; i-- > 0;)
-        layer_is_recurrent(hp, i) ? n_recurrent++ : (attention = i);
-    for (uint32_t i = 0; i < hp->n_layer; i++)
-        global = layer_is_local(hp, i) || layer_is_recurrent(hp, i) ? global : i;
-    for (uint32_t i = 0; i < hp->n_layer; i++)
-        n_local += layer_is_local(hp, i);
-    const moe_layer *first = &m->layers[attention];
-    text[0] = 0;
     if (hparams_latent(hp)) {
         describe_add(text, bytes, "multi-head latent: %u heads, %u + %u values kept per token",
                      hp->n_head, hp->n_latent, hp->n_rot);
         if (hp->n_latent_q)
             describe_add(text, bytes, ", queries from %u", hp->n_latent_q);
-    } else {
-        describe_add(text, bytes, "%s: %u heads", hp->n_head == hp->n_head_kv ? "multi-head"
-                                                  : hp->n_head_kv == 1        ? "multi-query"
-                                                                              : "grouped-query",
-                     hp->n_head);
-        if (hp->n_head != hp->n_head_kv)
-            describe_add(text, bytes, " on %u", hp->n_head_kv);
+        return;
     }
-    if (weight_present(&first->q_norm))
-        describe_add(text, bytes, ", norms of q and k");
-    if (weight_present(&first->sinks))
-        describe_add(text, bytes, ", sinks");
-    if (n_local && n_local < hp->n_layer)
-        describe_add(text, bytes, ", window of %u in %u of %u layers", hp->window, n_local,
-                     hp->n_layer);
-    else if (n_local)
+    describe_add(text, bytes, "%s: %u heads", hp->n_head == hp->n_head_kv ? "multi-head"
+                                              : hp->n_head_kv == 1        ? "multi-query"
+                                                                          : "grouped-query",
+                 hp->n_head);
+    if (hp->n_head != hp->n_head_kv)
+        describe_add(text, bytes, " on %u", hp->n_head_kv);
+}
+
+/* Where local layers look, and how they differ from the global ones. */
+static void describe_window(const moe_model *m, char *text, size_t bytes)
+{
+    const moe_hparams *hp = &m->hp;
+    uint32_t n_local = 0, global = 0;
+    for (uint32_t i = 0; i < hp->n_layer; i++) {
+        n_local += layer_is_local(hp, i);
+        global = layer_is_local(hp, i) || layer_is_recurrent(hp, i) ? global : i;
+    }
+    if (n_local)
         describe_add(text, bytes, ", window of %u", hp->window);
+    if (n_local && n_local < hp->n_layer)
+        describe_add(text, bytes, " in %u of %u layers", n_local, hp->n_layer);
     if (hp->local.n_kv != hp->n_head_kv || hp->local.dim != hp->head_dim)
         describe_add(text, bytes, ", there on %u of %u elements, elsewhere %u", hp->local.n_kv,
                      hp->local.dim, hp->head_dim);
     if (hp->v_norm && !weight_present(&m->layers[global].wv))
         describe_add(text, bytes, ", values from keys in global layers");
+}
+
+static void describe_rope(const moe_model *m, char *text, size_t bytes)
+{
+    const moe_rope_params *rope = &m->hp.rope;
+    if (rope->scaling != ROPE_PLAIN)
+        describe_add(text, bytes, ", %s x%g", rope->scaling == ROPE_YARN ? "YaRN" : "linear RoPE",
+                     (double)rope->factor);
+    if (rope->divided && weight_present(&m->globals.rope_freqs))
+        describe_add(text, bytes, ", RoPE frequencies divided by a table");
+}
+
+/* What stands in place of attention in the other layers. */
+static void describe_recurrence(const moe_hparams *hp, char *text, size_t bytes)
+{
+    uint32_t n_recurrent = 0;
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        n_recurrent += layer_is_recurrent(hp, i);
+    if (!n_recurrent)
+        return;
+    describe_add(text, bytes, "; %u of %u layers have a ", n_recurrent, hp->n_layer);
+    if (hp->delta.n_head)
+        describe_add(text, bytes, "gated delta rule instead: %u heads on %u, states of %u x %u",
+                     hp->delta.n_head, hp->delta.n_head_k, hp->delta.dim_k, hp->delta.dim_v);
+    else
+        describe_add(text, bytes, "convolution over %u positions instead", hp->n_conv);
+}
+
+static void describe_attention(const moe_model *m, char *text, size_t bytes)
+{
+    const moe_hparams *hp = &m->hp;
+    uint32_t first = 0; // with attention
+    while (first + 1 < hp->n_layer && layer_is_recurrent(hp, first))
+        first++;
+    text[0] = 0;
+    describe_heads(hp, text, bytes);
+    if (weight_present(&m->layers[first].q_norm))
+        describe_add(text, bytes, ", norms of q and k");
+    if (weight_present(&m->layers[first].sinks))
+        describe_add(text, bytes, ", sinks");
+    describe_window(m, text, bytes);
     if (hp->q_gated)
         describe_add(text, bytes, ", gated");
-    if (hp->delta.n_head)
-        describe_add(text, bytes, "; %u of %u layers have a gated delta rule instead: %u heads on "
-                     "%u, states of %u x %u", n_recurrent, hp->n_layer, hp->delta.n_head,
-                     hp->delta.n_head_k, hp->delta.dim_k, hp->delta.dim_v);
-    else if (n_recurrent)
-        describe_add(text, bytes, "; %u of %u layers have a convolution over %u positions instead",
-                     n_recurrent, hp->n_layer, hp->n_conv);
-    if (hp->rope.scaling != ROPE_PLAIN)
-        describe_add(text, bytes, ", %s x%g",
-                     hp->rope.scaling == ROPE_YARN ? "YaRN" : "linear RoPE",
-                     (double)hp->rope.factor);
+    describe_rope(m, text, bytes);
+    describe_recurrence(hp, text, bytes);
 }
 
 /* Fills the texts of a model whose weights are bound. */

@@ -866,8 +866,56 @@ static void run_convert_tests(void) {}
 
 #endif
 
+/* What `moe info` says of a model's router and attention. */
+static void families_are_described(void)
+{
+    static const char *const words[][3] = {
+        {"deepseek3",
+         "best 4 of 20 by sigmoid and a bias for the selection, from 2 of 5 groups by their best "
+         "two, weights renormalized, times 2.5; 1 shared, width 12; 1 leading dense layer",
+         "multi-head latent: 3 heads, 26 + 8 values kept per token, queries from 15, YaRN x8"},
+        {"deepseek2-groups",
+         "best 3 of 12 by softmax, from 2 of 4 groups by their best, times 2.5; 1 shared, width "
+         "13; 1 leading dense layer",
+         "multi-head latent: 5 heads, 20 + 4 values kept per token, queries from 17"},
+        {"mixtral", "best 2 of 5 by softmax, weights renormalized", "multi-query: 3 heads on 1"},
+        {"olmoe", "best 3 of 6 by softmax", "multi-head: 5 heads, norms of q and k"},
+        {"qwen2moe", "best 3 of 7 by softmax; 1 shared behind a sigmoid gate, width 27",
+         "multi-query: 5 heads on 1"},
+        {"gpt-oss", "best 3 of 6 by softmax over those",
+         "grouped-query: 6 heads on 2, sinks, window of 5 in 2 of 3 layers, YaRN x8"},
+        {"lfm2moe-4",
+         "best 2 of 5 by sigmoid and a bias for the selection, weights renormalized, times 1.5",
+         "grouped-query: 6 heads on 3, norms of q and k; 2 of 3 layers have a convolution over 4 "
+         "positions instead"},
+        {"qwen35moe",
+         "best 3 of 7 by softmax, weights renormalized; 1 shared behind a sigmoid gate, width 11",
+         "multi-query: 3 heads on 1, norms of q and k, gated; 3 of 4 layers have a gated delta "
+         "rule instead: 4 heads on 2, states of 10 x 10"},
+        {"gemma4",
+         "best 2 of 6 by softmax, weights renormalized; beside a dense feed-forward, width 19",
+         "multi-query: 4 heads on 1, norms of q and k, window of 5 in 2 of 4 layers, there on 2 "
+         "of 10 elements, elsewhere 16, values from keys in global layers, RoPE frequencies "
+         "divided by a table"},
+        {"llama-llama3", "", "multi-query: 3 heads on 1, RoPE frequencies divided by a table"},
+        {"gemma3-linear", "",
+         "multi-query: 5 heads on 1, norms of q and k, window of 5 in 5 of 6 layers, linear RoPE "
+         "x8"},
+    };
+    for (size_t i = 0; i < MOE_COUNT(words); i++) {
+        moe_model *model = open_fixture(words[i][0]);
+        REQUIRE(model, "no %s", words[i][0]);
+        moe_model_info info = {.size = sizeof info};
+        moe_model_get_info(model, &info);
+        CHECK(!strcmp(info.router, words[i][1]), "%s: %s", words[i][0], info.router);
+        CHECK(!strcmp(info.attention, words[i][2]), "%s: %s", words[i][0], info.attention);
+        moe_model_close(model);
+    }
+}
+
 TEST_PROGRAM(observe)
 {
+    RUN(families_are_described);
     RUN(every_family_shows_every_matrix);
     RUN(what_is_shown_is_what_is_computed);
     RUN(tokens_computed_anew_are_not_shown);
