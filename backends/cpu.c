@@ -276,9 +276,24 @@ static uint32_t cpu_count_tasks(void *job, uint32_t phase)
     return p->per_active_expert ? p->n_task * q->n_active : p->n_task;
 }
 
+/* While a thread waits it fetches the beginning of its share of the next product, unless experts,
+ * whose choice is not known yet, come before it. */
+static void cpu_look_ahead(void *job, uint32_t phase, uint32_t thread, cpu_upcoming *ahead)
+{
+    const moe_queue *q = job;
+    const cpu_phase *p = q->phases + phase, *end = q->phases + q->n_phase;
+    do
+        p++;
+    while (p < end && p->run != cpu_matmul && p->run != cpu_experts);
+    if (p == end || p->run != cpu_matmul)
+        *ahead = (cpu_upcoming){0};
+    else if (p->op != ahead->op)
+        *ahead = cpu_matmul_ahead(p->op, cpu_first_task(p->n_task, thread, q->options.n_threads));
+}
+
 static moe_status cpu_submit(moe_queue *q, moe_error *error)
 {
-    const cpu_job job = {q, q->n_phase, cpu_run_task, cpu_count_tasks};
+    const cpu_job job = {q, q->n_phase, cpu_run_task, cpu_count_tasks, cpu_look_ahead};
     cpu_pool_run(&q->pool, &job);
     q->n_op = q->n_phase = 0;
     if (!atomic_load(&q->cancelled))
@@ -291,7 +306,7 @@ static moe_status cpu_submit(moe_queue *q, moe_error *error)
  * up until the caller's submit reports it. */
 static void cpu_flush(moe_queue *q)
 {
-    const cpu_job job = {q, q->n_phase, cpu_run_task, cpu_count_tasks};
+    const cpu_job job = {q, q->n_phase, cpu_run_task, cpu_count_tasks, cpu_look_ahead};
     cpu_pool_run(&q->pool, &job);
     q->n_op = q->n_phase = 0;
 }

@@ -25,6 +25,7 @@ enum {
     CPU_TILE = CPU_TOK_TILE * CPU_ROW_TILE, /* floats of a task's result tile */
     CPU_DECODE_ROWS = 4096,     /* the most rows of a decode task */
     CPU_DECODE_BYTES = 1 << 16, /* weights per decode task */
+    CPU_AHEAD_BYTES = 128 << 10, /* of weights fetched while a thread waits: well below L2 */
     CPU_ELEMENTS = 8192,    /* elements per task of the element-wise operations */
     CPU_SEGMENT = 256,      /* positions over which a softmax is computed in one piece */
     CPU_KEY_BLOCK = 64,     /* positions converted to float at once: they stay in L1/L2 */
@@ -228,18 +229,40 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
     }
 }
 
-/* Phase 2: a chunk of rows of one of the matrices times a chunk of the tokens. */
-static void cpu_matmul(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+/* The matrix of a task of phase 2, its first row and its first token. */
+static uint32_t cpu_matmul_task(const cpu_op *op, uint32_t task, uint64_t *row, uint32_t *tok)
 {
     const moe_matmul_op *o = &op->u.matmul;
     const uint32_t n_part = cpu_ceil_div(o->n_tok, op->tok_chunk);
     uint32_t i = 0;
     for (uint32_t n; task >= (n = cpu_ceil_div(o->out[i].w->dims[1], op->chunk) * n_part); i++)
         task -= n;
-    const uint64_t row = (uint64_t)(task / n_part) * op->chunk;
-    const uint32_t tok = task % n_part * op->tok_chunk;
+    *row = (uint64_t)(task / n_part) * op->chunk;
+    *tok = task % n_part * op->tok_chunk;
+    return i;
+}
+
+/* Phase 2: a chunk of rows of one of the matrices times a chunk of the tokens. */
+static void cpu_matmul(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
+{
+    const moe_matmul_op *o = &op->u.matmul;
+    uint64_t row;
+    uint32_t tok;
+    const uint32_t i = cpu_matmul_task(op, task, &row, &tok);
     cpu_matmul_rows(q, o, i, (size_t)row, (size_t)MOE_MIN(op->chunk, o->out[i].w->dims[1] - row),
                     tok, MOE_MIN(o->n_tok, tok + op->tok_chunk), q->scratch[thread].tile);
+}
+
+/* The weights with which a thread's share of phase 2 begins. */
+static cpu_upcoming cpu_matmul_ahead(const cpu_op *op, uint32_t first_task)
+{
+    uint64_t row;
+    uint32_t tok;
+    const moe_weight *w = op->u.matmul.out[cpu_matmul_task(op, first_task, &row, &tok)].w;
+    const uintptr_t next =
+        (uintptr_t)(w->data.buffer->data + w->data.offset + row * w->row_bytes);
+    const uint64_t bytes = MOE_MIN((w->dims[1] - row) * w->row_bytes, CPU_AHEAD_BYTES);
+    return (cpu_upcoming){op, next, next + (uintptr_t)bytes};
 }
 
 /* Rows per task: enough weights to be worth a task, enough tasks to keep all threads busy. */

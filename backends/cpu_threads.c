@@ -12,7 +12,8 @@
  *
  * A thread that waits spins for a short while, since in decode the next phase or job comes within
  * microseconds, then offers its core to others, then sleeps: on a busy machine the thread that it
- * waits for may need the core. */
+ * waits for may need the core. Between phases it first fetches what it will read next, so that
+ * memory is not idle while it waits. */
 #ifndef MOE_BACKENDS_CPU_THREADS_C
 #define MOE_BACKENDS_CPU_THREADS_C
 
@@ -22,10 +23,17 @@
 enum {
     CPU_SPIN_BARRIER = 2000, /* pauses before a waiting thread offers its core to others */
     CPU_YIELD_BARRIER = 20,  /* offers before it sleeps */
-    CPU_SPIN_IDLE = 20000    /* pauses before an idle worker sleeps: about half a millisecond */
+    CPU_SPIN_IDLE = 20000,   /* pauses before an idle worker sleeps: about half a millisecond */
+    CPU_FETCH = 256          /* bytes fetched before a waiting thread looks up again */
 };
 
 typedef struct cpu_pool cpu_pool;
+
+/* Memory that a thread will read once it need not wait any longer. */
+typedef struct cpu_upcoming {
+    const void *op;      // that reads it
+    uintptr_t next, end; // what has not been fetched yet
+} cpu_upcoming;
 
 /* One task of a phase. `thread` < n_threads names the memory that the task may scribble in. */
 typedef void cpu_task_fn(void *job, uint32_t phase, uint32_t task, uint32_t thread);
@@ -36,6 +44,9 @@ typedef struct cpu_job {
     cpu_task_fn *run;
     /* Tasks of a phase; asked when the phases before it are done. */
     uint32_t (*n_task)(void *job, uint32_t phase);
+    /* Sets `ahead` to what the thread reads after `phase`, unless it is that already. Called while
+     * the thread does not count as waiting yet: until then no phase can change. May be NULL. */
+    void (*look_ahead)(void *job, uint32_t phase, uint32_t thread, cpu_upcoming *ahead);
 } cpu_job;
 
 /* What is left of a thread's share of the running phase: tasks [next, end), next in the low half.
@@ -101,11 +112,17 @@ static void cpu_wake(cpu_pool *pool, _Atomic uint32_t *counter, uint32_t value)
     }
 }
 
+/* Where a thread's share of n_task tasks begins. */
+MOE_INLINE uint32_t cpu_first_task(uint32_t n_task, uint32_t thread, uint32_t n_threads)
+{
+    return (uint32_t)((uint64_t)n_task * thread / n_threads);
+}
+
 static void cpu_deal(cpu_pool *pool, uint32_t n_task)
 {
-    for (uint64_t i = 0; i < pool->n_threads; i++) {
-        const uint64_t next = n_task * i / pool->n_threads;
-        const uint64_t end = n_task * (i + 1) / pool->n_threads;
+    for (uint32_t i = 0; i < pool->n_threads; i++) {
+        const uint64_t next = cpu_first_task(n_task, i, pool->n_threads);
+        const uint64_t end = cpu_first_task(n_task, i + 1, pool->n_threads);
         atomic_store_explicit(&pool->shares[i].left, end << 32 | next, memory_order_relaxed);
     }
 }
@@ -154,9 +171,19 @@ static uint32_t cpu_advance(cpu_pool *pool, uint32_t phase, uint32_t thread)
     return phase;
 }
 
+/* Fetches a little; false if there is nothing left. A hint: no address can make it fail. */
+static bool cpu_fetch_upcoming(cpu_upcoming *ahead)
+{
+    if (ahead->next >= ahead->end)
+        return false;
+    for (uintptr_t stop = ahead->next + CPU_FETCH; ahead->next < stop; ahead->next += 64)
+        __builtin_prefetch((const void *)ahead->next, 0, 2);
+    return true;
+}
+
 /* Waits until all threads are here; the last one to arrive prepares what comes next. Returns the
  * phase that follows `phase`. */
-static uint32_t cpu_barrier(cpu_pool *pool, uint32_t phase, uint32_t thread)
+static uint32_t cpu_barrier(cpu_pool *pool, uint32_t phase, uint32_t thread, cpu_upcoming *ahead)
 {
     const uint32_t seen = atomic_load_explicit(&pool->gate, memory_order_relaxed);
     if (atomic_fetch_add_explicit(&pool->n_arrived, 1, memory_order_acq_rel) + 1 ==
@@ -167,6 +194,8 @@ static uint32_t cpu_barrier(cpu_pool *pool, uint32_t phase, uint32_t thread)
         return next;
     }
     uint32_t now = seen;
+    while (now == seen && cpu_fetch_upcoming(ahead))
+        now = atomic_load_explicit(&pool->gate, memory_order_acquire);
     for (uint32_t i = pool->crowded ? CPU_SPIN_BARRIER : 0;
          i < CPU_SPIN_BARRIER + CPU_YIELD_BARRIER && now == seen; i++) {
         if (i < CPU_SPIN_BARRIER)
@@ -186,9 +215,12 @@ static uint32_t cpu_barrier(cpu_pool *pool, uint32_t phase, uint32_t thread)
 static void cpu_work(cpu_pool *pool, uint32_t thread)
 {
     const cpu_job job = pool->job; /* a copy: after the last barrier the next job may be written */
+    cpu_upcoming ahead = {0};
     for (uint32_t phase = pool->first_phase; phase < job.n_phase;) {
         cpu_run_phase(pool, &job, phase, thread);
-        phase = cpu_barrier(pool, phase, thread);
+        if (job.look_ahead)
+            job.look_ahead(job.arg, phase, thread, &ahead);
+        phase = cpu_barrier(pool, phase, thread, &ahead);
     }
 }
 

@@ -371,7 +371,7 @@ static void sleeping_threads_are_woken(void)
 {
     const uint32_t n_threads = plat_n_cores() + 1;
     pool_work work = {.n_task = n_threads};
-    const cpu_job phases = {&work, POOL_PHASES, pool_count, pool_n_task};
+    const cpu_job phases = {&work, POOL_PHASES, pool_count, pool_n_task, NULL};
     moe_mem mem = {0};
     cpu_pool pool;
     mem_init(&mem, NULL, 0);
