@@ -183,36 +183,57 @@ MOE_AVX2_INLINE __m256i iq4_xs_madd_avx2(__m256i acc, __m256i value, __m256i x, 
     return _mm256_add_epi32(acc, _mm256_madd_epi16(part, scale));
 }
 
-/* `scale` is that of group 2p in the lower half, of 2p + 1 in the upper. */
-MOE_AVX2_INLINE __m256i iq4_xs_dot64_avx2(__m256i acc, const uint8_t *qs, const int8_t *q,
-                                          __m256i scale)
+/* Groups 2p and 2p + 1 in the halves of a vector, k 0..15 of both, then k 16..31. */
+MOE_AVX2_INLINE void iq4_xs_codes_avx2(const uint8_t *block, size_t half, __m256i code[4])
 {
-    const uint8_t *x = (const uint8_t *)q;
-    __m256i low, high;
-    iq4_xs_values_avx2(x86_k_load(qs), &low, &high);
-    acc = iq4_xs_madd_avx2(acc, low, x86_load_pair(x, x + 32), scale);
-    return iq4_xs_madd_avx2(acc, high, x86_load_pair(x + 16, x + 48), scale);
+    const uint8_t *qs = block + offsetof(iq4_xs_block, qs) + 64 * half;
+    iq4_xs_values_avx2(x86_k_load(qs), &code[0], &code[1]);
+    iq4_xs_values_avx2(x86_k_load(qs + 32), &code[2], &code[3]);
 }
 
-MOE_AVX2_INLINE __m256i iq4_xs_dot_avx2(const uint8_t *w, const int8_t *q)
+/* `scales`: groups 0, 2, 4, 6 | 1, 3, 5, 7 of the superblock. */
+MOE_AVX2_INLINE void iq4_xs_half_avx2(const __m256i code[4], __m256i scales, const x86_k_tokens *x,
+                                      size_t at, size_t n_tok, __m256i *sum)
 {
-    const iq4_xs_block *block = (const iq4_xs_block *)w;
-    const __m256i s = iq4_xs_scales_avx2(block);
-    __m256i acc = _mm256_setzero_si256();
-    acc = iq4_xs_dot64_avx2(acc, block->qs, q, _mm256_shuffle_epi32(s, 0x00));
-    acc = iq4_xs_dot64_avx2(acc, block->qs + 32, q + 64, _mm256_shuffle_epi32(s, 0x55));
-    acc = iq4_xs_dot64_avx2(acc, block->qs + 64, q + 128, _mm256_shuffle_epi32(s, 0xaa));
-    return iq4_xs_dot64_avx2(acc, block->qs + 96, q + 192, _mm256_shuffle_epi32(s, 0xff));
+    const __m256i scale[2] = {_mm256_shuffle_epi32(scales, 0x00),
+                              _mm256_shuffle_epi32(scales, 0x55)};
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        const uint8_t *q = (const uint8_t *)x->tok[t].q + at;
+        sum[t] = iq4_xs_madd_avx2(sum[t], code[0], x86_load_pair(q, q + 32), scale[0]);
+        sum[t] = iq4_xs_madd_avx2(sum[t], code[1], x86_load_pair(q + 16, q + 48), scale[0]);
+        sum[t] = iq4_xs_madd_avx2(sum[t], code[2], x86_load_pair(q + 64, q + 96), scale[1]);
+        sum[t] = iq4_xs_madd_avx2(sum[t], code[3], x86_load_pair(q + 80, q + 112), scale[1]);
+    }
 }
 
-MOE_AVX2_INLINE void iq4_xs_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
-                                      const int16_t *sum, x86_k_sums *out)
+MOE_AVX2_INLINE void iq4_xs_dot8_avx2(const uint8_t *w, const x86_k_tokens *x, size_t b,
+                                      size_t n_tok, x86_k_half_fn *half, x86_k_sums *out)
 {
-    (void)sum;
-    __m256i dot[8];
-    for (size_t r = 0; r < 8; r++)
-        dot[r] = iq4_xs_dot_avx2(row[r] + offset, q);
-    x86_k_sum_rows(dot, dot, row, offset + offsetof(iq4_xs_block, d), X86_K_NO_MIN, out);
+    const uint8_t *block[8];
+    __m256i dot[X86_K_FEWEST][8];
+    x86_k_blocks(w, sizeof(iq4_xs_block), block);
+    for (size_t i = 0; i < 8; i++, w += sizeof(iq4_xs_block)) {
+        const __m256i scales = iq4_xs_scales_avx2((const iq4_xs_block *)w);
+        __m256i sum[X86_K_FEWEST], code[4];
+        x86_k_fetch(w, sizeof(iq4_xs_block));
+        MOE_UNROLL
+        for (size_t t = 0; t < n_tok; t++)
+            sum[t] = _mm256_setzero_si256();
+        iq4_xs_codes_avx2(w, 0, code);
+        half(code, scales, x, x->at[b + i], n_tok, sum);
+        iq4_xs_codes_avx2(w, 1, code);
+        half(code, _mm256_bsrli_epi128(scales, 8), x, x->at[b + i] + 128, n_tok, sum);
+        MOE_UNROLL
+        for (size_t t = 0; t < n_tok; t++)
+            dot[t][i] = sum[t];
+    }
+    const __m256 d = x86_f16x8(block, offsetof(iq4_xs_block, d));
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        out[t].dot = x86_sum8_i32(dot[t]);
+        out[t].d = d;
+    }
 }
 
 MOE_AVX2 static void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -238,19 +259,16 @@ MOE_AVX2 static void iq4_xs_load_avx2(const uint8_t *const row[8], size_t offset
 
 static const x86_format iq4_xs_x86 = {K_LEN, sizeof(iq4_xs_block), 128, iq4_xs_load_avx2};
 
-MOE_AVX2 static void iq4_xs_gemv_avx2(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(iq4_xs_block), X86_K_NO_MIN, iq4_xs_dot8_avx2);
-}
+X86_K_GEMV(iq4_xs, avx2, MOE_AVX2, X86_K_NO_MIN, iq4_xs_half_avx2)
 
 static void iq4_xs_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &iq4_xs_x86, x86_k32_i8_avx2, iq4_xs_gemv_avx2);
+    x86_k_gemm(mm, &iq4_xs_x86, x86_k32_i8_avx2, iq4_xs_gemv_avx2, iq4_xs_gemv2_avx2);
 }
 
 static void iq4_xs_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &iq4_xs_x86, x86_k32_i8_avxvnni, iq4_xs_gemv_avx2);
+    x86_k_gemm(mm, &iq4_xs_x86, x86_k32_i8_avxvnni, iq4_xs_gemv_avx2, iq4_xs_gemv2_avx2);
 }
 
 /* -- AVX-512 VNNI -- */

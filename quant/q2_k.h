@@ -121,28 +121,26 @@ MOE_AVX2_INLINE void q2_k_scales_avx2(const q2_k_block *block, __m128i *scale, _
     *min = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
 }
 
-MOE_AVX2_INLINE __m256i q2_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum,
-                                      __m256i *min)
+/* Codes times 1, 4, 16, 16: hardly a shift is needed. */
+MOE_AVX2_INLINE void q2_k_half_avx2(const uint8_t *block, size_t half, __m256i code[4])
 {
-    const q2_k_block *block = (const q2_k_block *)w;
-    __m128i scales, mins;
-    q2_k_scales_avx2(block, &scales, &mins);
-    const x86_k_scales16 s = x86_k_spread16(scales);
-    __m256i code[4], acc = _mm256_setzero_si256();
-    q2_k_codes_avx2(x86_k_load(block->qs), code);
-    acc = x86_k_madd128(acc, code, q, s.low);
-    q2_k_codes_avx2(x86_k_load(block->qs + 32), code);
-    *min = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x86_k_load(sum));
-    return x86_k_madd128(acc, code, q + 128, s.high);
+    const __m256i v = x86_k_load(block + offsetof(q2_k_block, qs) + 32 * half);
+    code[0] = _mm256_and_si256(v, _mm256_set1_epi8(3));
+    code[1] = _mm256_and_si256(v, _mm256_set1_epi8(12));
+    code[2] = _mm256_and_si256(v, _mm256_set1_epi8(48));
+    code[3] = _mm256_and_si256(_mm256_srli_epi16(v, 2), _mm256_set1_epi8(48));
 }
 
-MOE_AVX2_INLINE void q2_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
-                                    const int16_t *sum, x86_k_sums *out)
+MOE_AVX2_INLINE void q2_k_both_avx2(const uint8_t *block, __m128i *scale, __m128i *min)
 {
-    __m256i dot[8], min[8];
-    for (size_t r = 0; r < 8; r++)
-        dot[r] = q2_k_dot_avx2(row[r] + offset, q, sum, &min[r]);
-    x86_k_sum_rows(dot, min, row, offset + offsetof(q2_k_block, d), X86_K_FLOAT_MIN, out);
+    q2_k_scales_avx2((const q2_k_block *)block, scale, min);
+}
+
+MOE_AVX2_INLINE void q2_k_dot8_avx2(const uint8_t *w, const x86_k_tokens *x, size_t b, size_t n_tok,
+                                    x86_k_half_fn *half, x86_k_sums *out)
+{
+    static const x86_k_group16 f = {sizeof(q2_k_block), offsetof(q2_k_block, d), true, 0, true};
+    x86_k_dot8_16(w, &f, q2_k_half_avx2, q2_k_both_avx2, x, b, n_tok, half, out);
 }
 
 MOE_AVX2 static void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -176,19 +174,17 @@ MOE_AVX2 static void q2_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 
 static const x86_format q2_k_x86 = {K_LEN, sizeof(q2_k_block), 0, q2_k_load_avx2};
 
-MOE_AVX2 static void q2_k_gemv_avx2(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(q2_k_block), X86_K_FLOAT_MIN, q2_k_dot8_avx2);
-}
+X86_K_GEMV(q2_k, avx2, MOE_AVX2, X86_K_FLOAT_MIN, x86_k_half16_avx2)
+X86_K_GEMV(q2_k, avxvnni, MOE_AVX_VNNI, X86_K_FLOAT_MIN, x86_k_half16_avxvnni)
 
 static void q2_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q2_k_x86, x86_k16_u4_min_avx2, q2_k_gemv_avx2);
+    x86_k_gemm(mm, &q2_k_x86, x86_k16_u4_min_avx2, q2_k_gemv_avx2, q2_k_gemv2_avx2);
 }
 
 static void q2_k_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q2_k_x86, x86_k16_min_avxvnni, q2_k_gemv_avx2);
+    x86_k_gemm(mm, &q2_k_x86, x86_k16_min_avxvnni, q2_k_gemv_avxvnni, q2_k_gemv2_avxvnni);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -316,7 +312,7 @@ static moe_kernels q2_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q2_k_gemv_avx2, q2_k_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
-        best.gemm = q2_k_gemm_avxvnni;
+        best = (moe_kernels){q2_k_gemv_avxvnni, q2_k_gemm_avxvnni};
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){q2_k_gemv_vnni512, q2_k_gemm_vnni512};
 #endif

@@ -147,27 +147,34 @@ MOE_AVX2_INLINE __m128i q3_k_scales_avx2(const q3_k_block *block)
     return _mm_sub_epi8(_mm_or_si128(l, h), _mm_set1_epi8(32));
 }
 
-MOE_AVX2_INLINE __m256i q3_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum)
+/* Codes + 4 times 1, 4, 16, 16: hardly a shift is needed. */
+MOE_AVX2_INLINE void q3_k_half_avx2(const uint8_t *block, size_t half, __m256i code[4])
 {
-    const q3_k_block *block = (const q3_k_block *)w;
-    const __m128i scales = q3_k_scales_avx2(block);
-    const x86_k_scales16 s = x86_k_spread16(scales);
-    const __m256i high = x86_k_load(block->hmask);
-    __m256i code[4], acc = _mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), x86_k_load(sum));
-    acc = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), acc), 2);
-    q3_k_codes_avx2(x86_k_load(block->qs), _mm256_slli_epi16(high, 2), code);
-    acc = x86_k_madd128(acc, code, q, s.low);
-    q3_k_codes_avx2(x86_k_load(block->qs + 32), _mm256_srli_epi16(high, 2), code);
-    return x86_k_madd128(acc, code, q + 128, s.high);
+    const __m256i v = x86_k_load(block + offsetof(q3_k_block, qs) + 32 * half);
+    __m256i h = x86_k_load(block + offsetof(q3_k_block, hmask));
+    if (half == 0)
+        h = _mm256_slli_epi16(h, 4);
+    const __m256i h1 = _mm256_srli_epi16(h, 1);
+    code[0] = q3_k_join_avx2(v, _mm256_srli_epi16(h, 2));
+    code[1] = _mm256_or_si256(_mm256_and_si256(v, _mm256_set1_epi8(12)),
+                              _mm256_and_si256(h1, _mm256_set1_epi8(16)));
+    code[2] = _mm256_or_si256(_mm256_and_si256(v, _mm256_set1_epi8(48)),
+                              _mm256_and_si256(h, _mm256_set1_epi8(64)));
+    code[3] = _mm256_or_si256(
+        _mm256_and_si256(_mm256_srli_epi16(v, 2), _mm256_set1_epi8(48)),
+        _mm256_and_si256(h1, _mm256_set1_epi8(64)));
 }
 
-MOE_AVX2_INLINE void q3_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
-                                    const int16_t *sum, x86_k_sums *out)
+MOE_AVX2_INLINE void q3_k_both_avx2(const uint8_t *block, __m128i *scale, __m128i *min)
 {
-    __m256i dot[8];
-    for (size_t r = 0; r < 8; r++)
-        dot[r] = q3_k_dot_avx2(row[r] + offset, q, sum);
-    x86_k_sum_rows(dot, dot, row, offset + offsetof(q3_k_block, d), X86_K_NO_MIN, out);
+    *scale = *min = q3_k_scales_avx2((const q3_k_block *)block);
+}
+
+MOE_AVX2_INLINE void q3_k_dot8_avx2(const uint8_t *w, const x86_k_tokens *x, size_t b, size_t n_tok,
+                                    x86_k_half_fn *half, x86_k_sums *out)
+{
+    static const x86_k_group16 f = {sizeof(q3_k_block), offsetof(q3_k_block, d), false, 2, true};
+    x86_k_dot8_16(w, &f, q3_k_half_avx2, q3_k_both_avx2, x, b, n_tok, half, out);
 }
 
 MOE_AVX2 static void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -205,19 +212,16 @@ MOE_AVX2 static void q3_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 
 static const x86_format q3_k_x86 = {K_LEN, sizeof(q3_k_block), 4, q3_k_load_avx2};
 
-MOE_AVX2 static void q3_k_gemv_avx2(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(q3_k_block), X86_K_NO_MIN, q3_k_dot8_avx2);
-}
+X86_K_GEMV(q3_k, avx2, MOE_AVX2, X86_K_NO_MIN, x86_k_half16_avx2)
 
 static void q3_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q3_k_x86, x86_k16_u6_avx2, q3_k_gemv_avx2);
+    x86_k_gemm(mm, &q3_k_x86, x86_k16_u6_avx2, q3_k_gemv_avx2, q3_k_gemv2_avx2);
 }
 
 static void q3_k_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q3_k_x86, x86_k16_avxvnni, q3_k_gemv_avx2);
+    x86_k_gemm(mm, &q3_k_x86, x86_k16_avxvnni, q3_k_gemv_avx2, q3_k_gemv2_avx2);
 }
 
 /* -- AVX-512 VNNI -- */

@@ -106,44 +106,22 @@ static void q4_k_mm_c(const moe_mm *mm)
 /* -- AVX2 -- */
 #if MOE_X86
 
-/* acc[r] += groups g and g + 1 (constant, g even) of rows r and r + 4. Two products of two,
- * 4 * 127 * 15, fit into 16 bits. */
-MOE_AVX2_INLINE void q4_k_dot64_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
-                                     const x86_k_header *h, int g, __m256i acc[4])
+MOE_AVX2_INLINE void q4_k_codes_avx2(const uint8_t *block, size_t half, __m256i code[4])
 {
     const __m256i mask = _mm256_set1_epi8(15);
-    const __m256i x0 = x86_load_twice(q), x1 = x86_load_twice(q + 16);
-    const __m256i x2 = x86_load_twice(q + 32), x3 = x86_load_twice(q + 48);
     MOE_UNROLL
-    for (int r = 0; r < 4; r++) {
-        __m256i v0 = x86_load_pair(row[r] + offset, row[r + 4] + offset);
-        __m256i v1 = x86_load_pair(row[r] + offset + 16, row[r + 4] + offset + 16);
-        __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(v0, mask), x0),
-                                       _mm256_maddubs_epi16(_mm256_and_si256(v1, mask), x1));
-        v0 = _mm256_and_si256(_mm256_srli_epi16(v0, 4), mask);
-        v1 = _mm256_and_si256(_mm256_srli_epi16(v1, 4), mask);
-        __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(v0, x2), _mm256_maddubs_epi16(v1, x3));
-        low = _mm256_madd_epi16(low, x86_k_scale(h, r, g));
-        high = _mm256_madd_epi16(high, x86_k_scale(h, r, g + 1));
-        acc[r] = _mm256_add_epi32(acc[r], _mm256_add_epi32(low, high));
+    for (size_t p = 0; p < 2; p++) {
+        __m256i v = x86_k_load(block + offsetof(q4_k_block, qs) + 64 * half + 32 * p);
+        x86_pin(&v);
+        code[2 * p] = _mm256_and_si256(v, mask);
+        code[2 * p + 1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), mask);
     }
 }
 
-MOE_AVX2_INLINE void q4_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
-                                    const int16_t *sum, x86_k_sums *out)
+MOE_AVX2_INLINE void q4_k_dot8_avx2(const uint8_t *w, const x86_k_tokens *x, size_t b, size_t n_tok,
+                                    x86_k_half_fn *half, x86_k_sums *out)
 {
-    const x86_k_header h = x86_k_load_header(row, offset);
-    const size_t qs = offset + offsetof(q4_k_block, qs);
-    const __m256i zero = _mm256_setzero_si256();
-    __m256i acc[4] = {zero, zero, zero, zero};
-    q4_k_dot64_avx2(row, qs, q, &h, 0, acc);
-    q4_k_dot64_avx2(row, qs + 32, q + 64, &h, 2, acc);
-    q4_k_dot64_avx2(row, qs + 64, q + 128, &h, 4, acc);
-    q4_k_dot64_avx2(row, qs + 96, q + 192, &h, 6, acc);
-    out->dot = x86_sum4_i32(acc[0], acc[1], acc[2], acc[3]);
-    out->min = x86_k_min_sum(&h, sum);
-    out->d = h.d;
-    out->dmin = h.dmin;
+    x86_k_dot8_32(w, sizeof(q4_k_block), q4_k_codes_avx2, x, b, n_tok, half, out);
 }
 
 MOE_AVX2 static void q4_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -165,19 +143,17 @@ MOE_AVX2 static void q4_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 
 static const x86_format q4_k_x86 = {K_LEN, sizeof(q4_k_block), 0, q4_k_load_avx2};
 
-MOE_AVX2 static void q4_k_gemv_avx2(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(q4_k_block), X86_K_FLOAT_MIN, q4_k_dot8_avx2);
-}
+X86_K_GEMV(q4_k, avx2, MOE_AVX2, X86_K_FLOAT_MIN, x86_k_half32_avx2)
+X86_K_GEMV(q4_k, avxvnni, MOE_AVX_VNNI, X86_K_FLOAT_MIN, x86_k_half32_avxvnni)
 
 static void q4_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q4_k_x86, x86_k32_u4_min_avx2, q4_k_gemv_avx2);
+    x86_k_gemm(mm, &q4_k_x86, x86_k32_u4_min_avx2, q4_k_gemv_avx2, q4_k_gemv2_avx2);
 }
 
 static void q4_k_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q4_k_x86, x86_k32_min_avxvnni, q4_k_gemv_avx2);
+    x86_k_gemm(mm, &q4_k_x86, x86_k32_min_avxvnni, q4_k_gemv_avxvnni, q4_k_gemv2_avxvnni);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -261,7 +237,7 @@ static moe_kernels q4_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q4_k_gemv_avx2, q4_k_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
-        best.gemm = q4_k_gemm_avxvnni;
+        best = (moe_kernels){q4_k_gemv_avxvnni, q4_k_gemm_avxvnni};
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){q4_k_gemv_vnni512, q4_k_gemm_vnni512};
 #endif

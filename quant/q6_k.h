@@ -122,27 +122,22 @@ MOE_AVX2_INLINE void q6_k_codes_avx2(__m256i v0, __m256i v1, __m256i h, __m256i 
     code[3] = q6_k_join_avx2(_mm256_srli_epi16(v1, 4), _mm256_srli_epi16(h, 2));
 }
 
-MOE_AVX2_INLINE __m256i q6_k_dot_avx2(const uint8_t *w, const int8_t *q, const int16_t *sum)
+MOE_AVX2_INLINE void q6_k_half_avx2(const uint8_t *block, size_t half, __m256i code[4])
 {
-    const q6_k_block *block = (const q6_k_block *)w;
-    const __m128i scales = _mm_loadu_si128((const __m128i *)block->scales);
-    const x86_k_scales16 s = x86_k_spread16(scales);
-    __m256i code[4], acc = _mm256_madd_epi16(_mm256_cvtepi8_epi16(scales), x86_k_load(sum));
-    acc = _mm256_slli_epi32(_mm256_sub_epi32(_mm256_setzero_si256(), acc), 5);
-    q6_k_codes_avx2(x86_k_load(block->ql), x86_k_load(block->ql + 32), x86_k_load(block->qh), code);
-    acc = x86_k_madd128(acc, code, q, s.low);
-    q6_k_codes_avx2(x86_k_load(block->ql + 64), x86_k_load(block->ql + 96),
-                    x86_k_load(block->qh + 32), code);
-    return x86_k_madd128(acc, code, q + 128, s.high);
+    const uint8_t *ql = block + 64 * half, *qh = block + offsetof(q6_k_block, qh) + 32 * half;
+    q6_k_codes_avx2(x86_k_load(ql), x86_k_load(ql + 32), x86_k_load(qh), code);
 }
 
-MOE_AVX2_INLINE void q6_k_dot8_avx2(const uint8_t *const row[8], size_t offset, const int8_t *q,
-                                    const int16_t *sum, x86_k_sums *out)
+MOE_AVX2_INLINE void q6_k_scales_avx2(const uint8_t *block, __m128i *scale, __m128i *min)
 {
-    __m256i dot[8];
-    for (size_t r = 0; r < 8; r++)
-        dot[r] = q6_k_dot_avx2(row[r] + offset, q, sum);
-    x86_k_sum_rows(dot, dot, row, offset + offsetof(q6_k_block, d), X86_K_NO_MIN, out);
+    *scale = *min = _mm_loadu_si128((const __m128i *)(block + offsetof(q6_k_block, scales)));
+}
+
+MOE_AVX2_INLINE void q6_k_dot8_avx2(const uint8_t *w, const x86_k_tokens *x, size_t b, size_t n_tok,
+                                    x86_k_half_fn *half, x86_k_sums *out)
+{
+    static const x86_k_group16 f = {sizeof(q6_k_block), offsetof(q6_k_block, d), false, 5, false};
+    x86_k_dot8_16(w, &f, q6_k_half_avx2, q6_k_scales_avx2, x, b, n_tok, half, out);
 }
 
 MOE_AVX2 static void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -172,19 +167,17 @@ MOE_AVX2 static void q6_k_load_avx2(const uint8_t *const row[8], size_t offset, 
 
 static const x86_format q6_k_x86 = {K_LEN, sizeof(q6_k_block), 32, q6_k_load_avx2};
 
-MOE_AVX2 static void q6_k_gemv_avx2(const moe_mm *mm)
-{
-    x86_k_gemv(mm, sizeof(q6_k_block), X86_K_NO_MIN, q6_k_dot8_avx2);
-}
+X86_K_GEMV(q6_k, avx2, MOE_AVX2, X86_K_NO_MIN, x86_k_half16_avx2)
+X86_K_GEMV(q6_k, avxvnni, MOE_AVX_VNNI, X86_K_NO_MIN, x86_k_half16_avxvnni)
 
 static void q6_k_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q6_k_x86, x86_k16_u6_avx2, q6_k_gemv_avx2);
+    x86_k_gemm(mm, &q6_k_x86, x86_k16_u6_avx2, q6_k_gemv_avx2, q6_k_gemv2_avx2);
 }
 
 static void q6_k_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q6_k_x86, x86_k16_avxvnni, q6_k_gemv_avx2);
+    x86_k_gemm(mm, &q6_k_x86, x86_k16_avxvnni, q6_k_gemv_avxvnni, q6_k_gemv2_avxvnni);
 }
 
 /* -- AVX-512 VNNI -- */
@@ -306,7 +299,7 @@ static moe_kernels q6_k_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX2)
         best = (moe_kernels){q6_k_gemv_avx2, q6_k_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
-        best.gemm = q6_k_gemm_avxvnni;
+        best = (moe_kernels){q6_k_gemv_avxvnni, q6_k_gemm_avxvnni};
     if (cpu & MOE_CPU_AVX512_VNNI)
         best = (moe_kernels){q6_k_gemv_vnni512, q6_k_gemm_vnni512};
 #endif

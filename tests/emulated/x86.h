@@ -13,8 +13,9 @@
 
 #ifndef __AVX512F__ /* else SIMDe has taken the compiler's own */
 
-/* AVX-VNNI's instruction is AVX-512's under another name. */
+/* AVX-VNNI's instructions are AVX-512's under other names. */
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
+#define _mm256_dpwssd_avx_epi32 simde_mm256_dpwssd_epi32
 
 #define __mmask16 simde__mmask16
 #define __mmask64 simde__mmask64
