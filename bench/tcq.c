@@ -53,15 +53,15 @@ static void add(result *r, const matrix *m, const moe_quant *type, const uint8_t
     moe_error error;
     mem_init(&mem, NULL, 0);
     planes_packer *p = planes_open(&mem);
-    const size_t row_bytes = m->n_in / type->block_len * type->block_bytes;
-    const size_t n_blocks = m->n_row * m->n_in / type->block_len;
-    const size_t most = MOEFILE_SEGMENT_BYTES / type->block_bytes;
-    for (size_t b = 0; p && b < n_blocks; b += most)
-        if (planes_pack(p, type, blocks + b * type->block_bytes, MOE_MIN(most, n_blocks - b),
-                        "bench", &error)) {
+    const size_t per_row = m->n_in / type->block_len, row_bytes = per_row * type->block_bytes;
+    const size_t most = MOEFILE_SEGMENT_BYTES / row_bytes;
+    for (size_t i = 0; p && i < m->n_row; i += most) {
+        const moefile_blocks some = {type, MOE_MIN(most, m->n_row - i) * per_row, per_row};
+        if (planes_pack(p, &some, blocks + i * row_bytes, "bench", &error)) {
             fprintf(stderr, "%s\n", error.message);
             exit(1);
         }
+    }
     r->bits += 8.0 * (double)p->out.n;
     float *back = alloc(m->n_in * sizeof *back);
     for (size_t i = 0; i < m->n_row; i++) {

@@ -125,14 +125,18 @@ static moe_status alloc_put(void *self, encode_worker *w, const encode_task *tas
     if (!w->own && !(w->own = planes_open(w->mem)))
         return fail_memory(&w->error, w->mem, "compressor", MOEFILE_SEGMENT_BYTES);
     planes_packer *packer = w->own;
-    const size_t most = MOEFILE_SEGMENT_BYTES / task->type->block_bytes * task->type->block_bytes;
+    const size_t block_bytes = task->type->block_bytes;
+    const size_t per_row = (size_t)(task->t->row_len / task->type->block_len);
+    const size_t row_bytes = per_row * block_bytes;
+    const size_t most = MOEFILE_SEGMENT_BYTES / row_bytes * row_bytes;
     packer->out.n = packer->n_segments = 0;
-    for (size_t at = 0, n; at < w->blocks.n && !status; at += n) {
+    for (size_t at = 0, n; most && at < w->blocks.n && !status; at += n) {
         n = MOE_MIN(w->blocks.n - at, most);
-        status = planes_pack(packer, task->type, w->blocks.data + at, n / task->type->block_bytes,
-                             task->t->name, &w->error);
+        const moefile_blocks blocks = {task->type, n / block_bytes, per_row};
+        status = planes_pack(packer, &blocks, w->blocks.data + at, task->t->name, &w->error);
     }
-    p->packed = packer->out.n;
+    if (most)
+        p->packed = packer->out.n;
     return status;
 }
 

@@ -218,9 +218,14 @@ static void tcq_encode_steps(const tcq_plan *p, tcq_search *x, const float *src,
                 p->roots ? p->roots[(first + t) * TCQ_PATHS + l] * relative : relative;
         }
     }
+    uint8_t state[TCQ_PATHS], v[TCQ_PATHS];
+    memcpy(state, x->state, sizeof state);
     p->search(x, n_step, p->cost, p->format->bias);
-    for (size_t t = 0; t < n_step; t++)
-        p->format->put(blocks + (first + t) / 2 * p->type->block_bytes, t % 2, x->best[t]);
+    for (size_t t = 0; t < n_step; t++) {
+        memcpy(v, x->best[t], sizeof v);
+        tcq_step(state, v);
+        p->format->put(blocks + (first + t) / 2 * p->type->block_bytes, t % 2, v);
+    }
 }
 
 /* Counts the codes, unless `counts` is NULL. */

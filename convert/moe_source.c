@@ -110,9 +110,11 @@ static moe_status moe_source_read(const conv_source *s, const conv_input *in,
         const uint64_t from = MOE_MAX(first, at), to = MOE_MIN(end, at + bytes);
         if (from < to) {
             status = plat_read(&in->file->os, offset, d->stored, stored, in->file->path, error);
+            const moefile_blocks blocks = {part->quant, (size_t)(bytes / block_bytes),
+                                           (size_t)moefile_row_blocks(s->dir, &slice)};
             if (!status)
-                status = moefile_decode_segment(d, part->quant, d->stored, stored, room,
-                                                (size_t)(bytes / block_bytes), in->name, error);
+                status = moefile_decode_segment(d, &blocks, d->stored, stored, room, in->name,
+                                                error);
             if (!status)
                 memcpy(dst + (from - first), room + (from - at), (size_t)(to - from));
         }

@@ -355,9 +355,10 @@ static moe_status moew_pack(moew_sink *m, encode_worker *w, const encode_task *t
     p->out.n = p->n_segments = 0;
     for (uint64_t row = 0; row < task->n_rows && !status && !(first && row);
          row += s->segment_rows) {
-        const uint64_t n = MOE_MIN(s->segment_rows, task->n_rows - row);
-        status = planes_pack(p, s->type, w->blocks.data + row * s->row_bytes,
-                             (size_t)(n * s->row_bytes / s->type->block_bytes), s->t->name,
+        const size_t n = (size_t)MOE_MIN(s->segment_rows, task->n_rows - row);
+        const size_t per_row = (size_t)(s->row_bytes / s->type->block_bytes);
+        const moefile_blocks blocks = {s->type, n * per_row, per_row};
+        status = planes_pack(p, &blocks, w->blocks.data + row * s->row_bytes, s->t->name,
                              &w->error);
     }
     return status;

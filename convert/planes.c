@@ -147,10 +147,24 @@ static moe_status planes_frame(planes_packer *p, const uint8_t *plane, size_t n,
     return MOE_OK;
 }
 
-/* Appends a segment: the planes of n blocks. */
-static moe_status planes_pack(planes_packer *p, const moe_quant *type, const uint8_t *blocks,
-                              size_t n_blocks, const char *name, moe_error *error)
+/* Brings the last field's plane into the form that it has in files. */
+static moe_status planes_form(uint8_t *plane, size_t width, const moefile_blocks *b,
+                              const char *name, moe_error *error)
 {
+    const size_t row = b->per_row * width;
+    for (size_t at = 0; b->quant->to_plane && at < b->n * width; at += row)
+        if (!b->quant->to_plane(plane + at, row))
+            return fail(error, MOE_ERR_FORMAT, name,
+                        "expected rows of %s on a path of their trellis, got others: the file they "
+                        "come from is damaged, or not made by moe-convert", b->quant->name);
+    return MOE_OK;
+}
+
+/* Appends a segment: the planes of blocks. */
+static moe_status planes_pack(planes_packer *p, const moefile_blocks *b, const uint8_t *blocks,
+                              const char *name, moe_error *error)
+{
+    const moe_quant *type = b->quant;
     const size_t start = p->out.n;
     size_t offset = 0;
     moe_status status = MOE_OK;
@@ -159,9 +173,12 @@ static moe_status planes_pack(planes_packer *p, const moe_quant *type, const uin
                     PLANES_MAX_SEGMENTS);
     for (size_t i = 0; i < QUANT_MAX_FIELDS && type->fields[i] && !status; i++) {
         const size_t width = type->fields[i];
-        moefile_move_field(p->plane, width, blocks + offset, type->block_bytes, n_blocks, width);
-        status = planes_frame(p, p->plane, n_blocks * width, name, error);
+        moefile_move_field(p->plane, width, blocks + offset, type->block_bytes, b->n, width);
         offset += width;
+        if (offset == type->block_bytes)
+            status = planes_form(p->plane, width, b, name, error);
+        if (!status)
+            status = planes_frame(p, p->plane, b->n * width, name, error);
     }
     p->sizes[p->n_segments++] = (uint32_t)(p->out.n - start);
     return status;

@@ -75,6 +75,13 @@ static uint64_t moefile_n_blocks(const moe_part *part)
     return part->bytes / part->quant->block_bytes;
 }
 
+/* Of a row of a slice. */
+static uint64_t moefile_row_blocks(const moe_directory *dir, const moefile_slice *s)
+{
+    const moe_part *part = moefile_part_of(dir->moe, s);
+    return directory_tensor_at(dir, s->tensor)->dims[0] / part->quant->block_len;
+}
+
 /* What a person calls a slice: its tensor, and the expert if there are several. */
 static const char *moefile_slice_name(const moe_directory *dir, const moefile_slice *s,
                                       char buf[128])
@@ -329,6 +336,11 @@ static moe_status moefile_take_segments(moefile_walk *w, const moefile_slice *s,
                     "expected segments of 1 to %u blocks of %s, got %u",
                     MOEFILE_SEGMENT_BYTES / part->quant->block_bytes, part->quant->name,
                     s->segment_blocks);
+    const uint64_t per_row = moefile_row_blocks(w->dir, s);
+    if (part->quant->from_plane && per % per_row)
+        return fail(w->error, MOE_ERR_FORMAT, name,
+                    "expected segments of whole rows, %llu blocks of %s each, got %u blocks",
+                    (unsigned long long)per_row, part->quant->name, s->segment_blocks);
     const uint64_t n = (n_blocks + per - 1) / per;
     if (s->first_segment != w->segment || n > f->header.n_segments - w->segment)
         return fail(w->error, MOE_ERR_FORMAT, name,
@@ -501,7 +513,22 @@ static moe_status moefile_decoder_open(moe_mem *mem, moefile_decoder *d, moe_err
     return MOE_OK;
 }
 
+/* What a segment holds. */
+typedef struct moefile_blocks {
+    const moe_quant *quant;
+    size_t n;       // blocks
+    size_t per_row; // of a row; the segment is whole rows if the type's planes need it
+} moefile_blocks;
+
 #ifndef MOE_NO_ZSTD
+/* Brings the plane of the last field, of that width, into the form that it has in blocks. */
+static void moefile_from_plane(uint8_t *plane, size_t width, const moefile_blocks *blocks)
+{
+    const size_t row = blocks->per_row * width;
+    for (size_t at = 0; blocks->quant->from_plane && at < blocks->n * width; at += row)
+        blocks->quant->from_plane(plane + at, row);
+}
+
 /* One frame that holds one plane, neither more nor less. Returns the bytes it took, 0 if it is not
  * right; *why says what. */
 static size_t moefile_decode_plane(const moefile_decoder *d, const uint8_t *src, size_t src_bytes,
@@ -523,29 +550,33 @@ static size_t moefile_decode_plane(const moefile_decoder *d, const uint8_t *src,
 }
 #endif
 
-/* Decodes a segment: n_blocks blocks of a type, at dst. */
-static moe_status moefile_decode_segment(const moefile_decoder *d, const moe_quant *quant,
+/* Decodes a segment to blocks at dst. */
+static moe_status moefile_decode_segment(const moefile_decoder *d, const moefile_blocks *blocks,
                                          const uint8_t *src, size_t src_bytes, uint8_t *dst,
-                                         size_t n_blocks, const char *name, moe_error *error)
+                                         const char *name, moe_error *error)
 {
 #ifdef MOE_NO_ZSTD
-    (void)d, (void)quant, (void)src, (void)src_bytes, (void)dst, (void)n_blocks;
+    (void)d, (void)blocks, (void)src, (void)src_bytes, (void)dst;
     return fail(error, MOE_ERR_UNSUPPORTED, name,
                 "expected raw weights, got compressed ones, which this build leaves out "
                 "(MOE_NO_ZSTD); convert the model with --store raw");
 #else
+    const moe_quant *quant = blocks->quant;
     size_t at = 0, offset = 0;
     for (size_t i = 0; i < QUANT_MAX_FIELDS && quant->fields[i]; i++) {
         const size_t width = quant->fields[i];
         const char *why = NULL;
         const size_t bytes = moefile_decode_plane(d, src + at, src_bytes - at, d->planes,
-                                                  n_blocks * width, &why);
+                                                  blocks->n * width, &why);
         if (!bytes)
             return fail(error, MOE_ERR_FORMAT, name,
                         "expected frames of its planes, got a bad one for plane %zu (%s): the file "
                         "is damaged", i, why);
-        moefile_move_field(dst + offset, quant->block_bytes, d->planes, width, n_blocks, width);
         offset += width;
+        if (offset == quant->block_bytes)
+            moefile_from_plane(d->planes, width, blocks);
+        moefile_move_field(dst + offset - width, quant->block_bytes, d->planes, width, blocks->n,
+                           width);
         at += bytes;
     }
     if (at != src_bytes)
@@ -803,10 +834,12 @@ static moe_status moefile_load_piece(moefile_load_state *st, const moefile_decod
                                       raw ? p->dst : d->stored, &data, error);
     if (status)
         return status;
-    if (!raw)
-        return moefile_decode_segment(d, p->quant, data, (size_t)p->bytes, p->dst,
-                                      (size_t)p->n_blocks,
+    if (!raw) {
+        const moefile_blocks blocks = {p->quant, (size_t)p->n_blocks,
+                                       (size_t)moefile_row_blocks(st->dir, &p->slice)};
+        return moefile_decode_segment(d, &blocks, data, (size_t)p->bytes, p->dst,
                                       moefile_slice_name(st->dir, &p->slice, name), error);
+    }
     if (data != p->dst)
         memcpy(p->dst, data, (size_t)p->bytes);
     return MOE_OK;

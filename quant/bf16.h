@@ -122,6 +122,6 @@ static moe_kernels bf16_select(uint32_t cpu)
 
 static const moe_quant quant_bf16 = {"BF16", 30, 1, 2, MOE_ACT_F32, 16,
                                      bf16_dequantize, bf16_quantize, bf16_select,
-                                     {1, 1}};
+                                     .fields = {1, 1}};
 
 #endif

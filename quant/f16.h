@@ -120,6 +120,6 @@ static moe_kernels f16_select(uint32_t cpu)
 
 static const moe_quant quant_f16 = {"F16", 1, 1, 2, MOE_ACT_F32, 16, f16_dequantize, f16_quantize,
                                     f16_select,
-                                    {1, 1}};
+                                    .fields = {1, 1}};
 
 #endif

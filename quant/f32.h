@@ -115,6 +115,6 @@ static moe_kernels f32_select(uint32_t cpu)
 
 static const moe_quant quant_f32 = {"F32", 0, 1, 4, MOE_ACT_F32, 32, f32_dequantize, f32_quantize,
                                     f32_select,
-                                    {1, 1, 1, 1}};
+                                    .fields = {1, 1, 1, 1}};
 
 #endif

@@ -179,6 +179,6 @@ static moe_kernels iq4_nl_select(uint32_t cpu)
 
 static const moe_quant quant_iq4_nl = {"IQ4_NL", 20, 32, sizeof(iq4_nl_block), MOE_ACT_Q8_32, 4.5,
                                      iq4_nl_dequantize, iq4_nl_quantize, iq4_nl_select,
-                                     {1, 1, 16}};
+                                     .fields = {1, 1, 16}};
 
 #endif

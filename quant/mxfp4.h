@@ -235,6 +235,6 @@ static moe_kernels mxfp4_select(uint32_t cpu)
 
 static const moe_quant quant_mxfp4 = {"MXFP4", 39, 32, sizeof(mxfp4_block), MOE_ACT_Q8_32, 4.25,
                                       mxfp4_dequantize, mxfp4_quantize, mxfp4_select,
-                                      {1, 16}};
+                                      .fields = {1, 16}};
 
 #endif

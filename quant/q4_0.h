@@ -170,6 +170,6 @@ static moe_kernels q4_0_select(uint32_t cpu)
 
 static const moe_quant quant_q4_0 = {"Q4_0", 2, 32, sizeof(q4_0_block), MOE_ACT_Q8_32, 4.5,
                                      q4_0_dequantize, q4_0_quantize, q4_0_select,
-                                     {1, 1, 16}};
+                                     .fields = {1, 1, 16}};
 
 #endif

@@ -173,6 +173,6 @@ static moe_kernels q4_1_select(uint32_t cpu)
 
 static const moe_quant quant_q4_1 = {"Q4_1", 3, 32, sizeof(q4_1_block), MOE_ACT_Q8_32, 5.0,
                                      q4_1_dequantize, q4_1_quantize, q4_1_select,
-                                     {1, 1, 1, 1, 16}};
+                                     .fields = {1, 1, 1, 1, 16}};
 
 #endif

@@ -180,6 +180,6 @@ static moe_kernels q5_0_select(uint32_t cpu)
 
 static const moe_quant quant_q5_0 = {"Q5_0", 6, 32, sizeof(q5_0_block), MOE_ACT_Q8_32, 5.5,
                                      q5_0_dequantize, q5_0_quantize, q5_0_select,
-                                     {1, 1, 4, 16}};
+                                     .fields = {1, 1, 4, 16}};
 
 #endif

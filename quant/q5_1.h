@@ -181,6 +181,6 @@ static moe_kernels q5_1_select(uint32_t cpu)
 
 static const moe_quant quant_q5_1 = {"Q5_1", 7, 32, sizeof(q5_1_block), MOE_ACT_Q8_32, 6.0,
                                      q5_1_dequantize, q5_1_quantize, q5_1_select,
-                                     {1, 1, 1, 1, 4, 16}};
+                                     .fields = {1, 1, 1, 1, 4, 16}};
 
 #endif

@@ -169,6 +169,6 @@ static moe_kernels q8_0_select(uint32_t cpu)
 
 static const moe_quant quant_q8_0 = {"Q8_0", 8, 32, sizeof(q8_0_block), MOE_ACT_Q8_32, 8.5,
                                      q8_0_dequantize, q8_0_quantize, q8_0_select,
-                                     {1, 1, 32}};
+                                     .fields = {1, 1, 32}};
 
 #endif

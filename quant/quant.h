@@ -139,6 +139,11 @@ typedef struct moe_quant {
      * gather each field of many blocks into a plane (docs/format.md): the widths are part of the
      * format. */
     uint8_t fields[QUANT_MAX_FIELDS];
+    /* In planes, the last field of a row's blocks may have another form: these n bytes are changed
+     * in place. NULL: they stay as they are. to_plane is false, and the bytes are of no use, if the
+     * row is none that from_plane could bring back. */
+    bool (*to_plane)(uint8_t *field, size_t n);
+    void (*from_plane)(uint8_t *field, size_t n);
 } moe_quant;
 
 /* Types are looked up by their GGUF id; NULL for an id that this build does not know. */

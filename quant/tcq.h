@@ -38,6 +38,7 @@
 #include "quant.h"
 #include "x86.h"
 #include "x86_512.h"
+#include "x86_tile.h"
 
 enum {
     TCQ_PATHS = 32, /* of a row; weights of a step */
@@ -50,9 +51,10 @@ MOE_INLINE uint8_t tcq_next(uint8_t state, unsigned code)
     return (uint8_t)(state >> 1 ^ (state & 1 ? 48 : 0) ^ (code & 1) << 1);
 }
 
-/* What a type brings: the codes of a step (half 0 or 1) of a block, and how they are stored. */
+/* What a type brings: the codes of a step (half 0 or 1) of a block, and how values plus bias are
+ * stored. */
 typedef void tcq_codes_fn(const uint8_t *block, size_t half, uint8_t code[TCQ_PATHS]);
-typedef void tcq_put_fn(uint8_t *block, size_t half, const uint8_t code[TCQ_PATHS]);
+typedef void tcq_put_fn(uint8_t *block, size_t half, const uint8_t v[TCQ_PATHS]);
 
 /* One step of all paths: codes become values plus bias. */
 MOE_INLINE void tcq_step(uint8_t state[TCQ_PATHS], uint8_t v[TCQ_PATHS])
@@ -102,7 +104,7 @@ MOE_INLINE float tcq_dot_c(const uint8_t *row, const uint8_t *x_row, size_t n_in
 MOE_INLINE void tcq_quantize(const float *src, uint8_t *block, size_t n, size_t block_bytes,
                              int bias, tcq_put_fn *put)
 {
-    uint8_t state[TCQ_PATHS] = {0}, code[TCQ_PATHS];
+    uint8_t state[TCQ_PATHS] = {0}, u[TCQ_PATHS];
     for (size_t k = 0; k < n; k += TCQ_LEN, block += block_bytes) {
         const float peak = fabsf(quant_peak(src + k, TCQ_LEN));
         const uint16_t stored = quant_scale(peak / (float)(bias - 1));
@@ -111,11 +113,12 @@ MOE_INLINE void tcq_quantize(const float *src, uint8_t *block, size_t n, size_t 
         for (size_t i = 0; i < TCQ_LEN; i++) {
             uint8_t *s = &state[i % TCQ_PATHS];
             const float v = d > 0 ? fminf(fmaxf(src[k + i] / d, (float)-bias), (float)bias) : 0;
-            const int c = (int)lrintf((v + (float)(bias - (*s & 1))) * 0.5f);
-            code[i % TCQ_PATHS] = (uint8_t)MOE_MIN(c, bias - 1);
-            *s = tcq_next(*s, code[i % TCQ_PATHS]);
+            const int nearest = (int)lrintf((v + (float)(bias - (*s & 1))) * 0.5f);
+            const unsigned code = (unsigned)MOE_MIN(nearest, bias - 1);
+            u[i % TCQ_PATHS] = (uint8_t)(2 * code + (*s & 1));
+            *s = tcq_next(*s, code);
             if (i % TCQ_PATHS == TCQ_PATHS - 1)
-                put(block, i / TCQ_PATHS, code);
+                put(block, i / TCQ_PATHS, u);
         }
     }
 }
@@ -167,7 +170,7 @@ MOE_AVX2_INLINE __m256i tcq_parity_next_avx2(tcq_parity_avx2 *const parity[3], s
     return _mm256_xor_si256(code, _mm256_xor_si256(five, six));
 }
 
-/* As x86_gemv32 and x86_gemm32, whose comments hold here, with paths that run through the row. */
+/* As x86_gemv32, whose comment holds here, with paths that run through the row. */
 MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, tcq_load_avx2_fn *load,
                                    x86_step_fn *step)
 {
@@ -179,7 +182,7 @@ MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
         tcq_parity_avx2 p[TCQ_TURNS];
         memset(p, 0, sizeof p);
         __m256 acc = _mm256_setzero_ps();
-        const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
+        const uintptr_t next = x86_ahead(mm, r);
         for (size_t b0 = 0; b0 < n_block; b0 += TCQ_TURNS) {
             MOE_UNROLL
             for (size_t i = 0; i < TCQ_TURNS; i++) {
@@ -203,53 +206,55 @@ MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, tcq_loa
     }
 }
 
-MOE_AVX2_INLINE void tcq_gemm_avx2(const moe_mm *mm, size_t block_bytes, tcq_load_avx2_fn *load,
-                                   x86_step_fn *step)
+/* Codes of a step (half 0 or 1) of the block at `offset` of 8 rows, transposed as in an x86_tile;
+ * the parities as above. */
+typedef void tcq_tile_avx2_fn(const uint8_t *const row[8], size_t offset, size_t half,
+                              tcq_parity_avx2 *const parity[3], __m256i code[8]);
+
+/* The body of an x86_load_fn. */
+MOE_AVX2_INLINE void tcq_tile_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
+                                   size_t block_bytes, tcq_tile_avx2_fn *unpack, x86_tile *tile)
 {
-    enum { TOKENS = 32 }; /* more than elsewhere: unpacking costs more */
-    for (size_t t0 = 0; t0 < mm->n_tok; t0 += TOKENS) {
-        const size_t n_tok = MOE_MIN(mm->n_tok - t0, (size_t)TOKENS);
-        moe_q8 x[TOKENS];
-        for (size_t t = 0; t < n_tok; t++)
-            x[t] = act_q8(MOE_ACT_Q8_32, mm->x + (t0 + t) * mm->x_stride, mm->n_in);
-        for (size_t r = 0; r < mm->n_row; r += 8) {
-            const uint8_t *row[8];
-            x86_rows(mm, r, row);
-            tcq_parity_avx2 p[TCQ_TURNS];
-            __m256 acc[TOKENS];
-            memset(p, 0, sizeof p);
-            for (size_t t = 0; t < n_tok; t++)
-                acc[t] = _mm256_setzero_ps();
-            const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
-            for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
-                tcq_parity_avx2 *const turn[3] = {&p[2 - (b + 2) % 3], &p[2 - (b + 1) % 3],
-                                                  &p[2 - b % 3]};
-                x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
-                x86_block w;
-                w.d = x86_f16x8(row, b * block_bytes);
-                for (size_t half = 0; half < 2; half++) {
-                    load(row, b * block_bytes, half, turn, &w);
-                    for (size_t t = 0; t < n_tok; t++) {
-                        const x86_x32 xb = x86_load_x32(&x[t], 2 * b + half);
-                        acc[t] = step(&w, &xb, acc[t]);
-                    }
-                }
-            }
-            for (size_t t = 0; t < n_tok; t++)
-                x86_store_rows(mm->y + (t0 + t) * mm->y_stride + r, acc[t], mm->n_row - r);
-        }
+    tcq_parity_avx2 *const p = (tcq_parity_avx2 *)(void *)tile->path;
+    const size_t first = offset / block_bytes;
+    if (first == 0)
+        memset(p, 0, sizeof tile->path);
+    _Static_assert(sizeof(tcq_parity_avx2[TCQ_TURNS]) == sizeof tile->path, "as much");
+    for (size_t b = 0; b < n_block; b++, offset += block_bytes) {
+        const size_t turn = (first + b) % TCQ_TURNS;
+        tcq_parity_avx2 *const parity[3] = {&p[(3 - turn) % 3], &p[(4 - turn) % 3],
+                                            &p[(5 - turn) % 3]};
+        tile->d[2 * b] = tile->d[2 * b + 1] = x86_f16x8(row, offset);
+        MOE_UNROLL
+        for (size_t half = 0; half < 2; half++)
+            unpack(row, offset, half, parity, tile->code + 16 * b + 8 * half);
     }
 }
 
-/* A type's kernels, made of `type`_load_avx2 and `type`_step_avx2. */
-#define TCQ_AVX2(type)                                                                             \
+/* A type's kernels, made of `type`_load_avx2, `type`_step_avx2 and `type`_unpack_avx2; `steps`: of
+ * x86_tile.h, for codes of that size. */
+#define TCQ_GEMV_AVX2(type)                                                                        \
     MOE_AVX2 static void type##_gemv_avx2(const moe_mm *mm)                                        \
     {                                                                                              \
         tcq_gemv_avx2(mm, sizeof(type##_block), type##_load_avx2, type##_step_avx2);               \
-    }                                                                                              \
-    MOE_AVX2 static void type##_gemm_avx2(const moe_mm *mm)                                        \
+    }
+#define TCQ_GEMM_AVX2(type, bias, steps, steps_vnni)                                               \
+    MOE_AVX2 static void type##_tile_avx2(const uint8_t *const row[8], size_t offset,              \
+                                          size_t n_block, x86_tile *tile)                          \
     {                                                                                              \
-        tcq_gemm_avx2(mm, sizeof(type##_block), type##_load_avx2, type##_step_avx2);               \
+        tcq_tile_avx2(row, offset, n_block, sizeof(type##_block), type##_unpack_avx2, tile);       \
+    }                                                                                              \
+    static const x86_format type##_x86 = {.block_len = TCQ_LEN,                                    \
+                                          .block_bytes = sizeof(type##_block),                     \
+                                          .offset = bias,                                          \
+                                          .load = type##_tile_avx2};                               \
+    static void type##_gemm_avx2(const moe_mm *mm)                                                 \
+    {                                                                                              \
+        x86_gemm(mm, &type##_x86, steps, type##_gemv_avx2);                                        \
+    }                                                                                              \
+    static void type##_gemm_avxvnni(const moe_mm *mm)                                              \
+    {                                                                                              \
+        x86_gemm(mm, &type##_x86, steps_vnni, type##_gemv_avx2);                                   \
     }
 
 /* ------------------------------------------------------------------------ AVX-512 VNNI, gemv -- */
@@ -591,6 +596,8 @@ MOE_INLINE void tcq_gemm_arm(const moe_mm *mm, const tcq_arm *f, const arm_engin
 #define TCQ_LADDER(type)                                                                           \
     if (cpu & MOE_CPU_AVX2)                                                                        \
         best = (moe_kernels){type##_gemv_avx2, type##_gemm_avx2};                                  \
+    if (cpu & MOE_CPU_AVX_VNNI)                                                                    \
+        best.gemm = type##_gemm_avxvnni;                                                           \
     if (cpu & MOE_CPU_AVX512_VNNI)                                                                 \
         best = (moe_kernels){type##_gemv_vnni512, type##_gemm_vnni512};
 #elif MOE_ARM64
@@ -605,8 +612,8 @@ MOE_INLINE void tcq_gemm_arm(const moe_mm *mm, const tcq_arm *f, const arm_engin
 #define TCQ_LADDER(type)
 #endif
 
-/* A type's ladder and its entry of the table. */
-#define TCQ_QUANT(type, public_name, disk_id, ...)                                                 \
+/* A type's ladder and its entry of the table; `plane` and `blocks`: to_plane and from_plane. */
+#define TCQ_QUANT(type, public_name, disk_id, plane, blocks, ...)                                  \
     static moe_kernels type##_select(uint32_t cpu)                                                 \
     {                                                                                              \
         moe_kernels best = {type##_mm_c, type##_mm_c};                                             \
@@ -625,6 +632,8 @@ MOE_INLINE void tcq_gemm_arm(const moe_mm *mm, const tcq_arm *f, const arm_engin
         .quantize = type##_quantize,                                                               \
         .select = type##_select,                                                                   \
         .fields = {__VA_ARGS__},                                                                   \
+        .to_plane = plane,                                                                         \
+        .from_plane = blocks,                                                                      \
     };
 
 #endif

@@ -31,30 +31,47 @@ MOE_INLINE void tcq4_codes(const uint8_t *block, size_t half, uint8_t code[32])
     }
 }
 
-static void tcq4_put(uint8_t *block, size_t half, const uint8_t code[32])
+static void tcq4_put(uint8_t *block, size_t half, const uint8_t v[32])
 {
     uint8_t *q = ((tcq4_block *)block)->q[half];
     for (size_t k = 0; k < 16; k++)
-        q[k] = (uint8_t)(code[k] | code[k + 16] << 4);
+        q[k] = (uint8_t)(v[k] >> 1 | v[k + 16] >> 1 << 4);
 }
 
 TCQ_C(tcq4, TCQ4_BIAS)
 
 #if MOE_X86
-/* Both codes of a byte have their parities in the place of their lowest bits, 0 and 4. */
+/* Values from bytes of codes v: both have their parities in the place of their lowest bits, 0 and
+ * 4. */
+MOE_AVX2_INLINE void tcq4_values_avx2(__m256i v, __m256i p, __m256i *lo, __m256i *hi)
+{
+    const __m256i mask = _mm256_set1_epi8(30), one = _mm256_set1_epi8(1);
+    *lo = _mm256_or_si256(_mm256_and_si256(_mm256_add_epi8(v, v), mask), _mm256_and_si256(p, one));
+    *hi = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v, 3), mask),
+                          _mm256_and_si256(_mm256_srli_epi16(p, 4), one));
+}
+
 MOE_AVX2_INLINE void tcq4_load_avx2(const uint8_t *const row[8], size_t offset, size_t half,
                                     tcq_parity_avx2 *const parity[3], x86_block *w)
 {
-    const __m256i mask = _mm256_set1_epi8(30), one = _mm256_set1_epi8(1);
     const size_t q = offset + offsetof(tcq4_block, q) + 16 * half;
     MOE_UNROLL
     for (size_t r = 0; r < 4; r++) {
-        const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q), p = parity[0]->p[4 * half + r];
-        w->lo[r] = _mm256_or_si256(_mm256_and_si256(_mm256_add_epi8(v, v), mask),
-                                   _mm256_and_si256(p, one));
-        w->hi[r] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v, 3), mask),
-                                   _mm256_and_si256(_mm256_srli_epi16(p, 4), one));
+        const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q);
+        tcq4_values_avx2(v, parity[0]->p[4 * half + r], &w->lo[r], &w->hi[r]);
         parity[2]->p[4 * half + r] = tcq_parity_next_avx2(parity, half, 4, r, v);
+    }
+}
+
+MOE_AVX2_INLINE void tcq4_unpack_avx2(const uint8_t *const row[8], size_t offset, size_t half,
+                                      tcq_parity_avx2 *const parity[3], __m256i code[8])
+{
+    __m256i v[4];
+    x86_load_transposed(row, offset + offsetof(tcq4_block, q) + 16 * half, v);
+    MOE_UNROLL
+    for (size_t i = 0; i < 4; i++) {
+        tcq4_values_avx2(v[i], parity[0]->p[4 * half + i], &code[i], &code[i + 4]);
+        parity[2]->p[4 * half + i] = tcq_parity_next_avx2(parity, half, 4, i, v[i]);
     }
 }
 
@@ -65,7 +82,8 @@ MOE_AVX2_INLINE __m256 tcq4_step_avx2(const x86_block *w, const x86_x32 *x, __m2
     return x86_add_scaled(w, x, sum, acc);
 }
 
-TCQ_AVX2(tcq4)
+TCQ_GEMV_AVX2(tcq4)
+TCQ_GEMM_AVX2(tcq4, TCQ4_BIAS, x86_block_u5_avx2, x86_block_u8_avxvnni)
 
 /* Here parities are masked as they are made. Values from bytes of codes v. */
 MOE_VNNI512_INLINE void tcq4_values_512(__m512i v, __m512i p, __m512i *lo, __m512i *hi)
@@ -119,6 +137,6 @@ MOE_INLINE void tcq4_values_arm(const uint8_t *block, size_t half,
 TCQ_ARM(tcq4, TCQ4_BIAS)
 #endif
 
-TCQ_QUANT(tcq4, "TCQ4", QUANT_OWN_ID, 1, 1, 32)
+TCQ_QUANT(tcq4, "TCQ4", QUANT_OWN_ID, NULL, NULL, 1, 1, 32)
 
 #endif

@@ -38,14 +38,14 @@ MOE_INLINE void tcq5_codes(const uint8_t *block, size_t half, uint8_t code[32])
     }
 }
 
-static void tcq5_put(uint8_t *block, size_t half, const uint8_t code[32])
+static void tcq5_put(uint8_t *block, size_t half, const uint8_t v[32])
 {
     uint8_t *q = ((tcq5_block *)block)->q[half], *low = ((tcq5_block *)block)->low;
     for (size_t k = 0; k < 16; k++)
-        q[k] = (uint8_t)(code[k] >> 1 | code[k + 16] >> 1 << 4);
+        q[k] = (uint8_t)(v[k] >> 2 | v[k + 16] >> 2 << 4);
     for (size_t k = 0; k < 32; k++) {
         const size_t at = 2 * (k / 8) + half;
-        low[k % 8] = (uint8_t)((low[k % 8] & ~(1u << at)) | (code[k] & 1u) << at);
+        low[k % 8] = (uint8_t)((low[k % 8] & ~(1u << at)) | (v[k] >> 1 & 1u) << at);
     }
 }
 
@@ -120,7 +120,30 @@ MOE_AVX2_INLINE __m256 tcq5_step_avx2(const x86_block *w, const x86_x32 *x, __m2
     return x86_add_scaled(w, x, _mm256_add_epi32(sum, x86_sum_times(x, -TCQ5_BIAS)), acc);
 }
 
-TCQ_AVX2(tcq5)
+MOE_AVX2_INLINE void tcq5_unpack_avx2(const uint8_t *const row[8], size_t offset, size_t half,
+                                      tcq_parity_avx2 *const parity[3], __m256i code[8])
+{
+    const __m256i mask = _mm256_set1_epi8(60), three = _mm256_set1_epi8(3);
+    __m256i v[4];
+    x86_load_transposed(row, offset + offsetof(tcq5_block, q) + 16 * half, v);
+    MOE_UNROLL
+    for (size_t i = 0; i < 2; i++) { /* bytes 4 i .. 4 i + 3 of the lowest bits */
+        const __m256i low = x86_u32x8(row, offset + offsetof(tcq5_block, low) + 4 * i);
+        const __m256i fields = tcq5_fields_avx2(low, parity[0]->p[i], half);
+        MOE_UNROLL
+        for (size_t k = i; k < 8; k += 2) { /* weights 4 k .. 4 k + 3 */
+            const __m256i four = k < 4 ? _mm256_slli_epi16(v[k], 2)
+                                       : _mm256_srli_epi16(v[k - 4], 2);
+            const __m256i two = _mm256_srli_epi16(fields, (int)(k / 2 * 2));
+            code[k] = _mm256_or_si256(_mm256_and_si256(four, mask), _mm256_and_si256(two, three));
+        }
+        if (half == 1)
+            parity[2]->p[i] = tcq5_next_avx2(low, parity[1]->p[i], parity[2]->p[i]);
+    }
+}
+
+TCQ_GEMV_AVX2(tcq5)
+TCQ_GEMM_AVX2(tcq5, TCQ5_BIAS, x86_block_u6_avx2, x86_block_u8_avxvnni)
 
 /* The same with 64 bytes: quarters of rows 0, 4, 8 and 12 from `first` on, and those after them. */
 MOE_VNNI512_INLINE __m512i tcq5_low_512(const uint8_t *const row[16], size_t offset, size_t first)
@@ -221,6 +244,6 @@ MOE_INLINE void tcq5_values_arm(const uint8_t *block, size_t half,
 TCQ_ARM(tcq5, TCQ5_BIAS)
 #endif
 
-TCQ_QUANT(tcq5, "TCQ5", QUANT_OWN_ID + 1, 1, 1, 32, 8)
+TCQ_QUANT(tcq5, "TCQ5", QUANT_OWN_ID + 1, NULL, NULL, 1, 1, 32, 8)
 
 #endif

@@ -44,6 +44,7 @@ typedef struct x86_tile {
     __m256i min[8];     // superblocks with minima
     __m256 d[8], m[8];  // [block], [0] with superblocks
     __m256i sign[X86_K / 4], start[8]; // by x86_split_signs_avx2()
+    __m256i path[48];   // what load() may keep from one tile of its rows to the next
 } x86_tile;
 
 /* How the integers of a block of a row become a part of its float. */
@@ -95,7 +96,7 @@ typedef __m256 x86_acc[X86_TILES];
 typedef void x86_tiles_fn(x86_tile *tile, const x86_tokens *x, x86_acc *acc);
 typedef x86_tiles_fn *const x86_steps[X86_TILES]; // [number of tiles - 1]
 
-/* Unpacks n_block blocks at `offset` of 8 rows. */
+/* Unpacks n_block blocks at `offset` of 8 rows: from the rows' beginning on, in order. */
 typedef void x86_load_fn(const uint8_t *const row[8], size_t offset, size_t n_block,
                          x86_tile *tile);
 
@@ -536,9 +537,10 @@ MOE_AVX2_INLINE void x86_tiles(const x86_tile *tile, const x86_tokens *x, x86_ac
 #define X86_WIDEN_SIGNED(tile, x, s) x86_widen_avx2(tile, true, s)
 
 /* fold: codes of 4 bits, 8 * 2 * 127 * 15 = 30480; of 5 bits, 4 * 2 * 127 * 31 = 31496; of 6 bits,
- * centred, 4 * 2 * 127 * 32 = 32512. */
+ * centred, 4 * 2 * 127 * 32 = 32512; as they are, 2 * 2 * 127 * 63 = 32004. */
 X86_STEPS_AVX2(block_u4, X86_BLOCK, 32, 8, X86_OFFSET)
 X86_STEPS_AVX2(block_u5, X86_BLOCK, 32, 4, X86_OFFSET)
+X86_STEPS_AVX2(block_u6, X86_BLOCK, 32, 2, X86_OFFSET)
 X86_STEPS_SIGNED_AVX2(block_i8, X86_BLOCK, 32, 1, X86_SIGNS)
 X86_STEPS_AVX2(affine_u4, X86_AFFINE, 32, 8, X86_ZERO)
 X86_STEPS_AVX2(affine_u5, X86_AFFINE, 32, 4, X86_ZERO)
@@ -566,18 +568,19 @@ MOE_AVX2 static void x86_gemm_rows_avx2(const moe_mm *mm, size_t r, size_t n_til
     const size_t n_block = X86_K / f->block_len; /* in a tile, but for a row's last one */
     const size_t stop = mm->n_in / f->block_len;
     const uint8_t *row[X86_TILES][8];
+    x86_tile tile[X86_TILES];
     for (size_t i = 0; i < n_tile; i++)
         x86_rows(mm, r + 8 * i, row[i]);
     memset(acc, 0, x.n_tok * sizeof *acc);
     for (size_t b = 0; b < stop; b += n_block) {
-        x86_tile tile[X86_TILES];
-        x.n_block = MOE_MIN(n_block, stop - b);
+        const size_t n = MOE_MIN(n_block, stop - b);
+        x.n_block = f->block_len == X86_K ? n : n * f->block_len / 32;
         for (size_t i = 0; i < n_tile; i++)
-            f->load(row[i], b * f->block_bytes, x.n_block, &tile[i]);
+            f->load(row[i], b * f->block_bytes, n, &tile[i]);
         step(tile, &x, acc);
         x.q += X86_K;
         x.sum += X86_K / 16;
-        x.scale += n_block;
+        x.scale += f->block_len == X86_K ? 1 : X86_K / 32;
         x.next += (x.n_tok / 4) * x.next_bytes;
     }
 }
@@ -586,7 +589,8 @@ MOE_AVX2 static void x86_gemm_tokens_avx2(const moe_mm *mm, size_t t0, size_t n_
                                           const x86_format *f, x86_steps steps)
 {
     const uint8_t *first = mm->x + t0 * mm->x_stride;
-    const moe_q8 q8 = act_q8(f->block_len == 32 ? MOE_ACT_Q8_32 : MOE_ACT_Q8_256, first, mm->n_in);
+    const moe_act act = f->block_len == X86_K ? MOE_ACT_Q8_256 : MOE_ACT_Q8_32;
+    const moe_q8 q8 = act_q8(act, first, mm->n_in);
     x86_acc acc[X86_TILE_TOKENS];
     for (size_t r = 0; r < mm->n_row; r += 8 * X86_TILES) {
         const size_t n_row = MOE_MIN(mm->n_row - r, 8 * X86_TILES), n_tile = (n_row + 7) / 8;

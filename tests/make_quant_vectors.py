@@ -34,14 +34,12 @@ def blocks_of(block_bytes, n, rng):
     return rows
 
 
-# Own types: bytes of a block of 64, values of a weight.
-TCQ = {4096: (34, 32), 4097: (42, 64), 4098: (66, 256)}
+# Own types: bytes of a block of 64; values of a weight, where parities have to be walked.
+TCQ = {4096: (34, 32), 4097: (42, 64), 4098: (66, 0)}
 
 
 def tcq_codes(id, block):
     """The codes of 64 weights."""
-    if id == 4098:
-        return [int(b) & 127 for b in block[2:]]
     codes = []
     for h in range(2):
         half = block[2 + 16 * h:18 + 16 * h]
@@ -55,6 +53,9 @@ def tcq_dequantize(id, rows):
     steps, out = [], []  # codes and parities of 32 paths each
     for block in rows:
         d = block[:2].view("<f2").astype("<f4")[0]
+        if id == 4098:
+            out += [d * np.float32(q) for q in block[2:].view(np.int8)]
+            continue
         codes = tcq_codes(id, block)
         for half in (codes[:32], codes[32:]):
             t, before = len(steps), lambda i, k, what: steps[i][k][what] if i >= 0 else 0

@@ -328,15 +328,20 @@ static double tcq_error(const moe_quant *type, const float *x, const uint8_t *bl
     return sum;
 }
 
-/* The entropy of the bytes of all fields, per weight. */
+/* The entropy of the bytes of all fields as they are in planes, per weight. */
 static double tcq_entropy(const moe_quant *type, const uint8_t *blocks)
 {
+    static uint8_t plane[TCQ_TEST_N];
     double bits = 0;
     for (size_t f = 0, at = 0; type->fields[f]; at += type->fields[f++]) {
         uint32_t counts[256] = {0};
-        const size_t n_block = TCQ_TEST_N / TCQ_LEN, n = n_block * type->fields[f];
+        const size_t width = type->fields[f], n = TCQ_TEST_N / TCQ_LEN * width;
         for (size_t i = 0; i < n; i++)
-            counts[blocks[i / type->fields[f] * type->block_bytes + at + i % type->fields[f]]]++;
+            plane[i] = blocks[i / width * type->block_bytes + at + i % width];
+        for (size_t i = 0; type->to_plane && !type->fields[f + 1] && i < n; i += n / TCQ_TEST_ROW)
+            CHECK(type->to_plane(plane + i, n / TCQ_TEST_ROW), "%s: not a path", type->name);
+        for (size_t i = 0; i < n; i++)
+            counts[plane[i]]++;
         for (size_t i = 0; i < 256; i++)
             if (counts[i])
                 bits -= counts[i] * log2((double)counts[i] / (double)n);

@@ -212,10 +212,11 @@ static void planes_pay(void)
                              ? MOEFILE_SEGMENT_BYTES / type->block_bytes : N / type->block_len;
         type->quantize(x, blocks, n * type->block_len);
         p->out.n = p->n_segments = 0;
-        CHECK(!planes_pack(p, type, blocks, n, "x", &error), "%s", error.message);
+        const moefile_blocks some = {type, n, n};
+        CHECK(!planes_pack(p, &some, blocks, "x", &error), "%s", error.message);
         const double ratio = (double)p->out.n / (double)(n * type->block_bytes);
         CHECK(ratio <= pays[i].at_most, "%s: %.4f", type->name, ratio);
-        CHECK(!moefile_decode_segment(&d, type, p->out.data, p->out.n, out, n, "x", &error) &&
+        CHECK(!moefile_decode_segment(&d, &some, p->out.data, p->out.n, out, "x", &error) &&
               !memcmp(out, blocks, n * type->block_bytes), "%s: %s", type->name, error.message);
     }
     moefile_decoder_close(&mem, &d);
@@ -777,6 +778,59 @@ static bool one_segment_image(image *m, uint8_t **frames)
     return m->data && image_header(m)->n_segments == 1;
 }
 
+/* Converts `from` to `to`, its tensor "w" to TCQ8; the weights, in the last record, to `data`. */
+static bool weights_as(const char *from, const char *to, conv_store store, uint8_t *data, size_t n,
+                       moe_error *error)
+{
+    const conv_keep keep = {"w", &quant_tcq8};
+    const conv_options o = {
+        .source = from, .out = to, .store = store, .keeps = &keep, .n_keeps = 1};
+    if (convert_with(&o, error))
+        return false;
+    const image m = image_read(to);
+    const moefile_record *r = image_record(&m, image_header(&m)->n_records - 1);
+    const bool whole = m.bytes == r->offset + r->stored_bytes && r->stored_bytes <= n;
+    if (whole)
+        memcpy(data, m.data + r->offset, (size_t)r->stored_bytes);
+    free(m.data);
+    return whole;
+}
+
+/* TCQ8's planes have codes without their parities: these come back, row by row, or the rows are
+ * refused. */
+static void parities_come_back(void)
+{
+    enum { BYTES = 4 * 256 / TCQ_LEN * sizeof(tcq8_block) };
+    const char *raw = scratch_path("raw.moe"), *planes = scratch_path("planes.moe");
+    const char *back = scratch_path("back.moe");
+    uint8_t data[3][BYTES], *frames = NULL;
+    moe_error error = {0};
+    image m = {0};
+    REQUIRE(one_segment_image(&m, &frames), "no image");
+    free(m.data);
+    REQUIRE(weights_as(scratch_path("one.gguf"), raw, CONV_STORE_RAW, data[0], BYTES, &error) &&
+                weights_as(raw, planes, CONV_STORE_ZSTD, data[1], BYTES, &error) &&
+                weights_as(planes, back, CONV_STORE_RAW, data[2], BYTES, &error),
+            "%s", error.message);
+    CHECK(!memcmp(data[0], data[2], BYTES), "other weights");
+    m = image_read(planes);
+    const uint32_t blocks = image_slice(&m, 0)->segment_blocks;
+    CHECK(image_slice(&m, 0)->encoding == MOEFILE_PLANES && blocks % 4 == 0, "%u", blocks);
+    image_slice(&m, 0)->segment_blocks = blocks - 1;
+    image_seal(&m);
+    CHECK(image_open(&m, &error) == MOE_ERR_FORMAT && strstr(error.message, "whole rows"), "%s",
+          error.message);
+    free(m.data);
+    m = image_read(raw);
+    m.data[m.bytes - 1] ^= 1; // another parity, of the last weight
+    image_seal(&m);
+    scratch_write(raw, m.data, m.bytes);
+    free(m.data);
+    CHECK(weights_as(raw, back, CONV_STORE_RAW, data[1], BYTES, &error), "%s", error.message);
+    CHECK(!weights_as(raw, planes, CONV_STORE_ZSTD, data[1], BYTES, &error) &&
+              strstr(error.message, "path of their trellis"), "%s", error.message);
+}
+
 /* Replaces the segment, all sizes and checksums right. */
 static void replace_segment(image *m, const uint8_t *data, size_t bytes)
 {
@@ -1056,6 +1110,7 @@ TEST_PROGRAM(moefile)
     RUN(fields_cover_the_block);
     RUN(every_type_comes_back_from_moe);
     RUN(planes_pay);
+    RUN(parities_come_back);
     RUN(logits_are_those_of_gguf);
     RUN(checkpoints_become_moe);
     RUN(experts_have_types_of_their_own);
