@@ -26,7 +26,8 @@
  *   - Sizes are in bytes and end in `_bytes`; counts start with `n_`.
  *
  * The logits of a token sequence are the same bits for any number of threads, any split of the
- * sequence into calls, any way of opening the file, and on every instruction set.
+ * sequence into calls, any way of opening the file, and on every instruction set. A session can be
+ * asked to give up the second of these for speed, in models with latent attention: moe_latent.
  */
 #ifndef MOE_H
 #define MOE_H
@@ -313,6 +314,19 @@ typedef struct moe_observer {
 
 MOE_API void moe_observer_init(moe_observer *observer);
 
+/* How a model with latent attention computes it (DeepSeek V2 and V3 and their kin; others: no
+ * difference). The cache is the same, and so is the form for few tokens.
+ *   absorbed  queries are multiplied into the space of the latents, always
+ *   expanded  where a call of moe_session_eval has so many tokens that it takes fewer
+ *             multiplications, from about 200 on, keys and values are made from the latents for
+ *             each head. That is faster, the more so the longer the prompt and the larger n_batch.
+ *             It rounds differently: logits then depend also on how long the calls were, but
+ *             still on no batch, thread or instruction set */
+typedef enum moe_latent {
+    MOE_LATENT_ABSORBED = 0,
+    MOE_LATENT_EXPANDED = 1
+} moe_latent;
+
 typedef struct moe_session_options {
     size_t size;
     uint32_t n_ctx;      /* tokens the cache holds. 0: the model's training length, at most 4096 */
@@ -325,6 +339,7 @@ typedef struct moe_session_options {
     moe_draft draft;     /* default: off */
     uint32_t n_draft;    /* tokens computed ahead at most, 1..15. Default 8 */
     const moe_observer *observer; /* copied; NULL: nobody looks on */
+    moe_latent latent;   /* latent attention. Default: absorbed */
 } moe_session_options;
 
 typedef struct moe_session moe_session;

@@ -164,6 +164,10 @@ typedef struct moe_attend_op {
     float scale, cap;
     uint32_t dim_v;      // only the first dim_v elements of a value take part; 0: all. With it v
                          // may be k: latent attention keeps both in one row
+    /* Latent attention in its expanded form. A row of k, which is v too, holds a latent c and a
+     * part r that all heads share: the key of head h is [c k_b[h], r], its value v_b[h] c. */
+    const moe_weight *k_b; // [n_head][n_latent][n_nope]; NULL: keys and values are as they stand
+    const moe_weight *v_b; // [n_head][dim_v][n_latent]
 } moe_attend_op;
 
 enum { MOE_CONV_MAX_TAP = 64 };
@@ -322,6 +326,11 @@ typedef struct moe_device_options {
 
 enum { MOE_MAX_THREADS = 256 };
 
+/* Latents, and what a head's keys and values are that are made of them. */
+typedef struct moe_expand_shape {
+    uint32_t n_latent, n_nope, dim_k, dim_v; // dim_k: n_nope and the part that all heads share
+} moe_expand_shape;
+
 typedef struct moe_queue_options {
     uint32_t n_threads;      // 1 to MOE_MAX_THREADS
     const moe_cancel *cancel;
@@ -334,6 +343,7 @@ typedef struct moe_queue_options {
     uint32_t n_in_head_max;  // the longest row of a matrix in heads; 0 if there are none
     uint32_t n_slot_max;     // of a cache
     uint32_t dim_max;        // of a cache
+    moe_expand_shape expand; // of attend with expanded keys; zeros: there is none
 } moe_queue_options;
 
 typedef struct moe_backend {

@@ -6,7 +6,7 @@
 #ifndef MOE_BACKENDS_CPU_C
 #define MOE_BACKENDS_CPU_C
 
-#include "cpu_attend.c"
+#include "cpu_latent.c"
 #include "cpu_recurrent.c"
 #if MOE_X86
 #include <cpuid.h>
@@ -178,6 +178,9 @@ static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
     const uint64_t n_segment = (uint64_t)o->n_slot_max / CPU_SEGMENT + 1;
     const uint64_t experts = ((uint64_t)o->n_expert_max + 1) * sizeof(uint32_t);
     const uint64_t n_slot = (uint64_t)o->n_tok_max * o->n_used_max;
+    const moe_expand_shape *e = &o->expand;
+    const uint64_t n_expand = e->n_latent ? align_up(MOE_MIN(o->n_tok_max, CPU_EXPAND_TOKENS),
+                                                     CPU_PANEL) : 0;
     uint64_t used = 0;
     q->ops = cpu_take(base, &used, CPU_MAX_OPS * sizeof(cpu_op));
     q->phases = cpu_take(base, &used, CPU_MAX_PHASES * sizeof(cpu_phase));
@@ -205,6 +208,12 @@ static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
             .scores = cpu_take(base, &used, n_query * CPU_SCORES * sizeof(float)),
             .partial = cpu_take(base, &used, n_query * row),
             .total = cpu_take(base, &used, n_query * row),
+            .up = cpu_take(base, &used, e->n_latent * (e->n_nope + e->dim_v) * sizeof(float)),
+            .expanded = cpu_take(base, &used, e->n_latent ? CPU_SEGMENT * (e->dim_k + e->dim_v) *
+                                                                sizeof(float) : 0),
+            .expanded_queries = cpu_take(base, &used, n_expand * e->dim_k * sizeof(float)),
+            .expanded_total = cpu_take(base, &used,
+                                       n_expand * cpu_sum_stride(e->dim_v) * sizeof(float)),
         };
         if (base)
             q->scratch[i] = s;
@@ -400,6 +409,15 @@ static void cpu_record_attend(moe_queue *q, const moe_attend_op *o)
     op->u.attend = *o;
     op->k = *o->k;
     op->v = *o->v;
+    if (o->k_b) {
+        const uint32_t n_part = MOE_MAX(cpu_ceil_div(o->n_tok, CPU_EXPAND_TOKENS),
+                                        cpu_ceil_div(2 * q->options.n_threads, o->n_head));
+        op->chunk = (uint32_t)align_up(cpu_ceil_div(o->n_tok, n_part), CPU_PANEL);
+        op->chunk = MOE_MIN(op->chunk, CPU_EXPAND_TOKENS);
+        cpu_new_phase(q, op, cpu_attend_expanded,
+                      (uint64_t)cpu_ceil_div(o->n_tok, op->chunk) * o->n_head);
+        return;
+    }
     if (o->n_tok == 1) {
         enum { FEWEST_HEADS = 4 }; /* per task: they share the conversion of the keys */
         const uint32_t group = o->n_head / op->k.n_head;

@@ -73,6 +73,16 @@ static void cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t he
     }
 }
 
+/* The same, where they are if they can be used there; else in s->block. */
+static const float *cpu_cache_block(const moe_queue *q, const moe_cache *c, uint32_t head,
+                                    uint32_t first, uint32_t n, const cpu_scratch *s)
+{
+    if (c->type == MOE_CACHE_F32 && c->dim % 32 == 0 && first % c->n_slot + n <= c->n_slot)
+        return (const float *)(const void *)cpu_cache_row(c, head, first);
+    cpu_cache_floats(q, c, head, first, n, 0, s->block);
+    return s->block;
+}
+
 /* The same, transposed: dst[dim][CPU_KEY_BLOCK]. Columns up to the next multiple of CPU_KEY_ROWS
  * become 0: they are computed with, and ignored. */
 static void cpu_cache_transposed(const moe_queue *q, const moe_cache *c, uint32_t head,
@@ -291,9 +301,9 @@ MOE_INLINE uintptr_t cpu_ahead_share(cpu_ahead *ahead)
     return ahead->next - ahead->step;
 }
 
-/* Scores with the keys of positions [first, end), of which s->block holds floats. */
+/* Scores with the keys of positions [first, end). */
 static void cpu_panel_scores(const moe_queue *q, const cpu_queries *a, const cpu_panel *p,
-                             uint32_t first, uint32_t end, cpu_ahead *ahead, const cpu_scratch *s)
+                             uint32_t first, uint32_t end, const float *keys, cpu_ahead *ahead)
 {
     const size_t dim = a->k->dim, stride = (size_t)align_up(dim, 32);
     const uint32_t lo = MOE_MAX(first, p->lo), hi = MOE_MIN(end, p->hi);
@@ -301,7 +311,7 @@ static void cpu_panel_scores(const moe_queue *q, const cpu_queries *a, const cpu
         q->device->outer->outer(&(cpu_outer){
             .c = p->scores + (lo - p->start) * CPU_PANEL,
             .c_stride = CPU_PANEL,
-            .a = s->block + (lo - first) * stride + k,
+            .a = keys + (lo - first) * stride + k,
             .a_stride = stride,
             .a_step = 1,
             .b = p->queries + k * CPU_PANEL,
@@ -338,9 +348,9 @@ static void cpu_panel_weights(const moe_queue *q, const cpu_queries *a, const cp
     }
 }
 
-/* Adds the values of positions [first, end), of which s->block holds floats, weighted. */
+/* Adds the values of positions [first, end), weighted. */
 static void cpu_panel_values(const moe_queue *q, const cpu_queries *a, const cpu_panel *p,
-                             uint32_t first, uint32_t end, cpu_ahead *ahead, const cpu_scratch *s)
+                             uint32_t first, uint32_t end, const float *values, cpu_ahead *ahead)
 {
     const size_t dim = cpu_value_dim(a->o, a->v), stride = (size_t)align_up(a->v->dim, 32);
     const uint32_t lo = MOE_MAX(first, p->lo), hi = MOE_MIN(end, p->hi);
@@ -351,7 +361,7 @@ static void cpu_panel_values(const moe_queue *q, const cpu_queries *a, const cpu
             .a = p->scores + (lo - p->start) * CPU_PANEL,
             .a_stride = 1,
             .a_step = CPU_PANEL,
-            .b = s->block + (lo - first) * stride,
+            .b = values + (lo - first) * stride,
             .b_stride = stride,
             .n_row = p->n,
             .n_k = hi - lo,
@@ -374,10 +384,10 @@ static void cpu_segment_panels(const moe_queue *q, const cpu_queries *a, uint32_
         next = MOE_MIN(b + CPU_KEY_BLOCK, end);
         cpu_ahead ahead = next < end ? cpu_ahead_of(a->k, a->kv_head, next, n_panel * n_k_block)
                                      : cpu_ahead_of(a->v, a->kv_head, first, n_panel * n_k_block);
-        cpu_cache_floats(q, a->k, a->kv_head, b, next - b, 0, s->block);
+        const float *keys = cpu_cache_block(q, a->k, a->kv_head, b, next - b, s);
         for (uint32_t i = 0; i < n; i += CPU_PANEL) {
             const cpu_panel p = cpu_panel_at(a, i, start, s);
-            cpu_panel_scores(q, a, &p, b, next, &ahead, s);
+            cpu_panel_scores(q, a, &p, b, next, keys, &ahead);
         }
     }
     for (uint32_t i = 0; i < n; i += CPU_PANEL) {
@@ -387,10 +397,10 @@ static void cpu_segment_panels(const moe_queue *q, const cpu_queries *a, uint32_
     for (uint32_t b = first, next; b < end; b = next) {
         next = MOE_MIN(b + CPU_KEY_BLOCK, end);
         cpu_ahead ahead = cpu_ahead_of(next < end ? a->v : a->k, a->kv_head, next, n_panel);
-        cpu_cache_floats(q, a->v, a->kv_head, b, next - b, 0, s->block);
+        const float *values = cpu_cache_block(q, a->v, a->kv_head, b, next - b, s);
         for (uint32_t i = 0; i < n; i += CPU_PANEL) {
             const cpu_panel p = cpu_panel_at(a, i, start, s);
-            cpu_panel_values(q, a, &p, b, next, &ahead, s);
+            cpu_panel_values(q, a, &p, b, next, values, &ahead);
         }
     }
 }

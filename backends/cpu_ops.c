@@ -32,6 +32,7 @@ enum {
     CPU_DIM_BLOCK = 128,    /* elements of a panel of queries that stay in L1 */
     CPU_PANEL = 64,         /* queries (tokens x heads) side by side */
     CPU_QUERY_BYTES = 448 << 10, /* of a task's queries with all that is theirs: in L2 */
+    CPU_EXPAND_TOKENS = 2048, /* that share the keys and values expanded for a head */
     CPU_FEW_QUERIES = 15,   /* up to so many, keys are transposed instead of queries */
     CPU_SCORES = CPU_SEGMENT + 16, /* then: from one query's scores to the next one's */
     CPU_KEY_ROWS = 16       /* and keys before they are transposed */
@@ -97,6 +98,11 @@ typedef struct cpu_scratch {
     float *scores;  // [n_panel][CPU_SEGMENT][CPU_PANEL]; few: [n_query][CPU_SCORES]
     float *partial; // [n_query][cpu_sum_stride(dim_max)]: a segment's values, maximum and sum
     float *total;   // the same of the segments so far
+    /* Of latent attention in its expanded form, a head at a time: */
+    float *up;               // [n_latent][n_nope], [n_latent][dim_v]: its matrices
+    float *expanded;         // [CPU_SEGMENT][dim_k], [CPU_SEGMENT][dim_v]: keys, values
+    float *expanded_queries; // [n_panel][dim_k][CPU_PANEL]
+    float *expanded_total;   // [n_tok][cpu_sum_stride(dim_v)]
 } cpu_scratch;
 
 struct moe_queue {

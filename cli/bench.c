@@ -15,7 +15,7 @@ typedef struct bench_options {
     cli_common common;
     uint32_t n_prompt, n_gen, n_repeat, depth, n_batch;
     float read_limit, op_limit; /* of the machine: GB/s, Gop/s; 0: unknown */
-    int cache;
+    int cache, latent;
     bool json;
 } bench_options;
 
@@ -148,6 +148,7 @@ static void report_json(const bench_report *r, const bench_state *b, const bench
     json_uint(&json, "threads", moe_session_threads(b->session));
     json_uint(&json, "batch", o->n_batch);
     json_string(&json, "cache", cache_names[o->cache]);
+    json_string(&json, "latent", latent_names[o->latent]);
     json_uint(&json, "depth", o->depth);
     json_uint(&json, "repetitions", o->n_repeat);
     if (o->n_prompt) {
@@ -240,6 +241,7 @@ static int bench_run(moe_model *model, const char *path, const bench_options *o,
     common_session_options(&so, &o->common, o->cache);
     so.n_ctx = (uint32_t)n;
     so.n_batch = o->n_batch;
+    so.latent = (moe_latent)o->latent;
     bench_state b = {.session = NULL, .start = start};
     int result = common_session(&b.session, model, &so);
     if (result)
@@ -282,6 +284,7 @@ static int bench_main(int argc, char **argv)
         {'d', "depth", CLI_U32, &o.depth, "N", "tokens that are in the context before", NULL},
         {0, "batch", CLI_U32, &o.n_batch, "N", "prompt tokens computed at once", NULL},
         {0, "cache", CLI_CHOICE, &o.cache, "TYPE", "type of the key/value cache", cache_names},
+        {0, "latent", CLI_CHOICE, &o.latent, "FORM", LATENT_HELP, latent_names},
         {0, "read-limit", CLI_FLOAT, &o.read_limit, "GB/S",
          "what the machine reads at most: shown beside decode", NULL},
         {0, "op-limit", CLI_FLOAT, &o.op_limit, "GOP/S",

@@ -116,6 +116,11 @@ const cli_option *common_options(cli_common *common, cli_option table[COMMON_OPT
 
 /* Values of --cache, in the order of moe_cache_type. */
 extern const char *const cache_names[];
+/* Of --latent, in the order of moe_latent, and what --help says of it. */
+extern const char *const latent_names[];
+#define LATENT_HELP                                                                                \
+    "latent attention (DeepSeek) of a prompt: expanded is faster,\nmost of all with long prompts " \
+    "and --batch 2048, and rounds\ndifferently"
 
 /* Opens the model at `path`; on failure says why and returns the exit status. */
 int common_open(moe_model **model, const char *path, const cli_common *common);

@@ -70,6 +70,7 @@ void *cli_alloc(void *old, size_t n, size_t item_bytes)
 /* ------------------------------------------------------------------------ common options -- */
 
 static const char *const isa_names[] = {"auto", "c", "avx2", "avx512", "neon", "avxvnni", NULL};
+const char *const latent_names[] = {"absorbed", "expanded", NULL};
 const char *const cache_names[] = {"f16", "q8_0", "f32", NULL};
 
 bool common_init(cli_common *common)

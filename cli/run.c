@@ -9,7 +9,7 @@ typedef struct run_options {
     cli_common common;
     const char *prompt, *file, *trace;
     uint32_t n_max, n_ctx, n_batch;
-    int cache, draft;
+    int cache, latent, draft;
     bool parse_special, echo, json;
     moe_sampler_options sampler;
     cli_bias_list bias;
@@ -110,6 +110,7 @@ static int run_setup(run_state *run, const char *path, const run_options *o)
     common_session_options(&so, &o->common, o->cache);
     so.n_ctx = run_context(o, run);
     so.n_batch = o->n_batch;
+    so.latent = (moe_latent)o->latent;
     so.draft = (moe_draft)o->draft;
     moe_observer observer;
     if (o->trace) {
@@ -316,6 +317,7 @@ static int run_main(int argc, char **argv)
          NULL},
         {0, "batch", CLI_U32, &o.n_batch, "N", "prompt tokens computed at once", NULL},
         {0, "cache", CLI_CHOICE, &o.cache, "TYPE", "type of the key/value cache", cache_names},
+        {0, "latent", CLI_CHOICE, &o.latent, "FORM", LATENT_HELP, latent_names},
         {0, "trace-experts", CLI_TEXT, &o.trace, "FILE",
          "write which experts each token used, for `moe experts`;\nno tokens are drafted then",
          NULL},

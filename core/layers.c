@@ -22,6 +22,7 @@ struct moe_pass {
      * tokens can be had without computing them anew */
     moe_view journal;
     uint32_t n_tok, pos;
+    bool expanded;           // latent attention makes each head's keys and values
     uint32_t layer;          // whose work is being recorded
     moe_observe *observe;    // NULL: nobody looks on
     /* Places of activations, each large enough for the session's batch. */
@@ -382,23 +383,12 @@ static void layer_latent_project(moe_pass *p, const moe_layer *l)
     p->be->rope(p->queue, &rope_k);
 }
 
-/* Multi-head latent attention: p->h in. Keys are k_b c and values v_b c of a latent c per token,
- * and only c is kept: q . (k_b c) is (k_b^T q) . c, and the sum of the weighted v_b c is v_b times
- * the weighted sum of c. DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
- *
- * Prefill is computed in the same form as decode. To expand keys and values for a long prompt would
- * need fewer multiplications, but round differently, and then the logits would depend on how a
- * prompt is cut into calls. */
-static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
+/* Latent attention in its absorbed form: q . (k_b c) is (k_b^T q) . c, and the sum of the weighted
+ * v_b c is v_b times the weighted sum of c. */
+static void layer_attend_absorbed(moe_pass *p, const moe_layer *l, const moe_cache *cache)
 {
     const moe_hparams *hp = &p->model->hp;
-    const moe_layer *l = &p->model->layers[index];
-    const moe_cache *cache = &p->k_cache[index];
     const uint32_t row = hp->n_latent + hp->n_rot, n_nope = hp->head_dim - hp->n_rot;
-    layer_latent_project(p, l);
-    if (p->observe && weight_present(&l->wkv_b)) // both stacks below are made from it
-        observe_source(p->observe, p->be, p->queue, &l->wkv_b, p->k, p->n_tok, row);
-    layer_store(p, cache, p->k);
     const moe_heads_op absorb = {p->q_absorbed, p->q, &l->wk_b, p->n_tok, row, hp->head_dim};
     layer_head_matmul(p, &absorb);
     const moe_copy_op rotated = {view_at(p->q_absorbed, hp->n_latent * sizeof(float)),
@@ -420,6 +410,45 @@ static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bo
     const moe_heads_op expand = {p->attn, p->attn_latent, &l->wv_b, p->n_tok, hp->head_dim_v,
                                  hp->n_latent};
     layer_head_matmul(p, &expand);
+}
+
+/* Latent attention with each head's keys k_b c and values v_b c. */
+static void layer_attend_expanded(moe_pass *p, const moe_layer *l, const moe_cache *cache)
+{
+    const moe_hparams *hp = &p->model->hp;
+    if (p->observe) { // the keys' matrix is stored as it is multiplied with queries
+        observe_stack(p->observe, p->be, p->queue, &l->wk_b, p->q, p->n_tok, hp->head_dim, 1);
+        observe_stack(p->observe, p->be, p->queue, &l->wv_b, p->k, p->n_tok, cache->dim,
+                      hp->n_head);
+    }
+    const moe_attend_op attend = {
+        .dst = p->attn,
+        .q = p->q,
+        .k = cache,
+        .v = cache,
+        .n_tok = p->n_tok,
+        .pos = p->pos,
+        .n_head = hp->n_head,
+        .scale = hp->attn_scale,
+        .k_b = &l->wk_b,
+        .v_b = &l->wv_b,
+    };
+    p->be->attend(p->queue, &attend);
+}
+
+/* Multi-head latent attention: p->h in. Keys are k_b c and values v_b c of a latent c per token,
+ * and only c is kept. DeepSeek-AI 2024, arXiv:2405.04434, section 2.1. */
+static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_layer *l = &p->model->layers[index];
+    const moe_cache *cache = &p->k_cache[index];
+    const uint32_t row = hp->n_latent + hp->n_rot;
+    layer_latent_project(p, l);
+    if (p->observe && weight_present(&l->wkv_b)) // both stacks are made from it
+        observe_source(p->observe, p->be, p->queue, &l->wkv_b, p->k, p->n_tok, row);
+    layer_store(p, cache, p->k);
+    (p->expanded ? layer_attend_expanded : layer_attend_absorbed)(p, l, cache);
     layer_linear(p, dst, &l->wo, p->attn, &l->bo, add);
 }
 

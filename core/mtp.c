@@ -69,9 +69,12 @@ static void mtp_record(moe_session *s, const moe_token *tokens, uint32_t first, 
     p->be->norm(p->queue, &hidden);
     layer_linear(p, p->x, &l->draft_join, p->draft_input, NULL, false);
     moe_observe *observe = p->observe;
+    const bool expanded = p->expanded;
     p->observe = NULL; /* what is guessed is not looked on */
+    p->expanded = s->expand_from && n_tok >= s->expand_from;
     p->layer = hp->n_layer;
     m->family->layer(p, p->layer);
+    p->expanded = expanded;
     p->observe = observe;
 }
 

@@ -137,17 +137,26 @@ static void observe_experts(moe_observe *o, const moe_backend *be, moe_queue *qu
             observe_show(o, op->out[i].w, n_product, n_per_row, n_in);
 }
 
-static void observe_heads(moe_observe *o, const moe_backend *be, moe_queue *queue,
-                          const moe_heads_op *op)
+/* A stack of matrices, one for each head, which are multiplied with rows of their own, or
+ * with one row of a token. */
+static void observe_stack(moe_observe *o, const moe_backend *be, moe_queue *queue,
+                          const moe_weight *w, moe_view src, uint32_t n_tok, uint32_t stride,
+                          uint32_t n_per_row)
 {
-    const uint32_t n_head = (uint32_t)op->w->dims[2], n_product = op->n_tok * n_head;
+    const uint32_t n_head = (uint32_t)w->dims[2], n_product = n_tok * n_head;
     MOE_ASSERT(n_product <= o->n_product_max);
-    if (!o->observer.input || !op->w->name ||
-        !observe_rows(o, be, queue, op->src, n_product, op->src_stride, op->w->dims[0]))
+    if (!o->observer.input || !w->name ||
+        !observe_rows(o, be, queue, src, n_product / n_per_row, stride, w->dims[0]))
         return;
     for (uint32_t i = 0; i < n_product; i++)
         o->ids[i] = (int32_t)(i % n_head);
-    observe_show(o, op->w, n_product, 1, op->src_stride);
+    observe_show(o, w, n_product, n_per_row, stride);
+}
+
+static void observe_heads(moe_observe *o, const moe_backend *be, moe_queue *queue,
+                          const moe_heads_op *op)
+{
+    observe_stack(o, be, queue, op->w, op->src, op->n_tok, op->src_stride, 1);
 }
 
 /* A matrix that is not multiplied with as it stands in the file, since others were made from it;

@@ -62,6 +62,7 @@ struct moe_session {
     uint32_t journal_pos, journal_n; // whose inputs the journal holds
     moe_token *history;    // [n_ctx]: what to compute anew after going back further, and what
                            // guesses are made from; NULL if neither is needed
+    uint32_t expand_from;  // tokens of a call with latent attention in its expanded form; 0: none
     session_ahead ahead;   // of a session that drafts
     moe_observe *observe;  // NULL: nobody looks on
     session_mtp mtp;
@@ -104,6 +105,19 @@ static uint32_t plan_n_cache(const moe_hparams *hp, const moe_session_options *o
     return hp->n_layer + plan_mtp(hp, o);
 }
 
+/* The tokens of a call from which on latent attention is computed in its expanded form; 0: never.
+ * For each position that makes keys and values of the latent once, but then needs fewer
+ * multiplications with each query. Tokens with guesses behind them must stay below: they are
+ * computed as they are one by one. */
+static uint32_t plan_expand_from(const moe_hparams *hp, const moe_session_options *o)
+{
+    const uint32_t made = hp->head_dim - hp->n_rot + hp->head_dim_v;
+    if (o->latent != MOE_LATENT_EXPANDED || 2 * hp->n_latent <= made)
+        return 0;
+    const uint64_t n = (uint64_t)hp->n_latent * made / (2 * hp->n_latent - made) + 1;
+    return (uint32_t)MOE_MAX(n, DRAFT_MAX + 2);
+}
+
 /* Lays out the activations; the views' offsets are set. */
 static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_pass *p,
                       uint64_t *used)
@@ -116,6 +130,8 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
     const uint64_t n_delta = (uint64_t)hp->delta.n_head * hp->delta.dim_v;
     const uint64_t n_attn = MOE_MAX(n_head * most.dim_v, n_delta);
     const uint64_t n_mtp = plan_mtp(hp, o) ? hp->n_embd : 0;
+    const uint32_t expand_from = plan_expand_from(hp, o);
+    const uint64_t n_absorbed = expand_from ? MOE_MIN(n, expand_from - 1) : n;
     *used = 0;
     return plan_take(used, &p->ids, n, sizeof(int32_t)) &&
            plan_take(used, &p->rope[0], n * hp->n_rot, f) &&
@@ -126,8 +142,9 @@ static bool plan_work(const moe_hparams *hp, const moe_session_options *o, moe_p
            plan_take(used, &p->k, n * most.n_kv * n_row, f) &&
            plan_take(used, &p->v, n * most.n_kv * plan_row(hp, true), f) &&
            plan_take(used, &p->q_latent, n * hp->n_latent_q, f) &&
-           plan_take(used, &p->q_absorbed, hp->n_latent ? n * n_head * n_row : 0, f) &&
-           plan_take(used, &p->attn_latent, n * n_head * hp->n_latent, f) &&
+           plan_take(used, &p->q_absorbed,
+                     hp->n_latent ? n_absorbed * n_head * n_row : 0, f) &&
+           plan_take(used, &p->attn_latent, n_absorbed * n_head * hp->n_latent, f) &&
            plan_take(used, &p->inputs, n * hparams_input_floats(hp), f) &&
            plan_take(used, &p->mixed, hp->parallel_dense ? n * hp->n_embd : 0, f) &&
            plan_take(used, &p->q_gated, hp->q_gated ? 2 * n * n_head * hp->head_dim : 0, f) &&
@@ -224,6 +241,13 @@ static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_opt
     n_in = MOE_MAX(n_in, plan_mtp(hp, o) ? 2 * hp->n_embd : 0);
     n_in = MOE_MAX(n_in, hp->delta.n_head * hp->delta.dim_v);
     const bool experts = hp->router.n_expert > 0;
+    uint32_t dim_max = MOE_MAX(plan_row(hp, false), plan_row(hp, true));
+    moe_expand_shape expand = {0};
+    if (plan_expand_from(hp, o)) {
+        expand = (moe_expand_shape){hp->n_latent, hp->head_dim - hp->n_rot, hp->head_dim,
+                                    hp->head_dim_v};
+        dim_max = MOE_MAX(dim_max, MOE_MAX(hp->head_dim, hp->head_dim_v));
+    }
     return (moe_queue_options){
         .n_threads = o->n_threads,
         .cancel = o->cancel,
@@ -235,7 +259,8 @@ static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_opt
         .n_head_max = hp->n_head,
         .n_in_head_max = hp->n_latent ? MOE_MAX(hp->n_latent, hp->head_dim - hp->n_rot) : 0,
         .n_slot_max = o->n_ctx,
-        .dim_max = MOE_MAX(plan_row(hp, false), plan_row(hp, true)),
+        .dim_max = dim_max,
+        .expand = expand,
     };
 }
 
@@ -342,6 +367,9 @@ static moe_status session_fill_options(const moe_model *m, const moe_session_opt
     if (o->cache_type < MOE_CACHE_F16 || o->cache_type > MOE_CACHE_F32)
         return fail(error, MOE_ERR_ARGUMENT, "cache_type", "expected 0 to %d, got %d",
                     MOE_CACHE_F32, (int)o->cache_type);
+    if (o->latent < MOE_LATENT_ABSORBED || o->latent > MOE_LATENT_EXPANDED)
+        return fail(error, MOE_ERR_ARGUMENT, "latent", "expected 0 to %d, got %d",
+                    MOE_LATENT_EXPANDED, (int)o->latent);
     o->n_batch = MOE_MIN(o->n_batch, o->n_ctx);
     moe_status status = session_fill_draft(&m->hp, o, error);
     o->n_logits = MOE_MIN(o->n_logits, o->n_batch);
@@ -416,6 +444,7 @@ static void session_lay_out(moe_session *s)
     p->k_cache = s->caches;
     p->v_cache = s->caches + n_cache;
     p->observe = s->observe;
+    s->expand_from = plan_expand_from(hp, &s->options);
     s->mtp.on = plan_mtp(hp, &s->options);
     s->mtp.next = 1;
 }
@@ -811,6 +840,14 @@ static moe_status session_restore(moe_session *s)
     return status;
 }
 
+/* The size of the next batch. A short one at the end would have latent attention expand the whole
+ * context for a few tokens: in that form all get about the same size. */
+static uint32_t session_next_batch(const moe_session *s, size_t n_left)
+{
+    const size_t n_batch = s->options.n_batch, n = (n_left + n_batch - 1) / n_batch;
+    return (uint32_t)(s->pass.expanded ? (n_left + n - 1) / n : MOE_MIN(n_batch, n_left));
+}
+
 /* The next n_tok tokens, checked, in batches; logits of the last n_logits. The session's length is
  * left as it is. */
 static moe_status session_compute(moe_session *s, const moe_token *tokens, size_t n_tok,
@@ -821,8 +858,9 @@ static moe_status session_compute(moe_session *s, const moe_token *tokens, size_
     const size_t n_vocab = s->model->hp.n_vocab;
     if (s->history && n_tok)
         memcpy(s->history + s->n_past, tokens, n_tok * sizeof *tokens);
+    s->pass.expanded = s->expand_from && n_tok >= s->expand_from;
     for (size_t done = 0; done < n_tok && !status;) {
-        const uint32_t n = (uint32_t)MOE_MIN(s->options.n_batch, n_tok - done);
+        const uint32_t n = session_next_batch(s, n_tok - done);
         /* The batch may end in tokens whose logits are wanted. */
         const size_t first = MOE_MAX(done, n_silent);
         const uint32_t wanted = done + n > first ? (uint32_t)(done + n - first) : 0;

@@ -553,19 +553,43 @@ static void fenced_store(moe_queue *queue, const moe_store_op *op)
                                    FENCED_READ));
 }
 
+/* The matrices that make keys and values of latents. */
+static bool fenced_expand(fenced_queue *q, moe_attend_op *o, fenced_op *f)
+{
+    const moe_expand_shape *e = &q->options.expand;
+    if (!o->k_b)
+        return fenced_at_most(q, "attend", "values without keys", o->v_b != NULL, 0);
+    return fenced_weight(q, "attend", &o->k_b, &f->weight[0], e->n_nope) &&
+           fenced_weight(q, "attend", &o->v_b, &f->weight[1], e->n_latent) &&
+           fenced_at_most(q, "attend", "n_latent", o->k_b->dims[1], e->n_latent) &&
+           fenced_at_most(q, "attend", "n_latent, by the keys", o->v_b->dims[0],
+                          o->k_b->dims[1]) &&
+           fenced_at_most(q, "attend", "n_latent, by the cache", o->k_b->dims[1], o->k->dim) &&
+           fenced_at_most(q, "attend", "dim of a key",
+                          o->k_b->dims[0] + o->k->dim - o->k_b->dims[1], e->dim_k) &&
+           fenced_at_most(q, "attend", "dim of a value", o->v_b->dims[1], e->dim_v) &&
+           fenced_at_most(q, "attend", "key/value heads", o->k->n_head, 1) &&
+           fenced_at_most(q, "attend", "heads", o->n_head,
+                          MOE_MIN(o->k_b->dims[2], o->v_b->dims[2])) &&
+           fenced_at_most(q, "attend", "dim", MOE_MAX(e->dim_k, e->dim_v), q->options.dim_max);
+}
+
 static void fenced_attend(moe_queue *queue, const moe_attend_op *op)
 {
     fenced_queue *q = (fenced_queue *)queue;
     fenced_op *f = fenced_place(q, FENCED_ATTEND);
     moe_attend_op *o = &f->as.attend;
     *o = *op;
-    uint64_t q_floats = (uint64_t)o->n_tok * o->n_head * op->k->dim;
-    uint64_t dst_floats = (uint64_t)o->n_tok * o->n_head * (op->dim_v ? op->dim_v : op->v->dim);
+    const uint64_t key = op->k_b ? op->k_b->dims[0] + op->k->dim - op->k_b->dims[1] : op->k->dim;
+    const uint64_t value = op->k_b ? op->v_b->dims[1] : op->dim_v ? op->dim_v : op->v->dim;
+    uint64_t q_floats = (uint64_t)o->n_tok * o->n_head * key;
+    uint64_t dst_floats = (uint64_t)o->n_tok * o->n_head * value;
     uint64_t first = o->window && o->pos >= o->window ? o->pos + 1 - o->window : 0;
     fenced_keep(
         q, fenced_n_tok(q, "attend", o->n_tok) &&
                fenced_cache(q, "attend", &o->k, &f->cache[0], FENCED_READ) &&
                fenced_cache(q, "attend", &o->v, &f->cache[1], FENCED_READ) &&
+               fenced_expand(q, o, f) &&
                fenced_at_most(q, "attend", "positions in use", o->pos + o->n_tok - first,
                               MOE_MIN(op->k->n_slot, op->v->n_slot)) &&
                fenced_at_most(q, "attend", "n_head", o->n_head, q->options.n_head_max) &&

@@ -100,6 +100,7 @@ typedef struct run_options {
     moe_cache_type cache;
     uint32_t n_threads, n_batch, n_logits;
     size_t chunk; // tokens per call; 0: all in one
+    moe_latent latent;
 } run_options;
 
 static moe_model *model_open_with(const fixture *f, moe_model_options *options)
@@ -121,12 +122,21 @@ static moe_model *model_open_isa(const fixture *f, moe_isa isa)
     return model_open_with(f, &options);
 }
 
+static bool has_latent(const moe_model *model)
+{
+    moe_model_info info = {.size = sizeof info};
+    if (model)
+        moe_model_get_info(model, &info);
+    return model && strstr(info.attention, "latent");
+}
+
 static moe_session *session_open_how(moe_model *model, const run_options *h, uint32_t n_ctx)
 {
     moe_session_options options;
     moe_session_options_init(&options);
     options.n_ctx = n_ctx;
     options.cache_type = h->cache;
+    options.latent = h->latent;
     options.n_threads = h->n_threads ? h->n_threads : 1;
     if (h->n_batch)
         options.n_batch = h->n_batch;
@@ -228,7 +238,8 @@ static void check_against_transformers(const run_options *h, const char *what)
     for (size_t i = 0; i < n_fixtures; i++) {
         const fixture *f = &fixtures[i];
         moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
-        float *got = run(model, h, f->tok, f->n_tok, f->n_vocab);
+        const bool wanted = h->latent == MOE_LATENT_ABSORBED || has_latent(model);
+        float *got = wanted ? run(model, h, f->tok, f->n_tok, f->n_vocab) : NULL;
         double worst = 0, limit = tolerance(f, h->cache);
         for (size_t t = 0; got && t < f->n_tok; t++) {
             double e = relative_error(got + t * f->n_vocab, f->logits + t * f->n_vocab, f->n_vocab);
@@ -262,6 +273,16 @@ static void chunks_are_right(void)
 static void small_batches_are_right(void)
 {
     check_against_transformers(&(run_options){.cache = MOE_CACHE_F32, .n_batch = 5}, "batches");
+}
+
+/* 22 tokens are enough for some of the models with latent attention. */
+static void expanded_latents_are_right(void)
+{
+    check_against_transformers(
+        &(run_options){.cache = MOE_CACHE_F32, .latent = MOE_LATENT_EXPANDED}, "expanded");
+    check_against_transformers(
+        &(run_options){.cache = MOE_CACHE_F16, .latent = MOE_LATENT_EXPANDED, .chunk = 22},
+        "expanded, chunks");
 }
 
 static void f16_cache_is_right(void)
@@ -429,6 +450,109 @@ static void same_bits_on_any_instruction_set(void)
         }
         moe_model_close(best);
     }
+}
+
+/* --------------------------------------------------------------- latent attention, expanded -- */
+
+/* From how many tokens in a call on keys and values are expanded: those that give other bits than
+ * the absorbed form does; 0: never. */
+static size_t expanded_from(const fixture *f, moe_model *model, const moe_token *tok, size_t n)
+{
+    const run_options expanded = {.latent = MOE_LATENT_EXPANDED};
+    size_t low = 0, high = n + 1; /* high tokens are enough, low are not */
+    while (low + 1 < high) {
+        const size_t middle = low + (high - low) / 2, bytes = middle * f->n_vocab * sizeof(float);
+        float *one = run(model, &(run_options){0}, tok, middle, f->n_vocab);
+        float *other = run(model, &expanded, tok, middle, f->n_vocab);
+        if (one && other && memcmp(one, other, bytes))
+            high = middle;
+        else
+            low = middle;
+        free(one);
+        free(other);
+    }
+    return high > n ? 0 : high;
+}
+
+/* Goes back, and on in a call that is long enough, and in one that is not. */
+static void compare_expanded_rewound(const fixture *f, moe_model *model, const moe_token *tok,
+                                     size_t n, size_t from, const float *want)
+{
+    const size_t v = f->n_vocab, keep = n - from;
+    moe_session *s = session_open_how(model, &(run_options){.latent = MOE_LATENT_EXPANDED},
+                                      (uint32_t)n);
+    float *got = malloc(n * v * sizeof *got);
+    bool ok = s && eval_chunks(s, tok, n, 0, v, got) && !moe_session_rewind(s, (uint32_t)keep) &&
+              eval_chunks(s, tok + keep, n - keep, 0, v, got + keep * v);
+    CHECK(ok && !memcmp(got, want, n * v * sizeof *got), "%s: other bits after a rewind", f->name);
+    /* A few tokens are computed as each of them alone. */
+    ok = ok && !moe_session_rewind(s, (uint32_t)n - 5) &&
+         eval_chunks(s, tok + n - 5, 5, 0, v, got) && !moe_session_rewind(s, (uint32_t)n - 5) &&
+         eval_chunks(s, tok + n - 5, 5, 1, v, got + 5 * v);
+    CHECK(ok && !memcmp(got, got + 5 * v, 5 * v * sizeof *got), "%s: other bits in one call of 5",
+          f->name);
+    free(got);
+    moe_session_close(s);
+}
+
+/* Calls of any length that is long enough, batches, threads and instruction sets. */
+static void compare_expanded(const fixture *f, moe_model *model, const moe_token *tok, size_t n,
+                             size_t from)
+{
+    size_t chunk = from; /* no shorter one is left over */
+    while (n % chunk)
+        chunk++;
+    static const struct {
+        moe_cache_type cache;
+        moe_isa isa;
+        uint32_t n_threads, n_batch;
+        bool calls;
+    } ways[] = {{MOE_CACHE_F16, MOE_ISA_AUTO, 1, 50, false},
+                {MOE_CACHE_F16, MOE_ISA_AUTO, 3, 64, true},
+                {MOE_CACHE_F16, MOE_ISA_C, 2, 512, false},
+                {MOE_CACHE_F16, MOE_ISA_AVX2, 1, 512, true},
+                {MOE_CACHE_F32, MOE_ISA_AVX2, 2, 100, false},
+                {MOE_CACHE_Q8_0, MOE_ISA_AVX2, 2, 512, false}};
+    float *want[3];
+    for (int c = 0; c < 3; c++)
+        want[c] = run(model, &(run_options){.cache = (moe_cache_type)c,
+                                            .latent = MOE_LATENT_EXPANDED}, tok, n, f->n_vocab);
+    for (size_t i = 0; i < MOE_COUNT(ways); i++) {
+        char what[80];
+        moe_model *other = model_open_isa(f, ways[i].isa);
+        const run_options h = {.cache = ways[i].cache, .n_threads = ways[i].n_threads,
+                               .n_batch = ways[i].n_batch, .chunk = ways[i].calls ? chunk : 0,
+                               .latent = MOE_LATENT_EXPANDED};
+        snprintf(what, sizeof what, "expanded, cache %d, isa %d, %u threads, batches of %u, "
+                 "calls of %zu", (int)h.cache, (int)ways[i].isa, h.n_threads, h.n_batch, h.chunk);
+        if (want[h.cache])
+            check_same_logits(f, what, run(other, &h, tok, n, f->n_vocab), want[h.cache], n);
+        moe_model_close(other);
+    }
+    if (want[MOE_CACHE_F16])
+        compare_expanded_rewound(f, model, tok, n, from, want[MOE_CACHE_F16]);
+    for (int c = 0; c < 3; c++)
+        free(want[c]);
+}
+
+static void expanded_latents_depend_on_the_length_of_calls_alone(void)
+{
+    size_t n_expanded = 0;
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        moe_token tok[LONG_TOK];
+        moe_model *model = model_open_isa(f, MOE_ISA_AUTO);
+        const size_t most = n_expanded < 2 ? 280 : 100; /* more than a segment, or quick */
+        const size_t n = model ? MOE_MIN(long_tokens(f, model, tok), most) : 0;
+        const size_t from = has_latent(model) ? expanded_from(f, model, tok, MOE_MIN(n, 70)) : 0;
+        if (from) {
+            n_expanded++;
+            CHECK(from > 16, "%s: a token and its guesses, %zu, are expanded", f->name, from);
+            compare_expanded(f, model, tok, n, from);
+        }
+        moe_model_close(model);
+    }
+    CHECK(n_expanded >= 5, "%zu models expand latents", n_expanded);
 }
 
 /* ------------------------------------------------------------------------- ways of opening -- */
@@ -902,6 +1026,7 @@ TEST_PROGRAM(forward)
     RUN(step_by_step_is_right);
     RUN(chunks_are_right);
     RUN(small_batches_are_right);
+    RUN(expanded_latents_are_right);
     RUN(f16_cache_is_right);
     RUN(q8_0_cache_is_right);
     RUN(tolerances_can_fail);
@@ -909,6 +1034,7 @@ TEST_PROGRAM(forward)
     RUN(same_bits_for_any_chunks);
     RUN(same_bits_for_any_context_length);
     RUN(same_bits_on_any_instruction_set);
+    RUN(expanded_latents_depend_on_the_length_of_calls_alone);
     RUN(same_bits_for_any_way_of_opening);
     RUN(same_bits_with_the_hosts_threads);
     RUN(rewound_session_equals_a_fresh_one);
