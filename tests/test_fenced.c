@@ -182,7 +182,7 @@ static void breaches_are_reported(void)
     longer.dims[0] = 65, longer.row_bytes = 260, longer.matrix_bytes = 2048;
     moe_cache cache = {x, MOE_CACHE_F16, 2, 4, 32};
     const moe_backend *f = b.backend;
-    for (int i = 0; i < 23; i++) {
+    for (int i = 0; i < 24; i++) {
         const char *op = i < 7    ? "add"
                          : i < 12 ? "matmul"
                          : i < 14 ? "attend"
@@ -205,11 +205,11 @@ static void breaches_are_reported(void)
         case 11: f->matmul(b.queue, &(moe_matmul_op){x, 0, 1, {{&w, none, y, false}}}); break;
         case 12: // position 4 has overwritten position 0 in a cache of 4
             f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 4, 2,
-                                                0, 1, 0, 0});
+                                                0, 1, 0, 0, NULL, NULL});
             break;
         case 13: // three heads on two
             f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 0, 3,
-                                                0, 1, 0, 0});
+                                                0, 1, 0, 0, NULL, NULL});
             break;
         case 14: f->norm(b.queue, &(moe_norm_op){x, y, none, 5, 64, 64, 64, 1e-5f, false}); break;
         case 15: f->norm(b.queue, &(moe_norm_op){x, y, none, 2, 64, 32, 64, 1e-5f, false}); break;
@@ -219,9 +219,13 @@ static void breaches_are_reported(void)
         case 19: f->heads(b.queue, &(moe_heads_op){x, y, &w, 2, 3, 64}); break;
         case 20: f->copy(b.queue, &(moe_copy_op){x, y, 3, 65, 96, 96}); break;
         case 21: f->copy(b.queue, &(moe_copy_op){x, view_at(x, 64), 1, 17, 17, 17}); break;
+        case 22: // expanded, which the queue was not opened for
+            f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 0, 2,
+                                                0, 1, 0, 0, &w, &w});
+            break;
         default: // values longer than the cache's
             f->attend(b.queue, &(moe_attend_op){y, view_at(y, 512), &cache, &cache, none, 1, 0, 2,
-                                                0, 1, 0, 33});
+                                                0, 1, 0, 33, NULL, NULL});
             break;
         }
         moe_error error = {0};
