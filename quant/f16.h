@@ -8,8 +8,7 @@
 #include "arm.h"
 #include "common.h"
 #include "quant.h"
-#include "x86.h"
-#include "x86_512.h"
+#include "x86_float.h"
 
 static void f16_dequantize(const void *blocks, float *dst, size_t n)
 {
@@ -48,21 +47,19 @@ MOE_AVX2_INLINE __m256 f16_load8_avx2(const uint8_t *w)
     return _mm256_cvtph_ps(v);
 }
 
-MOE_AVX2_INLINE __m256 f16_load_tail_avx2(const uint8_t *w, size_t n)
-{
-    uint8_t copy[16] = {0};
-    memcpy(copy, w, 2 * n);
-    return f16_load8_avx2(copy);
-}
-
 MOE_AVX2 static void f16_gemv_avx2(const moe_mm *mm)
 {
-    x86_float_gemv(mm, 2, f16_load8_avx2, f16_load_tail_avx2);
+    x86_float_gemv(mm, 2, f16_load8_avx2);
+}
+
+MOE_AVX2 static void f16_tokens_avx2(const x86_float_part *p)
+{
+    x86_float_tokens(p, 2, f16_load8_avx2);
 }
 
 MOE_AVX2 static void f16_gemm_avx2(const moe_mm *mm)
 {
-    x86_float_gemm(mm, 2, f16_load8_avx2, f16_load_tail_avx2);
+    x86_float_gemm(mm, 2, f16_tokens_avx2);
 }
 
 MOE_AVX512_INLINE __m512 f16_load_avx512(const uint8_t *a, const uint8_t *b)
@@ -70,16 +67,14 @@ MOE_AVX512_INLINE __m512 f16_load_avx512(const uint8_t *a, const uint8_t *b)
     return _mm512_cvtph_ps(x86_load_pair(a, b));
 }
 
-MOE_AVX512 static void f16_unpack_avx512(const uint8_t *const row[16], size_t offset,
-                                         uintptr_t next, size_t n,
-                                         __m512 (*out)[X86_512_FLOAT_K / 8][4])
+MOE_AVX512 static void f16_tokens_avx512(const x86_float_part *p)
 {
-    x86_512_unpack(row, offset, next, n, out, 2, f16_load_avx512);
+    x86_512_float_tokens(p, 2, f16_load_avx512);
 }
 
 MOE_AVX512 static void f16_gemm_avx512(const moe_mm *mm)
 {
-    x86_512_float_gemm(mm, 2, f16_unpack_avx512);
+    x86_512_float_gemm(mm, 2, f16_tokens_avx512);
 }
 #endif
 

@@ -8,8 +8,7 @@
 #include "arm.h"
 #include "common.h"
 #include "quant.h"
-#include "x86.h"
-#include "x86_512.h"
+#include "x86_float.h"
 
 static void f32_dequantize(const void *blocks, float *dst, size_t n)
 {
@@ -44,19 +43,19 @@ MOE_AVX2_INLINE __m256 f32_load8_avx2(const uint8_t *w)
     return _mm256_loadu_ps((const float *)w);
 }
 
-MOE_AVX2_INLINE __m256 f32_load_tail_avx2(const uint8_t *w, size_t n)
-{
-    return _mm256_maskload_ps((const float *)w, x86_first(n));
-}
-
 MOE_AVX2 static void f32_gemv_avx2(const moe_mm *mm)
 {
-    x86_float_gemv(mm, 4, f32_load8_avx2, f32_load_tail_avx2);
+    x86_float_gemv(mm, 4, f32_load8_avx2);
+}
+
+MOE_AVX2 static void f32_tokens_avx2(const x86_float_part *p)
+{
+    x86_float_tokens(p, 4, f32_load8_avx2);
 }
 
 MOE_AVX2 static void f32_gemm_avx2(const moe_mm *mm)
 {
-    x86_float_gemm(mm, 4, f32_load8_avx2, f32_load_tail_avx2);
+    x86_float_gemm(mm, 4, f32_tokens_avx2);
 }
 
 MOE_AVX512_INLINE __m512 f32_load_avx512(const uint8_t *a, const uint8_t *b)
@@ -65,16 +64,14 @@ MOE_AVX512_INLINE __m512 f32_load_avx512(const uint8_t *a, const uint8_t *b)
                               _mm256_loadu_ps((const float *)b), 1);
 }
 
-MOE_AVX512 static void f32_unpack_avx512(const uint8_t *const row[16], size_t offset,
-                                         uintptr_t next, size_t n,
-                                         __m512 (*out)[X86_512_FLOAT_K / 8][4])
+MOE_AVX512 static void f32_tokens_avx512(const x86_float_part *p)
 {
-    x86_512_unpack(row, offset, next, n, out, 4, f32_load_avx512);
+    x86_512_float_tokens(p, 4, f32_load_avx512);
 }
 
 MOE_AVX512 static void f32_gemm_avx512(const moe_mm *mm)
 {
-    x86_512_float_gemm(mm, 4, f32_unpack_avx512);
+    x86_512_float_gemm(mm, 4, f32_tokens_avx512);
 }
 #endif
 

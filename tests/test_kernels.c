@@ -584,6 +584,10 @@ static void kernels_equal_c(void)
             check_shape(quant, &v, extremes, (data_kind)(j % N_KINDS),
                         blocks[j % 3] * (quant->block_len == 1 ? 37 : quant->block_len), many[j][0],
                         many[j][1]);
+        if (quant->act == MOE_ACT_F32) { /* rows in parts, and more activations than fit into L2 */
+            check_shape(quant, &v, extremes, MIXED, 1601, 35, 122);
+            check_shape(quant, &v, extremes, MIXED, 768, 9, 150);
+        }
         if (v.n == 1 && i == 0)
             printf("  only the C kernels run here\n");
     }
