@@ -343,6 +343,86 @@ static moe_status config_put_table(config_reader *r, const moe_config_key *keys,
     return status;
 }
 
+/* ---------------------------------------------------------------------------------- forms -- */
+
+typedef enum config_form {
+    FORM_BOOL,
+    FORM_WHOLE,     // a number
+    FORM_OBJECT,
+    FORM_PER_LAYER, // a list with an item for each layer
+    FORM_LAYERS     // a list of layers
+} config_form;
+
+/* What keys must be in the configs that have them, also where nothing is made of them: "x" would
+ * else be as good as false, and a list for too few layers as good as none. */
+static const struct {
+    const char *hf;
+    config_form form;
+} config_forms[] = {
+    {"attention_bias", FORM_BOOL},
+    {"attention_k_eq_v", FORM_BOOL},
+    {"enable_moe_block", FORM_BOOL},
+    {"mlp_bias", FORM_BOOL},
+    {"norm_topk_prob", FORM_BOOL},
+    {"rope_interleave", FORM_BOOL},
+    {"tie_word_embeddings", FORM_BOOL},
+    {"use_double_wide_mlp", FORM_BOOL},
+    {"use_sliding_window", FORM_BOOL},
+    {"decoder_sparse_step", FORM_WHOLE},
+    {"max_window_layers", FORM_WHOLE},
+    {"mtp_num_hidden_layers", FORM_WHOLE},
+    {"n_group", FORM_WHOLE},
+    {"num_nextn_predict_layers", FORM_WHOLE},
+    {"sliding_window", FORM_WHOLE},
+    {"topk_group", FORM_WHOLE},
+    {"vocab_size", FORM_WHOLE},
+    {"rope_parameters", FORM_OBJECT},
+    {"rope_parameters.full_attention", FORM_OBJECT},
+    {"rope_parameters.sliding_attention", FORM_OBJECT},
+    {"rope_scaling", FORM_OBJECT},
+    {"layer_types", FORM_PER_LAYER},
+    {"mlp_layer_types", FORM_PER_LAYER},
+    {"mlp_only_layers", FORM_LAYERS},
+};
+
+static bool config_is_whole(json_ref v, double limit)
+{
+    const double x = json_double(v, -1);
+    return x >= 0 && x < limit && x == floor(x);
+}
+
+/* NULL, or what was expected instead of a value that is not null. */
+static const char *config_misfit(json_ref v, config_form form, double n_layer)
+{
+    switch (form) {
+    case FORM_BOOL:
+        return json_typeof(v) == JSON_TRUE || json_typeof(v) == JSON_FALSE ? NULL : "true or false";
+    case FORM_WHOLE: return config_is_whole(v, 4294967296.0) ? NULL : "a whole number below 2^32";
+    case FORM_OBJECT: return json_typeof(v) == JSON_OBJECT ? NULL : "an object";
+    case FORM_PER_LAYER:
+        return json_typeof(v) == JSON_ARRAY && json_count(v) == n_layer
+                   ? NULL
+                   : "a list with an item for each of num_hidden_layers layers";
+    case FORM_LAYERS: break;
+    }
+    bool fits = json_typeof(v) == JSON_ARRAY;
+    for (json_ref i = json_first(v); fits && i.node; i = json_next(v, i))
+        fits = config_is_whole(i, n_layer);
+    return fits ? NULL : "a list of numbers below num_hidden_layers";
+}
+
+static moe_status config_check_forms(const config_reader *r)
+{
+    const double n_layer = json_double(config_path(r->root, "num_hidden_layers"), -1);
+    for (size_t i = 0; i < MOE_COUNT(config_forms); i++) {
+        const json_ref v = config_path(r->root, config_forms[i].hf);
+        const char *expected = v.node ? config_misfit(v, config_forms[i].form, n_layer) : NULL;
+        if (expected)
+            return config_fail(r, MOE_ERR_MODEL, config_forms[i].hf, expected, v);
+    }
+    return MOE_OK;
+}
+
 /* The config's name of a GGUF key: "num_attention_heads" of "llama.attention.head_count". */
 static const char *config_name_of(const moe_family *family, const char *key)
 {

@@ -88,6 +88,8 @@ static moe_status hf_read_config(hf_source *h, json_ref generation)
     if (!status)
         status = config_put_table(&r, h->family->config, NULL);
     if (!status)
+        status = config_check_forms(&r);
+    if (!status)
         status = config_put_rope(&r);
     if (!status && r.kv.failed)
         status = fail_memory(h->error, s->mem, "metadata", s->kv.n);
@@ -678,7 +680,8 @@ static moe_status hf_make_rope_freqs(hf_source *h, const moe_binding *b)
     return MOE_OK;
 }
 
-/* The output matrix: none of its own if the embedding is used for it. */
+/* The output matrix: none of its own if the embedding is used for it. One that is in the checkpoint
+ * and differs from the embedding is used whatever the config says, as transformers does. */
 static moe_status hf_check_tied(hf_source *h, const moe_binding *b, bool *skip)
 {
     json_ref tied = config_path(h->root, "tie_word_embeddings");
@@ -686,9 +689,19 @@ static moe_status hf_check_tied(hf_source *h, const moe_binding *b, bool *skip)
         tied = config_path(h->whole, "tie_word_embeddings");
     char name[CONVERT_MAX_NAME_BYTES];
     st_tensor *t = st_find(&h->table, hf_name(h, b->hf, 0, 0, name));
-    *skip = json_bool(tied, false) || !t;
-    if (t && *skip)
-        t->used = true;
+    bool same = false;
+    if (t && json_bool(tied, false)) {
+        moe_status status = st_compare(t, st_find(&h->table, hf_name(h, "model.embed_tokens.weight",
+                                                                     0, 0, name)),
+                                       &same, h->error);
+        if (status)
+            return status;
+        t->used = same;
+        if (!same)
+            conv_note(h->source, "config.json says that the embedding is the output matrix too, "
+                      "but the checkpoint has another one: it is used");
+    }
+    *skip = same || !t;
     if (!t && json_typeof(tied) == JSON_FALSE)
         return fail(h->error, MOE_ERR_MODEL, name,
                     "expected an output matrix, since config.json says tie_word_embeddings false, "
@@ -791,6 +804,69 @@ static moe_status hf_check_unused(hf_source *h)
     return MOE_OK;
 }
 
+/* Settings that say whether a checkpoint has tensors of a name with these parts. */
+static const struct {
+    const char *hf, *part, *end;
+} hf_promises[] = {
+    {"attention_bias", ".self_attn.", ".bias"},
+    {"mlp_bias", ".mlp.", "_proj.bias"},
+};
+
+static moe_status hf_check_promise(const hf_source *h, const char *key, const char *part,
+                                   const char *end)
+{
+    char subject[64];
+    const json_ref flag = config_path(h->root, key);
+    const st_tensor *found = NULL;
+    const size_t n_end = strlen(end);
+    bool any = false; // a model may have no attention at all
+    for (size_t i = 0; i < h->table.n && !found; i++) {
+        const char *name = h->table.items[i].name;
+        const size_t n = strlen(name);
+        if (strncmp(name, h->prefix, strlen(h->prefix)) || !strstr(name, part))
+            continue;
+        any = true;
+        if (n > n_end && !strcmp(name + n - n_end, end))
+            found = &h->table.items[i];
+    }
+    snprintf(subject, sizeof subject, "config.json: %s", key);
+    if (json_typeof(flag) == JSON_TRUE && any && !found)
+        return fail(h->error, MOE_ERR_MODEL, subject,
+                    "expected biases, since this is true, got no tensor \"*%s*%s\"", part, end);
+    if (json_typeof(flag) == JSON_FALSE && found)
+        return fail(h->error, MOE_ERR_MODEL, subject,
+                    "expected no biases, since this is false, got %s", found->name);
+    return MOE_OK;
+}
+
+/* Global layers of Gemma 4 have no values of their own if the config says so. */
+static moe_status hf_check_values(const hf_source *h)
+{
+    char name[CONVERT_MAX_NAME_BYTES];
+    const bool shared = json_bool(config_path(h->root, "attention_k_eq_v"), false);
+    for (uint32_t i = 0; i < h->hp.n_layer; i++) {
+        if (!st_find(&h->table, hf_name(h, "model.layers.%u.self_attn.k_proj.weight", i, 0, name)))
+            continue;
+        const bool none = shared && !layer_is_local(&h->hp, i);
+        hf_name(h, "model.layers.%u.self_attn.v_proj.weight", i, 0, name);
+        if (!st_find(&h->table, name) != none)
+            return fail(h->error, MOE_ERR_MODEL, name,
+                        "expected %s, since config.json says attention_k_eq_v %s, got %s",
+                        none ? "no such tensor" : "this tensor", shared ? "true" : "false",
+                        none ? "one" : "none");
+    }
+    return MOE_OK;
+}
+
+/* The config against what is in the checkpoint and what is not. */
+static moe_status hf_check_promises(const hf_source *h)
+{
+    moe_status status = hf_check_values(h);
+    for (size_t i = 0; i < MOE_COUNT(hf_promises) && !status; i++)
+        status = hf_check_promise(h, hf_promises[i].hf, hf_promises[i].part, hf_promises[i].end);
+    return status;
+}
+
 static moe_status hf_find_tensors(hf_source *h)
 {
     char name[CONVERT_MAX_NAME_BYTES];
@@ -811,7 +887,9 @@ static moe_status hf_find_tensors(hf_source *h)
         status = hf_add_all(h, i, false, false);
     if (!status)
         status = hf_add_all(h, 0, true, false);
-    return status ? status : hf_check_unused(h);
+    if (!status)
+        status = hf_check_unused(h);
+    return status ? status : hf_check_promises(h);
 }
 
 /* ----------------------------------------------------------------------------------- entry -- */

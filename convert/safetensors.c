@@ -5,8 +5,7 @@
  *
  * Everything a header says is checked here: sizes with checked arithmetic, ranges that fit dtype
  * and shape, no holes and no overlaps, each name once over all shards, shards that lie in the
- * checkpoint's own folder. Must never: read data, or use a number before it was compared with what
- * is there. */
+ * checkpoint's own folder. Must never: use a number before it was compared with what is there. */
 #ifndef MOE_CONVERT_SAFETENSORS_C
 #define MOE_CONVERT_SAFETENSORS_C
 
@@ -324,6 +323,24 @@ static st_tensor *st_find(const st_table *table, const char *name)
 {
     const st_tensor key = {.name = name};
     return table->n ? bsearch(&key, table->items, table->n, sizeof key, st_by_name) : NULL;
+}
+
+/* Whether two tensors hold the same bytes in the same shape. */
+static moe_status st_compare(const st_tensor *a, const st_tensor *b, bool *same, moe_error *error)
+{
+    unsigned char x[4096], y[4096];
+    *same = b && a->dtype == b->dtype && a->n_dims == b->n_dims && a->bytes == b->bytes &&
+            !memcmp(a->dims, b->dims, a->n_dims * sizeof a->dims[0]);
+    for (uint64_t at = 0; *same && at < a->bytes; at += sizeof x) {
+        const size_t n = (size_t)MOE_MIN(a->bytes - at, sizeof x);
+        moe_status status = plat_read(&a->file->os, a->offset + at, x, n, a->file->path, error);
+        if (!status)
+            status = plat_read(&b->file->os, b->offset + at, y, n, b->file->path, error);
+        if (status)
+            return status;
+        *same = !memcmp(x, y, n);
+    }
+    return MOE_OK;
 }
 
 /* Sorts the table by name and finds names that are there twice. */

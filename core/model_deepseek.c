@@ -262,6 +262,7 @@ static const moe_config_key config_deepseek[] = {
     {"hidden_act", NULL, CONFIG_EXPECT, "silu swish", 0},
     {"mlp_bias", NULL, CONFIG_EXPECT, "false", 0},
     {"moe_layer_freq", NULL, CONFIG_EXPECT, "1", 0},
+    {"topk_method", NULL, CONFIG_EXPECT, "greedy group_limited_greedy noaux_tc", 0},
     {"rope_interleave=false?rope_interleave", "rope.interleaved", CONFIG_BOOL, NULL, 0},
     {"num_hidden_layers+num_nextn_predict_layers", "block_count", CONFIG_U32, NULL, 0},
     {"num_nextn_predict_layers", "nextn_predict_layers", CONFIG_U32, NULL, 0},

@@ -198,6 +198,7 @@ static void gemma4_layer(moe_pass *p, uint32_t index)
 static const moe_config_key config_gemma4[] = {
     {"hidden_activation", NULL, CONFIG_EXPECT, "gelu_pytorch_tanh", 0},
     {"attention_bias", NULL, CONFIG_EXPECT, "false", 0},
+    {"enable_moe_block=false?num_experts", NULL, CONFIG_EXPECT, "0", 0},
     {"use_bidirectional_attention", NULL, CONFIG_EXPECT, "null vision", 0},
     {"rope_parameters.sliding_attention.rope_type", NULL, CONFIG_EXPECT, "default", 0},
     {"sliding_window", "attention.sliding_window", CONFIG_U32, NULL, 0},

@@ -1187,6 +1187,28 @@ static void lying_configs_are_refused(void)
          MOE_ERR_UNSUPPORTED, "gptq"},
         {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", MOE_ERR_MODEL,
          "lm_head.weight"},
+        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": \"yes\"", MOE_ERR_MODEL,
+         "tie_word_embeddings: expected true or false, got yes"},
+        {"\"vocab_size\": 8", "\"vocab_size\": [8]", MOE_ERR_MODEL, "vocab_size"},
+        {"\"rope_scaling\": null", "\"attention_bias\": true", MOE_ERR_MODEL, "attention_bias"},
+        {"\"rope_scaling\": null", "\"mlp_bias\": true", MOE_ERR_MODEL, "mlp_bias"},
+        {"\"rope_scaling\": null", "\"mlp_bias\": 0", MOE_ERR_MODEL, "mlp_bias"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": \"yarn\"", MOE_ERR_MODEL,
+         "rope_scaling: expected an object, got yarn"},
+        {"\"rope_scaling\": null", "\"rope_parameters\": []", MOE_ERR_MODEL, "rope_parameters"},
+        {"\"rope_scaling\": null", "\"rope_parameters\": {\"full_attention\": 1}", MOE_ERR_MODEL,
+         "rope_parameters.full_attention"},
+        {"\"rope_scaling\": null", "\"layer_types\": [\"full_attention\", \"full_attention\"]",
+         MOE_ERR_MODEL, "layer_types: expected a list with an item for each"},
+        {"\"rope_scaling\": null", "\"layer_types\": \"full_attention\"", MOE_ERR_MODEL,
+         "layer_types"},
+        {"\"rope_scaling\": null", "\"mlp_only_layers\": [1]", MOE_ERR_MODEL, "mlp_only_layers"},
+        {"\"rope_scaling\": null", "\"mlp_only_layers\": 0", MOE_ERR_MODEL, "mlp_only_layers"},
+        {"\"rope_scaling\": null", "\"decoder_sparse_step\": \"1\"", MOE_ERR_MODEL,
+         "decoder_sparse_step"},
+        {"\"rope_scaling\": null", "\"sliding_window\": 2.5", MOE_ERR_MODEL, "sliding_window"},
+        {"\"model_type\": \"llama\"", "\"model_type\": \"deepseek_v2\", \"topk_method\": \"x\"",
+         MOE_ERR_UNSUPPORTED, "topk_method"},
     };
     char folder[600], path[700], config[1500];
     snprintf(folder, sizeof folder, "%s", scratch_path("config"));
@@ -1218,6 +1240,77 @@ static void lying_configs_are_refused(void)
 }
 
 /* A tensor that the model does not have may not be left out. */
+/* A copy of a checkpoint of one shard whose config has `to` for the first `from`. */
+static const char *edited_checkpoint(const char *name, const char *from, const char *to)
+{
+    static char folder[600];
+    char path[700];
+    size_t bytes;
+    snprintf(folder, sizeof folder, "%s", scratch_path("edited"));
+    mkdir(folder, 0700);
+    snprintf(path, sizeof path, "%s/model.safetensors", checkpoint(name));
+    char *data = test_read_file(path, &bytes);
+    CHECK(data, "%s", path);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    scratch_write(path, data, data ? bytes : 0);
+    free(data);
+    snprintf(path, sizeof path, "%s/config.json", checkpoint(name));
+    char *text = test_read_file(path, &bytes), *at = text ? strstr(text, from) : NULL;
+    CHECK(at, "no %s in %s", from, path);
+    const size_t room = bytes + strlen(to) + 1;
+    char *edited = calloc(1, room);
+    if (at && edited)
+        snprintf(edited, room, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    scratch_write_text(path, edited ? edited : "");
+    free(edited);
+    free(text);
+    return folder;
+}
+
+static void configs_that_contradict_the_tensors_are_refused(void)
+{
+    static const char *const edits[][4] = {
+        {"gemma4", "\"attention_k_eq_v\": true", "\"attention_k_eq_v\": false",
+         "v_proj.weight: expected this tensor, since config.json says attention_k_eq_v false"},
+        {"llama-bias", "\"attention_bias\": true", "\"attention_bias\": false",
+         "attention_bias: expected no biases, since this is false, got model.layers.0.self_attn."},
+        {"qwen3", "\"attention_bias\": false", "\"attention_bias\": true",
+         "attention_bias: expected biases, since this is true, got no tensor"},
+        {"gpt-oss-mxfp4", "\"sliding_attention\",", "",
+         "layer_types: expected a list with an item for each of num_hidden_layers layers"},
+    };
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        const conv_options o = {.source = edited_checkpoint(edits[i][0], edits[i][1], edits[i][2]),
+                                .out = scratch_path("edited.gguf")};
+        refused_conversion(&o, MOE_ERR_MODEL, edits[i][3]);
+    }
+    const conv_options o = {.source = edited_checkpoint("gemma4", "\"enable_moe_block\": true",
+                                                        "\"enable_moe_block\": false"),
+                            .out = scratch_path("edited.gguf")};
+    refused_conversion(&o, MOE_ERR_UNSUPPORTED, "num_experts");
+}
+
+/* The config says that there is one matrix for both ends, but the checkpoint has two: transformers
+ * uses both. */
+static void an_output_matrix_of_its_own_is_used(void)
+{
+    moe_error error = {0};
+    const char *out = scratch_path("two.gguf");
+    size_t bytes;
+    const moe_status status =
+        convert(edited_checkpoint("llama", "\"tie_word_embeddings\": false",
+                                  "\"tie_word_embeddings\": true"), out, "f32", &error);
+    CHECK(status == MOE_OK, "%s", error.message);
+    char *file = test_read_file(out, &bytes);
+    REQUIRE(file, "%s", out);
+    bool found = false;
+    for (size_t i = 0; i + 14 <= bytes && !found; i++)
+        found = !memcmp(file + i, "output.weight", 13) && (!i || file[i - 1] == 0);
+    CHECK(found, "the output matrix is left out");
+    free(file);
+}
+
 static void unused_tensors_are_refused(void)
 {
     char folder[600], path[700];
@@ -1412,6 +1505,8 @@ TEST_PROGRAM(convert)
     RUN(aliases_are_refused);
     RUN(lying_indexes_are_refused);
     RUN(lying_configs_are_refused);
+    RUN(configs_that_contradict_the_tensors_are_refused);
+    RUN(an_output_matrix_of_its_own_is_used);
     RUN(unused_tensors_are_refused);
     RUN(packed_experts_that_lie_are_refused);
     RUN(weights_that_are_not_finite_are_named);
