@@ -369,13 +369,10 @@ typedef struct x86_k_run {
     uint8_t copy[8 * K_LEN]; // of 8 superblocks that do not
 } x86_k_run;
 
-/* Superblock b of row r, with the 7 that follow it behind it. The last of all is followed by
- * itself. */
-MOE_UNUSED static const uint8_t *x86_k_eight(x86_k_run *run, size_t r, size_t b, size_t block_bytes)
+/* Superblock b of row r and the 7 that follow it, one behind the other. The last of all is followed
+ * by itself. */
+MOE_UNUSED static const uint8_t *x86_k_copy(x86_k_run *run, size_t r, size_t b, size_t block_bytes)
 {
-    const size_t end = run->joined ? (run->n_row - r) * run->n : run->n;
-    if (b + 8 <= end)
-        return run->row[r] + b * block_bytes;
     for (size_t i = 0; i < 8; i++) {
         memcpy(run->copy + i * block_bytes, run->row[r] + b * block_bytes, block_bytes);
         if (b + 1 < run->n)
@@ -384,6 +381,14 @@ MOE_UNUSED static const uint8_t *x86_k_eight(x86_k_run *run, size_t r, size_t b,
             b = 0, r++;
     }
     return run->copy;
+}
+
+/* The same, copied only if need be. */
+MOE_AVX2_INLINE const uint8_t *x86_k_eight(x86_k_run *run, size_t r, size_t b, size_t block_bytes)
+{
+    const size_t end = run->joined ? (run->n_row - r) * run->n : run->n;
+    return MOE_LIKELY(b + 8 <= end) ? run->row[r] + b * block_bytes
+                                    : x86_k_copy(run, r, b, block_bytes);
 }
 
 /* acc[t][r] += a run of superblocks of some rows. */
