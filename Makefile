@@ -159,8 +159,8 @@ build/fuzz/%: tests/fuzz_%.c
 bench: $(BENCHES)
 	@for b in $(BENCHES); do echo "== $$b"; $$b || exit 1; done
 
-# Sizes, errors and loading times of .moe files.
-bench-format: $(PROGRAM) $(CONVERTER) $(B)/bench/loading
+# Sizes, errors, divergences and loading times of .moe files, into docs/format.md.
+bench-format: $(PROGRAM) $(CONVERTER) $(B)/bench/loading $(B)/bench/neutral
 	@MOE_BUILD="$(B)" MOE_MODELS="$(MODELS)" bench/format.sh
 
 # How throughput scales, for docs/performance.md. REPORT: options of bench/report.sh.
@@ -212,7 +212,7 @@ help:
 	@echo 'make test CORE=dist                  the same on the two-file form'
 	@echo 'make models      both models that the tests use; kept in $(MODELS)'
 	@echo 'make bench       the benchmarks in bench/'
-	@echo 'make bench-format    the tables of docs/format.md, on stdout'
+	@echo 'make bench-format    tables of sizes and errors into docs/format.md'
 	@echo 'make bench-report MODELS_DIR=FOLDER    tables and a plot into docs/performance.md'
 	@echo 'make fuzz        build/fuzz/*, fuzzers; needs clang'
 	@echo 'make dist        dist/moe.c and dist/moe.h'

@@ -33,7 +33,9 @@ enum {
 };
 
 static const char *const alloc_types[] = {"Q2_K", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1",
-                                          "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0"};
+                                          "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0",
+                                          "BF16"};
+enum { ALLOC_WIDE = 2 }; // types at the end that are larger than all trellis-coded ones
 
 /* Rates at which trellis-coded types are tried, and the step from one that may be chosen to the
  * next. In between the logarithm of the error is nearly a line: it falls by 6 dB per bit. */
@@ -95,6 +97,7 @@ typedef struct alloc_state {
     alloc_step *steps;
     uint32_t n_choices, n_units, n_steps;
     size_t n_probes, next;
+    double got;          // bytes, of what counts, that the choice takes
 } alloc_state;
 
 /* ------------------------------------------------------------------------------ measuring -- */
@@ -359,7 +362,8 @@ static uint64_t alloc_overhead(const alloc_state *a)
     return bytes;
 }
 
-/* What is taken by tensors that are not free, and in a GGUF file by the header if that counts. */
+/* What is taken by tensors that are not free, and in a GGUF file by padding, and by the header if
+ * that counts. */
 static uint64_t alloc_others(const alloc_state *a)
 {
     const conv_source *s = &a->job->source;
@@ -368,7 +372,9 @@ static uint64_t alloc_others(const alloc_state *a)
         bytes += plan_bytes(s, &s->tensors[i]);
     for (uint32_t c = 0; c < a->n_choices; c++)
         bytes -= plan_bytes(s, a->choices[c].t);
-    return a->job->options.max_bytes && !a->parts ? bytes + alloc_overhead(a) : bytes;
+    if (a->parts)
+        return bytes;
+    return bytes + (a->job->options.max_bytes ? alloc_overhead(a) : s->n_tensors * s->alignment);
 }
 
 /* Spends what is left on steps off the hull, of units whose next one did not fit: the best each
@@ -470,15 +476,16 @@ static void alloc_add_type(alloc_choice *c, const moe_quant *q, double rate)
 }
 
 /* Types whose blocks fit the rows. Where there are trellis-coded types, they replace all that are
- * not larger: only Q8_0 is. What the source has already costs nothing. */
+ * not larger. What the source has already costs nothing. */
 static void alloc_find_types(const alloc_state *a, alloc_choice *c)
 {
     const moe_quant *own = c->t->made ? NULL : c->t->inputs[0].type;
-    bool known = !own || own->block_len == 1;
+    bool known = !own; // FP8 is kept in BF16
     c->trellis = alloc_has_trellis(a, c);
     for (size_t i = 0; c->trellis && i < MOE_COUNT(alloc_rates); i++)
         alloc_add_type(c, tcq_type(alloc_rates[i]), alloc_rates[i]);
-    for (size_t i = c->trellis ? MOE_COUNT(alloc_types) - 1 : 0; i < MOE_COUNT(alloc_types); i++) {
+    for (size_t i = c->trellis ? MOE_COUNT(alloc_types) - ALLOC_WIDE : 0;
+         i < MOE_COUNT(alloc_types); i++) {
         const moe_quant *q = quant_by_name(alloc_types[i]);
         known |= q == own;
         alloc_add_type(c, q, 0);
@@ -584,8 +591,10 @@ static moe_status alloc_fit(alloc_state *a, uint64_t most, moe_error *error)
         const double got = (double)(job->file_bytes - header);
         const double want = (double)most * (1 - 0.002 * (1 - job->sampled));
         if (!glance && got <= want &&
-            (got + MOEFILE_RECORD_ALIGN >= want * 0.997 || alloc_is_full(a)))
+            (got + MOEFILE_RECORD_ALIGN >= want * 0.997 || alloc_is_full(a))) {
+            a->got = got;
             return MOE_OK;
+        }
         if (!glance && got <= want && got > largest) {
             largest = got;
             best = budget;
@@ -600,6 +609,7 @@ static moe_status alloc_fit(alloc_state *a, uint64_t most, moe_error *error)
     }
     if (!(best > 0))
         return alloc_too_small(a, (uint64_t)smallest, most, error);
+    a->got = largest;
     alloc_choose(a, (uint64_t)best, least);
     return alloc_apply(a, error);
 }
@@ -611,7 +621,24 @@ static moe_status alloc_fit_gguf(alloc_state *a, uint64_t most, moe_error *error
     if (least > most)
         return alloc_too_small(a, least, most, error);
     alloc_choose(a, most, least);
+    a->got = (double)alloc_others(a);
+    for (uint32_t u = 0; u < a->n_units; u++)
+        a->got += (double)alloc_unit_bytes(a->units[u].choice, a->units[u].type);
     return alloc_apply(a, error);
+}
+
+/* Says so if much of the room is left. Steps are coarse where types of the source are chosen: what
+ * has its own type is exact already, and between the largest rate and Q8_0 there is nothing. */
+static void alloc_note_left(const alloc_state *a, double most)
+{
+    uint32_t n_best = 0;
+    if (a->got >= 0.98 * most)
+        return;
+    for (uint32_t u = 0; u < a->n_units; u++)
+        n_best += a->units[u].type + 1 == a->units[u].choice->n_types;
+    conv_note(&a->job->source, "%.1f %% of the size that was asked for stay unused: %u of %u "
+              "matrices have the best type already%s", 100 * (1 - a->got / most), n_best,
+              a->n_units, n_best < a->n_units ? ", a better one for another does not fit" : "");
 }
 
 /* Gives all matrices that are free the types that fit best; each expert its own in a .moe file. */
@@ -637,6 +664,8 @@ static moe_status allocate_types(conv_job *job, bool is_moe, moe_error *error)
         qsort(a.steps, a.n_steps, sizeof *a.steps, alloc_compare);
     if (!status)
         status = is_moe ? alloc_fit(&a, most, error) : alloc_fit_gguf(&a, most, error);
+    if (!status)
+        alloc_note_left(&a, (double)most);
     mem_free(&job->mem, a.choices);
     mem_free(&job->mem, a.probes);
     mem_free(&job->mem, a.units);

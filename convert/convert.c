@@ -51,7 +51,8 @@ static moe_status conv_open_source(conv_job *job, moe_error *error)
     if (!s->files)
         return fail_memory(error, &job->mem, "files", CONVERT_MAX_FILES * sizeof *s->files);
     if (stat(o->source, &info) != 0)
-        return fail(error, MOE_ERR_IO, o->source, "cannot open: %s", writer_why(errno));
+        return fail(error, MOE_ERR_IO, o->source, "cannot open: %s",
+                    errno == ENOENT ? "there is no such file or folder" : writer_why(errno));
     if (S_ISDIR(info.st_mode))
         return conv_open_hf(s, o->source, o->pre, error);
     if (conv_ends(o->source, ".moe"))
@@ -60,6 +61,21 @@ static moe_status conv_open_source(conv_job *job, moe_error *error)
         return fail(error, MOE_ERR_ARGUMENT, o->source,
                     "expected the folder of the checkpoint: its other files are needed, too");
     return conv_open_gguf(s, o->source, new_types, error);
+}
+
+/* The result would take the place of what it is made of. */
+static moe_status conv_check_apart(const conv_job *job, moe_error *error)
+{
+    struct stat out;
+    const conv_source *s = &job->source;
+    if (stat(job->options.out, &out) != 0)
+        return MOE_OK;
+    for (uint32_t i = 0; i < s->n_files; i++)
+        if ((uint64_t)out.st_ino == s->files[i].inode &&
+            (uint64_t)out.st_dev == s->files[i].device)
+            return fail(error, MOE_ERR_ARGUMENT, job->options.out,
+                        "expected another name than that of the source, which would be lost");
+    return MOE_OK;
 }
 
 static moe_status conv_write_gguf(conv_job *job, moe_error *error)
@@ -112,6 +128,8 @@ MOE_UNUSED static moe_status conv_run(conv_job *job, const conv_options *options
     moe_status status = conv_check_out(options, error);
     if (!status)
         status = conv_open_source(job, error);
+    if (!status && !options->dry_run)
+        status = conv_check_apart(job, error);
     if (!status && options->imatrix)
         status = imatrix_open(&job->source, options->imatrix, error);
     if (!status)

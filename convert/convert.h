@@ -33,7 +33,7 @@ enum {
 typedef struct conv_file {
     char *path;
     plat_file os;
-    uint64_t bytes, inode;
+    uint64_t bytes, inode, device;
     int64_t mtime_s, mtime_ns;
 } conv_file;
 

@@ -55,6 +55,7 @@ static moe_status conv_file_open(conv_source *s, const char *path, conv_file **o
         return fail(error, MOE_ERR_IO, path, "cannot ask for its size");
     file->bytes = file->os.bytes = (uint64_t)info.st_size;
     file->inode = (uint64_t)info.st_ino;
+    file->device = (uint64_t)info.st_dev;
     file->mtime_s = (int64_t)info.st_mtim.tv_sec;
     file->mtime_ns = (int64_t)info.st_mtim.tv_nsec;
     *out = file;

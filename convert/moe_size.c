@@ -75,10 +75,10 @@ static uint64_t size_of_slice(const size_state *s, uint32_t i, double (*by_type)
     const size_slice *slice = &s->slices[i];
     const uint64_t bytes = planned->n_rows * planned->row_bytes;
     const double *sums = by_type[quant_index(planned->type)];
-    if (!planned->segment_rows)
+    if (!planned->segment_rows || s->m->job->options.store == CONV_STORE_RAW)
         return bytes;
     if (!slice->blocks)
-        return sums[0] > 0 ? (uint64_t)(size_asked(planned) * sums[1] / sums[0]) : bytes;
+        return (uint64_t)(size_asked(planned) * (sums[0] > 0 ? sums[1] / sums[0] : 1));
     if (!moew_pays(s->m, planned->type, slice->first_blocks, slice->first_packed))
         return bytes;
     if (slice->blocks == bytes)

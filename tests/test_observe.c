@@ -715,6 +715,9 @@ static void sizes_that_cannot_be(void)
     CHECK(convert_with(&o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
     o = (conv_options){.source = source, .out = out, .max_bytes = 50000, .bits_per_weight = 5};
     CHECK(convert_with(&o, &error) == MOE_ERR_ARGUMENT, "%s", error.message);
+    o = (conv_options){.source = source, .out = source, .quant = "q4_0"};
+    CHECK(convert_with(&o, &error) == MOE_ERR_ARGUMENT && strstr(error.message, "another name"),
+          "%s", error.message);
     CHECK(access(out, F_OK), "a file was written");
     const conv_keep keep = {"^blk.0.attn_q.weight$", quant_by_name("Q8_0")};
     conv_job job;
@@ -723,6 +726,21 @@ static void sizes_that_cannot_be(void)
     CHECK(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
     CHECK(job.source.n_tensors == 3 && job.source.tensors[1].target == keep.type,
           "--keep does not hold");
+    conv_close(&job);
+    // Above Q8_0 there is BF16, and what the source has; then room stays, which is told.
+    for (int wide = 0; wide < 2; wide++) {
+        if (!allocate(&job, out, wide ? 32 : 17, 0, false, 1))
+            return conv_close(&job);
+        uint32_t n_float = 0;
+        for (size_t i = 0; i < job.source.n_tensors; i++)
+            n_float += job.source.tensors[i].target->block_len == 1;
+        CHECK(n_float == job.source.n_tensors, "%u tensors are floats", n_float);
+        conv_close(&job);
+    }
+    o = (conv_options){.source = scratch_path("no.gguf"), .out = scratch_path("no2.gguf"),
+                       .max_bytes = 1 << 30};
+    CHECK(conv_run(&job, &o, &error) == MOE_OK && job.source.n_notes == 1 &&
+          strstr(job.source.notes[0], "unused"), "%s", error.message);
     conv_close(&job);
 }
 
