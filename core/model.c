@@ -495,7 +495,7 @@ static moe_status bind_count(bind_walk *walk, const moe_binding *b, const moe_te
     else
         walk->n_buffer += (uint32_t)tensor_n_parts(t);
     if (t->parts)
-        walk->n_matrix += (uint32_t)t->dims[2];
+        walk->n_matrix += (uint32_t)t->dims[2] * (b->flags & BIND_HALVES ? 2 : 1);
     return binding_check(walk->m, b, walk->layer, t, walk->error);
 }
 
@@ -518,11 +518,12 @@ static moe_status bind_fill(bind_walk *walk, const moe_binding *b, const moe_ten
 }
 
 /* The matrices of a stack of experts, each with a type and a place of its own. */
-static moe_status bind_matrices(bind_walk *walk, const moe_tensor *t, moe_weight *w)
+static moe_status bind_matrices(bind_walk *walk, const moe_binding *b, const moe_tensor *t,
+                                moe_weight *w)
 {
     moe_model *m = walk->m;
     moe_matrix *matrices = m->matrices + walk->n_matrix;
-    walk->n_matrix += (uint32_t)t->dims[2];
+    walk->n_matrix += (uint32_t)t->dims[2] * (b->flags & BIND_HALVES ? 2 : 1);
     for (uint64_t i = 0; i < t->dims[2]; i++) {
         const moe_part *part = &t->parts[i];
         moe_status status = m->backend->buffer_wrap(m->device, part->data, part->bytes,
@@ -558,7 +559,7 @@ static moe_status bind_weight(bind_walk *walk, const moe_binding *b, const moe_t
         return MOE_OK;
     }
     if (t->parts)
-        return bind_matrices(walk, t, w);
+        return bind_matrices(walk, b, t, w);
     moe_status status = m->backend->buffer_wrap(m->device, t->data, t->bytes,
                                                 &m->buffers[m->n_buffer], walk->error);
     if (!status)

@@ -164,7 +164,9 @@ enum {
     BIND_RECURRENT = 2048,   /* layers with a state */
     BIND_ATTENTION = 4096,   /* layers with attention */
     BIND_DRAFT = 8192,       /* the layer for multi-token prediction */
-    BIND_CHOICE = 16384      /* a bias for the selection of experts */
+    BIND_CHOICE = 16384,     /* a bias for the selection of experts */
+    BIND_HALVES = 32768      /* experts whose halves become weights: there is room for the matrices
+                              * of the second behind those of the first */
 };
 
 /* One tensor of a family: "Hugging Face name, GGUF name -> field, shape". The loader binds by it,

@@ -43,8 +43,9 @@ static const moe_binding bindings_gemma4_experts[] = {
                   ffn_post_norm_1, BIND_EXPERTS | BIND_VECTOR, DIM_EMBD),
     BIND_IN_LAYER("post_ffw_norm_2.weight", "post_feedforward_layernorm_2.weight",
                   ffn_post_norm_2, BIND_EXPERTS | BIND_VECTOR, DIM_EMBD),
-    BIND_GGUF_ONLY("ffn_gate_up_exps.weight", experts_gate_up, BIND_EXPERTS | BIND_OPTIONAL,
-                   DIM_EMBD, DIM_FF_EXPERT_2, DIM_EXPERT),
+    BIND_GGUF_ONLY("ffn_gate_up_exps.weight", experts_gate_up,
+                   BIND_EXPERTS | BIND_OPTIONAL | BIND_HALVES, DIM_EMBD, DIM_FF_EXPERT_2,
+                   DIM_EXPERT),
     BIND_IN_LAYER("ffn_gate_exps.weight", "experts.%u.gate_proj.weight", experts_gate,
                   BIND_EXPERTS | BIND_OPTIONAL, DIM_EMBD, DIM_FF_EXPERT, DIM_EXPERT),
     BIND_IN_LAYER("ffn_up_exps.weight", "experts.%u.up_proj.weight", experts_up,
@@ -106,29 +107,42 @@ static void gemma4_hparams(moe_hparams *hp, hparam_reader *r)
                    hp->n_ff);
 }
 
-/* Gate and up as views of the matrix that holds the rows of both. */
-static moe_status gemma4_split(moe_layer *l, moe_error *error)
+/* Gate and up as views of the matrix that holds the rows of both; in a .moe file of each expert's
+ * own. */
+static moe_status gemma4_split(moe_model *m, moe_layer *l, moe_error *error)
 {
     const moe_weight *both = &l->experts_gate_up;
-    const uint64_t half = both->dims[1] / 2 * both->row_bytes;
-    if (both->matrices || half % sizeof(float))
+    const uint64_t n_row = both->dims[1] / 2;
+    l->experts_gate = l->experts_up = *both;
+    l->experts_gate.dims[1] = l->experts_up.dims[1] = n_row;
+    bool aligned = true;
+    for (uint64_t i = 0; i < both->dims[2]; i++)
+        aligned &= n_row * weight_matrix(both, i).row_bytes % sizeof(float) == 0;
+    if (!aligned)
         return fail(error, MOE_ERR_UNSUPPORTED, both->name,
                     "expected gate and up of the experts in tensors of their own, since the rows "
                     "of both cannot be told apart in place");
-    l->experts_gate = l->experts_up = *both;
-    l->experts_gate.dims[1] = l->experts_up.dims[1] = both->dims[1] / 2;
-    l->experts_up.data = view_at(both->data, half);
+    l->experts_up.data = view_at(both->data, n_row * weight_matrix(both, 0).row_bytes);
+    if (!both->matrices)
+        return MOE_OK;
+    moe_matrix *up = m->matrices + (both->matrices - m->matrices) + both->dims[2];
+    for (uint64_t i = 0; i < both->dims[2]; i++) {
+        up[i] = both->matrices[i];
+        up[i].data = view_at(up[i].data, n_row * up[i].row_bytes);
+    }
+    l->experts_up.matrices = up;
     return MOE_OK;
 }
 
 /* Experts have one of two forms. */
-static moe_status gemma4_check_experts(moe_layer *l, uint32_t layer, moe_error *error)
+static moe_status gemma4_check_experts(moe_model *m, uint32_t layer, moe_error *error)
 {
+    moe_layer *l = &m->layers[layer];
     char name[64];
     const bool both = weight_present(&l->experts_gate_up);
     const bool gate = weight_present(&l->experts_gate), up = weight_present(&l->experts_up);
     if (both && !gate && !up)
-        return gemma4_split(l, error);
+        return gemma4_split(m, l, error);
     if (!both && gate && up)
         return MOE_OK;
     snprintf(name, sizeof name, "blk.%u.ffn_%s_exps.weight", layer,
@@ -154,7 +168,7 @@ static moe_status gemma4_derive(moe_model *m, moe_error *error)
             return fail(error, MOE_ERR_MODEL, name, "expected values in each layer with a sliding "
                         "window, and in all other layers or in none; got none");
         if (weight_present(&l->router))
-            status = gemma4_check_experts(l, i, error);
+            status = gemma4_check_experts(m, i, error);
     }
     return status;
 }

@@ -313,6 +313,28 @@ static void logits_are_those_of_gguf(void)
     }
 }
 
+/* Whatever form a family's tensors have in GGUF files. */
+static void every_fixture_runs_as_moe(void)
+{
+    char path[600];
+    const char *moe = scratch_path("m.moe");
+    int n = 0;
+    snprintf(path, sizeof path, "%s/fixtures", test_root());
+    DIR *dir = opendir(path);
+    REQUIRE(dir, "%s", path);
+    for (const struct dirent *e; (e = readdir(dir));) {
+        const char *dot = strrchr(e->d_name, '.');
+        if (!dot || strcmp(dot, ".gguf"))
+            continue;
+        snprintf(path, sizeof path, "%s/fixtures/%.200s", test_root(), e->d_name);
+        n++;
+        if (convert_as(path, moe, CONV_STORE_ZSTD))
+            CHECK(logits_of(moe, (opening){0}) == logits_of(path, (opening){0}), "%s", e->d_name);
+    }
+    closedir(dir);
+    CHECK(n > 20, "only %d fixtures", n);
+}
+
 /* A checkpoint and its conversion give the same file. */
 static void checkpoints_become_moe(void)
 {
@@ -1112,6 +1134,7 @@ TEST_PROGRAM(moefile)
     RUN(planes_pay);
     RUN(parities_come_back);
     RUN(logits_are_those_of_gguf);
+    RUN(every_fixture_runs_as_moe);
     RUN(checkpoints_become_moe);
     RUN(experts_have_types_of_their_own);
     RUN(files_and_memory_are_as_promised);
