@@ -145,6 +145,8 @@ table() {
     awk '
     function cell(x, format) { return x == "-" ? "" : sprintf(format, x) }
     function at(kl, weighted,    i, a, b) { # bits of the trellis-coded types
+        if (kl == "-")
+            return 0
         for (i = 2; i <= n; i++) {
             a = KL[i, weighted]; b = KL[i - 1, weighted]
             if (a >= kl && kl >= b && b > 0)
@@ -166,7 +168,7 @@ table() {
                cell($9 == "-" ? "-" : 1e3 * $9, "%.1f ms"), 1e3 * $7, $8
         if ($1 ~ /^[0-9]/) {
             stored[++n, 0] = $4; stored[n, 1] = $10; KL[n, 0] = $6; KL[n, 1] = $11
-        } else if ($6 != "-" && $11 != "-") {
+        } else if ($6 != "-") {
             gguf[++m] = $1; raw[m] = bits; moe[m, 0] = $4; moe[m, 1] = $10; kl[m, 0] = $6
             kl[m, 1] = $11
         }
@@ -179,6 +181,8 @@ table() {
         for (i = 1; i <= m; i++) {
             a = at(kl[i, 0], 0)
             b = at(kl[i, 1], 1)
+            if (!a && !b)
+                continue
             printf "| %s | %.2f | %.2f | %s | %s | %s | %s | %s | %s |\n", gguf[i], raw[i],
                    moe[i, 0], a ? sprintf("%.2f", a) : "", versus(a, raw[i]),
                    versus(a, moe[i, 0]), b ? sprintf("%.2f", b) : "", versus(b, raw[i]),
@@ -213,8 +217,8 @@ done
     for model in "$@"; do
         base=$(basename "$model" .gguf)
         printf '\n%s, %s bytes as published:\n\n' "$base" "$(wc -c <"$model")"
-        echo "| type | bits, GGUF | .moe | | error | KL | KL, importance | loading, GGUF | .moe |" \
-            "GB/s per core |"
+        echo "| type | bits in memory | stored | | error | KL | KL, importance | opening, GGUF |" \
+            "loading, .moe | GB/s per core |"
         echo "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
         for type in $types; do
             cat "$rows/$base.$type"
