@@ -27,7 +27,7 @@
 enum {
     X86_FLOAT_K = 768,      /* weights of a row in a tile: 12 KiB, with AVX-512 24 */
     X86_FLOAT_PART_ROWS = 32,    /* rows whose sums wait in memory, */
-    X86_FLOAT_PART_TOKENS = 120, /* and tokens */
+    X86_FLOAT_PART_TOKENS = 120, /* and tokens: a multiple of both steps */
     X86_FLOAT_L2 = 448 << 10, /* activations for which weights are converted once */
     X86_FLOAT_ROWS = 4,     /* of a tile */
     X86_FLOAT_STEP = 3,     /* tokens of a step */
@@ -77,7 +77,8 @@ MOE_INLINE void x86_float_cut(const moe_mm *mm, size_t item_bytes, size_t tile_r
     const size_t most_tok = n_part > 1 ? (size_t)X86_FLOAT_PART_TOKENS
                                        : X86_FLOAT_L2 / (mm->n_in * sizeof(float));
     const size_t n_block = (mm->n_tok + most_tok - 1) / most_tok;
-    const size_t block = (mm->n_tok / n_block / X86_512_FLOAT_STEP + 1) * X86_512_FLOAT_STEP;
+    const size_t block = ((mm->n_tok - 1) / n_block / X86_512_FLOAT_STEP + 1) *
+                         X86_512_FLOAT_STEP; /* <= X86_FLOAT_PART_TOKENS, which is a multiple */
     const size_t rows = n_part > 1 ? X86_FLOAT_PART_ROWS : mm->n_row;
     x86_float_part p = {.x_stride = mm->x_stride, .y_stride = mm->y_stride, .tile = memory->tile};
     for (size_t t = 0; t < mm->n_tok; t += block)

@@ -585,7 +585,7 @@ static void kernels_equal_c(void)
                         blocks[j % 3] * (quant->block_len == 1 ? 37 : quant->block_len), many[j][0],
                         many[j][1]);
         if (quant->act == MOE_ACT_F32) { /* rows in parts, and more activations than fit into L2 */
-            check_shape(quant, &v, extremes, MIXED, 1601, 35, 122);
+            check_shape(quant, &v, extremes, MIXED, 801, 35, 240);
             check_shape(quant, &v, extremes, MIXED, 768, 9, 150);
         }
         if (v.n == 1 && i == 0)
