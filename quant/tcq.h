@@ -155,12 +155,6 @@ typedef struct tcq_parity_avx2 {
     __m256i p[16];
 } tcq_parity_avx2;
 
-/* What a type brings: the values plus bias of a step (half 0 or 1) of the block at `offset` of 8
- * rows. parity[0] are its own, parity[1] and parity[2] of the two before. Step 0, then step 1, make
- * those of the next block from parity[2]. */
-typedef void tcq_load_avx2_fn(const uint8_t *const row[8], size_t offset, size_t half,
-                              tcq_parity_avx2 *const parity[3], x86_block *w);
-
 /* The parities in i + 2 steps of what has n vectors of codes per step. */
 MOE_AVX2_INLINE __m256i tcq_parity_next_avx2(tcq_parity_avx2 *const parity[3], size_t half,
                                              size_t n, size_t i, __m256i code)
@@ -170,37 +164,41 @@ MOE_AVX2_INLINE __m256i tcq_parity_next_avx2(tcq_parity_avx2 *const parity[3], s
     return _mm256_xor_si256(code, _mm256_xor_si256(five, six));
 }
 
-/* As x86_gemv32, whose comment holds here, with paths that run through the row. */
-MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, tcq_load_avx2_fn *load,
-                                   x86_step_fn *step)
+/* What a type brings: sums of products, in row order, of the values plus bias of a step (half 0 or
+ * 1) of the block at `offset` of 8 rows. parity[0] are its own, parity[1] and parity[2] of the two
+ * before. Step 0, then step 1, make those of the next block from parity[2]. */
+typedef __m256i tcq_dot_avx2_fn(const uint8_t *const row[8], size_t offset, size_t half,
+                                tcq_parity_avx2 *const parity[3], const x86_x32 *x);
+
+/* As x86_gemv32, whose comment holds here, with paths that run through the row. The parities take
+ * turns by their pointers: a loop of three blocks, which gcc keeps in registers that it does not
+ * have, stores each of them twice. */
+MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, int16_t bias,
+                                   tcq_dot_avx2_fn *dot)
 {
     const moe_q8 x = act_q8(MOE_ACT_Q8_32, mm->x, mm->n_in);
-    const size_t n_block = mm->n_in / TCQ_LEN;
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
         x86_rows(mm, r, row);
-        tcq_parity_avx2 p[TCQ_TURNS];
+        tcq_parity_avx2 p[TCQ_TURNS], *turn[TCQ_TURNS] = {&p[0], &p[1], &p[2]};
         memset(p, 0, sizeof p);
         __m256 acc = _mm256_setzero_ps();
         const uintptr_t next = x86_ahead(mm, r);
-        for (size_t b0 = 0; b0 < n_block; b0 += TCQ_TURNS) {
+        for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
+            const size_t at = b * block_bytes;
+            x86_prefetch(next + 8 * at, 8 * block_bytes);
+            const __m256 d = x86_f16x8(row, at);
             MOE_UNROLL
-            for (size_t i = 0; i < TCQ_TURNS; i++) {
-                const size_t b = b0 + i;
-                if (b == n_block)
-                    break;
-                tcq_parity_avx2 *const turn[3] = {&p[(3 - i) % 3], &p[(4 - i) % 3],
-                                                  &p[(5 - i) % 3]};
-                x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
-                x86_block w;
-                w.d = x86_f16x8(row, b * block_bytes);
-                MOE_UNROLL
-                for (size_t half = 0; half < 2; half++) {
-                    load(row, b * block_bytes, half, turn, &w);
-                    const x86_x32 xb = x86_load_x32(&x, 2 * b + half);
-                    acc = step(&w, &xb, acc);
-                }
+            for (size_t half = 0; half < 2; half++) {
+                const x86_x32 xb = x86_load_x32(&x, 2 * b + half);
+                const __m256i sum = _mm256_add_epi32(dot(row, at, half, turn, &xb),
+                                                     x86_sum_times(&xb, (int16_t)-bias));
+                acc = _mm256_fmadd_ps(_mm256_mul_ps(d, xb.d), _mm256_cvtepi32_ps(sum), acc);
             }
+            tcq_parity_avx2 *const made = turn[2];
+            turn[2] = turn[1];
+            turn[1] = turn[0];
+            turn[0] = made;
         }
         x86_store_rows(mm->y + r, acc, mm->n_row - r);
     }
@@ -231,12 +229,12 @@ MOE_AVX2_INLINE void tcq_tile_avx2(const uint8_t *const row[8], size_t offset, s
     }
 }
 
-/* A type's kernels, made of `type`_load_avx2, `type`_step_avx2 and `type`_unpack_avx2; `steps`: of
- * x86_tile.h, for codes of that size. */
-#define TCQ_GEMV_AVX2(type)                                                                        \
+/* A type's kernels, made of `type`_dot_avx2 and `type`_unpack_avx2; `steps`: of x86_tile.h, for
+ * codes of that size. */
+#define TCQ_GEMV_AVX2(type, bias)                                                                  \
     MOE_AVX2 static void type##_gemv_avx2(const moe_mm *mm)                                        \
     {                                                                                              \
-        tcq_gemv_avx2(mm, sizeof(type##_block), type##_load_avx2, type##_step_avx2);               \
+        tcq_gemv_avx2(mm, sizeof(type##_block), bias, type##_dot_avx2);                            \
     }
 #define TCQ_GEMM_AVX2(type, bias, steps, steps_vnni)                                               \
     MOE_AVX2 static void type##_tile_avx2(const uint8_t *const row[8], size_t offset,              \
@@ -268,7 +266,7 @@ typedef struct tcq_parity_512 {
     __m512i p[16];
 } tcq_parity_512;
 
-/* As tcq_load_avx2_fn. */
+/* The values plus bias of a step; the parities as for tcq_dot_avx2_fn. */
 typedef void tcq_load_512_fn(const uint8_t *const row[16], size_t offset, size_t half,
                              tcq_parity_512 *const parity[3], tcq_values_512 *w);
 
@@ -427,7 +425,8 @@ MOE_VNNI512_INLINE void tcq_tile_512(x86_512_rows *rows, size_t offset, size_t b
 /* As arm32_gemv and arm32_gemm, whose comments hold here, with paths that run through the row. */
 typedef struct tcq_arm {
     size_t block_bytes;
-    /* As tcq_load_avx2_fn, of one row: k 0..15, k 16..31. */
+    /* The values plus bias of a step of one row, k 0..15 and k 16..31; the parities as for
+     * tcq_dot_avx2_fn. */
     void (*values)(const uint8_t *block, size_t half, uint8x16_t (*const parity[3])[2],
                    uint8x16_t v[2]);
     uint8_t bias;

@@ -51,16 +51,21 @@ MOE_AVX2_INLINE void tcq4_values_avx2(__m256i v, __m256i p, __m256i *lo, __m256i
                           _mm256_and_si256(_mm256_srli_epi16(p, 4), one));
 }
 
-MOE_AVX2_INLINE void tcq4_load_avx2(const uint8_t *const row[8], size_t offset, size_t half,
-                                    tcq_parity_avx2 *const parity[3], x86_block *w)
+/* Two sums of products u q, u = 0..31, fit into 16 bits as x86_dot_u5 says. */
+MOE_AVX2_INLINE __m256i tcq4_dot_avx2(const uint8_t *const row[8], size_t offset, size_t half,
+                                      tcq_parity_avx2 *const parity[3], const x86_x32 *x)
 {
     const size_t q = offset + offsetof(tcq4_block, q) + 16 * half;
+    __m256i sum[4];
     MOE_UNROLL
     for (size_t r = 0; r < 4; r++) {
         const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q);
-        tcq4_values_avx2(v, parity[0]->p[4 * half + r], &w->lo[r], &w->hi[r]);
+        __m256i lo, hi;
+        tcq4_values_avx2(v, parity[0]->p[4 * half + r], &lo, &hi);
+        sum[r] = x86_dot_pair_u5(lo, hi, x);
         parity[2]->p[4 * half + r] = tcq_parity_next_avx2(parity, half, 4, r, v);
     }
+    return x86_sum4_i16(sum[0], sum[1], sum[2], sum[3]);
 }
 
 MOE_AVX2_INLINE void tcq4_unpack_avx2(const uint8_t *const row[8], size_t offset, size_t half,
@@ -75,14 +80,7 @@ MOE_AVX2_INLINE void tcq4_unpack_avx2(const uint8_t *const row[8], size_t offset
     }
 }
 
-/* sum((u - 16) q) = sum(u q) - 16 sum(q), u = 0..31 */
-MOE_AVX2_INLINE __m256 tcq4_step_avx2(const x86_block *w, const x86_x32 *x, __m256 acc)
-{
-    const __m256i sum = _mm256_add_epi32(x86_dot_u5(w, x), x86_sum_times(x, -TCQ4_BIAS));
-    return x86_add_scaled(w, x, sum, acc);
-}
-
-TCQ_GEMV_AVX2(tcq4)
+TCQ_GEMV_AVX2(tcq4, TCQ4_BIAS)
 TCQ_GEMM_AVX2(tcq4, TCQ4_BIAS, x86_block_u5_avx2, x86_block_u8_avxvnni)
 
 /* Here parities are masked as they are made. Values from bytes of codes v. */

@@ -81,43 +81,35 @@ MOE_AVX2_INLINE __m256i tcq5_fields_avx2(__m256i low, __m256i p, size_t half)
         _mm256_and_si256(half ? _mm256_srli_epi16(p, 1) : p, even));
 }
 
-MOE_AVX2_INLINE void tcq5_load_avx2(const uint8_t *const row[8], size_t offset, size_t half,
-                                    tcq_parity_avx2 *const parity[3], x86_block *w)
+/* Four products u q, 63 * 127 * 4 = 32004, fit into 16 bits. */
+MOE_AVX2_INLINE __m256i tcq5_dot_avx2(const uint8_t *const row[8], size_t offset, size_t half,
+                                      tcq_parity_avx2 *const parity[3], const x86_x32 *x)
 {
     const __m256i mask = _mm256_set1_epi8(60), three = _mm256_set1_epi8(3);
     const __m256i first = _mm256_setr_epi64x(0, 2, 0, 2), second = _mm256_setr_epi64x(4, 6, 4, 6);
     const size_t q = offset + offsetof(tcq5_block, q) + 16 * half;
+    __m256i sum[4];
     MOE_UNROLL
     for (size_t i = 0; i < 2; i++) {
         const __m256i low = tcq5_low_avx2(row, offset + offsetof(tcq5_block, low), 2 * i);
         const __m256i fields = tcq5_fields_avx2(low, parity[0]->p[i], half);
+        if (half == 1)
+            parity[2]->p[i] = tcq5_next_avx2(low, parity[1]->p[i], parity[2]->p[i]);
         MOE_UNROLL
         for (size_t r = 2 * i; r < 2 * i + 2; r++) {
             const __m256i v = x86_load_pair(row[r] + q, row[r + 4] + q);
             const __m256i f = r % 2 ? _mm256_unpackhi_epi64(fields, fields)
                                     : _mm256_unpacklo_epi64(fields, fields);
-            w->lo[r] = _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(v, 2), mask),
-                                       _mm256_and_si256(_mm256_srlv_epi64(f, first), three));
-            w->hi[r] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(v, 2), mask),
-                                       _mm256_and_si256(_mm256_srlv_epi64(f, second), three));
+            const __m256i f0 = _mm256_and_si256(_mm256_srlv_epi64(f, first), three);
+            const __m256i f1 = _mm256_and_si256(_mm256_srlv_epi64(f, second), three);
+            const __m256i lo = _mm256_and_si256(_mm256_slli_epi16(v, 2), mask);
+            const __m256i hi = _mm256_and_si256(_mm256_srli_epi16(v, 2), mask);
+            sum[r] = _mm256_madd_epi16(x86_dot_pair_u5(_mm256_or_si256(lo, f0),
+                                                       _mm256_or_si256(hi, f1), x),
+                                       _mm256_set1_epi16(1));
         }
-        if (half == 1)
-            parity[2]->p[i] = tcq5_next_avx2(low, parity[1]->p[i], parity[2]->p[i]);
     }
-}
-
-/* Four products, 63 * 127 * 4 = 32004, fit into 16 bits. */
-MOE_AVX2_INLINE __m256i tcq5_dot_avx2(const x86_block *w, const x86_x32 *x, int r)
-{
-    return _mm256_madd_epi16(x86_dot_pair_u5(w->lo[r], w->hi[r], x), _mm256_set1_epi16(1));
-}
-
-/* sum((u - 32) q) = sum(u q) - 32 sum(q), u = 0..63 */
-MOE_AVX2_INLINE __m256 tcq5_step_avx2(const x86_block *w, const x86_x32 *x, __m256 acc)
-{
-    const __m256i sum = x86_sum4_i32(tcq5_dot_avx2(w, x, 0), tcq5_dot_avx2(w, x, 1),
-                                     tcq5_dot_avx2(w, x, 2), tcq5_dot_avx2(w, x, 3));
-    return x86_add_scaled(w, x, _mm256_add_epi32(sum, x86_sum_times(x, -TCQ5_BIAS)), acc);
+    return x86_sum4_i32(sum[0], sum[1], sum[2], sum[3]);
 }
 
 MOE_AVX2_INLINE void tcq5_unpack_avx2(const uint8_t *const row[8], size_t offset, size_t half,
@@ -142,7 +134,7 @@ MOE_AVX2_INLINE void tcq5_unpack_avx2(const uint8_t *const row[8], size_t offset
     }
 }
 
-TCQ_GEMV_AVX2(tcq5)
+TCQ_GEMV_AVX2(tcq5, TCQ5_BIAS)
 TCQ_GEMM_AVX2(tcq5, TCQ5_BIAS, x86_block_u6_avx2, x86_block_u8_avxvnni)
 
 /* The same with 64 bytes: quarters of rows 0, 4, 8 and 12 from `first` on, and those after them. */

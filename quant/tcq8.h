@@ -87,21 +87,17 @@ static void tcq8_mm_c(const moe_mm *mm)
 }
 
 #if MOE_X86
-MOE_AVX2_INLINE void tcq8_load_avx2(const uint8_t *const row[8], size_t offset, size_t half,
-                                    tcq_parity_avx2 *const parity[3], x86_block *w)
+MOE_AVX2_INLINE __m256i tcq8_dot_avx2(const uint8_t *const row[8], size_t offset, size_t half,
+                                      tcq_parity_avx2 *const parity[3], const x86_x32 *x)
 {
     const size_t q = offset + offsetof(tcq8_block, q) + 32 * half;
     (void)parity;
+    __m256i sum[4];
     MOE_UNROLL
-    for (size_t r = 0; r < 4; r++) {
-        w->lo[r] = x86_load_pair(row[r] + q, row[r + 4] + q);
-        w->hi[r] = x86_load_pair(row[r] + q + 16, row[r + 4] + q + 16);
-    }
-}
-
-MOE_AVX2_INLINE __m256 tcq8_step_avx2(const x86_block *w, const x86_x32 *x, __m256 acc)
-{
-    return x86_add_scaled(w, x, x86_dot_i8(w, x), acc);
+    for (size_t r = 0; r < 4; r++)
+        sum[r] = x86_dot_pair_i8(x86_load_pair(row[r] + q, row[r + 4] + q),
+                                 x86_load_pair(row[r] + q + 16, row[r + 4] + q + 16), x);
+    return x86_sum4_i32(sum[0], sum[1], sum[2], sum[3]);
 }
 
 MOE_AVX2_INLINE void tcq8_unpack_avx2(const uint8_t *const row[8], size_t offset, size_t half,
@@ -113,7 +109,7 @@ MOE_AVX2_INLINE void tcq8_unpack_avx2(const uint8_t *const row[8], size_t offset
     x86_load_transposed(row, q + 16, code + 4);
 }
 
-TCQ_GEMV_AVX2(tcq8)
+TCQ_GEMV_AVX2(tcq8, 0)
 TCQ_GEMM_AVX2(tcq8, TCQ8_BIAS, x86_block_i8_avx2, x86_block_i8_avxvnni)
 
 /* A step of 8 rows: sums of products. Rows 0 and 4, 1 and 5, ... are in a vector. */
