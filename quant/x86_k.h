@@ -273,46 +273,56 @@ MOE_AVX2_INLINE void x86_k_spread16(__m128i scales, bool in_place, __m256i out[2
         out[k] = in_place ? _mm256_mulhi_epi16(out[k], factor) : _mm256_srai_epi16(out[k], 8);
 }
 
+/* One superblock with groups of 16. Without minima, sum[t] begins with what the offset of the codes
+ * takes away; else min[t] has 8 numbers whose sum is that of minima times activations. */
+MOE_AVX2_INLINE void x86_k_block16(const uint8_t *w, const x86_k_group16 *f, x86_k_codes_fn *codes,
+                                   x86_k_scales_fn *scales, const x86_k_tokens *x, size_t at,
+                                   size_t n_tok, x86_k_half_fn *half, __m256i *sum, __m256i *min)
+{
+    __m128i scale, low;
+    __m256i code[4], spread[2];
+    scales(w, &scale, &low);
+    x86_k_spread16(scale, f->in_place, spread);
+    const __m256i wide = _mm256_cvtepi8_epi16(f->has_min ? low : scale);
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        sum[t] = _mm256_setzero_si256();
+        min[t] = _mm256_madd_epi16(wide, x86_k_load(x->tok[t].sum + at / 16));
+        if (!f->has_min)
+            sum[t] = _mm256_slli_epi32(_mm256_sub_epi32(sum[t], min[t]),
+                                       f->offset + (f->in_place ? 4 : 0));
+    }
+    MOE_UNROLL
+    for (size_t k = 0; k < 2; k++) {
+        codes(w, k, code);
+        half(code, spread[k], x, at + 128 * k, n_tok, sum);
+    }
+}
+
 /* Q2_K, Q3_K and Q6_K. */
 MOE_AVX2_INLINE void x86_k_dot8_16(const uint8_t *w, const x86_k_group16 *f, x86_k_codes_fn *codes,
                                    x86_k_scales_fn *scales, const x86_k_tokens *x, size_t b,
                                    size_t n_tok, x86_k_half_fn *half, x86_k_sums *out)
 {
-    const int shift = f->in_place ? 4 : 0;
     const uint8_t *block[8];
     __m256i dot[X86_K_FEWEST][8], min[X86_K_FEWEST][8];
     x86_k_blocks(w, f->block_bytes, block);
     for (size_t i = 0; i < 8; i++, w += f->block_bytes) {
-        const size_t at = x->at[b + i];
-        __m128i scale, low;
-        __m256i sum[X86_K_FEWEST], code[4], spread[2];
+        __m256i sum[X86_K_FEWEST], low[X86_K_FEWEST];
         x86_k_fetch(w, f->block_bytes);
-        scales(w, &scale, &low);
-        x86_k_spread16(scale, f->in_place, spread);
-        const __m256i wide = _mm256_cvtepi8_epi16(f->has_min ? low : scale);
+        x86_k_block16(w, f, codes, scales, x, x->at[b + i], n_tok, half, sum, low);
         MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++) {
-            const __m256i v = _mm256_madd_epi16(wide, x86_k_load(x->tok[t].sum + at / 16));
-            sum[t] = _mm256_setzero_si256();
-            if (f->has_min)
-                min[t][i] = v;
-            else
-                sum[t] = _mm256_slli_epi32(_mm256_sub_epi32(sum[t], v), f->offset + shift);
-        }
-        MOE_UNROLL
-        for (size_t k = 0; k < 2; k++) {
-            codes(w, k, code);
-            half(code, spread[k], x, at + 128 * k, n_tok, sum);
-        }
-        MOE_UNROLL
-        for (size_t t = 0; t < n_tok; t++)
             dot[t][i] = sum[t];
+            if (f->has_min)
+                min[t][i] = low[t];
+        }
     }
     const __m256 d = x86_f16x8(block, f->d);
     MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++) {
         out[t].d = d;
-        out[t].dot = _mm256_srai_epi32(x86_sum8_i32(dot[t]), shift);
+        out[t].dot = _mm256_srai_epi32(x86_sum8_i32(dot[t]), f->in_place ? 4 : 0);
         if (f->has_min) {
             out[t].dmin = x86_f16x8(block, f->d + 2);
             out[t].min = x86_sum8_i32(min[t]);
