@@ -34,10 +34,12 @@ enum {
     X86_512_K = 256,     /* weights of a row in a tile */
     X86_512_TILES = 4,   /* tiles computed at once */
     X86_512_ROWS = 16 * X86_512_TILES,
-    X86_512_TOKENS = 64, /* tokens computed on a tile before the next is unpacked */
+    X86_512_TOKENS = 128, /* the most tokens computed on a tile before the next is unpacked; half as
+                             many where their rows would not stay in L2 */
     X86_512_FEW = 8,     /* fewer tokens are computed as fast as memory is read */
     X86_512_MANY = 48,   /* from here on all tiles are computed at once */
-    X86_512_L1 = 48 << 10
+    X86_512_L1 = 48 << 10,
+    X86_512_L2 = 512 << 10 /* of it, for activations */
 };
 
 /* 256 weights of 16 rows: one superblock, or up to 8 blocks of 32. */
@@ -62,7 +64,7 @@ typedef struct x86_512_x {
     const int16_t *sum;
     size_t stride;
     size_t n_tok;
-    size_t n_block;     // groups of 32 weights in the tile
+    size_t first_block, n_block; // groups of 32 weights of the tile: those that count, [first, n)
     uintptr_t next;     // what is fetched during the next steps: next_bytes for each 4 tokens
     size_t next_bytes;
     x86_512_token token[X86_512_TOKENS];
@@ -349,16 +351,16 @@ MOE_VNNI512_INLINE void x86_512_step_32(const x86_512_tile *tile, const x86_512_
     MOE_UNROLL
     for (size_t i = 0; i < n_tile * n_tok; i++)
         total[i] = _mm512_loadu_ps(x86_512_at(acc, t0, i, n_tile));
-    for (size_t b = 0; b < x->n_block; b++, q += 32, scale += 4) {
+    for (size_t b = x->first_block; b < x->n_block; b++) {
         __m512i sum[16];
         MOE_UNROLL
         for (size_t i = 0; i < n_tile * n_tok; i++)
             sum[i] = affine ? _mm512_setzero_si512() : _mm512_set1_epi32(token[i / n_tile].init[b]);
-        x86_512_dot(tile, 8 * b, 8, q, x->stride, sum, n_tile, n_tok);
+        x86_512_dot(tile, 8 * b, 8, q + 32 * b, x->stride, sum, n_tile, n_tok);
         MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++) {
             float one;
-            memcpy(&one, scale + t * x->stride, sizeof one);
+            memcpy(&one, scale + 4 * b + t * x->stride, sizeof one);
             const __m512 x_scale = _mm512_set1_ps(one), x_sum = _mm512_set1_ps(token[t].fsum[b]);
             MOE_UNROLL
             for (size_t r = 0; r < n_tile; r++) {
@@ -477,7 +479,7 @@ MOE_VNNI512 static void x86_512_prepare(x86_512_x *x, const x86_512_format *f)
 {
     for (size_t t = 0; t < x->n_tok; t++) {
         const __m256i sum =
-            _mm256_load_si256((const __m256i *)((const char *)x->sum + t * x->stride));
+            _mm256_loadu_si256((const __m256i *)((const char *)x->sum + t * x->stride));
         const __m256i sum32 = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
         x86_512_token *token = &x->token[t];
         if (f->group == 16) {
@@ -493,7 +495,7 @@ MOE_VNNI512 static void x86_512_prepare(x86_512_x *x, const x86_512_format *f)
     }
 }
 
-/* Calls load(); where a row ends within a tile, on a copy that is long enough. */
+/* Calls load(); if the row has less than a tile left, on a copy that is long enough. */
 MOE_VNNI512 static void x86_512_load(x86_512_rows *rows, size_t offset, size_t n_block,
                                      const x86_512_format *f, x86_512_tile *tile)
 {
@@ -513,6 +515,18 @@ MOE_VNNI512 static void x86_512_load(x86_512_rows *rows, size_t offset, size_t n
     f->load(&from, 0, tile);
 }
 
+/* Goes back from block b so that a row's last tile is a whole one, which can be loaded in place; what
+ * had its turn does not count again. Returns where it begins. */
+MOE_INLINE size_t x86_512_go_back(x86_512_x *x, const x86_512_format *f, size_t b, size_t n_block)
+{
+    const size_t back = X86_512_K / f->block_len - (n_block - b);
+    x->first_block = back * f->block_len / 32;
+    x->q -= 32 * x->first_block;
+    x->sum -= 2 * x->first_block;
+    x->scale -= x->first_block;
+    return b - back;
+}
+
 /* acc = 16 n_tile rows, n_tile 1, 2 or 4, times the tokens of x, which stands at their
  * beginning. */
 MOE_VNNI512 static void x86_512_gemm_rows(const moe_mm *mm, x86_512_rows *rows, size_t n_tile,
@@ -520,8 +534,11 @@ MOE_VNNI512 static void x86_512_gemm_rows(const moe_mm *mm, x86_512_rows *rows, 
 {
     const size_t n_block = mm->n_in / f->block_len, tile_blocks = X86_512_K / f->block_len;
     x86_512_step_fn *const step = (*f->steps)[n_tile / 2];
+    x->first_block = 0;
     for (size_t b = 0; b < n_block; b += tile_blocks) {
         x86_512_tile tile[X86_512_TILES];
+        if (b && n_block - b < tile_blocks && !rows->state)
+            b = x86_512_go_back(x, f, b, n_block);
         const size_t n = MOE_MIN(tile_blocks, n_block - b);
         x->n_block = n * f->block_len / 32;
         for (size_t i = 0; i < n_tile; i++)
@@ -567,11 +584,12 @@ MOE_VNNI512 static void x86_512_gemm_with(const moe_mm *mm, const x86_512_format
 {
     const moe_act act = f->block_len == X86_512_K ? MOE_ACT_Q8_256 : MOE_ACT_Q8_32;
     const size_t tile_bytes = X86_512_K / f->block_len * f->block_bytes;
-    for (size_t t0 = 0; t0 < mm->n_tok; t0 += X86_512_TOKENS) {
+    const size_t most = X86_512_TOKENS / (X86_512_TOKENS * mm->x_stride > X86_512_L2 ? 2 : 1);
+    for (size_t t0 = 0; t0 < mm->n_tok; t0 += most) {
         const moe_q8 first = act_q8(act, mm->x + t0 * mm->x_stride, mm->n_in);
         x86_512_x x;
         x.stride = mm->x_stride;
-        x.n_tok = MOE_MIN(mm->n_tok - t0, X86_512_TOKENS);
+        x.n_tok = MOE_MIN(mm->n_tok - t0, most);
         for (size_t r = 0, n_tile; r < mm->n_row; r += 16 * n_tile) {
             x86_512_rows rows[X86_512_TILES];
             float acc[X86_512_TOKENS][X86_512_ROWS];
