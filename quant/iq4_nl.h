@@ -90,9 +90,9 @@ MOE_AVX2_INLINE __m256 iq4_nl_step_avx2(const x86_block *w, const x86_x32 *x, __
     return x86_add_scaled(w, x, x86_dot_i8(w, x), acc);
 }
 
-MOE_AVX2 static void iq4_nl_gemv_avx2(const moe_mm *mm)
+MOE_AVX2 static void iq4_nl_few_avx2(const moe_mm *mm)
 {
-    x86_gemv32(mm, sizeof(iq4_nl_block), iq4_nl_unpack_avx2, iq4_nl_step_avx2);
+    x86_few32(mm, sizeof(iq4_nl_block), iq4_nl_unpack_avx2, iq4_nl_step_avx2);
 }
 
 MOE_AVX2 static void iq4_nl_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -111,12 +111,12 @@ static const x86_format iq4_nl_x86 = {32, sizeof(iq4_nl_block), 128, iq4_nl_load
 
 static void iq4_nl_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &iq4_nl_x86, x86_block_i8_avx2, iq4_nl_gemv_avx2);
+    x86_gemm(mm, &iq4_nl_x86, x86_block_i8_avx2, iq4_nl_few_avx2);
 }
 
 static void iq4_nl_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &iq4_nl_x86, x86_block_i8_avxvnni, iq4_nl_gemv_avx2);
+    x86_gemm(mm, &iq4_nl_x86, x86_block_i8_avxvnni, iq4_nl_few_avx2);
 }
 
 /* iq4_value + 128 */
@@ -164,7 +164,7 @@ static moe_kernels iq4_nl_select(uint32_t cpu)
     moe_kernels best = {iq4_nl_mm_c, iq4_nl_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
-        best = (moe_kernels){iq4_nl_gemv_avx2, iq4_nl_gemm_avx2};
+        best = (moe_kernels){iq4_nl_few_avx2, iq4_nl_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = iq4_nl_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)

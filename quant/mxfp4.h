@@ -123,9 +123,9 @@ MOE_AVX2_INLINE __m256 mxfp4_step_avx2(const x86_block *w, const x86_x32 *x, __m
     return x86_add_scaled(w, x, _mm256_add_epi32(x86_dot_u5(w, x), x86_sum_times(x, -12)), acc);
 }
 
-MOE_AVX2 static void mxfp4_gemv_avx2(const moe_mm *mm)
+MOE_AVX2 static void mxfp4_few_avx2(const moe_mm *mm)
 {
-    x86_gemv32(mm, sizeof(mxfp4_block), mxfp4_unpack_avx2, mxfp4_step_avx2);
+    x86_few32(mm, sizeof(mxfp4_block), mxfp4_unpack_avx2, mxfp4_step_avx2);
 }
 
 MOE_AVX2 static void mxfp4_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -144,12 +144,12 @@ static const x86_format mxfp4_x86 = {32, sizeof(mxfp4_block), 12, mxfp4_load_avx
 
 static void mxfp4_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &mxfp4_x86, x86_block_u5_avx2, mxfp4_gemv_avx2);
+    x86_gemm(mm, &mxfp4_x86, x86_block_u5_avx2, mxfp4_few_avx2);
 }
 
 static void mxfp4_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &mxfp4_x86, x86_block_u8_avxvnni, mxfp4_gemv_avx2);
+    x86_gemm(mm, &mxfp4_x86, x86_block_u8_avxvnni, mxfp4_few_avx2);
 }
 
 /* mxfp4_scale() of the lowest byte of each lane. */
@@ -220,7 +220,7 @@ static moe_kernels mxfp4_select(uint32_t cpu)
     moe_kernels best = {mxfp4_mm_c, mxfp4_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
-        best = (moe_kernels){mxfp4_gemv_avx2, mxfp4_gemm_avx2};
+        best = (moe_kernels){mxfp4_few_avx2, mxfp4_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = mxfp4_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)

@@ -88,9 +88,9 @@ MOE_AVX2_INLINE __m256 q4_0_step_avx2(const x86_block *w, const x86_x32 *x, __m2
     return x86_add_scaled(w, x, _mm256_add_epi32(x86_dot_u5(w, x), x86_sum_times(x, -8)), acc);
 }
 
-MOE_AVX2 static void q4_0_gemv_avx2(const moe_mm *mm)
+MOE_AVX2 static void q4_0_few_avx2(const moe_mm *mm)
 {
-    x86_gemv32(mm, sizeof(q4_0_block), q4_0_unpack_avx2, q4_0_step_avx2);
+    x86_few32(mm, sizeof(q4_0_block), q4_0_unpack_avx2, q4_0_step_avx2);
 }
 
 MOE_AVX2 static void q4_0_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -108,12 +108,12 @@ static const x86_format q4_0_x86 = {32, sizeof(q4_0_block), 8, q4_0_load_avx2};
 
 static void q4_0_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q4_0_x86, x86_block_u4_avx2, q4_0_gemv_avx2);
+    x86_gemm(mm, &q4_0_x86, x86_block_u4_avx2, q4_0_few_avx2);
 }
 
 static void q4_0_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q4_0_x86, x86_block_u8_avxvnni, q4_0_gemv_avx2);
+    x86_gemm(mm, &q4_0_x86, x86_block_u8_avxvnni, q4_0_few_avx2);
 }
 MOE_VNNI512 static void q4_0_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
 {
@@ -155,7 +155,7 @@ static moe_kernels q4_0_select(uint32_t cpu)
     moe_kernels best = {q4_0_mm_c, q4_0_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
-        best = (moe_kernels){q4_0_gemv_avx2, q4_0_gemm_avx2};
+        best = (moe_kernels){q4_0_few_avx2, q4_0_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = q4_0_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)

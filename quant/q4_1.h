@@ -93,9 +93,9 @@ MOE_AVX2_INLINE __m256 q4_1_step_avx2(const x86_block *w, const x86_x32 *x, __m2
     return x86_add_affine(w, x, x86_dot_u5(w, x), acc);
 }
 
-MOE_AVX2 static void q4_1_gemv_avx2(const moe_mm *mm)
+MOE_AVX2 static void q4_1_few_avx2(const moe_mm *mm)
 {
-    x86_gemv32(mm, sizeof(q4_1_block), q4_1_unpack_avx2, q4_1_step_avx2);
+    x86_few32(mm, sizeof(q4_1_block), q4_1_unpack_avx2, q4_1_step_avx2);
 }
 
 MOE_AVX2 static void q4_1_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -114,12 +114,12 @@ static const x86_format q4_1_x86 = {32, sizeof(q4_1_block), 0, q4_1_load_avx2};
 
 static void q4_1_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q4_1_x86, x86_affine_u4_avx2, q4_1_gemv_avx2);
+    x86_gemm(mm, &q4_1_x86, x86_affine_u4_avx2, q4_1_few_avx2);
 }
 
 static void q4_1_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q4_1_x86, x86_affine_avxvnni, q4_1_gemv_avx2);
+    x86_gemm(mm, &q4_1_x86, x86_affine_avxvnni, q4_1_few_avx2);
 }
 
 MOE_VNNI512 static void q4_1_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
@@ -158,7 +158,7 @@ static moe_kernels q4_1_select(uint32_t cpu)
     moe_kernels best = {q4_1_mm_c, q4_1_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
-        best = (moe_kernels){q4_1_gemv_avx2, q4_1_gemm_avx2};
+        best = (moe_kernels){q4_1_few_avx2, q4_1_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = q4_1_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)

@@ -98,9 +98,9 @@ MOE_AVX2_INLINE __m256 q5_1_step_avx2(const x86_block *w, const x86_x32 *x, __m2
     return x86_add_affine(w, x, x86_dot_u5(w, x), acc);
 }
 
-MOE_AVX2 static void q5_1_gemv_avx2(const moe_mm *mm)
+MOE_AVX2 static void q5_1_few_avx2(const moe_mm *mm)
 {
-    x86_gemv32(mm, sizeof(q5_1_block), q5_1_unpack_avx2, q5_1_step_avx2);
+    x86_few32(mm, sizeof(q5_1_block), q5_1_unpack_avx2, q5_1_step_avx2);
 }
 
 MOE_AVX2 static void q5_1_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -120,12 +120,12 @@ static const x86_format q5_1_x86 = {32, sizeof(q5_1_block), 0, q5_1_load_avx2};
 
 static void q5_1_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q5_1_x86, x86_affine_u5_avx2, q5_1_gemv_avx2);
+    x86_gemm(mm, &q5_1_x86, x86_affine_u5_avx2, q5_1_few_avx2);
 }
 
 static void q5_1_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q5_1_x86, x86_affine_avxvnni, q5_1_gemv_avx2);
+    x86_gemm(mm, &q5_1_x86, x86_affine_avxvnni, q5_1_few_avx2);
 }
 
 MOE_VNNI512 static void q5_1_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
@@ -166,7 +166,7 @@ static moe_kernels q5_1_select(uint32_t cpu)
     moe_kernels best = {q5_1_mm_c, q5_1_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
-        best = (moe_kernels){q5_1_gemv_avx2, q5_1_gemm_avx2};
+        best = (moe_kernels){q5_1_few_avx2, q5_1_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = q5_1_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)

@@ -81,9 +81,9 @@ MOE_AVX2_INLINE __m256 q8_0_step_avx2(const x86_block *w, const x86_x32 *x, __m2
     return x86_add_scaled(w, x, x86_dot_i8(w, x), acc);
 }
 
-MOE_AVX2 static void q8_0_gemv_avx2(const moe_mm *mm)
+MOE_AVX2 static void q8_0_few_avx2(const moe_mm *mm)
 {
-    x86_gemv32(mm, sizeof(q8_0_block), q8_0_unpack_avx2, q8_0_step_avx2);
+    x86_few32(mm, sizeof(q8_0_block), q8_0_unpack_avx2, q8_0_step_avx2);
 }
 
 MOE_AVX2 static void q8_0_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,
@@ -102,12 +102,12 @@ static const x86_format q8_0_x86 = {32, sizeof(q8_0_block), 128, q8_0_load_avx2}
 
 static void q8_0_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q8_0_x86, x86_block_i8_avx2, q8_0_gemv_avx2);
+    x86_gemm(mm, &q8_0_x86, x86_block_i8_avx2, q8_0_few_avx2);
 }
 
 static void q8_0_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q8_0_x86, x86_block_i8_avxvnni, q8_0_gemv_avx2);
+    x86_gemm(mm, &q8_0_x86, x86_block_i8_avxvnni, q8_0_few_avx2);
 }
 /* q + 128 */
 MOE_VNNI512 static void q8_0_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
@@ -154,7 +154,7 @@ static moe_kernels q8_0_select(uint32_t cpu)
     moe_kernels best = {q8_0_mm_c, q8_0_mm_c};
 #if MOE_X86
     if (cpu & MOE_CPU_AVX2)
-        best = (moe_kernels){q8_0_gemv_avx2, q8_0_gemm_avx2};
+        best = (moe_kernels){q8_0_few_avx2, q8_0_gemm_avx2};
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = q8_0_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
