@@ -111,12 +111,12 @@ static const x86_format iq4_nl_x86 = {32, sizeof(iq4_nl_block), 128, iq4_nl_load
 
 static void iq4_nl_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &iq4_nl_x86, x86_block_i8_avx2, iq4_nl_few_avx2);
+    x86_gemm32(mm, &iq4_nl_x86, x86_block_i8_avx2, iq4_nl_few_avx2, X86_FEW);
 }
 
 static void iq4_nl_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &iq4_nl_x86, x86_block_i8_avxvnni, iq4_nl_few_avx2);
+    x86_gemm32(mm, &iq4_nl_x86, x86_block_i8_avxvnni, iq4_nl_few_avx2, X86_FEW);
 }
 
 /* iq4_value + 128 */

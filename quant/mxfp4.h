@@ -144,12 +144,12 @@ static const x86_format mxfp4_x86 = {32, sizeof(mxfp4_block), 12, mxfp4_load_avx
 
 static void mxfp4_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &mxfp4_x86, x86_block_u5_avx2, mxfp4_few_avx2);
+    x86_gemm32(mm, &mxfp4_x86, x86_block_u5_avx2, mxfp4_few_avx2, X86_FEW);
 }
 
 static void mxfp4_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &mxfp4_x86, x86_block_u8_avxvnni, mxfp4_few_avx2);
+    x86_gemm32(mm, &mxfp4_x86, x86_block_u8_avxvnni, mxfp4_few_avx2, X86_FEW);
 }
 
 /* mxfp4_scale() of the lowest byte of each lane. */

@@ -108,12 +108,12 @@ static const x86_format q4_0_x86 = {32, sizeof(q4_0_block), 8, q4_0_load_avx2};
 
 static void q4_0_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q4_0_x86, x86_block_u4_avx2, q4_0_few_avx2);
+    x86_gemm32(mm, &q4_0_x86, x86_block_u4_avx2, q4_0_few_avx2, X86_FEW);
 }
 
 static void q4_0_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q4_0_x86, x86_block_u8_avxvnni, q4_0_few_avx2);
+    x86_gemm32(mm, &q4_0_x86, x86_block_u8_avxvnni, q4_0_few_avx2, X86_FEW);
 }
 MOE_VNNI512 static void q4_0_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
 {

@@ -114,12 +114,12 @@ static const x86_format q5_0_x86 = {32, sizeof(q5_0_block), 16, q5_0_load_avx2};
 
 static void q5_0_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q5_0_x86, x86_block_u5_avx2, q5_0_few_avx2);
+    x86_gemm32(mm, &q5_0_x86, x86_block_u5_avx2, q5_0_few_avx2, X86_FEW);
 }
 
 static void q5_0_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q5_0_x86, x86_block_u8_avxvnni, q5_0_few_avx2);
+    x86_gemm32(mm, &q5_0_x86, x86_block_u8_avxvnni, q5_0_few_avx2, X86_FEW);
 }
 
 MOE_VNNI512 static void q5_0_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)

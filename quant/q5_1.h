@@ -120,12 +120,12 @@ static const x86_format q5_1_x86 = {32, sizeof(q5_1_block), 0, q5_1_load_avx2};
 
 static void q5_1_gemm_avx2(const moe_mm *mm)
 {
-    x86_gemm(mm, &q5_1_x86, x86_affine_u5_avx2, q5_1_few_avx2);
+    x86_gemm32(mm, &q5_1_x86, x86_affine_u5_avx2, q5_1_few_avx2, X86_FEW);
 }
 
 static void q5_1_gemm_avxvnni(const moe_mm *mm)
 {
-    x86_gemm(mm, &q5_1_x86, x86_affine_avxvnni, q5_1_few_avx2);
+    x86_gemm32(mm, &q5_1_x86, x86_affine_avxvnni, q5_1_few_avx2, X86_FEW);
 }
 
 MOE_VNNI512 static void q5_1_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)

@@ -299,7 +299,10 @@ MOE_AVX2_INLINE void x86_prefetch(uintptr_t address, size_t bytes)
  * 576: 30.2 to 35.0 and 55.1 to 59.8; rows of 1536: 23.3 to 26.9 and 49.5 to 50.0; Q4_0, rows of
  * 4096: 23.1 to 24.0 and 36.5 to 39.6. */
 enum { X86_AHEAD_BYTES = 8 << 10, X86_AHEAD_PAGES = 32 << 10, X86_PAGE = 4096 };
-enum { X86_FEW = 4 };
+
+/* The most tokens for which a block is unpacked once, and the most for which no tile (x86_tile.h)
+ * pays: making one of signed bytes costs more. */
+enum { X86_FEW_STEP = 4, X86_FEW = 3, X86_FEW_SIGNED = 7 };
 
 /* Returns where that begins. */
 MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)
@@ -312,17 +315,17 @@ MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)
     return next;
 }
 
-/* 8 rows from r on times n_tok (constant, <= X86_FEW) tokens from t0 on. Eight rows are eight streams,
- * too short for the hardware's prefetcher: the next eight, which follow in memory, are fetched as
- * one. Zen 5, one thread, Q4_0 from memory with rows of 2048: 21 GB/s (all that reading gives)
- * instead of 8. */
+/* 8 rows from r on times n_tok (constant, <= X86_FEW_STEP) tokens from t0 on. Eight rows are eight
+ * streams, too short for the hardware's prefetcher: the next eight, which follow in memory, are
+ * fetched as one. Zen 5, one thread, Q4_0 from memory with rows of 2048: 21 GB/s (all that reading
+ * gives) instead of 8. */
 MOE_AVX2_INLINE void x86_few32_rows(const moe_mm *mm, size_t r, size_t t0, size_t n_tok,
                                     size_t block_bytes, x86_unpack_fn *unpack, x86_step_fn *step)
 {
     const uint8_t *row[8];
     const uintptr_t next = t0 == 0 ? x86_ahead(mm, r) : 0;
-    moe_q8 x[X86_FEW];
-    __m256 acc[X86_FEW];
+    moe_q8 x[X86_FEW_STEP];
+    __m256 acc[X86_FEW_STEP];
     MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++) {
         x[t] = act_q8(MOE_ACT_Q8_32, mm->x + (t0 + t) * mm->x_stride, mm->n_in);
@@ -345,18 +348,21 @@ MOE_AVX2_INLINE void x86_few32_rows(const moe_mm *mm, size_t r, size_t t0, size_
         x86_store_rows(mm->y + (t0 + t) * mm->y_stride + r, acc[t], mm->n_row - r);
 }
 
-/* The kernel of a format for one token, and for so few that a tile (x86_tile.h) would not pay. */
+/* The kernel of a format for one token and for few, which meet 8 rows while these are in the
+ * cache. */
 MOE_AVX2_INLINE void x86_few32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
                                x86_step_fn *step)
 {
     for (size_t r = 0; r < mm->n_row; r += 8) {
         size_t t = 0;
-        for (; t + X86_FEW <= mm->n_tok; t += X86_FEW)
-            x86_few32_rows(mm, r, t, X86_FEW, block_bytes, unpack, step);
-        if (mm->n_tok & 2)
+        for (; t + X86_FEW_STEP <= mm->n_tok; t += X86_FEW_STEP)
+            x86_few32_rows(mm, r, t, X86_FEW_STEP, block_bytes, unpack, step);
+        if (mm->n_tok - t == 3)
+            x86_few32_rows(mm, r, t, 3, block_bytes, unpack, step);
+        else if (mm->n_tok - t == 2)
             x86_few32_rows(mm, r, t, 2, block_bytes, unpack, step);
-        if (mm->n_tok & 1)
-            x86_few32_rows(mm, r, mm->n_tok - 1, 1, block_bytes, unpack, step);
+        else if (mm->n_tok - t == 1)
+            x86_few32_rows(mm, r, t, 1, block_bytes, unpack, step);
     }
 }
 

@@ -515,8 +515,8 @@ MOE_VNNI512 static void x86_512_load(x86_512_rows *rows, size_t offset, size_t n
     f->load(&from, 0, tile);
 }
 
-/* Goes back from block b so that a row's last tile is a whole one, which can be loaded in place; what
- * had its turn does not count again. Returns where it begins. */
+/* Goes back from block b so that a row's last tile is a whole one, which can be loaded in place;
+ * what had its turn does not count again. Returns where it begins. */
 MOE_INLINE size_t x86_512_go_back(x86_512_x *x, const x86_512_format *f, size_t b, size_t n_block)
 {
     const size_t back = X86_512_K / f->block_len - (n_block - b);

@@ -632,5 +632,15 @@ static void x86_gemm(const moe_mm *mm, const x86_format *f, x86_steps steps, moe
         x86_gemm_tokens_avx2(mm, t, MOE_MIN(mm->n_tok - t, X86_TILE_TOKENS), f, steps);
 }
 
+/* The same for blocks of 32: up to `most` tokens by `few`. */
+static void x86_gemm32(const moe_mm *mm, const x86_format *f, x86_steps steps, moe_mm_fn *few,
+                       size_t most)
+{
+    if (mm->n_tok <= most)
+        few(mm);
+    else
+        x86_gemm(mm, f, steps, few);
+}
+
 #endif
 #endif
