@@ -167,20 +167,41 @@ static void *cpu_take(uint8_t *base, uint64_t *used, uint64_t bytes)
     return p;
 }
 
+/* The memory of one thread. */
+static cpu_scratch cpu_scratch_layout(const moe_queue_options *o, uint8_t *base, uint64_t *used)
+{
+    const uint64_t f = sizeof(float), dim = align_up(o->dim_max, 32);
+    const uint64_t n_query = MOE_MAX(cpu_most_queries(o->dim_max),
+                                     align_up(o->n_head_max, CPU_PANEL));
+    const uint64_t row = cpu_sum_stride(o->dim_max) * f;
+    const moe_expand_shape *e = &o->expand;
+    const uint64_t n_expand = e->n_latent ? align_up(MOE_MIN(o->n_tok_max, CPU_EXPAND_TOKENS),
+                                                     CPU_PANEL) : 0;
+    const uint64_t n_key = e->n_latent ? CPU_SEGMENT : 0;
+    return (cpu_scratch){
+        .tile = cpu_take(base, used, CPU_TILE * f),
+        .queries = cpu_take(base, used, n_query * o->dim_max * f),
+        .rows = cpu_take(base, used, CPU_KEY_ROWS * dim * f),
+        .block = cpu_take(base, used, CPU_KEY_BLOCK * dim * f),
+        .scores = cpu_take(base, used, n_query * CPU_SCORES * f),
+        .partial = cpu_take(base, used, n_query * row),
+        .total = cpu_take(base, used, n_query * row),
+        .up = cpu_take(base, used, (uint64_t)e->n_latent * (e->n_nope + e->dim_v) * f),
+        .expanded = cpu_take(base, used, n_key * (e->dim_k + e->dim_v) * f),
+        .expanded_queries = cpu_take(base, used, n_expand * e->dim_k * f),
+        .expanded_total = cpu_take(base, used, n_expand * cpu_sum_stride(e->dim_v) * f),
+    };
+}
+
 /* Lays out the memory of a queue and returns its size. With base NULL the pointers are not set: so
  * the estimate and the allocation cannot differ. */
 static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
 {
     const moe_queue_options *o = &q->options;
-    const uint64_t n_query = MOE_MAX(cpu_most_queries(o->dim_max),
-                                     align_up(o->n_head_max, CPU_PANEL));
     const uint64_t row = cpu_sum_stride(o->dim_max) * sizeof(float);
     const uint64_t n_segment = (uint64_t)o->n_slot_max / CPU_SEGMENT + 1;
     const uint64_t experts = ((uint64_t)o->n_expert_max + 1) * sizeof(uint32_t);
     const uint64_t n_slot = (uint64_t)o->n_tok_max * o->n_used_max;
-    const moe_expand_shape *e = &o->expand;
-    const uint64_t n_expand = e->n_latent ? align_up(MOE_MIN(o->n_tok_max, CPU_EXPAND_TOKENS),
-                                                     CPU_PANEL) : 0;
     uint64_t used = 0;
     q->ops = cpu_take(base, &used, CPU_MAX_OPS * sizeof(cpu_op));
     q->phases = cpu_take(base, &used, CPU_MAX_PHASES * sizeof(cpu_phase));
@@ -199,22 +220,7 @@ static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
     q->expert_slot = cpu_take(base, &used, n_slot * sizeof(uint32_t));
     q->scratch = cpu_take(base, &used, o->n_threads * sizeof(cpu_scratch));
     for (uint32_t i = 0; i < o->n_threads; i++) {
-        cpu_scratch s = {
-            .tile = cpu_take(base, &used, CPU_TILE * sizeof(float)),
-            .queries = cpu_take(base, &used, n_query * o->dim_max * sizeof(float)),
-            .rows = cpu_take(base, &used, CPU_KEY_ROWS * align_up(o->dim_max, 32) * sizeof(float)),
-            .block = cpu_take(base, &used,
-                              CPU_KEY_BLOCK * align_up(o->dim_max, 32) * sizeof(float)),
-            .scores = cpu_take(base, &used, n_query * CPU_SCORES * sizeof(float)),
-            .partial = cpu_take(base, &used, n_query * row),
-            .total = cpu_take(base, &used, n_query * row),
-            .up = cpu_take(base, &used, e->n_latent * (e->n_nope + e->dim_v) * sizeof(float)),
-            .expanded = cpu_take(base, &used, e->n_latent ? CPU_SEGMENT * (e->dim_k + e->dim_v) *
-                                                                sizeof(float) : 0),
-            .expanded_queries = cpu_take(base, &used, n_expand * e->dim_k * sizeof(float)),
-            .expanded_total = cpu_take(base, &used,
-                                       n_expand * cpu_sum_stride(e->dim_v) * sizeof(float)),
-        };
+        const cpu_scratch s = cpu_scratch_layout(o, base, &used);
         if (base)
             q->scratch[i] = s;
     }
