@@ -164,7 +164,7 @@ table() {
         name = $1 == "published" ? "as published" : $1 ~ /^[0-9]/ ? "`--bpw " $1 "`" : $1
         bits = 8 * $2 / $3
         printf "| %s | %.2f | %.2f | %+.1f %% | %s | %s | %s | %s | %.0f ms | %.2f |\n", name,
-               bits, $4, 100 * ($4 / bits - 1), $5, cell($6, "%.4f"), cell($11, "%.4f"),
+               bits, $4, 100 * ($4 / bits - 1), $5, cell($6, "%.3g"), cell($11, "%.3g"),
                cell($9 == "-" ? "-" : 1e3 * $9, "%.1f ms"), 1e3 * $7, $8
         if ($1 ~ /^[0-9]/) {
             stored[++n, 0] = $4; stored[n, 1] = $10; KL[n, 0] = $6; KL[n, 1] = $11
