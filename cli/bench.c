@@ -273,7 +273,8 @@ static int bench_main(int argc, char **argv)
 {
     moe_session_options so;
     moe_session_options_init(&so);
-    bench_options o = {.n_prompt = 512, .n_gen = 64, .n_repeat = 3, .n_batch = so.n_batch};
+    bench_options o = {.n_prompt = 512, .n_gen = 64, .n_repeat = 3, .n_batch = so.n_batch,
+                       .latent = MOE_LATENT_EXPANDED};
     if (!common_init(&o.common))
         return EXIT_USAGE;
     cli_option common_table[COMMON_OPTIONS];

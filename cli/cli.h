@@ -120,7 +120,7 @@ extern const char *const cache_names[];
 extern const char *const latent_names[];
 #define LATENT_HELP                                                                                \
     "latent attention (DeepSeek) of a prompt: expanded is faster,\nmost of all with long prompts " \
-    "and --batch 2048, and rounds\ndifferently"
+    "and --batch 2048; absorbed\nrounds as decode does"
 
 /* Opens the model at `path`; on failure says why and returns the exit status. */
 int common_open(moe_model **model, const char *path, const cli_common *common);

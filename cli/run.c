@@ -276,7 +276,7 @@ static void run_report(const run_state *run)
 static int run_main(int argc, char **argv)
 {
     static const char *const draft_names[] = {"off", "auto", "ngram", "mtp", NULL};
-    run_options o = {.n_max = 256, .draft = MOE_DRAFT_AUTO};
+    run_options o = {.n_max = 256, .draft = MOE_DRAFT_AUTO, .latent = MOE_LATENT_EXPANDED};
     moe_session_options so;
     moe_session_options_init(&so);
     o.n_batch = so.n_batch;
