@@ -126,7 +126,7 @@ MOE_UNUSED static const char *test_shared(void)
     return getenv("MOE_TEST_SHARED");
 }
 
-/* Milliseconds of processor time that this process took: limits on work hold on a busy machine too. */
+/* Milliseconds of processor time that this process took: limits hold on a busy machine too. */
 MOE_UNUSED static double test_cpu_ms(void)
 {
     return (double)clock() * 1e3 / CLOCKS_PER_SEC;
