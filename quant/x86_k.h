@@ -111,9 +111,8 @@ typedef void x86_k_scales_fn(const uint8_t *block, __m128i *scale, __m128i *min)
 typedef void x86_k_half_fn(const __m256i code[4], __m256i scales, const x86_k_tokens *x, size_t at,
                            size_t n_tok, __m256i *sum);
 
-/* 8 superblocks at w, the first of which is number b of its row's run, times n_tok tokens. */
-typedef void x86_k_dot8_fn(const uint8_t *w, const x86_k_tokens *x, size_t b, size_t n_tok,
-                           x86_k_half_fn *half, x86_k_sums *out);
+/* 8 superblocks at w, the first of which is number b of its row's run, times the tokens. */
+typedef void x86_k_dot8_fn(const uint8_t *w, const x86_k_tokens *x, size_t b, x86_k_sums *out);
 
 /* Of a format with groups of 16. */
 typedef struct x86_k_group16 {
@@ -404,13 +403,13 @@ MOE_AVX2_INLINE const uint8_t *x86_k_eight(x86_k_run *run, size_t r, size_t b, s
 /* acc[t][r] += a run of superblocks of some rows. */
 MOE_AVX2_INLINE void x86_k_rows(x86_k_run *run, const x86_k_tokens *x, size_t n_tok,
                                 size_t block_bytes, x86_kind kind, x86_k_dot8_fn *dot8,
-                                x86_k_half_fn *half, float acc[][8])
+                                float acc[][8])
 {
     x86_k_parts part[X86_K_FEWEST];
     size_t r = 0, b = 0;
     for (size_t i = 0; i < run->n_row * run->n; i += 8) {
         x86_k_sums s[X86_K_FEWEST];
-        dot8(x86_k_eight(run, r, b, block_bytes), x, b, n_tok, half, s);
+        dot8(x86_k_eight(run, r, b, block_bytes), x, b, s);
         MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++)
             x86_k_keep(&s[t], kind, &part[t], i);
@@ -447,7 +446,7 @@ MOE_AVX2_INLINE void x86_k_meet(const moe_mm *mm, size_t b, size_t n, size_t n_t
 }
 
 MOE_AVX2_INLINE void x86_k_few_tokens(const moe_mm *mm, size_t block_bytes, x86_kind kind,
-                                      x86_k_dot8_fn *dot8, x86_k_half_fn *half, size_t n_tok)
+                                      x86_k_dot8_fn *dot8, size_t n_tok)
 {
     const size_t n_block = mm->n_in / K_LEN;
     x86_k_tokens x;
@@ -463,23 +462,29 @@ MOE_AVX2_INLINE void x86_k_few_tokens(const moe_mm *mm, size_t block_bytes, x86_
             float acc[X86_K_FEWEST][8] = {{0}};
             for (size_t t = 0; b && t < n_tok; t++)
                 memcpy(acc[t], mm->y + t * mm->y_stride + r, run.n_row * sizeof(float));
-            x86_k_rows(&run, &x, n_tok, block_bytes, kind, dot8, half, acc);
+            x86_k_rows(&run, &x, n_tok, block_bytes, kind, dot8, acc);
             for (size_t t = 0; t < n_tok; t++)
                 memcpy(mm->y + t * mm->y_stride + r, acc[t], run.n_row * sizeof(float));
         }
     }
 }
 
-/* A format's kernels for one token and for two, with the products of an instruction set. */
-#define X86_K_GEMV(type, isa, target, kind, half)                                                  \
-    target static void type##_gemv_##isa(const moe_mm *mm)                                         \
+/* A format's kernels for one token and for two, with the products of an instruction set. What is
+ * inlined through pointers stands in functions of its own: gcc's -Og does not inline what comes
+ * through a pointer that came through another. */
+#define X86_K_GEMV_OF(type, isa, target, kind, half, number, n_tok)                                \
+    target static void type##_dot8_##number##_##isa(const uint8_t *w, const x86_k_tokens *x,       \
+                                                    size_t b, x86_k_sums *out)                     \
     {                                                                                              \
-        x86_k_few_tokens(mm, sizeof(type##_block), kind, type##_dot8_avx2, half, 1);               \
+        type##_dot8_avx2(w, x, b, n_tok, half, out);                                               \
     }                                                                                              \
-    target static void type##_gemv2_##isa(const moe_mm *mm)                                        \
+    target static void type##_gemv##number##_##isa(const moe_mm *mm)                               \
     {                                                                                              \
-        x86_k_few_tokens(mm, sizeof(type##_block), kind, type##_dot8_avx2, half, 2);               \
+        x86_k_few_tokens(mm, sizeof(type##_block), kind, type##_dot8_##number##_##isa, n_tok);     \
     }
+#define X86_K_GEMV(type, isa, target, kind, half)                                                  \
+    X86_K_GEMV_OF(type, isa, target, kind, half, , 1)                                              \
+    X86_K_GEMV_OF(type, isa, target, kind, half, 2, 2)
 
 /* ------------------------------------------------------------------------------ many tokens -- */
 
