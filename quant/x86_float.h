@@ -413,8 +413,9 @@ MOE_AVX512_INLINE void x86_512_float_step(const x86_float_part *p, size_t t, siz
         if (pair && p->ahead)
             x86_float_fetch(p, k, item_bytes, X86_512_FLOAT_ROWS);
         MOE_UNROLL
-        for (size_t i = 0; pair && i < 4; i++)
-            (*w)[i] = pair(p->row[2 * i] + k * item_bytes, p->row[2 * i + 1] + k * item_bytes);
+        for (size_t i = 0; i < 4; i++)
+            if (pair)
+                (*w)[i] = pair(p->row[2 * i] + k * item_bytes, p->row[2 * i + 1] + k * item_bytes);
         x86_512_float_eight(*w, x, p->x_stride, acc, n_tok);
     }
     if (pair && k < p->n_k) {
