@@ -136,6 +136,12 @@ static moe_status config_fail(const config_reader *r, moe_status status, const c
     return fail(r->error, status, subject, "expected %s, got %s", expected, config_text(got, buf));
 }
 
+/* A whole number below a limit. */
+static bool config_whole(double x, double limit)
+{
+    return x >= 0 && x < limit && x == floor(x);
+}
+
 static moe_status config_put_u32(config_reader *r, const moe_config_key *k, const char *key,
                                  json_ref v, double x)
 {
@@ -143,7 +149,7 @@ static moe_status config_put_u32(config_reader *r, const moe_config_key *k, cons
     if (json_typeof(v) != JSON_ARRAY) {
         if (strchr(k->hf, '*')) /* a share of something: transformers cuts it to a whole number */
             x = trunc(x);
-        if (!(x >= 0 && x <= UINT32_MAX) || x != floor(x))
+        if (!config_whole(x, 4294967296.0))
             return config_fail(r, MOE_ERR_MODEL, k->hf, expected, v);
         meta_put_u32(&r->kv, key, (uint32_t)x);
         return MOE_OK;
@@ -151,7 +157,7 @@ static moe_status config_put_u32(config_reader *r, const moe_config_key *k, cons
     meta_put_array(&r->kv, key, META_U32, json_count(v));
     for (json_ref i = json_first(v); i.node; i = json_next(v, i)) {
         const double item = json_double(i, -1);
-        if (!(item >= 0 && item <= UINT32_MAX) || item != floor(item))
+        if (!config_whole(item, 4294967296.0))
             return config_fail(r, MOE_ERR_MODEL, k->hf, expected, i);
         meta_number(&r->kv, (uint32_t)item, 4);
     }
@@ -222,7 +228,7 @@ static moe_status config_put_sections(config_reader *r, const moe_config_key *k,
     meta_put_array(&r->kv, key, META_I32, N_SECTION);
     for (json_ref v = json_first(list); v.node; v = json_next(list, v), n++) {
         const double x = json_double(v, -1);
-        if (!(x >= 0 && x <= INT32_MAX) || x != floor(x))
+        if (!config_whole(x, 2147483648.0))
             return config_fail(r, MOE_ERR_MODEL, k->hf, "whole numbers", v);
         meta_number(&r->kv, (uint32_t)x, 4);
     }
@@ -385,19 +391,14 @@ static const struct {
     {"mlp_only_layers", FORM_LAYERS},
 };
 
-static bool config_is_whole(json_ref v, double limit)
-{
-    const double x = json_double(v, -1);
-    return x >= 0 && x < limit && x == floor(x);
-}
-
 /* NULL, or what was expected instead of a value that is not null. */
 static const char *config_misfit(json_ref v, config_form form, double n_layer)
 {
     switch (form) {
     case FORM_BOOL:
         return json_typeof(v) == JSON_TRUE || json_typeof(v) == JSON_FALSE ? NULL : "true or false";
-    case FORM_WHOLE: return config_is_whole(v, 4294967296.0) ? NULL : "a whole number below 2^32";
+    case FORM_WHOLE:
+        return config_whole(json_double(v, -1), 4294967296.0) ? NULL : "a whole number below 2^32";
     case FORM_OBJECT: return json_typeof(v) == JSON_OBJECT ? NULL : "an object";
     case FORM_PER_LAYER:
         return json_typeof(v) == JSON_ARRAY && json_count(v) == n_layer
@@ -407,7 +408,7 @@ static const char *config_misfit(json_ref v, config_form form, double n_layer)
     }
     bool fits = json_typeof(v) == JSON_ARRAY;
     for (json_ref i = json_first(v); fits && i.node; i = json_next(v, i))
-        fits = config_is_whole(i, n_layer);
+        fits = config_whole(json_double(i, -1), n_layer);
     return fits ? NULL : "a list of numbers below num_hidden_layers";
 }
 
