@@ -131,13 +131,10 @@ static void bench_type(const moe_quant *quant, const weights *w, uint32_t cpu, b
 
 static moe_directory *open_file(const char *path, moe_mem *mem)
 {
-    moe_model_options options;
     moe_directory *dir = NULL;
     moe_error error = {0};
     mem_init(mem, NULL, 0);
-    moe_model_options_init(&options);
-    options.path = path;
-    if (directory_open(&dir, &options, mem, &error)) {
+    if (directory_open_file(&dir, path, mem, &error)) {
         fprintf(stderr, "%s\n", error.message);
         exit(1);
     }

@@ -33,12 +33,9 @@ static int loading_once(const char *path, loading *best)
     moe_mem mem;
     moe_error error = {0};
     moe_directory *dir = NULL;
-    moe_model_options options;
-    moe_model_options_init(&options);
     mem_init(&mem, NULL, 0);
-    options.path = path;
     const uint64_t start = plat_time_ns();
-    if (directory_open(&dir, &options, &mem, &error)) {
+    if (directory_open_file(&dir, path, &mem, &error)) {
         fprintf(stderr, "%s\n", error.message);
         return 1;
     }

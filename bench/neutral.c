@@ -77,13 +77,10 @@ static int neutral_tensor(const moe_tensor *from, const moe_tensor *to, FILE *fi
 
 static moe_directory *neutral_open(const char *path, moe_mem *mem)
 {
-    moe_model_options options;
     moe_directory *dir = NULL;
     moe_error error = {0};
     mem_init(mem, NULL, 0);
-    moe_model_options_init(&options);
-    options.path = path;
-    if (directory_open(&dir, &options, mem, &error))
+    if (directory_open_file(&dir, path, mem, &error))
         fprintf(stderr, "neutral: %s\n", error.message);
     return dir;
 }

@@ -165,12 +165,9 @@ static size_t file_matrices(const char *path, matrix m[MAX_MATRICES])
     enum { MAX_WEIGHTS = 1 << 22 };
     moe_mem mem;
     moe_error error;
-    moe_model_options options;
     moe_directory *dir = NULL;
     mem_init(&mem, NULL, 0);
-    moe_model_options_init(&options);
-    options.path = path;
-    if (directory_open(&dir, &options, &mem, &error)) {
+    if (directory_open_file(&dir, path, &mem, &error)) {
         fprintf(stderr, "%s\n", error.message);
         exit(1);
     }

@@ -79,10 +79,7 @@ static moe_status gguf_source_tensors(conv_source *s, moe_error *error)
 /* Fills an empty source from the file, or the first of its parts. */
 static moe_status conv_open_gguf(conv_source *s, const char *path, bool new_types, moe_error *error)
 {
-    moe_model_options options;
-    moe_model_options_init(&options);
-    options.path = path;
-    moe_status status = directory_open(&s->dir, &options, s->mem, error);
+    moe_status status = directory_open_file(&s->dir, path, s->mem, error);
     for (uint32_t i = 0; !status && i < s->dir->n_files; i++) {
         conv_file *file;
         status = conv_file_open(s, s->dir->files[i].path, &file, error);

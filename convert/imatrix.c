@@ -70,13 +70,10 @@ static bool imatrix_expects(const conv_tensor *t)
 /* Opens the file and gives its sums to the source's tensors. The directory stays open. */
 static moe_status imatrix_open(conv_source *s, const char *path, moe_error *error)
 {
-    moe_model_options options;
-    moe_model_options_init(&options);
-    options.path = path;
     conv_file *file; // the result depends on it as on the source
     moe_status status = conv_file_open(s, path, &file, error);
     if (!status)
-        status = directory_open(&s->imatrix, &options, s->mem, error);
+        status = directory_open_file(&s->imatrix, path, s->mem, error);
     uint32_t n_found = 0, n_missing = 0;
     const char *missing = NULL;
     for (size_t i = 0; i < s->n_tensors && !status; i++) {

@@ -76,6 +76,9 @@ typedef struct moe_directory moe_directory;
  * `mem` must outlive the directory. */
 MOE_UNUSED static moe_status directory_open(moe_directory **out, const moe_model_options *options,
                                             moe_mem *mem, moe_error *error);
+/* The same of the file at `path`, whole, with the default options. */
+MOE_UNUSED static moe_status directory_open_file(moe_directory **out, const char *path,
+                                                 moe_mem *mem, moe_error *error);
 MOE_UNUSED static void directory_close(moe_directory *dir);
 
 /* MOE_ERR_IO if a mapped file has become shorter since it was opened. Cheap: called before each

@@ -300,6 +300,15 @@ static void layer_gate_heads(moe_pass *p)
     p->be->glu(p->queue, &op);
 }
 
+/* Attention of the pass's tokens over a cache, with what all forms of it share. */
+static moe_attend_op layer_attend_op(const moe_pass *p, moe_view dst, moe_view q,
+                                     const moe_cache *k, const moe_cache *v)
+{
+    const moe_hparams *hp = &p->model->hp;
+    return (moe_attend_op){.dst = dst, .q = q, .k = k, .v = v, .n_tok = p->n_tok, .pos = p->pos,
+                           .n_head = hp->n_head, .scale = hp->attn_scale};
+}
+
 /* Grouped-query attention: p->h in; the output projection is written to dst, or added to it.
  * Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245. */
 static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
@@ -330,18 +339,9 @@ static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
     layer_rope(p, p->k, heads.n_kv, local);
     layer_store(p, k, p->k);
     layer_store(p, v, p->v);
-    const moe_attend_op attend = {
-        .dst = p->attn,
-        .q = p->q,
-        .k = k,
-        .v = v,
-        .n_tok = p->n_tok,
-        .pos = p->pos,
-        .n_head = hp->n_head,
-        .sink = l->sinks.data,
-        .window = local ? hp->window : 0,
-        .scale = hp->attn_scale,
-    };
+    moe_attend_op attend = layer_attend_op(p, p->attn, p->q, k, v);
+    attend.sink = l->sinks.data;
+    attend.window = local ? hp->window : 0;
     p->be->attend(p->queue, &attend);
     if (hp->q_gated)
         layer_gate_heads(p);
@@ -395,17 +395,8 @@ static void layer_attend_absorbed(moe_pass *p, const moe_layer *l, const moe_cac
                                  view_at(p->q, n_nope * sizeof(float)), p->n_tok * hp->n_head,
                                  hp->n_rot, row, hp->head_dim};
     p->be->copy(p->queue, &rotated);
-    const moe_attend_op attend = {
-        .dst = p->attn_latent,
-        .q = p->q_absorbed,
-        .k = cache,
-        .v = cache,
-        .n_tok = p->n_tok,
-        .pos = p->pos,
-        .n_head = hp->n_head,
-        .scale = hp->attn_scale,
-        .dim_v = hp->n_latent,
-    };
+    moe_attend_op attend = layer_attend_op(p, p->attn_latent, p->q_absorbed, cache, cache);
+    attend.dim_v = hp->n_latent;
     p->be->attend(p->queue, &attend);
     const moe_heads_op expand = {p->attn, p->attn_latent, &l->wv_b, p->n_tok, hp->head_dim_v,
                                  hp->n_latent};
@@ -421,18 +412,9 @@ static void layer_attend_expanded(moe_pass *p, const moe_layer *l, const moe_cac
         observe_stack(p->observe, p->be, p->queue, &l->wv_b, p->k, p->n_tok, cache->dim,
                       hp->n_head);
     }
-    const moe_attend_op attend = {
-        .dst = p->attn,
-        .q = p->q,
-        .k = cache,
-        .v = cache,
-        .n_tok = p->n_tok,
-        .pos = p->pos,
-        .n_head = hp->n_head,
-        .scale = hp->attn_scale,
-        .k_b = &l->wk_b,
-        .v_b = &l->wv_b,
-    };
+    moe_attend_op attend = layer_attend_op(p, p->attn, p->q, cache, cache);
+    attend.k_b = &l->wk_b;
+    attend.v_b = &l->wv_b;
     p->be->attend(p->queue, &attend);
 }
 

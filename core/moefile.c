@@ -1078,6 +1078,15 @@ MOE_UNUSED static moe_status directory_open(moe_directory **out, const moe_model
     return MOE_OK;
 }
 
+MOE_UNUSED static moe_status directory_open_file(moe_directory **out, const char *path,
+                                                 moe_mem *mem, moe_error *error)
+{
+    moe_model_options options;
+    moe_model_options_init(&options);
+    options.path = path;
+    return directory_open(out, &options, mem, error);
+}
+
 /* Opens a .moe file as far as its directory, and checks the rest. */
 static moe_status moefile_verify(moe_directory *dir, const moe_model_options *options,
                                  moe_damage_fn *damage, void *user, moe_verify_report *report,

@@ -208,12 +208,9 @@ MOE_UNUSED static gguf_edit *edit_read(const char *path)
 {
     moe_mem mem;
     mem_init(&mem, NULL, 0);
-    moe_model_options options;
-    moe_model_options_init(&options);
-    options.path = path;
     moe_directory *dir = NULL;
     moe_error error = {0};
-    if (directory_open(&dir, &options, &mem, &error)) {
+    if (directory_open_file(&dir, path, &mem, &error)) {
         printf("  %s\n", error.message);
         return NULL;
     }

@@ -41,13 +41,10 @@ static void refused_conversion(const conv_options *options, moe_status status, c
 
 static moe_directory *open_directory(const char *path, moe_mem *mem)
 {
-    moe_model_options options;
     moe_directory *dir = NULL;
     moe_error error = {0};
     mem_init(mem, NULL, 0);
-    moe_model_options_init(&options);
-    options.path = path;
-    CHECK(!directory_open(&dir, &options, mem, &error), "%s", error.message);
+    CHECK(!directory_open_file(&dir, path, mem, &error), "%s", error.message);
     return dir;
 }
 

@@ -407,12 +407,9 @@ static void files_and_memory_are_as_promised(void)
     }
     moe_mem mem;
     moe_directory *dir = NULL;
-    moe_model_options mo;
     moe_error error = {0};
-    moe_model_options_init(&mo);
     mem_init(&mem, NULL, 0);
-    mo.path = scratch_path("t0.moe");
-    REQUIRE(!directory_open(&dir, &mo, &mem, &error), "%s", error.message);
+    REQUIRE(!directory_open_file(&dir, scratch_path("t0.moe"), &mem, &error), "%s", error.message);
     uint64_t weights = 0;
     for (size_t i = 0; i < directory_n_tensors(dir); i++)
         weights += directory_tensor_at(dir, i)->bytes;
