@@ -999,7 +999,7 @@ static void bits_are_those_recorded(void)
             run_options h = {.cache = (moe_cache_type)c};
             float *got = run(model, &h, f->tok, f->n_tok, f->n_vocab);
             char key[80], line[128];
-            snprintf(key, sizeof key, "%s %s ", f->name, names[c]);
+            snprintf(key, sizeof key, "%.60s %s ", f->name, names[c]);
             snprintf(line, sizeof line, "%s%016llx\n", key,
                      got ? (unsigned long long)hash_of(got, f->n_tok * f->n_vocab * sizeof(float))
                          : 0ull);

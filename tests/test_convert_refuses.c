@@ -1,0 +1,647 @@
+/* tests/test_convert_refuses.c - what the converter refuses: damaged and lying files of every kind
+ * that a checkpoint has, configs that contradict them, weights that are no numbers. It must say
+ * what is wrong, in little time, and leave nothing.
+ *
+ * Everything is written into a folder of its own below $TMPDIR, which is removed at the end. */
+#include "test.h"
+
+#if defined MOE_NO_TEXT || defined MOE_NO_ZSTD
+TEST_PROGRAM(convert_refuses)
+{
+}
+#else
+
+#include "checkpoint_make.h"
+
+#include <sys/resource.h>
+
+/* A damaged GGUF file is refused in the loader's words. */
+static void gguf_damage_is_refused(void)
+{
+    char source[500];
+    size_t bytes;
+    snprintf(source, sizeof source, "%s/fixtures/qwen3.gguf", test_root());
+    char *data = test_read_file(source, &bytes);
+    const char *cut = scratch_path("cut.gguf");
+    const conv_options o = {.source = cut, .out = scratch_path("o.gguf")};
+    REQUIRE(data, "%s", source);
+    scratch_write(cut, data, bytes - 1000);
+    refused_conversion(&o, MOE_ERR_FORMAT, "cut off");
+    scratch_write(cut, "GGUF", 4);
+    refused_conversion(&o, MOE_ERR_FORMAT, "version");
+    scratch_write(cut, "", 0);
+    refused_conversion(&o, MOE_ERR_FORMAT, "magic");
+    unlink(cut);
+    refused_conversion(&o, MOE_ERR_IO, "no such");
+    free(data);
+}
+
+/* -------------------------------------------------------------------------------- tokenizers -- */
+
+/* Patterns that no name stands for are refused, not replaced by others. */
+static void unknown_patterns_are_refused(void)
+{
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("tok2"));
+    make_small(folder, 261);
+    // it splits "the", or it would make no difference
+    char *text = make_tokenizer(
+        "{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Split\", "
+        "\"pattern\": {\"Regex\": "
+        "\"[a-e]|[f-z]+\"}, \"behavior\": \"Isolated\", \"invert\": false}, {\"type\": "
+        "\"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": false}]}");
+    snprintf(path, sizeof path, "%s/tokenizer.json", folder);
+    scratch_write_text(path, text);
+    const conv_options o = {.source = folder, .out = scratch_path("t2.gguf")};
+    refused_conversion(&o, MOE_ERR_UNSUPPORTED, "--pre NAME");
+    free(text);
+}
+
+/* T: more tokens than rows, ids out of range. */
+static void tokenizers_that_contradict_the_model_are_refused(void)
+{
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("tok3"));
+    const conv_options o = {.source = folder, .out = scratch_path("t3.gguf")};
+    make_small(folder, 200);
+    char *text = make_tokenizer(pre_gpt2);
+    snprintf(path, sizeof path, "%s/tokenizer.json", folder);
+    scratch_write_text(path, text);
+    refused_conversion(&o, MOE_ERR_MODEL, "at most 200 tokens");
+    make_small(folder, 261);
+    scratch_write_text(path, "{\"model\": 3}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "vocab");
+    scratch_write_text(path, text);
+    snprintf(path, sizeof path, "%s/generation_config.json", folder);
+    scratch_write_text(path, "{\"eos_token_id\": 4000000000}");
+    refused_conversion(&o, MOE_ERR_MODEL, "eos_token_id");
+    scratch_write_text(path, "{\"temperature\": \"hot\"}");
+    refused_conversion(&o, MOE_ERR_MODEL, "temperature");
+    free(text);
+}
+
+/* Reads bytes of which a sanitizer guards the end, and says what came of it. */
+static moe_status spm_read(const void *data, size_t bytes, moe_error *error)
+{
+    sp_model m;
+    sp_piece pieces[490] = {{.score = 0}};
+    char *exact = malloc(bytes ? bytes : 1);
+    memcpy(exact, data, bytes);
+    *error = (moe_error){0};
+    const moe_status status = sp_read(&m, pieces, 490, exact, bytes, error);
+    CHECK(!status || error->message[0], "no message");
+    free(exact);
+    return status;
+}
+
+static void lying_sentencepiece_models_are_refused(void)
+{
+    static const struct {
+        const char *what, *says;
+        size_t bytes;
+        char data[24];
+        moe_status status;
+    } lies[] = {
+        {"nothing", "a model of SentencePiece", 0, "", MOE_ERR_FORMAT},
+        {"tiktoken", "a model of SentencePiece", 7, "IQ== 0\n", MOE_ERR_FORMAT},
+        {"a length of 2^63", "a model of SentencePiece", 12,
+         "\x0a\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01\x00", MOE_ERR_FORMAT},
+        {"a length behind the end", "a model of SentencePiece", 4, "\x0a\x03\x0a\x01",
+         MOE_ERR_FORMAT},
+        {"a number of 11 bytes", "a model of SentencePiece", 13,
+         "\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", MOE_ERR_FORMAT},
+        {"a group", "a model of SentencePiece", 2, "\x0b\x0c", MOE_ERR_FORMAT},
+        {"field 0", "a model of SentencePiece", 2, "\x00\x00", MOE_ERR_FORMAT},
+        {"a piece inside of which a length lies", "a model of SentencePiece", 4, "\x0a\x02\x0a\x7f",
+         MOE_ERR_FORMAT},
+        {"a piece without a text", "1 to 65536 bytes for token 0", 2, "\x0a\x00", MOE_ERR_FORMAT},
+        {"a text that is no UTF-8", "UTF-8", 5, "\x0a\x03\x0a\x01\xff", MOE_ERR_FORMAT},
+        {"a text with NUL", "UTF-8", 6, "\x0a\x04\x0a\x02\x61\x00", MOE_ERR_FORMAT},
+        {"kind 9", "a kind from 1 to 6", 7, "\x0a\x05\x0a\x01\x61\x18\x09", MOE_ERR_FORMAT},
+        {"a byte that is none", "a kind from 1 to 6", 7, "\x0a\x05\x0a\x01\x61\x18\x06",
+         MOE_ERR_FORMAT},
+        {"a score that is no number", "a finite score", 10,
+         "\x0a\x08\x0a\x01\x61\x15\x00\x00\xc0\x7f", MOE_ERR_FORMAT},
+        {"words", "a unigram (1) or a BPE model (2), got kind 3", 9,
+         "\x0a\x03\x0a\x01\x61\x12\x02\x18\x03", MOE_ERR_UNSUPPORTED},
+        {"spaces behind words", "treat_whitespace_as_suffix", 10,
+         "\x0a\x03\x0a\x01\x61\x12\x03\xc0\x01\x01", MOE_ERR_UNSUPPORTED},
+        {"spaces that stay", "escape_whitespaces", 9, "\x0a\x03\x0a\x01\x61\x1a\x02\x28\x00",
+         MOE_ERR_UNSUPPORTED}};
+    moe_error error = {0};
+    char folder[600], path[700];
+    for (size_t i = 0; i < MOE_COUNT(lies); i++) {
+        const moe_status status = spm_read(lies[i].data, lies[i].bytes, &error);
+        CHECK(status == lies[i].status && strstr(error.message, lies[i].says), "%s: %s: %s",
+              lies[i].what, moe_status_name(status), error.message);
+    }
+    snprintf(folder, sizeof folder, "%s", scratch_path("spm_lies"));
+    const conv_options o = {.source = folder, .out = scratch_path("spm_lies.gguf")};
+    REQUIRE(make_small_spm(folder, "unigram", 479), "no model");
+    refused_conversion(&o, MOE_ERR_MODEL, "at most 479 tokens, one for each row");
+    make_small_spm(folder, "unigram", 480);
+    snprintf(path, sizeof path, "%s/added_tokens.json", folder);
+    scratch_write_text(path, "{\"<extra>\": 1e300}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "added tokens");
+    snprintf(path, sizeof path, "%s/tokenizer_config.json", folder);
+    scratch_write_text(path, "{\"added_tokens_decoder\": {\"7x\": {\"content\": \"a\"}}}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "added tokens");
+}
+
+/* Cut at every byte, and with changed bytes: an error or a success, nothing else. */
+static void damaged_sentencepiece_models_are_harmless(void)
+{
+    char path[700];
+    moe_error error;
+    size_t bytes;
+    uint32_t n_good = 0, n_bad = 0;
+    snprintf(path, sizeof path, "%s/data/spm_unigram.model", test_root());
+    char *data = test_read_file(path, &bytes);
+    REQUIRE(data, "%s", path);
+    for (size_t n = 0; n < bytes; n++)
+        n_bad += spm_read(data, n, &error) != MOE_OK;
+    CHECK(n_bad > bytes / 2, "%u cuts refused", n_bad);
+    for (int i = 0; i < 4000; i++) {
+        const size_t at = test_random() % bytes;
+        const char old = data[at];
+        data[at] = (char)test_random();
+        if (spm_read(data, bytes, &error))
+            n_bad++;
+        else
+            n_good++;
+        data[at] = old;
+    }
+    CHECK(n_good > 100, "%u changes are harmless", n_good);
+    free(data);
+}
+
+/* ----------------------------------------------------------------------- hostile safetensors -- */
+
+/* Writes a file with this header and data_bytes bytes of zeros. */
+static void write_safetensors(const char *path, const char *header, size_t data_bytes)
+{
+    const uint64_t n = strlen(header);
+    char *file = calloc(1, 8 + n + data_bytes);
+    memcpy(file, &n, 8);
+    memcpy(file + 8, header, n);
+    scratch_write(path, file, 8 + n + data_bytes);
+    free(file);
+}
+
+#define T(name, dtype, shape, from, to)                                                            \
+    "\"" name "\": {\"dtype\": \"" dtype "\", \"shape\": " shape ", " \
+    "\"data_offsets\": [" from ", " to "]}"
+
+static void lying_headers_are_refused(void)
+{
+    static const struct {
+        const char *id, *header;
+        size_t data_bytes;
+        moe_status status;
+        const char *says;
+    } cases[] = {
+        {"S4 not UTF-8", "{\"\xff\": 1}", 0, MOE_ERR_FORMAT, "UTF-8"},
+        {"S5 not JSON", "hello", 0, MOE_ERR_FORMAT, "JSON"},
+        {"S5 no object", "[1, 2]", 0, MOE_ERR_FORMAT, "object"},
+        {"S5 comment", "{} // no", 0, MOE_ERR_FORMAT, "JSON"},
+        {"S7 twice", "{" T("a", "F32", "[1]", "0", "4") ", " T("a", "F32", "[1]", "4", "8") "}", 8,
+         MOE_ERR_FORMAT, "twice"},
+        {"S8 inverted", "{" T("a", "F32", "[1]", "4", "0") "}", 4, MOE_ERR_FORMAT, "in order"},
+        {"S9 overlap", "{" T("a", "F32", "[2]", "0", "8") ", " T("b", "F32", "[1]", "4", "8") "}",
+         8, MOE_ERR_FORMAT, "overlaps"},
+        {"S9 same place",
+         "{" T("a", "F32", "[1]", "0", "4") ", " T("b", "F32", "[1]", "0", "4") "}", 4,
+         MOE_ERR_FORMAT, "overlaps"},
+        {"S10 hole", "{" T("a", "F32", "[1]", "0", "4") ", " T("b", "F32", "[1]", "8", "12") "}",
+         12, MOE_ERR_FORMAT, "a hole"},
+        {"S10 hole in front", "{" T("a", "F32", "[1]", "4", "8") "}", 8, MOE_ERR_FORMAT, "a hole"},
+        {"S10 tail", "{" T("a", "F32", "[1]", "0", "4") "}", 5, MOE_ERR_FORMAT, "belong to none"},
+        {"S11 too small", "{" T("a", "F32", "[3]", "0", "8") "}", 8, MOE_ERR_FORMAT, "do not fit"},
+        {"S11 wrong dtype", "{" T("a", "F16", "[2]", "0", "8") "}", 8, MOE_ERR_FORMAT,
+         "do not fit"},
+        {"S12 wraps", "{" T("a", "F32", "[4294967296, 4294967296]", "0", "4") "}", 4,
+         MOE_ERR_FORMAT, "64 bits"},
+        {"S12 bytes wrap", "{" T("a", "F32", "[4611686018427387904]", "0", "0") "}", 0,
+         MOE_ERR_FORMAT, "2^53"},
+        {"S12 bytes wrap", "{" T("a", "F32", "[2147483648, 2147483648]", "0", "0") "}", 0,
+         MOE_ERR_FORMAT, "do not fit"},
+        {"S13 negative", "{" T("a", "F32", "[-1]", "0", "4") "}", 4, MOE_ERR_FORMAT, "2^53"},
+        {"S13 1e300", "{" T("a", "F32", "[1e300]", "0", "4") "}", 4, MOE_ERR_FORMAT, "2^53"},
+        {"S13 2^53+1", "{" T("a", "F32", "[9007199254740993]", "0", "4") "}", 4, MOE_ERR_FORMAT,
+         "2^53"},
+        {"S13 fraction", "{" T("a", "F32", "[1.5]", "0", "4") "}", 4, MOE_ERR_FORMAT, "2^53"},
+        {"S13 text", "{" T("a", "F32", "[\"1\"]", "0", "4") "}", 4, MOE_ERR_FORMAT, "2^53"},
+        {"S13 offset", "{" T("a", "F32", "[1]", "-4", "0") "}", 4, MOE_ERR_FORMAT, "data_offsets"},
+        {"S14 dtype", "{" T("a", "Q4_0", "[1]", "0", "4") "}", 4, MOE_ERR_UNSUPPORTED, "Q4_0"},
+        {"past the end", "{" T("a", "F32", "[2]", "0", "8") "}", 4, MOE_ERR_FORMAT, "cut off"},
+        {"no shape", "{\"a\": {\"dtype\": \"F32\", \"data_offsets\": [0, 4]}}", 4, MOE_ERR_FORMAT,
+         "shape"},
+        {"9 dimensions", "{" T("a", "F32", "[1,1,1,1,1,1,1,1,1]", "0", "4") "}", 4, MOE_ERR_FORMAT,
+         "dimensions"},
+        {"not an object", "{\"a\": 3}", 0, MOE_ERR_FORMAT, "object"},
+        {"empty name", "{" T("", "F32", "[1]", "0", "4") "}", 4, MOE_ERR_FORMAT, "name"},
+        {"NUL in a name", "{" T("a\\u0000b", "F32", "[1]", "0", "4") "}", 4, MOE_ERR_FORMAT,
+         "name"},
+        {"nothing", "{}", 0, MOE_ERR_MODEL, "embed_tokens"},
+    };
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("bad"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    const conv_options o = {.source = folder, .out = scratch_path("bad.gguf")};
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        const int failures = test_failures;
+        write_safetensors(path, cases[i].header, cases[i].data_bytes);
+        refused_conversion(&o, cases[i].status, cases[i].says);
+        if (test_failures != failures)
+            printf("  in case %s\n", cases[i].id);
+    }
+    uint64_t huge = 1000; // S1, S2, S3, S6
+    scratch_write(path, "1234567", 7);
+    refused_conversion(&o, MOE_ERR_FORMAT, "too few");
+    scratch_write(path, "", 0);
+    refused_conversion(&o, MOE_ERR_FORMAT, "too few");
+    scratch_write(path, &huge, 8);
+    refused_conversion(&o, MOE_ERR_FORMAT, "within");
+    huge = UINT64_MAX;
+    scratch_write(path, &huge, 8);
+    refused_conversion(&o, MOE_ERR_FORMAT, "within");
+    char *deep = malloc(200001);
+    memset(deep, '[', 200000);
+    deep[200000] = 0;
+    write_safetensors(path, deep, 0);
+    refused_conversion(&o, MOE_ERR_FORMAT, "nested");
+    free(deep);
+    huge = ST_MAX_HEADER_BYTES + 1ull;
+    scratch_write(path, &huge, 8);
+    CHECK(!truncate(path, 8 + ST_MAX_HEADER_BYTES + 1ll), "truncate");
+    refused_conversion(&o, MOE_ERR_LIMIT, "at most 100000000");
+    unlink(path);
+    refused_conversion(&o, MOE_ERR_IO, "model.safetensors");
+}
+
+/* S15: a small header cannot name more tensors than there are bytes, and names for the same bytes
+ * are an overlap. */
+static void aliases_are_refused(void)
+{
+    char folder[600], path[700];
+    enum { N = 300000 };
+    snprintf(folder, sizeof folder, "%s", scratch_path("alias"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    const conv_options o = {.source = folder, .out = scratch_path("alias.gguf")};
+    char *header = malloc((size_t)N * 80), *p = header;
+    *p++ = '{';
+    for (int i = 0; i < N; i++)
+        p += sprintf(p, "%s\"%d\": {\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": [0, 4]}",
+                     i ? "," : "", i);
+    strcpy(p, "}");
+    write_safetensors(path, header, 4);
+    refused_conversion(&o, MOE_ERR_LIMIT, "at most 262144 tensors");
+    free(header);
+}
+
+static void write_index(const char *folder, const char *map)
+{
+    char path[700], text[2000];
+    snprintf(path, sizeof path, "%s/model.safetensors.index.json", folder);
+    snprintf(text, sizeof text, "{\"weight_map\": %s}", map);
+    scratch_write_text(path, text);
+}
+
+/* S16, S17: shards elsewhere, a tensor in two of them, one that is not where the index says. */
+static void lying_indexes_are_refused(void)
+{
+    char folder[600], path[700], other[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("shards"));
+    make_small(folder, 8);
+    const conv_options o = {.source = folder, .out = scratch_path("shards.gguf")};
+    static const char *const outside[] = {"../secret", "/etc/passwd", "a/../../b", "..", ".", "",
+                                          "a\\\\b"};
+    for (size_t i = 0; i < MOE_COUNT(outside); i++) {
+        char map[200];
+        snprintf(map, sizeof map, "{\"a\": \"%s\"}", outside[i]);
+        write_index(folder, map);
+        refused_conversion(&o, MOE_ERR_FORMAT, "weight_map");
+    }
+    snprintf(path, sizeof path, "%s/link.safetensors", folder);
+    snprintf(other, sizeof other, "%s", scratch_path("outside.safetensors"));
+    write_safetensors(other, "{" T("a", "F32", "[1]", "0", "4") "}", 4);
+    CHECK(!symlink(other, path), "symlink");
+    write_index(folder, "{\"a\": \"link.safetensors\"}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "link that leaves");
+    unlink(path);
+    for (int i = 1; i <= 2; i++) {
+        snprintf(path, sizeof path, "%s/%d.safetensors", folder, i);
+        write_safetensors(path, "{" T("a", "F32", "[1]", "0", "4") "}", 4);
+    }
+    write_index(folder, "{\"a\": \"1.safetensors\", \"b\": \"2.safetensors\"}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "in one shard");
+    write_index(folder, "{\"a\": \"1.safetensors\", \"b\": \"1.safetensors\"}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "b: ");
+    write_index(folder, "{\"a\": \"3.safetensors\"}");
+    refused_conversion(&o, MOE_ERR_IO, "3.safetensors");
+    write_index(folder, "{\"a\": 7}");
+    refused_conversion(&o, MOE_ERR_FORMAT, "weight_map");
+    write_index(folder, "[]");
+    refused_conversion(&o, MOE_ERR_FORMAT, "weight_map");
+    snprintf(path, sizeof path, "%s/model.safetensors.index.json", folder);
+    scratch_write_text(path, "null");
+    refused_conversion(&o, MOE_ERR_FORMAT, "object");
+}
+
+/* ----------------------------------------------------------------------------------- configs -- */
+
+/* S18, M: the config is no object, or says what cannot be, or contradicts the tensors. */
+static void lying_configs_are_refused(void)
+{
+    static const struct {
+        const char *config;
+        moe_status status;
+        const char *says;
+    } cases[] = {
+        {"null", MOE_ERR_FORMAT, "object"},
+        {"\"llama\"", MOE_ERR_FORMAT, "object"},
+        {"{\"model_type\": NaN}", MOE_ERR_FORMAT, "JSON"},
+        {"{}", MOE_ERR_MODEL, "model_type"},
+        {"{\"model_type\": \"gpt9\"}", MOE_ERR_UNSUPPORTED, "gpt9"},
+        {"{\"model_type\": 7}", MOE_ERR_UNSUPPORTED, "model_type"},
+    };
+    static const struct {
+        const char *from, *to;
+        moe_status status;
+        const char *says;
+    } edits[] = {
+        {"\"num_hidden_layers\": 1", "\"num_hidden_layers\": 1000000000", MOE_ERR_MODEL,
+         "num_hidden_layers"},
+        {"\"num_hidden_layers\": 1", "\"num_hidden_layers\": 0", MOE_ERR_MODEL, "block_count"},
+        {"\"num_hidden_layers\": 1", "\"num_hidden_layers\": 2", MOE_ERR_MODEL, "model.layers.1."},
+        {"\"num_hidden_layers\": 1", "\"num_hidden_layers\": \"1\"", MOE_ERR_MODEL,
+         "num_hidden_layers"},
+        {"\"num_attention_heads\": 2", "\"num_attention_heads\": 0", MOE_ERR_MODEL,
+         "num_attention_heads"},
+        {"\"num_attention_heads\": 2", "\"num_attention_heads\": 3", MOE_ERR_MODEL,
+         "num_attention_heads"},
+        {"\"hidden_size\": 4", "\"hidden_size\": 8", MOE_ERR_MODEL, "expected shape"},
+        {"\"hidden_size\": 4", "\"hidden_size\": -4", MOE_ERR_MODEL, "hidden_size"},
+        {"\"hidden_size\": 4", "\"hidden_size\": 4.5", MOE_ERR_MODEL, "hidden_size"},
+        {"\"intermediate_size\": 4", "\"intermediate_size\": 5", MOE_ERR_MODEL, "gate_proj"},
+        {"\"vocab_size\": 8", "\"vocab_size\": 9", MOE_ERR_MODEL, "vocab_size"},
+        {"1e-5", "\"small\"", MOE_ERR_MODEL, "rms_norm_eps"},
+        {"1e-5", "7", MOE_ERR_MODEL, "rms_norm_eps"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"magic\"}", MOE_ERR_UNSUPPORTED,
+         "magic"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\"}", MOE_ERR_MODEL,
+         "factor"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8}",
+         MOE_ERR_MODEL, "low_freq_factor"},
+        {"\"rope_scaling\": null", "\"hidden_act\": \"relu\"", MOE_ERR_UNSUPPORTED, "relu"},
+        {"\"model_type\": \"llama\"", "\"model_type\": \"mistral\", \"sliding_window\": -1",
+         MOE_ERR_MODEL, "sliding_window"},
+        {"\"model_type\": \"llama\"",
+         "\"model_type\": \"qwen3\", \"use_sliding_window\": true, \"sliding_window\": 3, "
+         "\"layer_types\": [\"sliding_attention\", \"chunked_attention\"]", MOE_ERR_UNSUPPORTED,
+         "chunked_attention"},
+        {"\"model_type\": \"llama\"",
+         "\"model_type\": \"glm4_moe_lite\", \"mlp_layer_types\": [\"dense\", \"dense\"]",
+         MOE_ERR_MODEL, "mlp_layer_types"},
+        {"\"rope_scaling\": null",
+         "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 2, \"truncate\": 1}", MOE_ERR_MODEL,
+         "truncate"},
+        {"\"rope_scaling\": null", "\"num_local_experts\": 4, \"num_experts_per_tok\": 9",
+         MOE_ERR_MODEL, "num_experts_per_tok"},
+        {"\"rope_scaling\": null", "\"num_local_experts\": 4, \"num_experts_per_tok\": 2",
+         MOE_ERR_MODEL, "block_sparse_moe"},
+        {"\"rope_scaling\": null", "\"quantization_config\": {\"quant_method\": \"gptq\"}",
+         MOE_ERR_UNSUPPORTED, "gptq"},
+        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", MOE_ERR_MODEL,
+         "lm_head.weight"},
+        {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": \"yes\"", MOE_ERR_MODEL,
+         "tie_word_embeddings: expected true or false, got yes"},
+        {"\"vocab_size\": 8", "\"vocab_size\": [8]", MOE_ERR_MODEL, "vocab_size"},
+        {"\"rope_scaling\": null", "\"attention_bias\": true", MOE_ERR_MODEL, "attention_bias"},
+        {"\"rope_scaling\": null", "\"mlp_bias\": true", MOE_ERR_MODEL, "mlp_bias"},
+        {"\"rope_scaling\": null", "\"mlp_bias\": 0", MOE_ERR_MODEL, "mlp_bias"},
+        {"\"rope_scaling\": null", "\"rope_scaling\": \"yarn\"", MOE_ERR_MODEL,
+         "rope_scaling: expected an object, got yarn"},
+        {"\"rope_scaling\": null", "\"rope_parameters\": []", MOE_ERR_MODEL, "rope_parameters"},
+        {"\"rope_scaling\": null", "\"rope_parameters\": {\"full_attention\": 1}", MOE_ERR_MODEL,
+         "rope_parameters.full_attention"},
+        {"\"rope_scaling\": null", "\"layer_types\": [\"full_attention\", \"full_attention\"]",
+         MOE_ERR_MODEL, "layer_types: expected a list with an item for each"},
+        {"\"rope_scaling\": null", "\"layer_types\": \"full_attention\"", MOE_ERR_MODEL,
+         "layer_types"},
+        {"\"rope_scaling\": null", "\"mlp_only_layers\": [1]", MOE_ERR_MODEL, "mlp_only_layers"},
+        {"\"rope_scaling\": null", "\"mlp_only_layers\": 0", MOE_ERR_MODEL, "mlp_only_layers"},
+        {"\"rope_scaling\": null", "\"decoder_sparse_step\": \"1\"", MOE_ERR_MODEL,
+         "decoder_sparse_step"},
+        {"\"rope_scaling\": null", "\"sliding_window\": 2.5", MOE_ERR_MODEL, "sliding_window"},
+        {"\"model_type\": \"llama\"", "\"model_type\": \"deepseek_v2\", \"topk_method\": \"x\"",
+         MOE_ERR_UNSUPPORTED, "topk_method"},
+    };
+    char folder[600], path[700], config[1500];
+    snprintf(folder, sizeof folder, "%s", scratch_path("config"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    const conv_options o = {.source = folder, .out = scratch_path("config.gguf")};
+    size_t bytes;
+    char *good = test_read_file(path, &bytes);
+    REQUIRE(good, "%s", path);
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        scratch_write_text(path, cases[i].config);
+        refused_conversion(&o, cases[i].status, cases[i].says);
+    }
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        const char *at = strstr(good, edits[i].from);
+        REQUIRE(at, "%s", edits[i].from);
+        snprintf(config, sizeof config, "%.*s%s%s", (int)(at - good), good, edits[i].to,
+                 at + strlen(edits[i].from));
+        scratch_write_text(path, config);
+        refused_conversion(&o, edits[i].status, edits[i].says);
+    }
+    unlink(path);
+    refused_conversion(&o, MOE_ERR_IO, "config.json");
+    scratch_write_text(path, good); // S19: auto_map is there and does nothing
+    moe_error error = {0};
+    CHECK(!convert(folder, o.out, NULL, &error), "%s", error.message);
+    unlink(o.out);
+    free(good);
+}
+
+static void configs_that_contradict_the_tensors_are_refused(void)
+{
+    static const char *const edits[][4] = {
+        {"gemma4", "\"attention_k_eq_v\": true", "\"attention_k_eq_v\": false",
+         "v_proj.weight: expected this tensor, since config.json says attention_k_eq_v false"},
+        {"llama-bias", "\"attention_bias\": true", "\"attention_bias\": false",
+         "attention_bias: expected no biases, since this is false, got model.layers.0.self_attn."},
+        {"qwen3", "\"attention_bias\": false", "\"attention_bias\": true",
+         "attention_bias: expected biases, since this is true, got no tensor"},
+        {"gpt-oss-mxfp4", "\"sliding_attention\",", "",
+         "layer_types: expected a list with an item for each of num_hidden_layers layers"},
+    };
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        const conv_options o = {.source = edited_checkpoint(edits[i][0], "config.json",
+                                                            edits[i][1], edits[i][2]),
+                                .out = scratch_path("edited.gguf")};
+        refused_conversion(&o, MOE_ERR_MODEL, edits[i][3]);
+    }
+    const conv_options o = {.source = edited_checkpoint("gemma4", "config.json",
+                                                        "\"enable_moe_block\": true",
+                                                        "\"enable_moe_block\": false"),
+                            .out = scratch_path("edited.gguf")};
+    refused_conversion(&o, MOE_ERR_UNSUPPORTED, "num_experts");
+}
+
+/* Neither may a tensor that the model has be missing, nor one that it does not have be left out. */
+static void missing_and_unused_tensors_are_refused(void)
+{
+    conv_options o = {.out = scratch_path("unused.gguf")};
+    o.source = edited_checkpoint("llama", "model.safetensors", "model.norm.weight",
+                                 "model.nom2.weight");
+    refused_conversion(&o, MOE_ERR_MODEL, "model.norm.weight: expected this tensor");
+    o.source = edited_checkpoint("llama", "config.json", "\"num_hidden_layers\": 2",
+                                 "\"num_hidden_layers\": 1");
+    refused_conversion(&o, MOE_ERR_MODEL, "model.layers.1.");
+}
+
+static void packed_experts_that_lie_are_refused(void)
+{
+    static const char *const edits[][3] = {
+        {"up_proj_scales", "up_proj_scalez", "gate_up_proj_scales: expected this tensor"},
+        {"up_proj_blocks", "up_proj_blockz", "gate_up_proj_blocks: expected this tensor"},
+        {"[4,64,2,16]", "[4,64,16,2]",
+         "expected shape [4, 64, 2, 16] by config.json, got [4, 64, 16, 2]"},
+        {"[4,64,2]", "[4,32,4]", "expected shape [4, 64, 2] by config.json, got [4, 32, 4]"},
+    };
+    conv_options o = {.out = scratch_path("packed.gguf")};
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        o.source = edited_checkpoint("gpt-oss-mxfp4", "model.safetensors", edits[i][0],
+                                     edits[i][1]);
+        refused_conversion(&o, MOE_ERR_MODEL, edits[i][2]);
+    }
+    o.source = edited_checkpoint("gpt-oss-mxfp4", "config.json", "", "");
+    overwrite_tensor(o.source, "layers.1.mlp.experts.down_proj_scales", 0, "\xff", 1);
+    refused_conversion(&o, MOE_ERR_MODEL,
+                       "blk.1.ffn_down_exps.weight: expected finite weights, got an exponent of "
+                       "255 at row 0");
+}
+
+/* --------------------------------------------------------------------------- during the work -- */
+
+/* Puts a float into the embedding's row 3, column 1. */
+static void poison(const char *folder, float value)
+{
+    overwrite_tensor(folder, "model.embed_tokens.weight", 4 * (3 * 4 + 1), &value, sizeof value);
+}
+
+static void weights_that_are_not_finite_are_named(void)
+{
+    char folder[600];
+    moe_error error = {0};
+    snprintf(folder, sizeof folder, "%s", scratch_path("nan"));
+    make_small(folder, 8);
+    conv_options o = {.source = folder, .out = scratch_path("nan.gguf"), .n_threads = 1};
+    static const char *const types[] = {NULL, "f16", "bf16", "q8_0", "f32"};
+    for (size_t i = 0; i < MOE_COUNT(types); i++) {
+        o.quant = types[i];
+        poison(folder, NAN);
+        refused_conversion(&o, MOE_ERR_MODEL,
+                           "token_embd.weight: expected finite weights, got nan at row 3, "
+                           "column 1");
+        poison(folder, -INFINITY);
+        refused_conversion(&o, MOE_ERR_MODEL, "got -inf at row 3, column 1");
+    }
+    poison(folder, 70000.0f);
+    o.quant = "f16";
+    refused_conversion(&o, MOE_ERR_MODEL, "BF16");
+    o.quant = "bf16";
+    CHECK(!convert_with(&o, &error), "%s", error.message);
+    poison(folder, NAN);
+    o.allow_nonfinite = true;
+    o.quant = "f32";
+    CHECK(!convert_with(&o, &error), "%s", error.message);
+    unlink(o.out);
+}
+
+static void a_source_that_changes_is_noticed(void)
+{
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("change"));
+    make_small(folder, 8);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    const conv_options o = {.source = folder, .out = scratch_path("change.gguf"), .n_threads = 1,
+                            .progress = touch_source, .user = path};
+    refused_conversion(&o, MOE_ERR_IO, "changed during the conversion");
+}
+
+static void nothing_is_left_after_a_failure(void)
+{
+    char source[500];
+    snprintf(source, sizeof source, "%s/fixtures/qwen3.gguf", test_root());
+    moe_cancel cancel = {1};
+    conv_options o = {.source = source, .out = scratch_path("x.gguf"), .cancel = &cancel};
+    refused_conversion(&o, MOE_ERR_CANCELLED, "cancelled");
+    o.cancel = NULL;
+    struct rlimit old, small = {20000, 20000};
+    signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &old);
+    small.rlim_max = old.rlim_max;
+    setrlimit(RLIMIT_FSIZE, &small);
+    refused_conversion(&o, MOE_ERR_IO, "x.gguf.partial");
+    setrlimit(RLIMIT_FSIZE, &old);
+    o.out = scratch_path("no/such/folder.gguf");
+    refused_conversion(&o, MOE_ERR_IO, "no such folder");
+    o.out = scratch_path("x.bin");
+    refused_conversion(&o, MOE_ERR_ARGUMENT, ".gguf");
+    o.out = scratch_path("x.gguf");
+    o.quant = "q9_k";
+    refused_conversion(&o, MOE_ERR_ARGUMENT, "q4_k_m");
+    o.quant = NULL;
+    o.dry_run = true;
+    moe_error error = {0};
+    CHECK(!convert_with(&o, &error) && !scratch_exists(o.out), "%s", error.message);
+}
+
+/* A whole file that is there stays until the new one is whole. */
+static void an_old_file_survives_a_failure(void)
+{
+    size_t bytes;
+    char folder[600];
+    snprintf(folder, sizeof folder, "%s", scratch_path("old"));
+    make_small(folder, 8);
+    poison(folder, NAN);
+    const char *out = scratch_path("old.gguf");
+    scratch_write_text(out, "precious");
+    moe_error error = {0};
+    CHECK(convert(folder, out, NULL, &error) == MOE_ERR_MODEL, "%s", error.message);
+    char *data = test_read_file(out, &bytes);
+    CHECK(data && !strcmp(data, "precious"), "it is gone");
+    free(data);
+    unlink(out);
+}
+
+TEST_PROGRAM(convert_refuses)
+{
+    if (!scratch_begin("convert-refuses"))
+        return;
+    RUN(gguf_damage_is_refused);
+    RUN(unknown_patterns_are_refused);
+    RUN(tokenizers_that_contradict_the_model_are_refused);
+    RUN(lying_sentencepiece_models_are_refused);
+    RUN(damaged_sentencepiece_models_are_harmless);
+    RUN(lying_headers_are_refused);
+    RUN(aliases_are_refused);
+    RUN(lying_indexes_are_refused);
+    RUN(lying_configs_are_refused);
+    RUN(configs_that_contradict_the_tensors_are_refused);
+    RUN(missing_and_unused_tensors_are_refused);
+    RUN(packed_experts_that_lie_are_refused);
+    RUN(weights_that_are_not_finite_are_named);
+    RUN(a_source_that_changes_is_noticed);
+    RUN(nothing_is_left_after_a_failure);
+    RUN(an_old_file_survives_a_failure);
+    scratch_end();
+}
+
+#endif
