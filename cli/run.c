@@ -81,12 +81,9 @@ static uint32_t run_context(const run_options *o, const run_state *run)
     return need < info.n_ctx_train ? (uint32_t)need : info.n_ctx_train;
 }
 
-static int run_setup(run_state *run, const char *path, const run_options *o)
+/* The prompt as tokens. */
+static int run_encode_prompt(run_state *run, const char *path, const run_options *o)
 {
-    double start = system_seconds();
-    int status = common_open(&run->model, path, &o->common);
-    if (status)
-        return status;
     run->tokenizer = moe_model_tokenizer(run->model);
     if (!run->tokenizer)
         return cli_fail("%s: no tokenizer for this file; `moe logits` takes token ids", path);
@@ -105,7 +102,11 @@ static int run_setup(run_state *run, const char *path, const run_options *o)
         return EXIT_FAILED;
     if (!run->n_prompt)
         return cli_fail("the prompt is empty: give one with -p, -f or on standard input");
+    return EXIT_OK;
+}
 
+static int run_open_session(run_state *run, const run_options *o)
+{
     moe_session_options so;
     common_session_options(&so, &o->common, o->cache);
     so.n_ctx = run_context(o, run);
@@ -114,13 +115,23 @@ static int run_setup(run_state *run, const char *path, const run_options *o)
     so.draft = (moe_draft)o->draft;
     moe_observer observer;
     if (o->trace) {
-        status = trace_open(&run->trace, o->trace, run->model, &observer);
+        const int status = trace_open(&run->trace, o->trace, run->model, &observer);
         if (status)
             return status;
         so.observer = &observer;
         so.draft = MOE_DRAFT_OFF; /* the experts of tokens that come, not of guesses */
     }
-    status = common_session(&run->session, run->model, &so);
+    return common_session(&run->session, run->model, &so);
+}
+
+static int run_setup(run_state *run, const char *path, const run_options *o)
+{
+    const double start = system_seconds();
+    int status = common_open(&run->model, path, &o->common);
+    if (!status)
+        status = run_encode_prompt(run, path, o);
+    if (!status)
+        status = run_open_session(run, o);
     if (status)
         return status;
     moe_model_info info = {.size = sizeof info};
@@ -273,81 +284,88 @@ static void run_report(const run_state *run)
                                               : run->finish);
 }
 
-static int run_main(int argc, char **argv)
+/* Reads the arguments over the defaults in *o, as cli_parse() does. */
+static bool run_parse(run_options *o, int argc, char **argv, const char **path, int *status)
 {
     static const char *const draft_names[] = {"off", "auto", "ngram", "mtp", NULL};
-    run_options o = {.n_max = 256, .draft = MOE_DRAFT_AUTO, .latent = MOE_LATENT_EXPANDED};
-    moe_session_options so;
-    moe_session_options_init(&so);
-    o.n_batch = so.n_batch;
-    moe_sampler_options_init(&o.sampler);
-    if (!common_init(&o.common))
-        return EXIT_USAGE;
     cli_option common_table[COMMON_OPTIONS];
     const cli_option table[] = {
-        {'p', "prompt", CLI_TEXT, &o.prompt, "TEXT", "the prompt", NULL},
-        {'f', "file", CLI_TEXT, &o.file, "FILE", "read the prompt from a file", NULL},
-        {'n', "n-tokens", CLI_U32, &o.n_max, "N", "generate at most N tokens", NULL},
-        {0, "echo", CLI_FLAG, &o.echo, NULL, "print the prompt, too", NULL},
-        {0, "json", CLI_FLAG, &o.json, NULL, "print one JSON object at the end instead of text",
+        {'p', "prompt", CLI_TEXT, &o->prompt, "TEXT", "the prompt", NULL},
+        {'f', "file", CLI_TEXT, &o->file, "FILE", "read the prompt from a file", NULL},
+        {'n', "n-tokens", CLI_U32, &o->n_max, "N", "generate at most N tokens", NULL},
+        {0, "echo", CLI_FLAG, &o->echo, NULL, "print the prompt, too", NULL},
+        {0, "json", CLI_FLAG, &o->json, NULL, "print one JSON object at the end instead of text",
          NULL},
-        {0, "parse-special", CLI_FLAG, &o.parse_special, NULL,
+        {0, "parse-special", CLI_FLAG, &o->parse_special, NULL,
          "\"<|im_start|>\" and the like in the prompt become special\ntokens; never use it on text "
          "from others", NULL},
-        {0, "temp", CLI_FLOAT, &o.sampler.temperature, "T",
+        {0, "temp", CLI_FLOAT, &o->sampler.temperature, "T",
          "temperature; 0: always the most likely token", NULL},
-        {0, "top-k", CLI_U32, &o.sampler.top_k, "K", "of the K most likely tokens; 0: off", NULL},
-        {0, "top-p", CLI_FLOAT, &o.sampler.top_p, "P",
+        {0, "top-k", CLI_U32, &o->sampler.top_k, "K", "of the K most likely tokens; 0: off", NULL},
+        {0, "top-p", CLI_FLOAT, &o->sampler.top_p, "P",
          "of the fewest tokens that have the probability P; 1: off", NULL},
-        {0, "min-p", CLI_FLOAT, &o.sampler.min_p, "P",
+        {0, "min-p", CLI_FLOAT, &o->sampler.min_p, "P",
          "of those at least P times as likely as the best; 0: off", NULL},
-        {0, "repeat-penalty", CLI_FLOAT, &o.sampler.repetition_penalty, "X",
+        {0, "repeat-penalty", CLI_FLOAT, &o->sampler.repetition_penalty, "X",
          "makes tokens of the last ones less likely; 1: off", NULL},
-        {0, "frequency-penalty", CLI_FLOAT, &o.sampler.frequency_penalty, "X",
+        {0, "frequency-penalty", CLI_FLOAT, &o->sampler.frequency_penalty, "X",
          "the same, for each occurrence; 0: off", NULL},
-        {0, "presence-penalty", CLI_FLOAT, &o.sampler.presence_penalty, "X",
+        {0, "presence-penalty", CLI_FLOAT, &o->sampler.presence_penalty, "X",
          "the same, once; 0: off", NULL},
-        {0, "penalty-window", CLI_U32, &o.sampler.penalty_window, "N",
+        {0, "penalty-window", CLI_U32, &o->sampler.penalty_window, "N",
          "how many tokens the penalties look back on", NULL},
-        {0, "logit-bias", CLI_BIAS, &o.bias, "ID=B",
+        {0, "logit-bias", CLI_BIAS, &o->bias, "ID=B",
          "added to a token's logit; -inf forbids it; may be repeated", NULL},
-        {0, "seed", CLI_U64, &o.sampler.seed, "N", "the same seed gives the same text", NULL},
-        {0, "ctx", CLI_U32, &o.n_ctx, "N",
+        {0, "seed", CLI_U64, &o->sampler.seed, "N", "the same seed gives the same text", NULL},
+        {0, "ctx", CLI_U32, &o->n_ctx, "N",
          "tokens of context; 0: enough for prompt and -n, up to what\nthe model was trained on",
          NULL},
-        {0, "batch", CLI_U32, &o.n_batch, "N", "prompt tokens computed at once", NULL},
-        {0, "cache", CLI_CHOICE, &o.cache, "TYPE", "type of the key/value cache", cache_names},
-        {0, "latent", CLI_CHOICE, &o.latent, "FORM", LATENT_HELP, latent_names},
-        {0, "trace-experts", CLI_TEXT, &o.trace, "FILE",
+        {0, "batch", CLI_U32, &o->n_batch, "N", "prompt tokens computed at once", NULL},
+        {0, "cache", CLI_CHOICE, &o->cache, "TYPE", "type of the key/value cache", cache_names},
+        {0, "latent", CLI_CHOICE, &o->latent, "FORM", LATENT_HELP, latent_names},
+        {0, "trace-experts", CLI_TEXT, &o->trace, "FILE",
          "write which experts each token used, for `moe experts`;\nno tokens are drafted then",
          NULL},
-        {0, "draft", CLI_CHOICE, &o.draft, "HOW",
+        {0, "draft", CLI_CHOICE, &o->draft, "HOW",
          "compute tokens ahead that are guessed to come: the text is\nthe same, the speed is not. "
          "auto: where it is measured to be\nfaster; ngram: what followed earlier; mtp: what the "
          "model's\nlayer for it says", draft_names},
         {0},
     };
-    const cli_option *tables[] = {table, common_options(&o.common, common_table), NULL};
-    const char *path[1];
-    int status = EXIT_OK;
-    if (!cli_parse(&verb_run, tables, argc, argv, path, &status)) {
+    const cli_option *tables[] = {table, common_options(&o->common, common_table), NULL};
+    if (!cli_parse(&verb_run, tables, argc, argv, path, status))
+        return false;
+    if (o->prompt && o->file) {
+        cli_fail("run: -p and -f are both a prompt: give one");
+        *status = EXIT_USAGE;
+        return false;
+    }
+    o->sampler.logit_bias = o->bias.item;
+    o->sampler.n_logit_bias = o->bias.n;
+    return true;
+}
+
+static int run_main(int argc, char **argv)
+{
+    run_options o = {.n_max = 256, .draft = MOE_DRAFT_AUTO, .latent = MOE_LATENT_EXPANDED};
+    run_state run = {.finish = NULL};
+    moe_session_options so;
+    const char *path;
+    int status;
+    moe_session_options_init(&so);
+    o.n_batch = so.n_batch;
+    moe_sampler_options_init(&o.sampler);
+    if (!common_init(&o.common))
+        return EXIT_USAGE;
+    if (!run_parse(&o, argc, argv, &path, &status)) {
         free(o.bias.item);
         return status;
     }
-    if (o.prompt && o.file) {
-        free(o.bias.item);
-        cli_fail("run: -p and -f are both a prompt: give one");
-        return EXIT_USAGE;
-    }
-    o.sampler.logit_bias = o.bias.item;
-    o.sampler.n_logit_bias = o.bias.n;
-
-    run_state run = {.finish = NULL};
-    status = run_setup(&run, path[0], &o);
+    status = run_setup(&run, path, &o);
     if (status == EXIT_OK) {
         status = run_generate(&run, &o);
         if (run.finish && o.json)
-            run_report_json(&run, path[0]);
+            run_report_json(&run, path);
         else if (run.finish)
             putchar('\n');
         fflush(stdout);

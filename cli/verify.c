@@ -59,6 +59,7 @@ static int verify_main(int argc, char **argv)
         return EXIT_USAGE;
     const cli_option table[] = {
         {0, "json", CLI_FLAG, &json, NULL, "print one JSON object", NULL},
+        {'q', "quiet", CLI_FLAG, &common.quiet, NULL, "no progress", NULL},
         {0},
     };
     const cli_option *tables[] = {table, NULL};

@@ -1087,12 +1087,36 @@ MOE_UNUSED static moe_status directory_open_file(moe_directory **out, const char
     return directory_open(out, &options, mem, error);
 }
 
+/* Tells `damage` of each record that is damaged, and of the padding, which comes last; the first of
+ * them, or UINT32_MAX. */
+static uint32_t moefile_report_damage(moe_directory *dir, const bool *damaged,
+                                      moe_damage_fn *damage, void *user,
+                                      moe_verify_report *report)
+{
+    const moefile_header *h = &dir->moe->header;
+    char name[160];
+    uint32_t first = UINT32_MAX;
+    for (uint32_t i = 0; i <= h->n_records; i++) {
+        if (!damaged[i])
+            continue;
+        const bool record = i < h->n_records;
+        const moefile_record r =
+            record ? moefile_record_at(dir->moe, i)
+                   : (moefile_record){.offset = sizeof *h + h->directory_bytes};
+        first = MOE_MIN(first, i);
+        report->n_damaged++;
+        if (damage)
+            damage(user, record ? moefile_record_name(dir, i, name) : "padding", r.offset,
+                   record ? r.stored_bytes : h->data_offset - r.offset);
+    }
+    return first;
+}
+
 /* Opens a .moe file as far as its directory, and checks the rest. */
 static moe_status moefile_verify(moe_directory *dir, const moe_model_options *options,
                                  moe_damage_fn *damage, void *user, moe_verify_report *report,
                                  moe_error *error)
 {
-    char name[160] = "padding";
     uint8_t magic[8] = {0};
     dir_file *file = dir->files;
     const uint8_t *bytes = NULL;
@@ -1117,22 +1141,10 @@ static moe_status moefile_verify(moe_directory *dir, const moe_model_options *op
     status = moefile_check_all(dir, damaged, error);
     *report = (moe_verify_report){.size = sizeof *report, .n_records = h->n_records,
                                   .file_bytes = h->file_bytes, .root = h->root};
-    uint32_t first = UINT32_MAX;
-    for (uint32_t i = 0; i <= h->n_records && !status; i++) {
-        if (!damaged[i])
-            continue;
-        const bool record = i < h->n_records;
-        const moefile_record r =
-            record ? moefile_record_at(dir->moe, i)
-                   : (moefile_record){.offset = sizeof *h + h->directory_bytes};
-        first = MOE_MIN(first, i);
-        report->n_damaged++;
-        if (damage)
-            damage(user, record ? moefile_record_name(dir, i, name) : "padding", r.offset,
-                   record ? r.stored_bytes : h->data_offset - r.offset);
-    }
+    const uint32_t first =
+        status ? UINT32_MAX : moefile_report_damage(dir, damaged, damage, user, report);
     mem_free(dir->mem, damaged);
-    return status || first == UINT32_MAX ? status : moefile_fail_damaged(dir, first, error);
+    return first == UINT32_MAX ? status : moefile_fail_damaged(dir, first, error);
 }
 
 moe_status moe_file_verify(const moe_model_options *options, moe_damage_fn *damage, void *user,

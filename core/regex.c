@@ -135,6 +135,31 @@ static uint32_t regex_hex(regex_parser *s, unsigned max_digits)
     return value;
 }
 
+/* The character that an escape stands for which is no class; its backslash is behind. */
+static uint32_t regex_escaped_char(regex_parser *s)
+{
+    static const char from[] = "nrtfvae", to[] = "\n\r\t\f\v\a\033";
+    uint32_t e = regex_next_char(s), c;
+    const char *simple = e && e < 0x80 ? strchr(from, (int)e) : NULL;
+    if (simple)
+        return (uint8_t)to[simple - from];
+    if (e == 'u')
+        return regex_hex(s, 4);
+    if (e == 'x' && regex_accept(s, "{")) {
+        c = regex_hex(s, 8);
+        if (!regex_accept(s, "}"))
+            regex_problem(s, "\\x{ is not closed");
+        return c;
+    }
+    if (e == 'x')
+        return regex_hex(s, 2);
+    if (e == '0')
+        return 0;
+    if ((e >= '1' && e <= '9') || (e && e < 0x80 && strchr("kgXRKG", (int)e)))
+        regex_problem(s, "it has a back-reference or an escape that is not supported");
+    return e;
+}
+
 /* After a backslash: true and a set added to `out`, or false and a character in *c. */
 static bool regex_escape(regex_parser *s, regex_ranges *out, uint32_t *c)
 {
@@ -146,24 +171,7 @@ static bool regex_escape(regex_parser *s, regex_ranges *out, uint32_t *c)
     static const char letters[] = "sdwhpSDWHP";
     const char *class = *s->p < 0x80 && *s->p ? strchr(letters, *s->p) : NULL;
     if (!class) {
-        uint32_t e = *c = regex_next_char(s);
-        static const char from[] = "nrtfvae", to[] = "\n\r\t\f\v\a\033";
-        const char *simple = e && e < 0x80 ? strchr(from, (int)e) : NULL;
-        if (simple)
-            *c = (uint8_t)to[simple - from];
-        else if (e == 'u')
-            *c = regex_hex(s, 4);
-        else if (e == 'x' && regex_accept(s, "{")) {
-            *c = regex_hex(s, 8);
-            if (!regex_accept(s, "}"))
-                regex_problem(s, "\\x{ is not closed");
-        } else if (e == 'x')
-            *c = regex_hex(s, 2);
-        else if (e == '0')
-            *c = 0;
-        else if ((e >= '1' && e <= '9') || e == 'k' || e == 'g' || e == 'X' || e == 'R' ||
-                 e == 'K' || e == 'G')
-            regex_problem(s, "it has a back-reference or an escape that is not supported");
+        *c = regex_escaped_char(s);
         return false;
     }
     s->p++;
@@ -206,6 +214,43 @@ static bool regex_posix(regex_parser *s, regex_ranges *out) // after "[:"
     return true;
 }
 
+/* The last character of a range that begins with c, if a dash and another follow; else c. */
+static uint32_t regex_range_end(regex_parser *s, uint32_t c)
+{
+    if (s->end - s->p < 2 || s->p[0] != '-' || s->p[1] == ']' || s->p[1] == '[')
+        return c;
+    const uint8_t *dash = s->p++;
+    uint32_t last;
+    regex_ranges ignored = {.arena = s->scratch};
+    if (!regex_accept(s, "\\")) {
+        last = regex_next_char(s);
+    } else if (regex_escape(s, &ignored, &last)) { // [a-\s]: the dash is a dash
+        s->p = s->problem ? s->end : dash;
+        return c;
+    }
+    if (last < c)
+        regex_problem(s, "a range in a class is empty");
+    return last;
+}
+
+static void regex_class(regex_parser *s, regex_ranges *out);
+
+/* What a class may have between its brackets: a class, a character or a range of them. */
+static void regex_class_item(regex_parser *s, regex_ranges *set)
+{
+    uint32_t c;
+    if (regex_accept(s, "[:")) {
+        regex_posix(s, set);
+    } else if (regex_accept(s, "[")) {
+        regex_class(s, set);
+    } else if (!regex_accept(s, "\\")) {
+        c = regex_next_char(s);
+        ranges_add(set, c, regex_range_end(s, c));
+    } else if (!regex_escape(s, set, &c)) {
+        ranges_add(set, c, regex_range_end(s, c));
+    }
+}
+
 /* A class after its '[', up to and with its ']'. */
 static void regex_class(regex_parser *s, regex_ranges *out)
 {
@@ -215,50 +260,17 @@ static void regex_class(regex_parser *s, regex_ranges *out)
     }
     bool negative = regex_accept(s, "^"), first = true, all = false;
     regex_ranges set = {.arena = s->scratch}, common = {.arena = s->scratch};
-    for (; s->p < s->end; first = false) {
-        uint32_t c;
-        if (*s->p == ']' && !first)
-            break;
-        if (regex_accept(s, "&&")) { // what stands left of it is kept in `common`
-            if (all)
-                ranges_intersect(&common, &set);
-            else
-                common = set;
-            all = true;
-            set = (regex_ranges){.arena = s->scratch};
+    for (; s->p < s->end && (first || *s->p != ']'); first = false) {
+        if (!regex_accept(s, "&&")) {
+            regex_class_item(s, &set);
             continue;
         }
-        if (regex_accept(s, "[:")) {
-            regex_posix(s, &set);
-            continue;
-        }
-        if (regex_accept(s, "[")) {
-            regex_class(s, &set);
-            continue;
-        }
-        if (regex_accept(s, "\\")) {
-            if (regex_escape(s, &set, &c))
-                continue;
-        } else {
-            c = regex_next_char(s);
-        }
-        uint32_t last = c;
-        if (s->end - s->p >= 2 && s->p[0] == '-' && s->p[1] != ']' && s->p[1] != '[') {
-            const uint8_t *dash = s->p++;
-            regex_ranges ignored = {.arena = s->scratch};
-            bool is_class = false;
-            if (regex_accept(s, "\\"))
-                is_class = regex_escape(s, &ignored, &last);
-            else
-                last = regex_next_char(s);
-            if (is_class) { // [a-\s]: the dash is a dash
-                s->p = s->problem ? s->end : dash;
-                last = c;
-            } else if (last < c) {
-                regex_problem(s, "a range in a class is empty");
-            }
-        }
-        ranges_add(&set, c, last);
+        if (all) // what stands left of it is kept in `common`
+            ranges_intersect(&common, &set);
+        else
+            common = set;
+        all = true;
+        set = (regex_ranges){.arena = s->scratch};
     }
     if (!regex_accept(s, "]"))
         regex_problem(s, "a class is not closed");

@@ -353,6 +353,21 @@ static moe_token sample_draw(moe_sampler *s, uint64_t sum)
 
 /* --------------------------------------------------------------------------- entry points -- */
 
+/* All that the options ask for; false if there is no memory for it. */
+static bool sample_make_room(moe_sampler *s, moe_mem *mem)
+{
+    const moe_sampler_options *o = &s->options;
+    const bool penalise = o->penalty_window &&
+                          (o->repetition_penalty != 1 || o->frequency_penalty != 0 ||
+                           o->presence_penalty != 0);
+    s->bias = mem_alloc(mem, o->n_logit_bias, sizeof *s->bias);
+    s->logits = mem_alloc(mem, s->n_vocab, sizeof *s->logits);
+    s->candidates = mem_alloc(mem, s->n_vocab, sizeof *s->candidates);
+    s->history = penalise ? mem_alloc(mem, o->penalty_window, sizeof *s->history) : NULL;
+    s->count = penalise ? mem_alloc(mem, s->n_vocab, sizeof *s->count) : NULL;
+    return s->bias && s->logits && s->candidates && (!penalise || (s->history && s->count));
+}
+
 MOE_API moe_status moe_sampler_new(moe_sampler **out, uint32_t n_vocab,
                                    const moe_sampler_options *options, const moe_host *host,
                                    moe_error *error)
@@ -377,20 +392,13 @@ MOE_API moe_status moe_sampler_new(moe_sampler **out, uint32_t n_vocab,
     mem_init(&mem, host, 0);
     if (!mem.host.alloc != !mem.host.free)
         return fail(error, MOE_ERR_ARGUMENT, "host", "expected both alloc and free, or neither");
-    bool penalise = o.penalty_window && (o.repetition_penalty != 1 || o.frequency_penalty != 0 ||
-                                         o.presence_penalty != 0);
     moe_sampler *s = mem_alloc(&mem, 1, sizeof *s);
     if (!s)
         return fail_memory(error, &mem, "sampler", sizeof *s);
     s->host = mem.host;
     s->options = o;
     s->n_vocab = n_vocab;
-    s->bias = mem_alloc(&mem, o.n_logit_bias, sizeof *s->bias);
-    s->logits = mem_alloc(&mem, n_vocab, sizeof *s->logits);
-    s->candidates = mem_alloc(&mem, n_vocab, sizeof *s->candidates);
-    s->history = penalise ? mem_alloc(&mem, o.penalty_window, sizeof *s->history) : NULL;
-    s->count = penalise ? mem_alloc(&mem, n_vocab, sizeof *s->count) : NULL;
-    if (!s->bias || !s->logits || !s->candidates || (penalise && (!s->history || !s->count))) {
+    if (!sample_make_room(s, &mem)) {
         moe_sampler_free(s);
         return fail_memory(error, &mem, "sampler", (uint64_t)n_vocab * sizeof *s->candidates);
     }

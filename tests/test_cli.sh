@@ -446,6 +446,8 @@ begin verify
 run 0 verify "$packed"
 out_has "good, 46.66 kB in 4 records, root 10868dee42429e78"
 err_empty
+run 0 verify -q "$packed"
+out_has "good, 46.66 kB in 4 records"
 run 0 verify "$packed" --json
 out_is "{\"file\":\"$packed\",\"good\":true,\"bytes\":46662,\"n_records\":4,\
 \"root\":\"10868dee42429e78\",\"damaged\":[]}"
