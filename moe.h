@@ -118,7 +118,9 @@ typedef struct moe_host {
     /* One line of text without a newline, for a log. */
     void (*log)(void *user, moe_log_level level, const char *line);
 
-    /* Progress of a long step: `done` of `total` units; `stage` is such as "load". */
+    /* Progress of a long step: `done` of `total` units. `stage` is "load" or "verify" (bytes, by
+     * any thread, but one at a time), or "prefill": tokens of a call of moe_session_eval that takes
+     * more than one batch, before each batch and at the end. */
     void (*progress)(void *user, const char *stage, uint64_t done, uint64_t total);
 
     /* Run task(arg, i) for every i in [0, n) and return when all are done, in any order, on any

@@ -20,11 +20,17 @@ static void help_default(const cli_option *o)
         if (*(uint32_t *)o->value)
             printf(" (default %u)", *(uint32_t *)o->value);
         break;
+    case CLI_U64:
+        printf(" (default %llu)", (unsigned long long)*(uint64_t *)o->value);
+        break;
     case CLI_FLOAT:
         printf(" (default %g)", (double)*(float *)o->value);
         break;
     case CLI_CHOICE:
-        printf(": ");
+        if (strchr(o->help, '\n'))
+            printf("\n%*sone of ", HELP_COLUMN, "");
+        else
+            printf(": ");
         for (int i = 0; o->choices[i]; i++)
             printf("%s%s", i ? ", " : "", o->choices[i]);
         printf(" (default %s)", o->choices[*(int *)o->value]);

@@ -136,8 +136,11 @@ CLI_PRINTF(1, 2) int cli_fail(const char *format, ...);
 /* The same for a failed call; EXIT_INTERRUPTED if it was cancelled. `hint` says what to do next, or
  * is NULL. */
 int cli_fail_status(moe_status status, const moe_error *error, const char *hint);
+/* The same for a file that could not be opened. */
+int cli_fail_open(moe_status status, const moe_error *error, const char *path,
+                  const cli_common *common);
 
-/* Reads all of a file, or of stdin if path is NULL. NULL, with a message, on failure. The caller
+/* Reads all of a file, or of stdin if path is NULL or "-". NULL, with a message, on failure. The caller
  * frees it. A NUL follows the last byte. */
 char *cli_read_all(const char *path, size_t *bytes);
 
@@ -171,11 +174,11 @@ typedef struct cli_size { char text[24]; } cli_size;
 const char *cli_size_text(cli_size *buffer, uint64_t bytes);
 
 /* A file that appears under its name only when it is whole: written beside it first. "-" is
- * standard output. */
+ * standard output; devices and pipes are written to as they are. */
 typedef struct cli_output {
     FILE *file;
     const char *path;
-    char *partial; /* NULL for standard output */
+    char *partial; /* NULL if it is written directly */
 } cli_output;
 
 bool output_open(cli_output *output, const char *path);
@@ -218,7 +221,14 @@ void progress_enable(bool enable);
 /* ------------------------------------------------------------------------------ system.c -- */
 
 extern moe_cancel cli_cancel;    /* set by Ctrl-C and SIGTERM */
-void system_catch_interrupt(void);
+/* Ctrl-C and SIGTERM set the flag, or else end the program. */
+void system_catch_interrupt(bool by_flag);
+/* A standard stream that is closed would be the next file to be opened, and what is printed would
+ * go into that file: sees to it that it is not. */
+void system_keep_standard_files(void);
+/* True for a path of nothing or of a regular file, which another file may take the place of; false
+ * for devices, pipes and folders. */
+bool system_is_replaceable(const char *path);
 bool system_interrupted(void);
 bool system_is_terminal(FILE *file);
 double system_seconds(void);     /* monotonic */

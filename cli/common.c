@@ -41,19 +41,36 @@ static const char *status_hint(moe_status status)
     }
 }
 
-int cli_fail_status(moe_status status, const moe_error *error, const char *hint)
+/* `about` stands in front of the message, unless it is there anyway. */
+static int fail_about(const char *about, moe_status status, const moe_error *error,
+                      const char *hint)
 {
     if (status == MOE_ERR_CANCELLED && system_interrupted()) {
         progress_clear();
         return EXIT_INTERRUPTED;
     }
-    bool has_message = error && error->message[0];
-    cli_fail("%s", has_message ? error->message : moe_status_name(status));
-    if (!hint)
-        hint = status_hint(status);
+    const char *message = error && error->message[0] ? error->message : moe_status_name(status);
+    bool is_there = !about || strstr(message, about);
+    cli_fail("%s%s%s", is_there ? "" : about, is_there ? "" : ": ", message);
     if (hint)
         fprintf(stderr, "     %s\n", hint);
     return EXIT_FAILED;
+}
+
+int cli_fail_status(moe_status status, const moe_error *error, const char *hint)
+{
+    return fail_about(NULL, status, error, hint ? hint : status_hint(status));
+}
+
+int cli_fail_open(moe_status status, const moe_error *error, const char *path,
+                  const cli_common *common)
+{
+    const char *hint = status_hint(status);
+    if (status == MOE_ERR_MEMORY || status == MOE_ERR_LIMIT)
+        hint = common->memory_limit_bytes ? "a larger --memory-limit makes room" : NULL;
+    else if (!strcmp(error->subject, "magic"))
+        hint = NULL; /* a file of another kind is not an incomplete one */
+    return fail_about(path, status, error, hint);
 }
 
 void *cli_alloc(void *old, size_t n, size_t item_bytes)
@@ -154,7 +171,7 @@ int common_open(moe_model **model, const char *path, const cli_common *common)
     moe_status status = moe_model_open(model, &options, &error);
     progress_clear();
     if (status)
-        return cli_fail_status(status, &error, status == MOE_ERR_IO ? "is the path right?" : NULL);
+        return cli_fail_open(status, &error, path, common);
     return EXIT_OK;
 }
 
@@ -216,23 +233,28 @@ size_t cli_decode(const moe_tokenizer *tokenizer, moe_decoder *decoder, moe_toke
 
 char *cli_read_all(const char *path, size_t *bytes)
 {
-    const char *name = path ? path : "standard input";
-    FILE *f = path ? fopen(path, "rb") : stdin;
+    const bool is_stdin = !path || !strcmp(path, "-");
+    const char *name = is_stdin ? "standard input" : path;
+    FILE *f = is_stdin ? stdin : fopen(path, "rb");
     if (!f) {
         cli_fail("%s: %s", name, strerror(errno));
         return NULL;
     }
+    if (is_stdin) /* nothing looks at the flag while this waits for a person */
+        system_catch_interrupt(false);
     char *text = NULL;
-    size_t used = 0, room = 0, got;
+    size_t used = 0, room = 0;
     do {
         if (room - used < 65536)
             text = cli_alloc(text, room = room * 2 + 131072, 1);
-        used += got = fread(text + used, 1, room - used - 1, f);
-    } while (got);
+        used += fread(text + used, 1, room - used - 1, f);
+    } while (!feof(f) && !ferror(f)); /* reading on would wait for a second Ctrl-D */
     bool bad = ferror(f) != 0;
     if (bad)
         cli_fail("%s: %s", name, strerror(errno));
-    if (path)
+    if (is_stdin)
+        system_catch_interrupt(true);
+    else
         fclose(f);
     if (bad) {
         free(text);
@@ -250,13 +272,15 @@ bool output_open(cli_output *output, const char *path)
     *output = (cli_output){.file = stdout, .path = path};
     if (!strcmp(path, "-"))
         return true;
-    output->partial = cli_alloc(NULL, length + sizeof suffix, 1);
-    memcpy(output->partial, path, length);
-    memcpy(output->partial + length, suffix, sizeof suffix);
-    output->file = fopen(output->partial, "wb");
+    if (system_is_replaceable(path)) {
+        output->partial = cli_alloc(NULL, length + sizeof suffix, 1);
+        memcpy(output->partial, path, length);
+        memcpy(output->partial + length, suffix, sizeof suffix);
+    }
+    output->file = fopen(output->partial ? output->partial : path, "wb");
     if (output->file)
         return true;
-    cli_fail("%s: %s", output->partial, strerror(errno));
+    cli_fail("%s: cannot be written: %s", path, strerror(errno));
     free(output->partial);
     return false;
 }
@@ -271,14 +295,14 @@ bool output_write(cli_output *output, const void *data, size_t bytes)
 
 bool output_close(cli_output *output, bool keep)
 {
-    if (!output->partial)
-        return true; /* main() flushes standard output and looks at the result */
+    if (output->file == stdout)
+        return true; /* main() flushes it and looks at the result */
     bool good = !fclose(output->file);
-    if (good && keep)
+    if (good && keep && output->partial)
         good = !rename(output->partial, output->path);
     if (!good)
         cli_fail("%s: %s", output->path, strerror(errno));
-    if (!good || !keep)
+    if (output->partial && (!good || !keep))
         remove(output->partial);
     free(output->partial);
     return good;
@@ -298,7 +322,7 @@ int windows_read(cli_windows *w, const moe_tokenizer *tokenizer, const char *pat
 {
     size_t bytes;
     *w = (cli_windows){.tokens = NULL};
-    char *text = cli_read_all(strcmp(path, "-") ? path : NULL, &bytes);
+    char *text = cli_read_all(path, &bytes);
     if (!text)
         return EXIT_FAILED;
     if (bytes && text[bytes - 1] == '\n')

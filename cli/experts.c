@@ -495,7 +495,7 @@ static int experts_main(int argc, char **argv)
     if (sizes_text && !sizes_parse(&sizes, sizes_text))
         return EXIT_USAGE;
     size_t bytes;
-    char *data = cli_read_all(strcmp(path[0], "-") ? path[0] : NULL, &bytes);
+    char *data = cli_read_all(path[0], &bytes);
     if (!data)
         return EXIT_FAILED;
     trace_summary s = {.index = NULL};

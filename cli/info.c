@@ -50,7 +50,7 @@ static int info_open(info_file *file, const char *path, const info_options *o)
     }
     progress_clear();
     if (status)
-        return cli_fail_status(status, &error, status == MOE_ERR_IO ? "is the path right?" : NULL);
+        return cli_fail_open(status, &error, path, &o->common);
     file->info.size = sizeof file->info;
     moe_model_get_info(file->model, &file->info);
     return EXIT_OK;

@@ -27,6 +27,7 @@ static const cli_verb *find_verb(const char *name)
 
 int main(int argc, char **argv)
 {
+    system_keep_standard_files();
     const char *name = argc > 1 ? argv[1] : "";
     if (!strcmp(name, "--version")) {
         printf("moe %s\n", moe_version());
@@ -39,15 +40,18 @@ int main(int argc, char **argv)
     }
     const cli_verb *verb = find_verb(asked ? argv[2] : name);
     if (!verb) {
-        if (*name)
+        const char *dot = strrchr(name, '.');
+        if (dot && (!strcmp(dot, ".gguf") || !strcmp(dot, ".moe")))
+            fprintf(stderr, "moe: a verb comes first: moe run %s -p \"...\"\n\n", name);
+        else if (*name)
             fprintf(stderr, "moe: unknown verb \"%s\"\n\n", asked ? argv[2] : name);
         usage(stderr);
         return EXIT_USAGE;
     }
-    system_catch_interrupt();
+    system_catch_interrupt(true);
     char *help[] = {(char *)(uintptr_t)verb->name, (char *)(uintptr_t)"--help"};
     int status = asked ? verb->run(2, help) : verb->run(argc - 1, argv + 1);
-    if (fflush(stdout) && status == EXIT_OK)
+    if ((fflush(stdout) || ferror(stdout)) && status == EXIT_OK)
         status = cli_fail("standard output: cannot write");
     return status;
 }

@@ -4,6 +4,9 @@
  * that what stays on the screen is the result. */
 #include "cli.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 static struct {
     bool enabled, drawn;
     double started, last;
@@ -12,7 +15,8 @@ static struct {
 
 void progress_enable(bool enable)
 {
-    bar.enabled = enable && system_is_terminal(stderr);
+    const char *terminal = getenv("TERM");
+    bar.enabled = enable && system_is_terminal(stderr) && terminal && strcmp(terminal, "dumb");
 }
 
 void progress_clear(void)
@@ -28,6 +32,8 @@ void progress_show(const char *stage, uint64_t done, uint64_t total)
     enum { WIDTH = 30 };
     if (!bar.enabled || !total)
         return;
+    if (bar.stage[0] && strcmp(bar.stage, stage))
+        return; /* a step within the one that is shown */
     double now = system_seconds();
     if (!bar.stage[0]) {
         snprintf(bar.stage, sizeof bar.stage, "%s", stage);

@@ -33,6 +33,7 @@ typedef struct run_state {
     uint32_t n_tokens;
     const char *finish;             /* why it ended */
     double load_s, prefill_s, decode_s;
+    size_t n_prefilled;             /* n_prompt, or 0 if it was interrupted before */
     uint32_t n_decoded;             /* tokens that went through the model one by one */
 } run_state;
 
@@ -57,7 +58,7 @@ static char *run_read_prompt(const run_options *o, size_t *bytes)
         char *text = cli_alloc(NULL, *bytes + 1, 1);
         return memcpy(text, o->prompt, *bytes + 1);
     }
-    if (!o->file && system_is_terminal(stdin))
+    if ((!o->file || !strcmp(o->file, "-")) && system_is_terminal(stdin))
         fputs("moe: reading the prompt from the terminal; Ctrl-D on an empty line ends it\n",
               stderr);
     char *text = cli_read_all(o->file, bytes);
@@ -134,12 +135,16 @@ static int run_setup(run_state *run, const char *path, const run_options *o)
         status = run_open_session(run, o);
     if (status)
         return status;
+    if (run->n_prompt > moe_session_capacity(run->session))
+        return cli_fail("the prompt has %zu tokens, but the context holds %u%s: shorten it, or give "
+                        "a larger --ctx", run->n_prompt, moe_session_capacity(run->session),
+                        o->n_ctx ? "" : ", as many as the model was trained with");
     moe_model_info info = {.size = sizeof info};
     moe_model_get_info(run->model, &info);
     moe_error error = {0};
     moe_status made = moe_sampler_new(&run->sampler, info.n_vocab, &o->sampler, NULL, &error);
     if (made)
-        return cli_fail_status(made, &error, "`moe run --help` shows the ranges");
+        return cli_fail_status(made, &error, NULL);
     run->logits = cli_alloc(NULL, info.n_vocab, sizeof *run->logits);
     run->load_s = system_seconds() - start;
     return EXIT_OK;
@@ -208,12 +213,13 @@ static int run_generate(run_state *run, const run_options *o)
     run->prefill_s = system_seconds() - start;
     if (status)
         return run_stopped(run, status);
+    run->n_prefilled = run->n_prompt;
     for (size_t i = 0; i < run->n_prompt; i++)
         moe_sampler_accept(run->sampler, run->prompt[i]);
 
     int result = EXIT_OK;
     start = system_seconds();
-    while (!run->finish && result == EXIT_OK)
+    while (!run->finish && result == EXIT_OK && !ferror(stdout))
         result = run_step(run, o);
     run->decode_s = system_seconds() - start;
     run_put(run, -1, o->json);
@@ -248,7 +254,7 @@ static void run_report_json(const run_state *run, const char *path)
     json_close(&json, ']');
     json_number(&json, "load_s", run->load_s, 6);
     json_number(&json, "prefill_s", run->prefill_s, 6);
-    json_number(&json, "prefill_tokens_per_s", rate((double)run->n_prompt, run->prefill_s), 6);
+    json_number(&json, "prefill_tokens_per_s", rate((double)run->n_prefilled, run->prefill_s), 6);
     json_number(&json, "decode_s", run->decode_s, 6);
     json_number(&json, "decode_tokens_per_s", rate(run->n_decoded, run->decode_s), 6);
     const moe_draft_stats draft = run_draft_stats(run);
@@ -274,7 +280,7 @@ static void run_report(const run_state *run)
     fprintf(stderr,
             "\nprompt: %zu tokens, %.1f tokens/s | generated: %u tokens, %.1f tokens/s%s | "
             "load %.2f s | peak memory %s%s%s\n",
-            run->n_prompt, rate((double)run->n_prompt, run->prefill_s), run->n_tokens,
+            run->n_prompt, rate((double)run->n_prefilled, run->prefill_s), run->n_tokens,
             rate(run->n_decoded, run->decode_s), drafted, run->load_s,
             cli_size_text(&rss, system_peak_rss_bytes()),
             strcmp(run->finish, "end") ? " | stopped: " : "",
@@ -291,7 +297,8 @@ static bool run_parse(run_options *o, int argc, char **argv, const char **path, 
     cli_option common_table[COMMON_OPTIONS];
     const cli_option table[] = {
         {'p', "prompt", CLI_TEXT, &o->prompt, "TEXT", "the prompt", NULL},
-        {'f', "file", CLI_TEXT, &o->file, "FILE", "read the prompt from a file", NULL},
+        {'f', "file", CLI_TEXT, &o->file, "FILE", "read the prompt from a file; \"-\": from standard input",
+         NULL},
         {'n', "n-tokens", CLI_U32, &o->n_max, "N", "generate at most N tokens", NULL},
         {0, "echo", CLI_FLAG, &o->echo, NULL, "print the prompt, too", NULL},
         {0, "json", CLI_FLAG, &o->json, NULL, "print one JSON object at the end instead of text",
@@ -380,10 +387,11 @@ static int run_main(int argc, char **argv)
 
 const cli_verb verb_run = {
     "run", "MODEL", "continues a prompt",
-    "MODEL is a GGUF file; of a split one, the first part. The prompt comes from -p, from -f or\n"
-    "from standard input; one newline at the end of the last two is left out. It is continued as\n"
-    "it is: no chat template is applied. Text goes to standard output as it is generated, a line\n"
-    "with the speed to standard error. Ctrl-C ends the generation and keeps what is there.",
+    "MODEL is a GGUF file (of a split one, the first part) or a .moe file. The prompt comes from\n"
+    "-p, from -f or from standard input; one newline at the end of the last two is left out. It is\n"
+    "continued as it is: no chat template is applied. Text goes to standard output as it is\n"
+    "generated, a line with the speed to standard error. Ctrl-C ends the generation and keeps what\n"
+    "is there.",
     "  moe run model.gguf -p \"The capital of France is\" -n 32\n"
     "  moe run model.gguf -f story.txt --temp 0.8 --top-p 0.95 --seed 1\n"
     "  echo \"Once upon a time\" | moe run model.gguf --json | jq -r .text\n"

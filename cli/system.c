@@ -4,8 +4,10 @@
 
 #include "cli.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -21,9 +23,10 @@ static void system_on_interrupt(int signal_number)
     moe_cancel_set(&cli_cancel);
 }
 
-void system_catch_interrupt(void)
+void system_catch_interrupt(bool by_flag)
 {
-    struct sigaction action = {.sa_handler = system_on_interrupt, .sa_flags = SA_RESTART};
+    struct sigaction action = {.sa_handler = by_flag ? system_on_interrupt : SIG_DFL,
+                               .sa_flags = SA_RESTART};
     sigemptyset(&action.sa_mask);
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
@@ -32,6 +35,20 @@ void system_catch_interrupt(void)
 bool system_interrupted(void)
 {
     return interrupts != 0;
+}
+
+/* Opened the wrong way round, so that using them fails as it does with a closed one. */
+void system_keep_standard_files(void)
+{
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
+            return;
+}
+
+bool system_is_replaceable(const char *path)
+{
+    struct stat s;
+    return stat(path, &s) || S_ISREG(s.st_mode);
 }
 
 bool system_is_terminal(FILE *file)

@@ -101,7 +101,7 @@ static int tokenize_main(int argc, char **argv)
     moe_status opened = moe_tokenizer_open(&tokenizer, &options, &error);
     progress_clear();
     if (opened)
-        return cli_fail_status(opened, &error, NULL);
+        return cli_fail_open(opened, &error, path[0], &o.common);
     status = tokenize(tokenizer, &o);
     moe_tokenizer_close(tokenizer);
     return status;
@@ -111,7 +111,8 @@ const cli_verb verb_tokenize = {
     "tokenize", "MODEL", "turns text on standard input into token ids",
     "MODEL is a GGUF file, with or without weights and of any architecture, or a tokenizer.json.\n"
     "The text is taken as it is, with every newline; bytes that are not UTF-8 count as U+FFFD. It\n"
-    "never becomes a special token unless --parse-special is given.",
+    "never becomes a special token unless --parse-special is given. Pieces are shown as they stand in\n"
+    "the vocabulary, where U+0120 (G with a dot) or U+2581 (a low line) may mean a blank.",
     "  printf 'Hello world' | moe tokenize model.gguf --ids\n"
     "  moe tokenize tokenizer.json --ids --no-special <text.txt\n"
     "  moe tokenize model.gguf --json <text.txt | jq .n_tokens\n",

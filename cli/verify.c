@@ -82,7 +82,7 @@ static int verify_main(int argc, char **argv)
         for (size_t i = 0; i < list.n; i++)
             printf("damaged: %s, %" PRIu64 " bytes at %" PRIu64 "\n", list.item[i].name,
                    list.item[i].bytes, list.item[i].offset);
-        status = cli_fail_status(result, &error, NULL);
+        status = cli_fail_open(result, &error, path[0], &common);
     } else {
         cli_size size;
         printf("%s: good, %s in %" PRIu64 " records, root %016" PRIx64 "\n", path[0],

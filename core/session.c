@@ -859,7 +859,10 @@ static moe_status session_compute(moe_session *s, const moe_token *tokens, size_
     if (s->history && n_tok)
         memcpy(s->history + s->n_past, tokens, n_tok * sizeof *tokens);
     s->pass.expanded = s->expand_from && n_tok >= s->expand_from;
+    const bool is_long = n_tok > s->options.n_batch;
     for (size_t done = 0; done < n_tok && !status;) {
+        if (is_long)
+            mem_progress(&s->model->mem, "prefill", done, n_tok);
         const uint32_t n = session_next_batch(s, n_tok - done);
         /* The batch may end in tokens whose logits are wanted. */
         const size_t first = MOE_MAX(done, n_silent);
@@ -868,6 +871,8 @@ static moe_status session_compute(moe_session *s, const moe_token *tokens, size_
         status = session_forward(s, tokens + done, s->n_past + (uint32_t)done, n, wanted, dst);
         done += n;
     }
+    if (is_long && !status)
+        mem_progress(&s->model->mem, "prefill", n_tok, n_tok);
     return status;
 }
 

@@ -765,6 +765,20 @@ static void callbacks_are_told(void)
           (unsigned long long)h.progress_total);
     CHECK(!h.progress_is_wrong && !strcmp(h.stage, "load"), "stage \"%s\"", h.stage);
     CHECK(h.used == 0, "leak");
+
+    moe_model *model = open_hosted("qwen3moe", &h);
+    moe_session_options so = session_options(64);
+    so.n_batch = 4;
+    moe_session *s = open_session(model, &so);
+    const moe_token tokens[10] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
+    h.n_progress = 0;
+    CHECK(!moe_session_eval(s, tokens, 4, 0, NULL) && !h.n_progress, "one batch is no long step");
+    CHECK(!moe_session_eval(s, tokens, 10, 0, NULL), "%s", moe_session_error(s)->message);
+    CHECK(h.n_progress == 4 && !h.progress_is_wrong && !strcmp(h.stage, "prefill"),
+          "%u calls, stage \"%s\"", h.n_progress, h.stage);
+    CHECK(h.progress_done == 10 && h.progress_total == 10, "not to the end");
+    moe_session_close(s);
+    moe_model_close(model);
 }
 
 static void read_failures_are_reported(void)

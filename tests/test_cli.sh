@@ -285,6 +285,7 @@ if [ -e /dev/full ]; then
     "$moe" info "$model" >/dev/full 2>"$work/err" && wrong "a full disk went unnoticed"
     "$moe" logits "$model" --tokens $ids --out - >/dev/full 2>"$work/err" &&
         wrong "a full disk went unnoticed"
+    "$moe" run "$model" -p abc -n 4 >/dev/full 2>"$work/err" && wrong "a full disk went unnoticed"
 fi
 end
 
@@ -349,6 +350,39 @@ printf ab >"$work/other"
 run 1 eval "$model" "$work/other"
 err_has "at least 4 tokens"
 run 2 eval "$model" "$work/text" --ctx 3
+end
+
+begin run_says_how_long_the_prompt_is
+run 1 run "$model" -p abcdefgh --ctx 6
+err_has "the prompt has 9 tokens, but the context holds 6: shorten it"
+end
+
+begin standard_streams_that_are_closed
+# Descriptor 0 to 2 would be the model's file: read as the prompt, or written to.
+"$moe" run "$model" -n 2 <&- >"$work/out" 2>"$work/err" && wrong "a prompt from nowhere"
+err_has "standard input"
+"$moe" run "$model" -p abc -n 2 >&- 2>"$work/err" && wrong "text to nowhere"
+err_has "standard output"
+"$moe" logits "$model" --tokens 97 --out "$work/closed" 2>&- >"$work/out" || wrong "without stderr"
+"$moe" logits "$model" --tokens 97 --out - >"$work/out" 2>"$work/err" || wrong "status $?"
+same "$work/closed" "$work/out"
+end
+
+begin output_to_devices_and_pipes
+mkfifo "$work/pipe"
+cat "$work/pipe" >"$work/other" &
+run 0 logits "$model" --tokens 97 --out "$work/pipe"
+if [ -p "$work/pipe" ]; then
+    wait $!
+else
+    kill $!
+    wrong "the pipe was replaced by a file" # as a device would be, if root asked for it
+fi
+run 0 logits "$model" --tokens 97 --out -
+same "$work/other" "$work/out"
+run 1 logits "$model" --tokens 97 --out "$work"
+err_has "cannot be written"
+[ ! -e "$work.partial" ] || wrong "left: $work.partial"
 end
 
 begin info
@@ -416,6 +450,9 @@ run 1 info "$root"
 run 1 info /dev/null
 : >"$work/empty"
 run 1 info "$work/empty"
+err_has "$work/empty: "
+run 2 "$model"
+err_has "moe run $model"
 run 1 info "$0"
 mkfifo "$work/fifo" && run 1 info "$work/fifo"
 end
