@@ -140,8 +140,8 @@ int cli_fail_status(moe_status status, const moe_error *error, const char *hint)
 int cli_fail_open(moe_status status, const moe_error *error, const char *path,
                   const cli_common *common);
 
-/* Reads all of a file, or of stdin if path is NULL or "-". NULL, with a message, on failure. The caller
- * frees it. A NUL follows the last byte. */
+/* Reads all of a file, or of stdin if path is NULL or "-". NULL, with a message, on failure. The
+ * caller frees it. A NUL follows the last byte. */
 char *cli_read_all(const char *path, size_t *bytes);
 
 /* Encodes text. NULL, with a message, on failure. The caller frees it. */

@@ -136,8 +136,8 @@ static int run_setup(run_state *run, const char *path, const run_options *o)
     if (status)
         return status;
     if (run->n_prompt > moe_session_capacity(run->session))
-        return cli_fail("the prompt has %zu tokens, but the context holds %u%s: shorten it, or give "
-                        "a larger --ctx", run->n_prompt, moe_session_capacity(run->session),
+        return cli_fail("the prompt has %zu tokens, but the context holds %u%s: shorten it, or "
+                        "give a larger --ctx", run->n_prompt, moe_session_capacity(run->session),
                         o->n_ctx ? "" : ", as many as the model was trained with");
     moe_model_info info = {.size = sizeof info};
     moe_model_get_info(run->model, &info);
@@ -297,8 +297,8 @@ static bool run_parse(run_options *o, int argc, char **argv, const char **path, 
     cli_option common_table[COMMON_OPTIONS];
     const cli_option table[] = {
         {'p', "prompt", CLI_TEXT, &o->prompt, "TEXT", "the prompt", NULL},
-        {'f', "file", CLI_TEXT, &o->file, "FILE", "read the prompt from a file; \"-\": from standard input",
-         NULL},
+        {'f', "file", CLI_TEXT, &o->file, "FILE",
+         "read the prompt from a file; \"-\": from standard input", NULL},
         {'n', "n-tokens", CLI_U32, &o->n_max, "N", "generate at most N tokens", NULL},
         {0, "echo", CLI_FLAG, &o->echo, NULL, "print the prompt, too", NULL},
         {0, "json", CLI_FLAG, &o->json, NULL, "print one JSON object at the end instead of text",
@@ -388,10 +388,10 @@ static int run_main(int argc, char **argv)
 const cli_verb verb_run = {
     "run", "MODEL", "continues a prompt",
     "MODEL is a GGUF file (of a split one, the first part) or a .moe file. The prompt comes from\n"
-    "-p, from -f or from standard input; one newline at the end of the last two is left out. It is\n"
-    "continued as it is: no chat template is applied. Text goes to standard output as it is\n"
-    "generated, a line with the speed to standard error. Ctrl-C ends the generation and keeps what\n"
-    "is there.",
+    "-p, from -f or from standard input; one newline at the end of the last two is left out. It\n"
+    "is continued as it is: no chat template is applied. Text goes to standard output as it is\n"
+    "generated, a line with the speed to standard error. Ctrl-C ends the generation and keeps\n"
+    "what is there.",
     "  moe run model.gguf -p \"The capital of France is\" -n 32\n"
     "  moe run model.gguf -f story.txt --temp 0.8 --top-p 0.95 --seed 1\n"
     "  echo \"Once upon a time\" | moe run model.gguf --json | jq -r .text\n"
