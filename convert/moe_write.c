@@ -11,7 +11,7 @@
 
 #include "encode.c"
 #include "planes.c"
-#include "sha256.c"
+#include "source_hash.c"
 
 /* Tests set both so low that small models have compressed slices of many segments. */
 #ifndef MOE_CONVERT_SMALL_BYTES
@@ -42,6 +42,7 @@ typedef struct moew_slice {
     uint64_t task_rows;
     uint32_t record;
     moew_choice choice;     // by its first segment
+    uint64_t source_at;     // of a layer's first: where the layer begins in the source; else 0
     double error_sum, square_sum;
 } moew_slice;
 
@@ -71,6 +72,7 @@ typedef struct moew_sink {
     uint64_t at;            // end of what was placed, in the file
     uint32_t n_segments;
     xxh64_state hash;       // of the record
+    source_hasher hasher;   // has a lock of its own
 } moew_sink;
 
 /* --------------------------------------------------------------------------------- plan -- */
@@ -511,6 +513,8 @@ static moe_status moew_put(void *self, encode_worker *w, const encode_task *task
     m->turn++;
     plat_cond_broadcast(&m->changed);
     plat_mutex_unlock(&m->lock);
+    if (!status)
+        hasher_follow(&m->hasher, m->slices[task->slice].source_at, task->t, task->n_rows);
     return status;
 }
 
@@ -646,41 +650,6 @@ static moe_status moew_begin(moew_sink *m, uint64_t *done, moe_error *error)
     return status ? status : writer_put(&m->writer, &h, sizeof h, 0, error);
 }
 
-/* ------------------------------------------------------------------------------- source -- */
-
-/* A thread that hashes the source's files while the others encode. */
-typedef struct moew_hasher {
-    const conv_source *source;
-    const moe_cancel *cancel;
-    _Atomic bool stop;
-    char *digits;           // in the directory: strings of 64, 72 bytes apart
-    moe_status status;
-    moe_error error;
-} moew_hasher;
-
-static void moew_hash_source(void *arg)
-{
-    enum { PIECE = 1 << 16 };
-    moew_hasher *h = arg;
-    uint8_t piece[PIECE];
-    for (uint32_t i = 0; i < h->source->n_files && !h->status; i++) {
-        const conv_file *f = &h->source->files[i];
-        sha256 state;
-        sha256_begin(&state);
-        for (uint64_t at = 0; at < f->bytes && !h->status; at += PIECE) {
-            const uint64_t n = MOE_MIN(f->bytes - at, PIECE);
-            if (cancelled(h->cancel) || atomic_load(&h->stop))
-                h->status = fail(&h->error, MOE_ERR_CANCELLED, NULL, "cancelled");
-            else
-                h->status = plat_read(&f->os, at, piece, n, f->path, &h->error);
-            if (!h->status)
-                sha256_add(&state, piece, (size_t)n);
-        }
-        if (!h->status)
-            sha256_end(&state, h->digits + i * (64 + sizeof(uint64_t)));
-    }
-}
-
 /* ----------------------------------------------------------------------------- the file -- */
 
 /* Directory and header, which make the file one. */
@@ -737,23 +706,36 @@ static moe_status moew_open(moew_sink *m, conv_job *job, moe_error *error)
     return status;
 }
 
+/* Tells the hash in which order the source will be read. */
+static void moew_expect(moew_sink *m)
+{
+    for (uint32_t i = m->next_slice, first = i; i < m->n_slices; i++) {
+        moew_slice *s = &m->slices[i];
+        const uint64_t at = hasher_expect(&m->hasher, s->t);
+        if (moew_layer(s->t->name) != moew_layer(m->slices[first].t->name))
+            first = i;
+        if (i == first || at < m->slices[first].source_at)
+            m->slices[first].source_at = at;
+    }
+}
+
 /* Encodes all that is left, and hashes the source meanwhile. */
 static moe_status moew_encode(moew_sink *m, const encode_sink *sink, uint64_t done,
                               moe_error *error)
 {
-    plat_thread thread;
-    moew_hasher hasher = {.source = &m->job->source, .cancel = m->job->options.cancel};
-    hasher.digits = (char *)m->front.data + m->sha256_at + sizeof(uint64_t);
-    const bool started = plat_thread_start(&thread, moew_hash_source, &hasher);
-    moe_status status = encode_all(m->job, sink, done, error);
-    atomic_store(&hasher.stop, status != MOE_OK);
-    if (started)
-        plat_thread_join(&thread);
-    else if (!status)
-        moew_hash_source(&hasher);
-    if (!status && hasher.status && error)
-        *error = hasher.error;
-    return status ? status : hasher.status;
+    moe_status status = hasher_init(&m->hasher, &m->job->source, error);
+    if (!status) {
+        moew_expect(m);
+        hasher_start(&m->hasher, (char *)m->front.data + m->sha256_at + sizeof(uint64_t),
+                     m->job->options.cancel);
+        status = encode_all(m->job, sink, done, error);
+        if (status)
+            hasher_finish(&m->hasher, true, NULL);
+        else
+            status = hasher_finish(&m->hasher, false, error);
+    }
+    hasher_close(&m->hasher);
+    return status;
 }
 
 static moe_status moew_write(moew_sink *m, moe_error *error)

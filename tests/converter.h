@@ -1,12 +1,13 @@
 /* tests/converter.h - the converter with its internals; only in builds with text and zstd.
  *
- * Two sizes are set so small here that the little models of the tests have compressed slices of
- * many segments. */
+ * Three sizes are set so small here that the little models of the tests have compressed slices of
+ * many segments, and keep the thread that hashes their source waiting. */
 #ifndef MOE_TESTS_CONVERTER_H
 #define MOE_TESTS_CONVERTER_H
 
 #define MOE_CONVERT_SMALL_BYTES 512
 #define MOE_CONVERT_SEGMENT_BYTES 3000
+#define MOE_CONVERT_HASH_LEAD (1 << 17)
 
 #include "test.h"
 

@@ -98,6 +98,90 @@ static void sha256_is_the_public_one(void)
     }
 }
 
+enum { STEP_ROW = 1024, STEP_FILE = 6 * HASH_LEAD };
+
+/* Two files, of which the second is encoded first, by a tensor each. */
+typedef struct step_source {
+    moe_mem mem;
+    conv_source source;
+    conv_file files[2];
+    conv_input inputs[2];
+    conv_tensor tensors[2];
+    char digits[2][64 + sizeof(uint64_t)], expected[2][64];
+} step_source;
+
+static bool step_open(step_source *s, source_hasher *h)
+{
+    const char *paths[2] = {scratch_path("step0"), scratch_path("step1")};
+    uint8_t *data = malloc(STEP_FILE);
+    moe_error error = {0};
+    *s = (step_source){.source = {.mem = &s->mem, .files = s->files}};
+    mem_init(&s->mem, NULL, 0);
+    s->source.arena.mem = &s->mem;
+    bool ok = data != NULL;
+    for (int i = 0; i < 2 && ok; i++) {
+        conv_file *file;
+        sha256 state;
+        memset(data, 'a' + i, STEP_FILE);
+        scratch_write(paths[i], data, STEP_FILE);
+        sha256_begin(&state);
+        sha256_add(&state, data, STEP_FILE);
+        sha256_end(&state, s->expected[i]);
+        ok = !conv_file_open(&s->source, paths[i], &file, &error);
+        s->inputs[i] = (conv_input){.file = file, .type = &quant_f32};
+        s->tensors[i] = (conv_tensor){.inputs = &s->inputs[i], .n_inputs = 1, .row_len = STEP_ROW};
+    }
+    free(data);
+    return ok && !hasher_init(h, &s->source, &error) && hasher_expect(h, &s->tensors[1]) == 0 &&
+           hasher_expect(h, &s->tensors[0]) == STEP_FILE;
+}
+
+static void step_close(step_source *s, source_hasher *h)
+{
+    hasher_close(h);
+    for (uint32_t i = 0; i < s->source.n_files; i++)
+        plat_close(&s->files[i].os);
+    arena_free(&s->source.arena);
+}
+
+static uint64_t step_hashed(source_hasher *h)
+{
+    plat_mutex_lock(&h->lock);
+    const uint64_t n = h->hashed;
+    plat_mutex_unlock(&h->lock);
+    return n;
+}
+
+/* Neither is far ahead of the other, so that what one reads from a drive the other finds in the
+ * page cache. */
+static void hash_and_encoders_keep_in_step(void)
+{
+    static step_source s;
+    source_hasher h;
+    const uint64_t row_bytes = STEP_ROW * sizeof(float), three = 3 * HASH_LEAD / row_bytes;
+    for (int failed = 0; failed < 2; failed++) {
+        REQUIRE(step_open(&s, &h), "no files");
+        hasher_start(&h, s.digits[0], NULL);
+        while (step_hashed(&h) <= HASH_LEAD)
+            plat_yield();
+        usleep(3000);
+        CHECK(step_hashed(&h) <= HASH_LEAD + HASH_PIECE, "the hash has gone ahead: %llu",
+              (unsigned long long)step_hashed(&h));
+        hasher_follow(&h, 0, &s.tensors[1], three);
+        CHECK(step_hashed(&h) >= 2 * HASH_LEAD, "the encoders have gone ahead");
+        usleep(3000);
+        CHECK(step_hashed(&h) <= 4 * HASH_LEAD + HASH_PIECE, "the hash has gone ahead");
+        hasher_follow(&h, STEP_FILE, &s.tensors[0], three); // the other file, past the rest of this
+        CHECK(step_hashed(&h) >= STEP_FILE + 2 * HASH_LEAD, "the encoders have gone ahead");
+        const moe_status status = hasher_finish(&h, failed, NULL);
+        CHECK(status == (failed ? MOE_ERR_CANCELLED : MOE_OK), "%s", moe_status_name(status));
+        for (int i = 0; i < 2 && !failed; i++)
+            CHECK(!memcmp(s.digits[i], s.expected[i], 64), "file %d", i);
+        hasher_follow(&h, 9 * STEP_FILE, &s.tensors[0], three); // there is nothing to wait for
+        step_close(&s, &h);
+    }
+}
+
 /* ------------------------------------------------------------------------------ transcode -- */
 
 /* Fields are what a block consists of. */
@@ -1126,6 +1210,7 @@ TEST_PROGRAM(moefile)
         return;
     RUN(xxh64_is_the_public_one);
     RUN(sha256_is_the_public_one);
+    RUN(hash_and_encoders_keep_in_step);
     RUN(fields_cover_the_block);
     RUN(every_type_comes_back_from_moe);
     RUN(planes_pay);
