@@ -355,7 +355,8 @@ void cli_write_text(const char *text, size_t text_bytes)
         unsigned char c = (unsigned char)text[i];
         bool is_control = (c < 0x20 && c != '\n' && c != '\t') || c == 0x7f;
         /* U+0080 to U+009F are control characters, too: C2 80 to C2 9F. */
-        bool is_c1 = c == 0xc2 && i + 1 < text_bytes && (unsigned char)text[i + 1] < 0xa0;
+        bool is_c1 = c == 0xc2 && i + 1 < text_bytes &&
+                     ((unsigned char)text[i + 1] & 0xe0) == 0x80; /* else it is no UTF-8 */
         if (terminal && (is_control || is_c1)) {
             putchar('^');
             c = is_c1 ? (unsigned char)text[++i] & 0x7f : c;

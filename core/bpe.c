@@ -178,7 +178,7 @@ static uint32_t bpe_merge_long(bpe_long *b, uint32_t n)
 
 /* -- the symbols that a piece starts with -- */
 
-/* The id of a character with the marks of its place in the word. */
+/* The id of a character with the marks of its place in the word, for which run->word has room. */
 static int32_t bpe_char_id(tok_run *run, const uint8_t *c, size_t bytes, bool first, bool last)
 {
     const moe_tokenizer *tok = run->tok;
@@ -188,9 +188,9 @@ static int32_t bpe_char_id(tok_run *run, const uint8_t *c, size_t bytes, bool fi
         return id >= 0 && tok->tokens[id].model ? id : -1;
     }
     run->word.n = 0;
-    if (!buf_append(&run->word, prefix, strlen(prefix)) || !buf_append(&run->word, c, bytes) ||
-        !buf_append(&run->word, suffix, strlen(suffix)))
-        return -1;
+    buf_append(&run->word, prefix, strlen(prefix));
+    buf_append(&run->word, c, bytes);
+    buf_append(&run->word, suffix, strlen(suffix));
     return map_find(tok, run->word.data, run->word.n);
 }
 
@@ -271,6 +271,10 @@ static moe_status bpe_merge_piece(tok_run *run, const uint8_t *piece, size_t byt
         b.s = s = (bpe_symbol *)(void *)run->work.data;
         b.heap = (bpe_pair *)(void *)(run->work.data + bytes * sizeof *s);
     }
+    run->word.n = 0;
+    const size_t marks = strlen(run->tok->prefix) + strlen(run->tok->suffix);
+    if (marks && !buf_reserve(&run->word, marks + 4)) // bytes of a character
+        return run_fail(run, MOE_ERR_MEMORY);
     uint32_t n = bpe_start(run, piece, (uint32_t)bytes, s);
     n = bytes > BPE_SHORT ? bpe_merge_long(&b, n) : bpe_merge_short(run->tok, piece, s, n);
     bool unknown = false;

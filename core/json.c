@@ -42,6 +42,8 @@ typedef struct json_doc {
 
 /* ---------------------------------------------------------------------------------- parsing -- */
 
+static const char json_no_memory[] = "there is no memory for it";
+
 static bool json_problem(json_doc *doc, const char *problem)
 {
     if (!doc->problem)
@@ -63,7 +65,7 @@ static uint32_t json_node_new(json_doc *doc, json_type type)
         uint32_t capacity = MOE_MAX(doc->capacity + doc->capacity / 2, 64u);
         json_node *nodes = mem_alloc_uncleared(doc->arena->mem, capacity, sizeof *nodes);
         if (!nodes) {
-            json_problem(doc, "there is no memory for it");
+            json_problem(doc, json_no_memory);
             return UINT32_MAX;
         }
         if (doc->n)
@@ -132,7 +134,7 @@ static bool json_string_escaped(json_doc *doc, const char *start, const char *cl
     uint8_t *out = arena_alloc(doc->arena, (uint64_t)(close - start) + 4, 1);
     size_t n = 0, one;
     if (!out)
-        return json_problem(doc, "there is no memory for it");
+        return json_problem(doc, json_no_memory);
     const char *end = doc->end;
     doc->end = close;
     for (doc->p = start; doc->p < close;) {
@@ -360,6 +362,8 @@ static moe_status json_parse(json_doc *doc, const char *text, uint64_t bytes, te
     if (json_run(doc))
         return MOE_OK;
     json_free(doc);
+    if (doc->problem == json_no_memory)
+        return fail_memory(error, arena->mem, subject, bytes);
     return fail(error, MOE_ERR_FORMAT, subject, "malformed JSON at byte %lld: %s",
                 (long long)(doc->p - doc->start), doc->problem);
 }

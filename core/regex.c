@@ -83,6 +83,8 @@ typedef struct regex_parser {
 
 static regex_node *regex_alt(regex_parser *s);
 
+static const char regex_no_memory[] = "there is no memory for it";
+
 static void *regex_problem(regex_parser *s, const char *problem)
 {
     if (!s->problem)
@@ -93,10 +95,11 @@ static void *regex_problem(regex_parser *s, const char *problem)
 
 static regex_node *regex_new_node(regex_parser *s, regex_kind kind)
 {
-    regex_node *node = ++s->n_nodes > REGEX_MAX_NODES
-                           ? NULL : arena_alloc(s->scratch, 1, sizeof *node);
-    if (!node)
+    if (++s->n_nodes > REGEX_MAX_NODES)
         return regex_problem(s, "it is too long");
+    regex_node *node = arena_alloc(s->scratch, 1, sizeof *node);
+    if (!node)
+        return regex_problem(s, regex_no_memory);
     node->kind = (uint8_t)kind;
     return node;
 }
@@ -291,14 +294,14 @@ static regex_node *regex_set_node(regex_parser *s, regex_ranges *ranges)
     if (!node)
         return NULL;
     ranges_normalize(ranges);
-    if (ranges->n == 1 && ranges->r[0][0] == ranges->r[0][1]) {
+    if (!ranges->failed && ranges->n == 1 && ranges->r[0][0] == ranges->r[0][1]) {
         node->x = ranges->r[0][0] | 1u << 31;
         return node;
     }
     if (s->n_sets == REGEX_MAX_SETS)
         return regex_problem(s, "it has too many classes");
     if (!set_freeze(&s->sets[s->n_sets], ranges, s->keep))
-        return regex_problem(s, "there is no memory for its classes");
+        return regex_problem(s, regex_no_memory);
     node->x = s->n_sets++;
     return node;
 }
@@ -608,8 +611,9 @@ static uint32_t regex_char_set(regex_parser *s, uint32_t c)
 {
     regex_ranges set = {.arena = s->scratch};
     ranges_add(&set, c, c);
-    if (s->n_sets == REGEX_MAX_SETS || !set_freeze(&s->sets[s->n_sets], &set, s->keep)) {
-        regex_problem(s, "it has too many classes");
+    const bool room = s->n_sets < REGEX_MAX_SETS;
+    if (!room || !set_freeze(&s->sets[s->n_sets], &set, s->keep)) {
+        regex_problem(s, room ? regex_no_memory : "it has too many classes");
         return 0;
     }
     return s->n_sets++;
@@ -776,6 +780,8 @@ static moe_status regex_new(regex **out, const char *pattern, size_t bytes, text
         regex_problem(&s, "a group is closed that was not opened");
     if (top && !s.problem)
         regex_gen_top(&s, re, top);
+    if (s.problem == regex_no_memory)
+        goto memory;
     if (s.problem) {
         arena_free(&scratch);
         return fail(error, MOE_ERR_UNSUPPORTED, subject, "cannot use the pattern \"%.200s\": %s",

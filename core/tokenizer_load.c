@@ -178,15 +178,13 @@ static moe_status merges_reserve(moe_tokenizer *tok, uint64_t n, const char *sub
     return MOE_OK;
 }
 
-/* The id of a part of a merge, given as it stands in the vocabulary. */
+/* The id of a part of a merge, given as it stands in the vocabulary. `key` has room for it. */
 static int32_t merge_part(const moe_tokenizer *tok, text_buf *key, const char *text, size_t bytes)
 {
     uint32_t n;
     if (!tok->byte_level)
         return map_find(tok, (const uint8_t *)text, bytes);
-    key->n = 0;
-    if (bytes > TOK_MAX_TOKEN_BYTES || !buf_reserve(key, bytes + 1) ||
-        !bytelevel_decode(text, bytes, key->data, &n))
+    if (bytes > TOK_MAX_TOKEN_BYTES || !bytelevel_decode(text, bytes, key->data, &n))
         return -1;
     return map_find(tok, key->data, n);
 }
@@ -197,6 +195,10 @@ static moe_status merges_add(moe_tokenizer *tok, text_buf *key, uint32_t rank, c
                              size_t left_bytes, const char *right, size_t right_bytes,
                              const char *subject, moe_error *error)
 {
+    const size_t most = MOE_MIN(MOE_MAX(left_bytes, right_bytes), (size_t)TOK_MAX_TOKEN_BYTES);
+    key->n = 0;
+    if (!buf_reserve(key, most + 1))
+        return fail_memory(error, tok->mem, subject, most);
     int32_t a = merge_part(tok, key, left, left_bytes);
     int32_t b = merge_part(tok, key, right, right_bytes);
     if (a < 0 || b < 0)

@@ -673,6 +673,44 @@ static void failing_allocations_are_survived(void)
     }
 }
 
+/* The same for tokenizers, which have their own ways to fail. */
+static void failing_allocations_of_tokenizers_are_survived(void)
+{
+    static const char *const names[] = {"alphabet.gguf", "tok_bpe_gpt2.json", "tok_bpe_marks.json",
+                                        "tok_bpe_words.json", "tok_unigram.json",
+                                        "tok_wordpiece.json"};
+    for (size_t f = 0; f < MOE_COUNT(names); f++) {
+        unsigned long long n = 0;
+        char path[500];
+        snprintf(path, sizeof path, "%s/data/%s", test_root(), names[f]);
+        for (unsigned long long fail_at = 0; fail_at <= n && !test_failures; fail_at++) {
+            static const char text[] = "Abc \xE2\x96\x81 de\xCC\x81";
+            test_host h;
+            host_setup(&h);
+            h.fail_at = fail_at;
+            moe_model_options o = options_for("", &h);
+            moe_tokenizer *tok = NULL;
+            moe_error error = {0};
+            moe_token ids[64];
+            size_t n_ids = 0;
+            o.path = path;
+            moe_status status = moe_tokenizer_open(&tok, &o, &error);
+            CHECK((status == MOE_OK) == (tok != NULL), "*out after %s", moe_status_name(status));
+            if (tok)
+                status = moe_tokenizer_encode(tok, text, sizeof text - 1, 0, ids, 64, &n_ids,
+                                              &error);
+            CHECK(status == (fail_at ? MOE_ERR_MEMORY : MOE_OK),
+                  "%s, allocation %llu of %llu: %s: %s", names[f], fail_at, n,
+                  moe_status_name(status), error.message);
+            moe_tokenizer_close(tok);
+            CHECK(h.used == 0, "allocation %llu: %llu bytes leaked", fail_at,
+                  (unsigned long long)h.used);
+            n = fail_at ? n : h.calls;
+        }
+        CHECK(n > 5, "%s: only %llu allocations", names[f], n);
+    }
+}
+
 /* ------------------------------------------------------------------------------- callbacks -- */
 
 static void evaluate_all(moe_model *model, uint32_t n_threads, float *logits)
@@ -1013,6 +1051,7 @@ TEST_PROGRAM(api)
     RUN(too_long_a_context_is_refused);
     RUN(ceiling_holds);
     RUN(failing_allocations_are_survived);
+    RUN(failing_allocations_of_tokenizers_are_survived);
     RUN(hosts_threads_are_used);
     RUN(callbacks_are_told);
     RUN(read_failures_are_reported);

@@ -21,6 +21,22 @@ run() {
     status=$?
     [ "$status" = "$want" ] ||
         wrong "moe $*: expected status $want, got $status: $(tail -n 3 "$work/err")"
+    case "$status $*" in
+    0*--json*) json_good || wrong "moe $*: no JSON: $(head -c 600 "$work/out")" ;;
+    esac
+}
+# Is $work/out one JSON value? Strings become s, other scalars v; then what is inside folds up.
+json_good() {
+    awk '{ text = text $0 }
+        END {
+            gsub(/"([^"\\]|\\(["\\nt]|u[0-9a-f][0-9a-f][0-9a-f][0-9a-f]))*"/, "s", text)
+            gsub(/-?[0-9]+(\.[0-9]+)?(e[-+]?[0-9]+)?|true|false|null/, "v", text)
+            do {
+                n = gsub(/s:[sv]/, "p", text)
+                n += gsub(/\{\}|\{p(,p)*\}|\[\]|\[[sv](,[sv])*\]/, "v", text)
+            } while (n)
+            exit text != "v"
+        }' "$work/out"
 }
 wrong() {
     good=no
@@ -74,6 +90,11 @@ end() {
 begin help
 run 0 --help
 out_has "moe tokenize"
+out_has "Exit status: 0 done"
+run 0 run --help
+out_has "no chat template is applied"
+out_has "  -n, --n-tokens N             generate at most N tokens (default 256)"
+out_has "type of the key/value cache: f16, q8_0, f32 (default f16)"
 run 0 --version
 out_has "moe 0."
 for verb in run info tokenize logits eval bench; do
@@ -181,6 +202,20 @@ run 0 run "$model" -p '!'
 out_is "é."
 run 0 run "$model" -p '!' -n 1 # cut in the middle of the character
 printf '\357\277\275\n' | cmp -s - "$work/out" || wrong "$(od -c "$work/out")"
+end
+
+# A terminal is shown control characters and does not get them; bytes that only begin like U+009B
+# hide none. What is no terminal gets the bytes as they are.
+begin terminals_get_no_control_characters
+printf 'a\033[31m\302\233b\302[[c\177\td\n' >"$work/prompt"
+run 0 run "$model" -q --echo -n 0 -f "$work/prompt"
+cmp -s "$work/prompt" "$work/out" || wrong "a file gets $(od -c "$work/out")"
+if command -v script >/dev/null; then
+    script -qec "'$moe' run '$model' -q --echo -n 0 -f '$work/prompt'" /dev/null \
+        </dev/null >"$work/out"
+    printf 'a^[[31m^[b\302[[c^?\td\r\n' | cmp -s - "$work/out" ||
+        wrong "a terminal gets $(od -c "$work/out")"
+fi
 end
 
 begin special_tokens_only_when_asked
@@ -472,6 +507,15 @@ run 0 info "$packed"
 out_has "weights, mapped          28.22 kB"
 out_has "weights, decoded         49.73 kB"
 out_has "source.files             [1] alphabet.gguf"
+run 0 info "$packed" --tensors --metadata
+out_has "  blk.0.ffn_down.weight                    F16      32 x 48                            3072"
+out_has "  token_embd.weight                        F16      48 x 259                          24864 "
+out_has "  general.name = alphabet"
+out_has "  tokenizer.ggml.tokens = [259] "
+out_has " ..."
+run 0 info "$packed" --json --tensors --metadata
+out_has '"general.name":"alphabet"'
+out_has '"name":"alphabet"'
 run 0 info "$packed" --no-mmap
 out_has "weights, allocated       77.95 kB"
 run 0 info "$packed" --json
