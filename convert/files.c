@@ -16,7 +16,7 @@ static char *conv_text(conv_source *s, const char *format, ...)
     int n = vsnprintf(text, sizeof text, format, args);
     va_end(args);
     n = n < 0 ? 0 : n >= (int)sizeof text ? (int)sizeof text - 1 : n;
-    return arena_copy(&s->arena, text, (size_t)n);
+    return arena_copy(&s->arena, text, (uint64_t)n, 1);
 }
 
 /* Something the user should know; the result is good all the same. */
@@ -45,7 +45,7 @@ static moe_status conv_file_open(conv_source *s, const char *path, conv_file **o
     if (s->n_files == CONVERT_MAX_FILES)
         return fail(error, MOE_ERR_LIMIT, path, "expected at most %d files", CONVERT_MAX_FILES);
     conv_file *file = &s->files[s->n_files];
-    if (!(file->path = arena_copy(&s->arena, path, strlen(path))))
+    if (!(file->path = arena_copy(&s->arena, path, strlen(path), 1)))
         return fail_memory(error, s->mem, path, strlen(path));
     moe_status status = plat_open(&file->os, path, error);
     if (status)

@@ -47,7 +47,7 @@ typedef struct st_table {
 
 static char *st_name(conv_source *s, json_ref key)
 {
-    char *name = arena_copy(&s->arena, key.node->as.text, key.node->n);
+    char *name = arena_copy(&s->arena, key.node->as.text, key.node->n, 1);
     return name;
 }
 

@@ -45,7 +45,7 @@ static bool bpe_join(const moe_tokenizer *tok, const uint8_t *piece, const bpe_s
     if (a->id < 0 || b->id < 0)
         return false;
     uint64_t pair = (uint64_t)a->id << 32 | (uint32_t)b->id;
-    for (uint32_t i = (uint32_t)map_mix(pair) & tok->merge_mask;; i = (i + 1) & tok->merge_mask) {
+    for (uint32_t i = merge_first(tok, pair);; i = merge_next(tok, i)) {
         const bpe_merge *m = &tok->merges[i];
         if (m->pair == pair) {
             *rank = m->rank;

@@ -110,9 +110,10 @@ static moe_status charsmap_load(norm_step *step, const uint8_t *data, uint64_t b
         return fail(error, MOE_ERR_FORMAT, subject,
                     "expected an array of %llu bytes at most and NUL-terminated texts behind it, "
                     "got an array of %u", (unsigned long long)bytes - 5, units_bytes);
-    uint8_t *copy = arena_copy(arena, data + 4, (size_t)bytes - 4);
+    uint8_t *copy = arena_alloc(arena, bytes / 4, sizeof *step->units);
     if (!copy)
         return fail_memory(error, arena->mem, subject, bytes);
+    memcpy(copy, data + 4, (size_t)bytes - 4);
     step->units = (const uint32_t *)(const void *)copy;
     step->n_units = units_bytes / 4;
     step->map = (const char *)copy + units_bytes;

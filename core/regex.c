@@ -787,8 +787,8 @@ static moe_status regex_new(regex **out, const char *pattern, size_t bytes, text
         return fail(error, MOE_ERR_UNSUPPORTED, subject, "cannot use the pattern \"%.200s\": %s",
                     pattern, s.problem);
     }
-    re->ops = arena_copy(arena, s.ops, s.n_ops * sizeof *s.ops);
-    re->sets = arena_copy(arena, s.sets, s.n_sets * sizeof *s.sets);
+    re->ops = arena_copy(arena, s.ops, s.n_ops, sizeof *s.ops);
+    re->sets = arena_copy(arena, s.sets, s.n_sets, sizeof *s.sets);
     re->word_set = s.word_set;
     if (!re->ops || !re->sets)
         goto memory;

@@ -349,7 +349,7 @@ static bool set_freeze(regex_set *set, regex_ranges *ranges, text_arena *arena)
         page[p] = (uint16_t)same;
         n += same == n;
     }
-    uint64_t(*bits)[4] = arena_copy(arena, scratch, n * sizeof *scratch);
+    uint64_t(*bits)[4] = arena_copy(arena, scratch, n, sizeof *scratch);
     if (!bits)
         return false;
     set->page = page;

@@ -22,11 +22,14 @@ typedef struct text_arena {
 
 enum { TEXT_BLOCK_BYTES = 1 << 14, TEXT_BLOCK_MAX_BYTES = 1 << 20, TEXT_ALIGN = 16 };
 
-/* n x item_bytes bytes of zeros, aligned to 16; NULL if there is no memory. */
+/* n x item_bytes bytes of zeros; NULL if there is no memory. Aligned to 16, but for texts (items of
+ * one byte), which come from the end of what is free: a vocabulary is mostly short texts. */
 static void *arena_alloc(text_arena *arena, uint64_t n, uint64_t item_bytes)
 {
     uint64_t bytes;
-    if (!checked_mul(n, item_bytes, &bytes) || !checked_align(bytes, TEXT_ALIGN, &bytes))
+    const bool text = item_bytes == 1;
+    if (!checked_mul(n, item_bytes, &bytes) ||
+        !checked_align(bytes, text ? 1 : TEXT_ALIGN, &bytes))
         return NULL;
     if (bytes > arena->free_bytes) {
         // a quarter of what is there already: few blocks, little waste
@@ -48,17 +51,20 @@ static void *arena_alloc(text_arena *arena, uint64_t n, uint64_t item_bytes)
         arena->free = data;
         arena->free_bytes = (size_t)want;
     }
+    arena->free_bytes -= (size_t)bytes;
+    if (text)
+        return arena->free + arena->free_bytes;
     void *p = arena->free;
     arena->free += bytes;
-    arena->free_bytes -= (size_t)bytes;
     return p;
 }
 
-static void *arena_copy(text_arena *arena, const void *data, size_t bytes)
+/* A copy of n items; behind a text (item_bytes 1) there is a NUL. */
+static void *arena_copy(text_arena *arena, const void *items, uint64_t n, uint64_t item_bytes)
 {
-    void *p = arena_alloc(arena, (uint64_t)bytes + 1, 1); // and a NUL, for text
-    if (p && bytes)
-        memcpy(p, data, bytes);
+    void *p = arena_alloc(arena, n + (item_bytes == 1), item_bytes);
+    if (p && n)
+        memcpy(p, items, (size_t)(n * item_bytes));
     return p;
 }
 

@@ -30,8 +30,8 @@ typedef enum tok_kind {
 typedef struct tok_entry {
     const char *text;     // as it stands in the vocabulary
     const uint8_t *out;   // what it decodes to; TOK_BYTE: one byte
-    uint32_t bytes, out_bytes;
     double score;
+    uint16_t bytes, out_bytes;
     uint8_t kind;
     bool special;         // left out by decoding
     bool end;             // ends a generation
@@ -101,7 +101,7 @@ typedef struct pre_step {
 } pre_step;
 
 enum { TOK_MAX_STEPS = 24, TOK_MAX_TEMPLATE = 16, TOK_MAX_TOKENS = 1 << 22,
-       TOK_MAX_TOKEN_BYTES = 1 << 16 };
+       TOK_MAX_TOKEN_BYTES = UINT16_MAX };
 
 typedef enum tok_model { MODEL_BPE, MODEL_SCORES, MODEL_UNIGRAM, MODEL_WORDPIECE } tok_model;
 
@@ -142,8 +142,8 @@ struct moe_tokenizer {
     bool fuse_unknown;
     bool ignore_merges;    // a piece that is a token is that token
     bool split_marks;      // no token crosses from another character into U+2581: cut there
-    bpe_merge *merges;     // [merge_mask + 1]
-    uint32_t merge_mask;
+    bpe_merge *merges;     // [n_merge_slots], half as many again as there are merges
+    uint32_t n_merge_slots;
     const char *prefix, *suffix; // of continuing parts / at the end of a word; "" if none
     uint32_t max_word_chars;     // WordPiece
     bool whole_words;            // WordPiece without parts: WordLevel
@@ -206,6 +206,17 @@ MOE_INLINE uint64_t map_mix(uint64_t x)
     x ^= x >> 29;
     x *= 0xBF58476D1CE4E5B9u;
     return x ^ x >> 32;
+}
+
+/* The slots in which a pair is looked for: those from here on. */
+MOE_INLINE uint32_t merge_first(const moe_tokenizer *tok, uint64_t pair)
+{
+    return (uint32_t)((map_mix(pair) >> 32) * tok->n_merge_slots >> 32);
+}
+
+MOE_INLINE uint32_t merge_next(const moe_tokenizer *tok, uint32_t slot)
+{
+    return slot + 1 < tok->n_merge_slots ? slot + 1 : 0;
 }
 
 static uint64_t map_hash(const uint8_t *p, size_t n)

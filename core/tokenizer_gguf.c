@@ -422,7 +422,7 @@ static moe_status vocab_load_template(vocab_loader *g)
     moe_status status = meta_string(g->dir, "tokenizer.chat_template", false, &text, g->error);
     if (status != MOE_OK || !text.data)
         return status;
-    g->tok->chat_template = arena_copy(&g->tok->arena, text.data, (size_t)text.bytes);
+    g->tok->chat_template = arena_copy(&g->tok->arena, text.data, text.bytes, 1);
     return g->tok->chat_template ? MOE_OK
                                  : fail_memory(g->error, g->tok->mem, "tokenizer.chat_template",
                                                text.bytes);

@@ -153,7 +153,7 @@ static moe_status hf_normalized_text(hf_loader *h, tok_added *item)
     size_t bytes = item->bytes;
     moe_status status = norm_run(&run, &p, &bytes);
     if (status == MOE_OK && p != item->text) {
-        item->text = arena_copy(&h->tok->arena, p, bytes);
+        item->text = arena_copy(&h->tok->arena, p, bytes, 1);
         item->bytes = (uint32_t)bytes;
         if (!item->text)
             status = fail_memory(h->error, h->tok->mem, "added_tokens", bytes);
@@ -197,7 +197,7 @@ static moe_status hf_text(hf_loader *h, json_ref v, const char **out)
 {
     if (json_typeof(v) != JSON_STRING)
         return MOE_OK;
-    *out = arena_copy(&h->tok->arena, v.node->as.text, v.node->n);
+    *out = arena_copy(&h->tok->arena, v.node->as.text, v.node->n, 1);
     return *out ? MOE_OK : fail_memory(h->error, h->tok->mem, "model", v.node->n);
 }
 

@@ -33,10 +33,10 @@ static moe_status tok_set(moe_tokenizer *tok, uint32_t id, const char *text, uin
         return fail(error, MOE_ERR_FORMAT, subject, "expected tokens of at most %d bytes, token %u "
                     "has %llu", TOK_MAX_TOKEN_BYTES, id, (unsigned long long)bytes);
     tok_entry *t = &tok->tokens[id];
-    t->text = arena_copy(&tok->arena, text, (size_t)bytes);
+    t->text = arena_copy(&tok->arena, text, bytes, 1);
     if (!t->text)
         return fail_memory(error, tok->mem, subject, bytes);
-    t->bytes = (uint32_t)bytes;
+    t->bytes = (uint16_t)bytes;
     t->kind = (uint8_t)kind;
     t->score = score;
     return MOE_OK;
@@ -87,7 +87,7 @@ static bool tok_set_out(moe_tokenizer *tok, tok_entry *t)
     int byte = tok_byte_value(t->text, t->bytes);
     if (t->kind == TOK_BYTE && byte >= 0) {
         uint8_t value = (uint8_t)byte;
-        t->out = arena_copy(&tok->arena, &value, 1);
+        t->out = arena_copy(&tok->arena, &value, 1, 1);
         t->out_bytes = 1;
         return t->out != NULL;
     }
@@ -99,7 +99,7 @@ static bool tok_set_out(moe_tokenizer *tok, tok_entry *t)
         return false;
     if (bytelevel_decode(t->text, t->bytes, out, &n)) {
         t->out = out;
-        t->out_bytes = n;
+        t->out_bytes = (uint16_t)n;
     }
     return true;
 }
@@ -163,16 +163,14 @@ static moe_status tok_index(moe_tokenizer *tok, const char *subject, moe_error *
 static moe_status merges_reserve(moe_tokenizer *tok, uint64_t n, const char *subject,
                                  moe_error *error)
 {
-    uint64_t slots = 16;
+    const uint64_t slots = n + n / 2 + 1;
     if (n > 4 * (uint64_t)TOK_MAX_TOKENS)
         return fail(error, MOE_ERR_FORMAT, subject, "expected at most %d merges, got %llu",
                     4 * TOK_MAX_TOKENS, (unsigned long long)n);
-    while (slots < 2 * n)
-        slots *= 2;
     tok->merges = arena_alloc(&tok->arena, slots, sizeof *tok->merges);
     if (!tok->merges)
         return fail_memory(error, tok->mem, subject, slots * sizeof *tok->merges);
-    tok->merge_mask = (uint32_t)slots - 1;
+    tok->n_merge_slots = (uint32_t)slots;
     for (uint64_t i = 0; i < slots; i++)
         tok->merges[i].pair = UINT64_MAX;
     return MOE_OK;
@@ -221,7 +219,7 @@ static moe_status merges_add(moe_tokenizer *tok, text_buf *key, uint32_t rank, c
         return MOE_OK;
     uint64_t pair = (uint64_t)a << 32 | (uint32_t)b;
     uint32_t tries = 0;
-    for (uint32_t i = (uint32_t)map_mix(pair) & tok->merge_mask;; i = (i + 1) & tok->merge_mask) {
+    for (uint32_t i = merge_first(tok, pair);; i = merge_next(tok, i)) {
         bpe_merge *m = &tok->merges[i];
         if (m->pair == pair)
             return fail(error, MOE_ERR_FORMAT, subject, "merge %u is there twice, first as %u: "
@@ -283,7 +281,7 @@ static moe_status tok_replace_out(moe_tokenizer *tok, tok_entry *t, const char *
         i += match ? from_bytes : 1;
     }
     t->out = out;
-    t->out_bytes = (uint32_t)at;
+    t->out_bytes = (uint16_t)at;
     return MOE_OK;
 }
 

@@ -111,7 +111,7 @@ static moe_status hf_norm_text(hf_loader *h, json_ref text, norm_step *step)
 {
     if (json_typeof(text) != JSON_STRING)
         return fail(h->error, MOE_ERR_FORMAT, h->stage, "expected a string to put in");
-    step->text = arena_copy(&h->tok->arena, text.node->as.text, text.node->n);
+    step->text = arena_copy(&h->tok->arena, text.node->as.text, text.node->n, 1);
     step->text_bytes = text.node->n;
     return step->text ? MOE_OK : fail_memory(h->error, h->tok->mem, h->stage, text.node->n);
 }
@@ -497,7 +497,7 @@ static moe_status hf_dec_byte_fallback(hf_loader *h, json_ref s)
         if (byte < 0 || t->kind == TOK_ABSENT)
             continue;
         uint8_t value = (uint8_t)byte;
-        t->out = arena_copy(&h->tok->arena, &value, 1);
+        t->out = arena_copy(&h->tok->arena, &value, 1, 1);
         if (!t->out)
             return fail_memory(h->error, h->tok->mem, h->stage, 1);
         t->out_bytes = 1;
