@@ -14,7 +14,9 @@
 
 enum { EXIT_OK = 0, EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130 };
 
-#if defined(__GNUC__) || defined(__clang__)
+#if defined(__MINGW32__) && !defined(__clang__) /* there "printf" is what Microsoft's knows */
+#define CLI_PRINTF(fmt, args) __attribute__((format(gnu_printf, fmt, args)))
+#elif defined(__GNUC__) || defined(__clang__)
 #define CLI_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 #else
 #define CLI_PRINTF(fmt, args)
@@ -221,11 +223,11 @@ void progress_enable(bool enable);
 /* ------------------------------------------------------------------------------ system.c -- */
 
 extern moe_cancel cli_cancel;    /* set by Ctrl-C and SIGTERM */
+/* The first thing in main(): has the arguments in UTF-8, and streams that are open and leave bytes
+ * alone. */
+void system_start(int *argc, char ***argv);
 /* Ctrl-C and SIGTERM set the flag, or else end the program. */
 void system_catch_interrupt(bool by_flag);
-/* A standard stream that is closed would be the next file to be opened, and what is printed would
- * go into that file: sees to it that it is not. */
-void system_keep_standard_files(void);
 /* True for a path of nothing or of a regular file, which another file may take the place of; false
  * for devices, pipes and folders. */
 bool system_is_replaceable(const char *path);
@@ -233,5 +235,10 @@ bool system_interrupted(void);
 bool system_is_terminal(FILE *file);
 double system_seconds(void);     /* monotonic */
 uint64_t system_peak_rss_bytes(void);
+/* As fopen(); a path is UTF-8. NULL and errno, if that fails. */
+FILE *system_open_file(const char *path, const char *mode);
+/* Gives a file another name, whose file, if there is one, is gone at the same moment. */
+bool system_replace_file(const char *from, const char *to);
+void system_remove_file(const char *path);
 
 #endif

@@ -235,7 +235,7 @@ char *cli_read_all(const char *path, size_t *bytes)
 {
     const bool is_stdin = !path || !strcmp(path, "-");
     const char *name = is_stdin ? "standard input" : path;
-    FILE *f = is_stdin ? stdin : fopen(path, "rb");
+    FILE *f = is_stdin ? stdin : system_open_file(path, "rb");
     if (!f) {
         cli_fail("%s: %s", name, strerror(errno));
         return NULL;
@@ -277,7 +277,7 @@ bool output_open(cli_output *output, const char *path)
         memcpy(output->partial, path, length);
         memcpy(output->partial + length, suffix, sizeof suffix);
     }
-    output->file = fopen(output->partial ? output->partial : path, "wb");
+    output->file = system_open_file(output->partial ? output->partial : path, "wb");
     if (output->file)
         return true;
     cli_fail("%s: cannot be written: %s", path, strerror(errno));
@@ -299,11 +299,11 @@ bool output_close(cli_output *output, bool keep)
         return true; /* main() flushes it and looks at the result */
     bool good = !fclose(output->file);
     if (good && keep && output->partial)
-        good = !rename(output->partial, output->path);
+        good = system_replace_file(output->partial, output->path);
     if (!good)
         cli_fail("%s: %s", output->path, strerror(errno));
     if (output->partial && (!good || !keep))
-        remove(output->partial);
+        system_remove_file(output->partial);
     free(output->partial);
     return good;
 }

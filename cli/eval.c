@@ -144,7 +144,7 @@ static int base_begin(eval_state *e, const char *path)
 {
     eval_header want = make_header(e), got;
     e->base_path = path;
-    e->base = fopen(path, "rb");
+    e->base = system_open_file(path, "rb");
     if (!e->base)
         return cli_fail("%s: cannot be opened: write it first with --save-logits", path);
     if (base_read(e, &got, sizeof got))

@@ -27,7 +27,7 @@ static const cli_verb *find_verb(const char *name)
 
 int main(int argc, char **argv)
 {
-    system_keep_standard_files();
+    system_start(&argc, &argv);
     const char *name = argc > 1 ? argv[1] : "";
     if (!strcmp(name, "--version")) {
         printf("moe %s\n", moe_version());

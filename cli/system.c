@@ -1,8 +1,16 @@
 /* cli/system.c - what the program asks of the operating system beyond standard C: signals, the
- * clock, memory use, terminals. POSIX. Nothing else in cli/ includes a system header. */
+ * clock, memory use, terminals, files by name. POSIX, and Windows below. Nothing else in cli/
+ * includes a system header. */
+#ifndef _WIN32
 #define _XOPEN_SOURCE 700
+#endif
 
 #include "cli.h"
+
+/* The one piece of global state: a signal handler has no other way in. */
+moe_cancel cli_cancel;
+
+#ifndef _WIN32
 
 #include <fcntl.h>
 #include <signal.h>
@@ -11,8 +19,6 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The one piece of global state: a signal handler has no other way in. */
-moe_cancel cli_cancel;
 static volatile sig_atomic_t interrupts;
 
 /* The first signal asks the work to stop; whoever does not want to wait sends another. */
@@ -37,9 +43,11 @@ bool system_interrupted(void)
     return interrupts != 0;
 }
 
-/* Opened the wrong way round, so that using them fails as it does with a closed one. */
-void system_keep_standard_files(void)
+/* A standard stream that is closed would be the next file to be opened, and what is printed would
+ * go into that file. So they are opened, the wrong way round: using them fails as it should. */
+void system_start(int *argc, char ***argv)
 {
+    (void)argc, (void)argv;
     for (int fd = 0; fd <= 2; fd++)
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
             return;
@@ -74,3 +82,156 @@ uint64_t system_peak_rss_bytes(void)
     return (uint64_t)usage.ru_maxrss * 1024;
 #endif
 }
+
+FILE *system_open_file(const char *path, const char *mode)
+{
+    return fopen(path, mode);
+}
+
+bool system_replace_file(const char *from, const char *to)
+{
+    return !rename(from, to);
+}
+
+void system_remove_file(const char *path)
+{
+    remove(path);
+}
+
+#else /* -------------------------------------------------------------------------- Windows -- */
+
+#define WIN32_LEAN_AND_MEAN
+#define PSAPI_VERSION 2 /* GetProcessMemoryInfo without a library of its own */
+#include <windows.h>
+
+#include <fcntl.h>
+#include <io.h>
+#include <psapi.h>
+#include <shellapi.h>
+
+static LONG volatile interrupts;
+
+/* Of UTF-8; NULL if it is none or there is no memory. The caller frees it. */
+static wchar_t *wide_of(const char *text)
+{
+    const int n = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text, -1, NULL, 0);
+    wchar_t *wide = n > 0 ? malloc((size_t)n * sizeof *wide) : NULL;
+    if (wide)
+        MultiByteToWideChar(CP_UTF8, 0, text, -1, wide, n);
+    return wide;
+}
+
+static char *utf8_of(const wchar_t *wide)
+{
+    const int n = WideCharToMultiByte(CP_UTF8, 0, wide, -1, NULL, 0, NULL, NULL);
+    char *text = n > 0 ? malloc((size_t)n) : NULL;
+    if (text)
+        WideCharToMultiByte(CP_UTF8, 0, wide, -1, text, n, NULL, NULL);
+    return text;
+}
+
+/* What main() gets is in the code page of the system, in which most texts cannot be written. */
+static void system_take_arguments(int *argc, char ***argv)
+{
+    int n;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    char **text = wide ? calloc((size_t)n + 1, sizeof *text) : NULL;
+    bool good = text != NULL;
+    for (int i = 0; good && i < n; i++)
+        good = (text[i] = utf8_of(wide[i])) != NULL;
+    if (good) {
+        *argc = n;
+        *argv = text; /* for as long as the program runs */
+    }
+    LocalFree(wide);
+}
+
+void system_start(int *argc, char ***argv)
+{
+    DWORD mode;
+    const HANDLE screen = GetStdHandle(STD_ERROR_HANDLE);
+    system_take_arguments(argc, argv);
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    if (GetConsoleMode(screen, &mode)) /* for the progress bar */
+        SetConsoleMode(screen, mode | ENABLE_VIRTUAL_TERMINAL_PROCESSING);
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+}
+
+/* Runs in a thread of its own. */
+static BOOL WINAPI system_on_interrupt(DWORD event)
+{
+    if (InterlockedIncrement(&interrupts) > 1)
+        ExitProcess(130);
+    moe_cancel_set(&cli_cancel);
+    return event == CTRL_C_EVENT || event == CTRL_BREAK_EVENT;
+}
+
+void system_catch_interrupt(bool by_flag)
+{
+    SetConsoleCtrlHandler(system_on_interrupt, by_flag);
+}
+
+bool system_interrupted(void)
+{
+    return interrupts != 0;
+}
+
+bool system_is_terminal(FILE *file)
+{
+    return _isatty(_fileno(file)) != 0;
+}
+
+double system_seconds(void)
+{
+    LARGE_INTEGER now, per_second;
+    QueryPerformanceCounter(&now);
+    QueryPerformanceFrequency(&per_second);
+    return (double)now.QuadPart / (double)per_second.QuadPart;
+}
+
+uint64_t system_peak_rss_bytes(void)
+{
+    PROCESS_MEMORY_COUNTERS memory;
+    return GetProcessMemoryInfo(GetCurrentProcess(), &memory, sizeof memory)
+               ? memory.PeakWorkingSetSize : 0;
+}
+
+bool system_is_replaceable(const char *path)
+{
+    wchar_t *wide = wide_of(path);
+    const DWORD kind = wide ? GetFileAttributesW(wide) : INVALID_FILE_ATTRIBUTES;
+    free(wide);
+    return kind == INVALID_FILE_ATTRIBUTES ||
+           !(kind & (FILE_ATTRIBUTE_DIRECTORY | FILE_ATTRIBUTE_DEVICE));
+}
+
+FILE *system_open_file(const char *path, const char *mode)
+{
+    wchar_t *wide_path = wide_of(path), *wide_mode = wide_of(mode);
+    FILE *file = wide_path && wide_mode ? _wfopen(wide_path, wide_mode) : NULL;
+    free(wide_path);
+    free(wide_mode);
+    return file;
+}
+
+bool system_replace_file(const char *from, const char *to)
+{
+    wchar_t *wide_from = wide_of(from), *wide_to = wide_of(to);
+    const bool good = wide_from && wide_to &&
+                      MoveFileExW(wide_from, wide_to, MOVEFILE_REPLACE_EXISTING);
+    free(wide_from);
+    free(wide_to);
+    return good;
+}
+
+void system_remove_file(const char *path)
+{
+    wchar_t *wide = wide_of(path);
+    if (wide)
+        DeleteFileW(wide);
+    free(wide);
+}
+
+#endif

@@ -38,7 +38,11 @@
 #define MOE_UNUSED __attribute__((unused))
 #define MOE_LIKELY(x) __builtin_expect(!!(x), 1)
 #define MOE_UNLIKELY(x) __builtin_expect(!!(x), 0)
+#if defined(__MINGW32__) && !defined(__clang__) /* there "printf" is what Microsoft's knows */
+#define MOE_PRINTF(fmt, args) __attribute__((format(gnu_printf, fmt, args)))
+#else
 #define MOE_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+#endif
 /* In front of a loop whose length is a constant once it is inlined: it is to disappear. */
 #ifdef __clang__
 #define MOE_UNROLL _Pragma("clang loop unroll(full)")
