@@ -36,9 +36,9 @@ typedef struct tcq_format {
 } tcq_format;
 
 static const tcq_format tcq_formats[] = {
-    {4096, TCQ4_BIAS, 3.0, 3.2, 0.4f, tcq4_put},
-    {4097, TCQ5_BIAS, 4.0, 4.3, 0.4f, tcq5_put},
-    {4098, TCQ8_BIAS, 6.0, 6.0, 0.33f, tcq8_put},
+    {QUANT_TCQ_ID, TCQ4_BIAS, 3.0, 3.2, 0.4f, tcq4_put},
+    {QUANT_TCQ_ID + 1, TCQ5_BIAS, 4.0, 4.3, 0.4f, tcq5_put},
+    {QUANT_TCQ_ID + 2, TCQ8_BIAS, 6.0, 6.0, 0.33f, tcq8_put},
 };
 
 typedef struct tcq_search tcq_search;

@@ -14,7 +14,7 @@
 
 enum { Q_F32 = 0, Q_F16 = 1, Q_Q5_0 = 6, Q_Q5_1 = 7, Q_Q8_0 = 8, Q_Q2_K = 10, Q_Q3_K = 11,
        Q_Q4_K = 12, Q_Q5_K = 13, Q_Q6_K = 14, Q_IQ4_NL = 20, Q_IQ4_XS = 23, Q_BF16 = 30,
-       Q_TCQ4 = 4096, Q_TCQ5 = 4097, Q_TCQ8 = 4098 };
+       Q_TCQ4 = QUANT_TCQ_ID, Q_TCQ5, Q_TCQ8 };
 
 typedef enum plan_when {
     WHEN_ALWAYS, WHEN_MORE_BITS, WHEN_FIRST_EIGHTH, WHEN_FIRST_16TH, WHEN_FIRST_4, WHEN_FIRST_2,

@@ -309,6 +309,10 @@ static moe_status moefile_take_part(moefile_walk *w, const moefile_slice *s, uin
     moe_part *part = moefile_part_of(f, s);
     const moe_quant *quant = quant_by_id(s->type);
     moefile_slice_name(w->dir, s, name);
+    if (!quant && s->type >= QUANT_OWN_ID && s->type < QUANT_TCQ_ID)
+        return fail(w->error, MOE_ERR_UNSUPPORTED, name,
+                    "expected a type of version %u.%u of the format, got type %u of a draft; "
+                    "convert the source of this file again", MOEFILE_MAJOR, MOEFILE_MINOR, s->type);
     if (!quant || s->layout)
         return fail(w->error, MOE_ERR_UNSUPPORTED, name,
                     "expected a type and a layout that this program computes with, got type %u in "

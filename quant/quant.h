@@ -117,8 +117,9 @@ typedef enum moe_cpu {
 
 enum { QUANT_MAX_FIELDS = 12 };
 
-/* Ids from here on are types of this project's own, which GGUF does not have. */
-enum { QUANT_OWN_ID = 4096 };
+/* Ids from here on are types of this project's own, which GGUF does not have. The first ones were
+ * those of drafts, whose blocks had other meanings: they are refused. */
+enum { QUANT_OWN_ID = 4096, QUANT_TCQ_ID = 4099 };
 
 typedef struct moe_quant {
     const char *name;     /* as in public use: "Q4_K" */

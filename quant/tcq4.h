@@ -135,6 +135,6 @@ MOE_INLINE void tcq4_values_arm(const uint8_t *block, size_t half,
 TCQ_ARM(tcq4, TCQ4_BIAS)
 #endif
 
-TCQ_QUANT(tcq4, "TCQ4", QUANT_OWN_ID, NULL, NULL, 1, 1, 32)
+TCQ_QUANT(tcq4, "TCQ4", QUANT_TCQ_ID, NULL, NULL, 1, 1, 32)
 
 #endif

@@ -236,6 +236,6 @@ MOE_INLINE void tcq5_values_arm(const uint8_t *block, size_t half,
 TCQ_ARM(tcq5, TCQ5_BIAS)
 #endif
 
-TCQ_QUANT(tcq5, "TCQ5", QUANT_OWN_ID + 1, NULL, NULL, 1, 1, 32, 8)
+TCQ_QUANT(tcq5, "TCQ5", QUANT_TCQ_ID + 1, NULL, NULL, 1, 1, 32, 8)
 
 #endif

@@ -188,6 +188,6 @@ MOE_INLINE void tcq8_values_arm(const uint8_t *block, size_t half,
 TCQ_ARM(tcq8, TCQ8_BIAS)
 #endif
 
-TCQ_QUANT(tcq8, "TCQ8", QUANT_OWN_ID + 2, tcq8_to_plane, tcq8_from_plane, 1, 1, 64)
+TCQ_QUANT(tcq8, "TCQ8", QUANT_TCQ_ID + 2, tcq8_to_plane, tcq8_from_plane, 1, 1, 64)
 
 #endif

@@ -35,7 +35,7 @@ def blocks_of(block_bytes, n, rng):
 
 
 # Own types: bytes of a block of 64; values of a weight, where parities have to be walked.
-TCQ = {4096: (34, 32), 4097: (42, 64), 4098: (66, 0)}
+TCQ = {4099: (34, 32), 4100: (42, 64), 4101: (66, 0)}
 
 
 def tcq_codes(id, block):

@@ -779,6 +779,7 @@ static const struct {
     LIE(IN_EXPERT, 0, moefile_record, expert, 99),
     SLICE_LIE(IN_SLICE, 0, tensor, 999999), SLICE_LIE(IN_SLICE, 0, tensor, 1),
     SLICE_LIE(IN_SLICE, 0, part, 1), SLICE_LIE(IN_SLICE, 0, type, 999),
+    SLICE_LIE(IN_SLICE, 0, type, 4098),
     SLICE_LIE(IN_SLICE, 0, layout, 1), SLICE_LIE(IN_SLICE, 0, encoding, 2),
     SLICE_LIE(IN_SLICE, 0, offset, 64), SLICE_LIE(IN_SLICE, 0, stored_bytes, 1),
     SLICE_LIE(IN_SLICE, 0, stored_bytes, UINT64_MAX), SLICE_LIE(IN_SLICE, 0, first_segment, 1),
