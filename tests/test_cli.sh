@@ -293,6 +293,8 @@ begin logits_as_json
 run 0 logits "$model" --tokens 97,33
 out_has '{"n_vocab":259,"positions":[{"position":0,"token":97,"top":[{"id":98,"logit":'
 out_has '"piece":"b"}'
+[ "$(grep -o '"id":[0-9]*' "$work/out" | head -n 10 | tr -d '"id:' | tr '\n' ' ')" = \
+    "98 27 21 112 117 181 247 51 83 154 " ] || wrong "other ids are the largest"
 [ "$(grep -o '"id":' "$work/out" | wc -l)" = 20 ] || wrong "expected 10 of each position"
 run 1 logits "$model" --tokens 1,259
 err_has '0 to 258, got "259"'
@@ -583,6 +585,42 @@ run 0 experts "$trace"
 out_has "4 tokens, 1 layers of 4 experts, 2 for each token"
 run 2 experts "$trace" --cache 0
 run 2 experts "$trace" --cache 1,x
+run 2 experts "$trace" --cache 65537
+run 2 experts "$trace" --cache 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17
+err_has "up to 16 numbers"
+end
+
+# header VERSION LAYERS EXPERTS USED: the 32-bit numbers of a trace's header.
+header() {
+    printf moetrace
+    for number in "$@"; do
+        # shellcheck disable=SC2059 # the format is made of octal escapes
+        printf "$(printf '\\%o\\%o\\%o\\0' $((number & 255)) $((number >> 8 & 255)) \
+            $((number >> 16)))"
+    done
+}
+begin experts_refuses_headers
+while read -r numbers says; do
+    # shellcheck disable=SC2046 # a list of numbers
+    header $(echo "$numbers" | tr , ' ') >"$work/bad.trace"
+    run 1 experts "$work/bad.trace"
+    err_has "$says"
+done <<'EOF'
+2,1,4,2 expected version 1, got 2
+1,0,4,2 1 to 4096 layers, got 0
+1,4097,4,2 1 to 4096 layers, got 4097
+1,1,0,0 1 to 65536 experts, got 0
+1,1,65537,2 1 to 65536 experts, got 65537
+1,4096,1025,2 at most 4194304 experts in all layers, got 4096 times 1025
+1,1,4,0 1 to 4 experts for each token, got 0
+1,1,4,5 1 to 4 experts for each token, got 5
+1,2,4,2 the file ends inside of its header
+EOF
+head -c 40 "$trace" >"$work/bad.trace"
+run 1 experts "$work/bad.trace"
+head -c 20 "$trace" >"$work/bad.trace"
+run 1 experts "$work/bad.trace"
+err_has "which begins with"
 end
 
 begin damaged_traces
@@ -629,6 +667,7 @@ run 0 imatrix "$model" "$work/text" -o "$work/b.imatrix" --ctx 16 -t 3 -q
 cmp -s "$work/a.imatrix" "$work/b.imatrix" || wrong "another file with other threads"
 head -c 4 "$work/a.imatrix" | grep -q GGUF || wrong "not a GGUF file"
 run 1 info "$work/a.imatrix"
+err_has "general.architecture: expected a string" # it is no model, but it can be read
 run 2 imatrix "$model" "$work/text"
 err_has "-o FILE"
 run 1 imatrix "$work/text" "$work/text" -o "$work/c.imatrix"
