@@ -34,12 +34,9 @@ enum {
     X86_512_K = 256,     /* weights of a row in a tile */
     X86_512_TILES = 4,   /* tiles computed at once */
     X86_512_ROWS = 16 * X86_512_TILES,
-    X86_512_TOKENS = 128, /* the most tokens computed on a tile before the next is unpacked; half as
-                             many where their rows would not stay in L2 */
     X86_512_FEW = 8,     /* fewer tokens are computed as fast as memory is read */
     X86_512_MANY = 48,   /* from here on all tiles are computed at once */
-    X86_512_L1 = 48 << 10,
-    X86_512_L2 = 512 << 10 /* of it, for activations */
+    X86_512_L1 = 48 << 10
 };
 
 /* 256 weights of 16 rows: one superblock, or up to 8 blocks of 32. */
@@ -57,7 +54,7 @@ typedef struct x86_512_token {
     float fsum[8];      // the sums of 32
 } x86_512_token;
 
-/* 256 activations of up to X86_512_TOKENS tokens, `stride` bytes apart. */
+/* 256 activations of up to X86_MOST_TOKENS tokens, `stride` bytes apart. */
 typedef struct x86_512_x {
     const int8_t *q;
     const float *scale;
@@ -67,7 +64,7 @@ typedef struct x86_512_x {
     size_t first_block, n_block; // groups of 32 weights of the tile: those that count, [first, n)
     uintptr_t next;     // what is fetched during the next steps: next_bytes for each 4 tokens
     size_t next_bytes;
-    x86_512_token token[X86_512_TOKENS];
+    x86_512_token token[X86_MOST_TOKENS];
 } x86_512_x;
 
 /* What a format's load() takes along through 16 rows; 0 where they begin. */
@@ -578,21 +575,34 @@ MOE_INLINE void x86_512_start(const moe_mm *mm, size_t r, size_t n_tile, size_t 
     x->next_bytes = fetch && !few ? (size_t)align_up(16 * n_tile * tile_bytes / n_step, 64) : 0;
 }
 
+/* Rows r .. r + n_row - 1 of the results. */
+MOE_VNNI512_INLINE void x86_512_store(const moe_mm *mm, size_t t0, size_t n_tok, size_t r,
+                                      size_t n_row, const float *acc)
+{
+    for (size_t t = 0; t < n_tok; t++, acc += X86_512_ROWS) {
+        float *y = mm->y + (t0 + t) * mm->y_stride + r;
+        for (size_t i = 0; i < n_row; i += 16) {
+            const __mmask16 mask = (__mmask16)(0xffff >> (16 - MOE_MIN(n_row - i, 16)));
+            _mm512_mask_storeu_ps(y + i, mask, _mm512_loadu_ps(acc + i));
+        }
+    }
+}
+
 /* `state`: room for a format that needs it, or NULL. */
 MOE_VNNI512 static void x86_512_gemm_with(const moe_mm *mm, const x86_512_format *f,
                                           x86_512_state state[X86_512_TILES])
 {
     const moe_act act = f->block_len == X86_512_K ? MOE_ACT_Q8_256 : MOE_ACT_Q8_32;
     const size_t tile_bytes = X86_512_K / f->block_len * f->block_bytes;
-    const size_t most = X86_512_TOKENS / (X86_512_TOKENS * mm->x_stride > X86_512_L2 ? 2 : 1);
-    for (size_t t0 = 0; t0 < mm->n_tok; t0 += most) {
+    const size_t part = x86_token_part(mm);
+    for (size_t t0 = 0; t0 < mm->n_tok; t0 += part) {
         const moe_q8 first = act_q8(act, mm->x + t0 * mm->x_stride, mm->n_in);
         x86_512_x x;
         x.stride = mm->x_stride;
-        x.n_tok = MOE_MIN(mm->n_tok - t0, most);
+        x.n_tok = MOE_MIN(mm->n_tok - t0, part);
         for (size_t r = 0, n_tile; r < mm->n_row; r += 16 * n_tile) {
             x86_512_rows rows[X86_512_TILES];
-            float acc[X86_512_TOKENS][X86_512_ROWS];
+            float acc[X86_MOST_TOKENS][X86_512_ROWS];
             n_tile = x86_512_n_tile(mm, mm->n_row - r);
             x86_512_start(mm, r, n_tile, tile_bytes, t0 == 0, rows, &x);
             for (size_t i = 0; i < n_tile; i++)
@@ -604,9 +614,7 @@ MOE_VNNI512 static void x86_512_gemm_with(const moe_mm *mm, const x86_512_format
             x.sum = first.sum;
             memset(acc, 0, x.n_tok * sizeof acc[0]);
             x86_512_gemm_rows(mm, rows, n_tile, &x, f, acc[0]);
-            for (size_t t = 0; t < x.n_tok; t++)
-                memcpy(mm->y + (t0 + t) * mm->y_stride + r, acc[t],
-                       MOE_MIN(mm->n_row - r, 16 * n_tile) * sizeof(float));
+            x86_512_store(mm, t0, x.n_tok, r, MOE_MIN(mm->n_row - r, 16 * n_tile), acc[0]);
         }
     }
 }

@@ -34,7 +34,6 @@
 enum {
     X86_K = 256,           /* weights of a row in a tile */
     X86_TILES = 2,         /* tiles computed at once */
-    X86_TILE_TOKENS = 64,  /* tokens computed on a tile before the next is unpacked */
     X86_TILE_TOKENS_MIN = 4 /* fewer are computed one by one: a tile would not pay */
 };
 
@@ -78,7 +77,7 @@ typedef struct x86_k_sums {
     __m256 d, dmin;   // [row]
 } x86_k_sums;
 
-/* What up to X86_TILE_TOKENS tokens bring to a tile: the activations of the first, the others'
+/* What up to X86_MOST_TOKENS tokens bring to a tile: the activations of the first, the others'
  * follow at distances of `stride` bytes. */
 typedef struct x86_tokens {
     const int8_t *q;      // 256 of them, or 32 n_block
@@ -560,9 +559,9 @@ X86_STEPS_AVXVNNI(k16, X86_K_NO_MIN, 16, 8, X86_OFFSET)
 
 /* --------------------------------------------------------------------------------- looping -- */
 
-/* n_tile tiles of rows from r on times the tokens of x. What is fetched meanwhile, if next_bytes is
- * not 0, are the rows that come next, in the order in which they lie in memory. */
-MOE_AVX2 static void x86_gemm_rows_avx2(const moe_mm *mm, size_t r, size_t n_tile, x86_tokens x,
+/* n_tile tiles of rows from r on times the tokens of x, which stands at the beginning of their
+ * activations. */
+MOE_AVX2 static void x86_gemm_rows_avx2(const moe_mm *mm, size_t r, size_t n_tile, x86_tokens *x,
                                         x86_acc *acc, const x86_format *f, x86_tiles_fn *step)
 {
     const size_t n_block = X86_K / f->block_len; /* in a tile, but for a row's last one */
@@ -571,38 +570,46 @@ MOE_AVX2 static void x86_gemm_rows_avx2(const moe_mm *mm, size_t r, size_t n_til
     x86_tile tile[X86_TILES];
     for (size_t i = 0; i < n_tile; i++)
         x86_rows(mm, r + 8 * i, row[i]);
-    memset(acc, 0, x.n_tok * sizeof *acc);
+    memset(acc, 0, x->n_tok * sizeof *acc);
     for (size_t b = 0; b < stop; b += n_block) {
         const size_t n = MOE_MIN(n_block, stop - b);
-        x.n_block = f->block_len == X86_K ? n : n * f->block_len / 32;
+        x->n_block = f->block_len == X86_K ? n : n * f->block_len / 32;
         for (size_t i = 0; i < n_tile; i++)
             f->load(row[i], b * f->block_bytes, n, &tile[i]);
-        step(tile, &x, acc);
-        x.q += X86_K;
-        x.sum += X86_K / 16;
-        x.scale += f->block_len == X86_K ? 1 : X86_K / 32;
-        x.next += (x.n_tok / 4) * x.next_bytes;
+        step(tile, x, acc);
+        x->q += X86_K;
+        x->sum += X86_K / 16;
+        x->scale += f->block_len == X86_K ? 1 : X86_K / 32;
+        x->next += x->n_tok / 4 * x->next_bytes;
     }
 }
 
+/* What is fetched meanwhile are the rows that come next, in the order in which they lie in memory;
+ * later tokens find them in the cache. */
 MOE_AVX2 static void x86_gemm_tokens_avx2(const moe_mm *mm, size_t t0, size_t n_tok,
                                           const x86_format *f, x86_steps steps)
 {
     const uint8_t *first = mm->x + t0 * mm->x_stride;
     const moe_act act = f->block_len == X86_K ? MOE_ACT_Q8_256 : MOE_ACT_Q8_32;
     const moe_q8 q8 = act_q8(act, first, mm->n_in);
-    x86_acc acc[X86_TILE_TOKENS];
+    x86_acc acc[X86_MOST_TOKENS];
+    x86_tokens x;
+    x.stride = mm->x_stride;
+    x.n_tok = n_tok;
+    x.offset = f->offset;
     for (size_t r = 0; r < mm->n_row; r += 8 * X86_TILES) {
         const size_t n_row = MOE_MIN(mm->n_row - r, 8 * X86_TILES), n_tile = (n_row + 7) / 8;
         const size_t panel_bytes = 8 * n_tile * (X86_K / f->block_len) * f->block_bytes;
-        const x86_tokens x = {
-            .q = q8.q, .scale = q8.scale, .sum = q8.sum, .stride = mm->x_stride, .n_tok = n_tok,
-            .offset = f->offset, .next = (uintptr_t)mm->w + (r + 8 * n_tile) * mm->w_stride,
-            .next_bytes = t0 ? 0 : (size_t)align_up(panel_bytes / (n_tok / 4), 64)};
-        x86_gemm_rows_avx2(mm, r, n_tile, x, acc, f, steps[n_tile - 1]);
-        for (size_t t = 0; t < n_tok; t++)
+        x.q = q8.q;
+        x.scale = q8.scale;
+        x.sum = q8.sum;
+        x.next = (uintptr_t)mm->w + (r + 8 * n_tile) * mm->w_stride;
+        x.next_bytes = t0 ? 0 : (size_t)align_up(panel_bytes / (n_tok / 4), 64);
+        x86_gemm_rows_avx2(mm, r, n_tile, &x, acc, f, steps[n_tile - 1]);
+        float *y = mm->y + t0 * mm->y_stride + r;
+        for (size_t t = 0; t < n_tok; t++, y += mm->y_stride)
             for (size_t i = 0; i < n_row; i += 8)
-                x86_store_rows(mm->y + (t0 + t) * mm->y_stride + r + i, acc[t][i / 8], n_row - i);
+                x86_store_rows(y + i, acc[t][i / 8], n_row - i);
     }
 }
 
@@ -628,8 +635,9 @@ static void x86_gemm(const moe_mm *mm, const x86_format *f, x86_steps steps, moe
         x86_gemm_few(mm, gemv);
         return;
     }
-    for (size_t t = 0; t < mm->n_tok; t += X86_TILE_TOKENS)
-        x86_gemm_tokens_avx2(mm, t, MOE_MIN(mm->n_tok - t, X86_TILE_TOKENS), f, steps);
+    const size_t part = x86_token_part(mm);
+    for (size_t t = 0; t < mm->n_tok; t += part)
+        x86_gemm_tokens_avx2(mm, t, MOE_MIN(mm->n_tok - t, part), f, steps);
 }
 
 /* The same for blocks of 32: up to `most` tokens by `few`. */

@@ -579,7 +579,7 @@ static void kernels_equal_c(void)
                         blocks[n_tok % 4] * (quant->block_len == 1 ? 37 : quant->block_len),
                         rows[n_tok % MOE_COUNT(rows)], n_tok);
         /* All tiles at once, and more tokens than are kept at once. */
-        const size_t many[][2] = {{33, 48}, {64, 53}, {70, 66}, {129, 51}, {17, 101}};
+        const size_t many[][2] = {{33, 48}, {64, 53}, {70, 66}, {129, 51}, {17, 101}, {9, 301}};
         for (size_t j = 0; j < MOE_COUNT(many); j += SHAPE_STEP)
             check_shape(quant, &v, extremes, (data_kind)(j % N_KINDS),
                         blocks[j % 3] * (quant->block_len == 1 ? 37 : quant->block_len), many[j][0],
