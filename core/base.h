@@ -98,6 +98,28 @@
 #define MOE_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MOE_MAX(a, b) ((a) > (b) ? (a) : (b))
 
+/* ----------------------------------------------------------------------------- arithmetic -- */
+
+/* a b + c rounded once, which fmaf() promises. The product is exact in binary64, and so is the error
+ * of the sum (Knuth's TwoSum). Where there is one, the sum becomes its neighbour with an odd last
+ * bit: that keeps what the rounding to binary32 must know (Boldo and Melquiond, 2008). */
+MOE_UNUSED MOE_INLINE float exact_fmaf(float a, float b, float c)
+{
+    const double product = (double)a * b;
+    double sum = product + c;
+    const double back = sum - product, error = (product - (sum - back)) + (c - back);
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    if (error != 0 && isfinite(sum) && !(bits & 1))
+        bits = (error > 0) == (sum > 0) ? bits + 1 : bits - 1;
+    memcpy(&sum, &bits, sizeof sum);
+    return (float)sum;
+}
+
+#ifdef __MINGW32__ /* its fmaf() rounds twice */
+#define fmaf(a, b, c) exact_fmaf(a, b, c)
+#endif
+
 /* --------------------------------------------------------------------------------- errors -- */
 
 /* The length of the well-formed UTF-8 sequence at text [bytes], 1..4; 0 if there is none. */

@@ -364,7 +364,7 @@ MOE_AVX2_INLINE void x86_k_join(const x86_k_parts *from, const float *x_scale, s
         for (size_t r = 0; r < 8; r++) {
             const size_t i = row[r] + b;
             const float scale = kind == X86_K_FLOAT_MIN ? x_scale[b] : x_scale[b] * from->d[i];
-            sum[r] = fmaf(scale, from->term[i], sum[r]);
+            sum[r] = (fmaf)(scale, from->term[i], sum[r]); /* the instruction, not a macro */
         }
     }
     memcpy(acc, sum, sizeof sum);

@@ -213,8 +213,38 @@ static void exp_is_accurate(void)
     CHECK(isnan(cpu_exp(NAN)), "NaN");
 }
 
+static float random_bits_float(int low_exponent, int high_exponent)
+{
+    const uint32_t bits = (uint32_t)test_random();
+    const int span = high_exponent - low_exponent + 1;
+    const float mantissa = f32_of_bits(0x3f800000 | (bits & 0x7fffff));
+    const int exponent = low_exponent + (int)(bits >> 24) % span;
+    return ldexpf(bits >> 23 & 1 ? -mantissa : mantissa, exponent);
+}
+
+/* What stands in for a C library whose fmaf() rounds twice, against one that does not. */
+static void exact_fmaf_rounds_once(void)
+{
+    /* Below the middle of two floats by 2^-60, which a double has no room for. */
+    CHECK(exact_fmaf(0x1.00004p0f, 0x1.ffff8p-25f, 0x1.000002p0f) == 0x1.000002p0f, "the middle");
+    CHECK(exact_fmaf(0x1p127f, 2, -INFINITY) == -INFINITY, "infinities");
+    CHECK(isnan(exact_fmaf(INFINITY, 1, -INFINITY)) && isnan(exact_fmaf(NAN, 1, 1)), "NaN");
+#ifdef __MINGW32__
+    SKIP("no fmaf() to compare with");
+#endif
+    for (int i = 0; i < 300000; i++) {
+        const int apart = i % 64; /* products and sums of like size, and others */
+        const float a = random_bits_float(-3, 3), b = random_bits_float(-3 - apart, 3 - apart);
+        const float c = i % 5 ? random_bits_float(-4, 4) : random_bits_float(-140, -120);
+        const float d = i % 5 ? b : ldexpf(b, -110); /* subnormal sums */
+        CHECK(bits_of_f32(exact_fmaf(a, d, c)) == bits_of_f32((fmaf)(a, d, c)), "%a %a %a", a, d,
+              c);
+    }
+}
+
 TEST_PROGRAM(simd)
 {
+    RUN(exact_fmaf_rounds_once);
     RUN(elementwise_equals_c);
     RUN(sums_equal_c);
     RUN(columns_equal_c);
