@@ -614,7 +614,8 @@ static moe_status moefile_team_run(moefile_team *team, uint32_t n, moe_error *er
     moe_status status = MOE_OK;
     uint32_t ready = 0;
     n = MOE_MAX(MOE_MIN(n, (uint32_t)DIR_MAX_WORKERS), 1);
-    while (ready < n && !(status = moefile_decoder_open(mem, &team->decoders[ready], error)))
+    while (ready < n && !(status = moefile_decoder_open(mem, &team->decoders[ready],
+                                                        ready ? NULL : error)))
         ready++;
     if (ready)
         status = dir_team_run(mem, ready, moefile_team_work, team, error);

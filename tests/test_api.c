@@ -637,15 +637,24 @@ static void ceiling_holds(void)
 /* Every single allocation fails in turn. */
 static void failing_allocations_are_survived(void)
 {
-    static const char *const names[] = {"llama-tied", "qwen3moe", "gemma3"};
+    static const char *const names[] = {"llama-tied", "qwen3moe", "gemma3", "alphabet.moe"};
+    char packed[500];
+    snprintf(packed, sizeof packed, "%s/data/alphabet.moe", test_root());
     for (size_t f = 0; f < 2 * MOE_COUNT(names); f++) {
         unsigned long long n = 0;
+#ifdef MOE_NO_ZSTD
+        if (!strcmp(names[f / 2], "alphabet.moe"))
+            continue;
+#endif
         for (unsigned long long fail_at = 0; fail_at <= n; fail_at++) {
             test_host h;
             host_setup(&h);
             h.fail_at = fail_at;
             moe_model_options mo = options_for(names[f / 2], &h);
             mo.copy = f % 2;
+            mo.verify = true;
+            if (!strcmp(names[f / 2], "alphabet.moe"))
+                mo.path = packed;
             moe_model *model = (moe_model *)&mo;
             moe_session *s = NULL;
             moe_error error = {0};
@@ -657,9 +666,11 @@ static void failing_allocations_are_survived(void)
                 status = moe_session_open(&s, model, &so, &error);
                 CHECK((status == MOE_OK) == (s != NULL), "*out after %s", moe_status_name(status));
             }
-            CHECK(status == (fail_at ? MOE_ERR_MEMORY : MOE_OK), "allocation %llu of %llu: %s: %s",
-                  fail_at, n, moe_status_name(status), error.message);
-            CHECK(!fail_at || error.status == status, "no error was filled in");
+            const bool spared = mo.path == packed && status == MOE_OK; // one thread less
+            CHECK(status == (fail_at && !spared ? MOE_ERR_MEMORY : MOE_OK),
+                  "allocation %llu of %llu: %s: %s", fail_at, n, moe_status_name(status),
+                  error.message);
+            CHECK(error.status == status, "the error is another one: %s", error.message);
             moe_session_close(s);
             moe_model_close(model);
             CHECK(h.used == 0, "allocation %llu: %llu bytes leaked", fail_at,
@@ -679,6 +690,9 @@ static void failing_allocations_of_tokenizers_are_survived(void)
     static const char *const names[] = {"alphabet.gguf", "tok_bpe_gpt2.json", "tok_bpe_marks.json",
                                         "tok_bpe_words.json", "tok_unigram.json",
                                         "tok_wordpiece.json"};
+#ifdef MOE_NO_TEXT
+    SKIP("there are no tokenizers");
+#endif
     for (size_t f = 0; f < MOE_COUNT(names); f++) {
         unsigned long long n = 0;
         char path[500];
