@@ -574,6 +574,56 @@ static void malformed_json_is_refused(void)
     CHECK(open_data(&tok, deep, sizeof deep, NULL) == MOE_ERR_FORMAT, "nesting");
 }
 
+/* What a JSON string stands for; `says`: why it is none. */
+static void json_strings_are_read(void)
+{
+    static const struct {
+        const char *json, *want, *says;
+    } cases[] = {
+        {"\"a\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "a\"\\/\b\f\n\r\t", NULL},
+        {"\"\\u0041\\u00e9\\u20AC\"", "A\xC3\xA9\xE2\x82\xAC", NULL},
+        {"\"\\uD83D\\ude00.\\udbff\\udfff\"", "\xF0\x9F\x98\x80.\xF4\x8F\xBF\xBF", NULL},
+        {"\"\\ud800\\udc00\\ud7ff\\ue000\"", "\xF0\x90\x80\x80\xED\x9F\xBF\xEE\x80\x80", NULL},
+        {"\"\\ud83d\"", NULL, "surrogate"},
+        {"\"\\ud83d12345\"", NULL, "surrogate"},
+        {"\"\\ud83d\\n1234\"", NULL, "surrogate"},
+        {"\"\\ud83d\\ud83d\"", NULL, "surrogate"},
+        {"\"\\ud83d\\u0041\"", NULL, "surrogate"},
+        {"\"\\udc00\"", NULL, "surrogate"},
+        {"\"\\udfff\\ud83d\"", NULL, "surrogate"},
+        {"\"\\u00g0\"", NULL, "four hexadecimal"},
+        {"\"\\u12\"", NULL, "four hexadecimal"},
+        {"\"\\x\"", NULL, "unknown escape"},
+        {"\"a\nb\"", NULL, "control character"},
+        {"\"a", NULL, "not closed"},
+        {"\"a\\\"", NULL, "not closed"},
+        {"\xEF\xBB\xBF\"a\"", "a", NULL},
+    };
+    moe_mem mem;
+    mem_init(&mem, NULL, 0);
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        text_arena arena = {.mem = &mem};
+        json_doc doc;
+        moe_error error = {0};
+        const moe_status status =
+            json_parse(&doc, cases[i].json, strlen(cases[i].json), &arena, "test", &error);
+        CHECK((status == MOE_OK) == (cases[i].want != NULL), "%s: %s", cases[i].json,
+              error.message);
+        if (status) {
+            CHECK(cases[i].says && strstr(error.message, cases[i].says), "%s: %s", cases[i].json,
+                  error.message);
+        } else {
+            const json_node *node = doc.nodes;
+            CHECK(node->n == strlen(cases[i].want) &&
+                      !memcmp(node->as.text, cases[i].want, node->n),
+                  "%s is \"%.*s\"", cases[i].json, (int)node->n, node->as.text);
+            json_free(&doc);
+        }
+        arena_free(&arena);
+    }
+    CHECK(mem.used_bytes == 0, "%llu bytes leak", (unsigned long long)mem.used_bytes);
+}
+
 /* -- small GGUF files, built here -- */
 
 typedef struct gguf_text {
@@ -786,6 +836,7 @@ TEST_PROGRAM(tokenizer)
     RUN(long_runs_take_linear_time);
     RUN(patterns_match_as_oniguruma);
     RUN(malformed_json_is_refused);
+    RUN(json_strings_are_read);
     RUN(malformed_metadata_is_refused);
     RUN(changed_bytes_do_no_harm);
 }
