@@ -410,6 +410,26 @@ static void lookup_finds_the_longest_match(void)
     CHECK(g.n == 0, "%u", g.n);
 }
 
+/* Between two that were measured, a time is on the line through them; behind the last, on the line
+ * from the first token. One token takes 1. */
+static void times_are_on_lines_between_measured_ones(void)
+{
+    moe_drafter d = {.adaptive = true, .n_max = 8};
+    draft_time *t = d.times[DRAFT_BY_NGRAM];
+    CHECK(draft_time_of(&d, DRAFT_BY_NGRAM, 1) == 1 &&
+              fabs(draft_time_of(&d, DRAFT_BY_NGRAM, 3) - 1.7) < 1e-9, "nothing is measured: %g",
+          draft_time_of(&d, DRAFT_BY_NGRAM, 3));
+    t[4] = (draft_time){.n = 1, .mean = 7};
+    static const double alone[] = {1, 3, 5, 7, 9}, two[] = {1, 2, 4.5, 7, 9};
+    for (uint32_t n = 1; n <= 5; n++)
+        CHECK(fabs(draft_time_of(&d, DRAFT_BY_NGRAM, n) - alone[n - 1]) < 1e-9, "%u: %g", n,
+              draft_time_of(&d, DRAFT_BY_NGRAM, n));
+    t[2] = (draft_time){.n = 1, .mean = 2};
+    for (uint32_t n = 1; n <= 5; n++)
+        CHECK(fabs(draft_time_of(&d, DRAFT_BY_NGRAM, n) - two[n - 1]) < 1e-9, "%u: %g", n,
+              draft_time_of(&d, DRAFT_BY_NGRAM, n));
+}
+
 /* A made-up machine and text: guesses of grade g come true with probability p[g]; b tokens take 1 +
  * slope * (b - 1). Returns how much time one token takes, with drafting decided as it is. */
 static double simulate(double slope, double p_first, double p_next, double noise, uint32_t n_steps)
@@ -461,6 +481,7 @@ static void drafting_pays_where_it_can(void)
 TEST_PROGRAM(draft)
 {
     RUN(lookup_finds_the_longest_match);
+    RUN(times_are_on_lines_between_measured_ones);
     RUN(drafting_never_costs_much);
     RUN(drafting_pays_where_it_can);
     RUN(lookup_gives_the_same_bits);

@@ -459,6 +459,8 @@ static void m13_m15_groups_and_shared(void)
         refuse_f32(f, "expert_weights_scale", NAN);
         refuse_f32(f, "expert_weights_scale", INFINITY);
         refuse_u32(f, "expert_shared_count", UINT32_MAX);
+        if (!strcmp(f->arch, "olmoe"))
+            refuse_f32(f, "attention.clamp_kqv", 0.5f); // it is not computed
         refuse_u32(f, "leading_dense_block_count", UINT32_MAX);
         if (has_key(f, "expert_shared_feed_forward_length") || has_key(f, "expert_shared_count")) {
             refuse_u32(f, "expert_shared_feed_forward_length", 0);
