@@ -8,8 +8,9 @@
 #   MOE_FORMAT_TYPES  the types; a number is a rate for --bpw, in trellis-coded types
 #   MOE_FORMAT_TEXT   the text of the divergence, which takes most of the time; empty: none
 #   MOE_FORMAT_CALIBRATION  files whose text tells the importance of columns; empty: without
-#   MOE_FORMAT_WORK   a folder: rows that are in it are taken from there, so that a run that was
-#                     interrupted goes on
+#   MOE_FORMAT_WORK   a folder: rows that are in it are taken from there. Without it they are kept in
+#                     the build's folder until the tables are written, so that a run that was
+#                     interrupted goes on, unless the programs or what they are asked changed
 #   MOE_FORMAT_RUN    in front of the command that measures loading, such as "nice -n -5"
 #
 # A model that is published in a quantized type is compared by way of a neutral copy
@@ -36,11 +37,25 @@ begin='<!-- bench-format: begin -->' end='<!-- bench-format: end -->'
 dir=$(mktemp -d "${TMPDIR:-/tmp}/moe-format-XXXXXX")
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' INT TERM
-rows=${MOE_FORMAT_WORK:-$dir/rows}
-mkdir -p "$rows"
 if [ $# = 0 ]; then
     set -- "$models/smollm2.gguf" "$models/gemma3.gguf"
     [ ! -e "$models/moe.gguf" ] || set -- "$@" "$models/moe.gguf"
+fi
+for model in "$@"; do
+    [ -e "$model" ] || {
+        echo "format.sh: $model is not there: make models" >&2
+        exit 1
+    }
+done
+rows=${MOE_FORMAT_WORK:-$build/bench-format}
+if [ -z "${MOE_FORMAT_WORK:-}" ]; then
+    # shellcheck disable=SC2086
+    { cat "$build/moe" "$build/moe-convert" "$0" ${text:+"$text"} $calibration
+        ls -Ll "$@"; } | cksum >"$dir/made_of"
+    cmp -s "$dir/made_of" "$rows/made_of" || rm -rf "$rows"
+    mkdir -p "$rows" && mv "$dir/made_of" "$rows/made_of"
+else
+    mkdir -p "$rows"
 fi
 
 # The number behind the first "KEY": in a file of JSON.
@@ -194,10 +209,6 @@ table() {
 # shellcheck disable=SC2086
 n_steps=$(($# * $(set -- $types && echo $#)))
 for model in "$@"; do
-    [ -e "$model" ] || {
-        echo "format.sh: $model is not there: make models" >&2
-        exit 1
-    }
     for type in $types; do
         file=$rows/$(basename "$model" .gguf).$type
         if [ ! -e "$file" ]; then
@@ -236,3 +247,4 @@ else
     !inside     { print }
     $0 == end   { inside = 0 }' "$page" >"$dir/page" && cat "$dir/page" >"$page"
 fi
+[ -n "${MOE_FORMAT_WORK:-}" ] || rm -rf "$rows"
