@@ -378,6 +378,7 @@ static void null_is_an_argument_error(void)
     CHECK(moe_session_eval(session, api_tokens, 1, 2, logits) == MOE_ERR_ARGUMENT,
           "n_logits > n_tok");
     CHECK(moe_session_rewind(NULL, 0) == MOE_ERR_ARGUMENT, "session");
+    CHECK(moe_session_checkpoint(NULL) == MOE_ERR_ARGUMENT, "session");
     CHECK(moe_session_length(session) == 0, "a refused call changed the length");
     moe_session_close(NULL);
     moe_model_close(NULL);

@@ -480,6 +480,12 @@ static void patterns_match_as_oniguruma(void)
         {"[a\\-z]+", "b-z", 1, 3}, {"(a*)*b", "aaab", 0, 4}, {"(|a)+", "aa", 0, 0},
         {"\\x{4E00}", "\u4E00", 0, 3}, {"\\p{Han}+", "a\u4E00\u4E8C", 1, 7},
         {"\\p{^L}", "a1", 1, 2}, {"[[:alpha:]_]+", "1a_", 1, 3}, {".", "\nx", 1, 2},
+        {"[[:upper:]]+", "abCDe", 2, 4}, {"[[:lower:]]+", "ABcdE", 2, 4},
+        {"[[:alnum:]]+", "-a1-", 1, 3}, {"[[:ascii:]]+", "\u00E9ab", 2, 4},
+        {"[[:xdigit:]]+", "xFa0g", 1, 4}, {"[[:blank:]]+", "\n \ta", 1, 3},
+        {"[[:^alpha:]]+", "a12b", 1, 3}, {"\\h+", "gA9", 1, 3}, {"[a-\\x{63}]+", "zabcd", 1, 4},
+        {"[a-\\s]+", "xa- y", 1, 4}, {"[a-e&&c-z]+", "abcdef", 2, 5},
+        {"(?:ab){1,2}", "ababab", 0, 4},
         {"(a+)+$", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab", -2, 0},
     };
     moe_mem mem;
