@@ -26,6 +26,10 @@
 
 #include <stdio.h>
 #include <time.h>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
 
 static int test_n_passed, test_n_failed, test_n_skipped, test_failures;
 static const char *test_skip_reason, *test_only;
@@ -69,7 +73,12 @@ static const char *test_skip_reason, *test_only;
 static void test_begin(int argc, char **argv)
 {
     test_only = argc > 1 ? argv[1] : NULL; /* run only the tests whose name contains this */
+#ifdef _WIN32 /* lines end as they do elsewhere, and come as they are made */
+    _setmode(_fileno(stdout), _O_BINARY);
+    setvbuf(stdout, NULL, _IONBF, 0);
+#else
     setvbuf(stdout, NULL, _IOLBF, 0);
+#endif
 }
 
 MOE_UNUSED static void test_run(const char *name, void (*function)(void))
