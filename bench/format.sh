@@ -8,8 +8,8 @@
 #   MOE_FORMAT_TYPES  the types; a number is a rate for --bpw, in trellis-coded types
 #   MOE_FORMAT_TEXT   the text of the divergence, which takes most of the time; empty: none
 #   MOE_FORMAT_CALIBRATION  files whose text tells the importance of columns; empty: without
-#   MOE_FORMAT_WORK   a folder: rows that are in it are taken from there. Without it they are kept in
-#                     the build's folder until the tables are written, so that a run that was
+#   MOE_FORMAT_WORK   a folder: rows that are in it are taken from there. Without it they are kept
+#                     in the build's folder until the tables are written, so that a run that was
 #                     interrupted goes on, unless the programs or what they are asked changed
 #   MOE_FORMAT_RUN    in front of the command that measures loading, such as "nice -n -5"
 #

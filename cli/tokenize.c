@@ -111,8 +111,8 @@ const cli_verb verb_tokenize = {
     "tokenize", "MODEL", "turns text on standard input into token ids",
     "MODEL is a GGUF file, with or without weights and of any architecture, or a tokenizer.json.\n"
     "The text is taken as it is, with every newline; bytes that are not UTF-8 count as U+FFFD. It\n"
-    "never becomes a special token unless --parse-special is given. Pieces are shown as they stand\n"
-    "in the vocabulary, where U+0120 (G with a dot) or U+2581 (a low line) may mean a blank.",
+    "never becomes a special token unless --parse-special is given. Pieces are shown as they\n"
+    "stand in the vocabulary, where U+0120 (G with a dot) or U+2581 (a low line) may mean a blank.",
     "  printf 'Hello world' | moe tokenize model.gguf --ids\n"
     "  moe tokenize tokenizer.json --ids --no-special <text.txt\n"
     "  moe tokenize model.gguf --json <text.txt | jq .n_tokens\n",

@@ -100,9 +100,9 @@
 
 /* ----------------------------------------------------------------------------- arithmetic -- */
 
-/* a b + c rounded once, which fmaf() promises. The product is exact in binary64, and so is the error
- * of the sum (Knuth's TwoSum). Where there is one, the sum becomes its neighbour with an odd last
- * bit: that keeps what the rounding to binary32 must know (Boldo and Melquiond, 2008). */
+/* a b + c rounded once, which fmaf() promises. The product is exact in binary64, and so is the
+ * error of the sum (Knuth's TwoSum). Where there is one, the sum becomes its neighbour with an odd
+ * last bit: that keeps what the rounding to binary32 must know (Boldo and Melquiond, 2008). */
 MOE_UNUSED MOE_INLINE float exact_fmaf(float a, float b, float c)
 {
     const double product = (double)a * b;

@@ -114,7 +114,7 @@ static void lying_sentencepiece_models_are_refused(void)
         {"field 0", "a model of SentencePiece", 2, "\x00\x00", MOE_ERR_FORMAT},
         {"a piece inside of which a length lies", "a model of SentencePiece", 4, "\x0a\x02\x0a\x7f",
          MOE_ERR_FORMAT},
-        {"a piece without a text", "1 to 65536 bytes for token 0", 2, "\x0a\x00", MOE_ERR_FORMAT},
+        {"a piece without a text", "1 to 65535 bytes for token 0", 2, "\x0a\x00", MOE_ERR_FORMAT},
         {"a text that is no UTF-8", "UTF-8", 5, "\x0a\x03\x0a\x01\xff", MOE_ERR_FORMAT},
         {"a text with NUL", "UTF-8", 6, "\x0a\x04\x0a\x02\x61\x00", MOE_ERR_FORMAT},
         {"kind 9", "a kind from 1 to 6", 7, "\x0a\x05\x0a\x01\x61\x18\x09", MOE_ERR_FORMAT},
