@@ -383,7 +383,16 @@ MOE_UNUSED static bool plat_thread_start(plat_thread *thread, void (*run)(void *
     sigfillset(&all);
     if (pthread_sigmask(SIG_SETMASK, &all, &before) != 0)
         return false;
-    bool ok = pthread_create(&thread->id, NULL, plat_thread_main, thread) == 0;
+    pthread_attr_t attr;
+    size_t bytes;
+    bool ok = pthread_attr_init(&attr) == 0;
+    if (ok) {
+        // musl's threads have 128 KiB unless asked for more; a kernel's tile is larger
+        if (pthread_attr_getstacksize(&attr, &bytes) || bytes < PLAT_STACK_BYTES)
+            pthread_attr_setstacksize(&attr, PLAT_STACK_BYTES);
+        ok = pthread_create(&thread->id, &attr, plat_thread_main, thread) == 0;
+        pthread_attr_destroy(&attr);
+    }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return ok;
 }
@@ -576,7 +585,8 @@ MOE_UNUSED static bool plat_thread_start(plat_thread *thread, void (*run)(void *
 {
     thread->run = run;
     thread->arg = arg;
-    thread->handle = CreateThread(NULL, 0, plat_thread_main, thread, 0, NULL);
+    thread->handle = CreateThread(NULL, PLAT_STACK_BYTES, plat_thread_main, thread,
+                                  STACK_SIZE_PARAM_IS_A_RESERVATION, NULL);
     return thread->handle != NULL;
 }
 

@@ -47,6 +47,9 @@ typedef struct plat_mutex { pthread_mutex_t m; } plat_mutex;
 typedef struct plat_cond { pthread_cond_t c; } plat_cond;
 #endif
 
+/* At least so much stack: kernels have tiles of up to 150 KB there, more without optimization. */
+enum { PLAT_STACK_BYTES = 1 << 20 };
+
 /* *thread must stay where it is until it was joined. */
 MOE_UNUSED static bool plat_thread_start(plat_thread *thread, void (*run)(void *), void *arg);
 MOE_UNUSED static void plat_thread_join(plat_thread *thread);

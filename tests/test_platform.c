@@ -379,8 +379,38 @@ static void utf8_sequences(void)
               utf8_sequence(cases[i].text, cases[i].bytes));
 }
 
+#ifdef __GLIBC__
+static void use_stack(void *arg)
+{
+    volatile uint8_t tile[PLAT_STACK_BYTES / 2];
+    for (size_t i = 0; i < sizeof tile; i += 1024)
+        tile[i] = (uint8_t)i;
+    *(uint8_t *)arg = tile[1024];
+}
+
+/* Where threads are born with little stack, as with musl, ours have what kernels need. */
+static void threads_have_stack(void)
+{
+    pthread_attr_t before, small;
+    plat_thread thread;
+    uint8_t done = 1;
+    REQUIRE(!pthread_getattr_default_np(&before) && !pthread_attr_init(&small) &&
+                !pthread_attr_setstacksize(&small, 128 << 10) &&
+                !pthread_setattr_default_np(&small), "no other default");
+    const bool started = plat_thread_start(&thread, use_stack, &done);
+    if (started)
+        plat_thread_join(&thread);
+    pthread_setattr_default_np(&before);
+    pthread_attr_destroy(&small);
+    CHECK(started && done == 0, "the thread did not end as it should");
+}
+#endif
+
 TEST_PROGRAM(platform)
 {
+#ifdef __GLIBC__
+    RUN(threads_have_stack);
+#endif
     RUN(file_reads_and_maps);
     RUN(empty_file_is_not_mapped);
     RUN(open_says_why_not);
