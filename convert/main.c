@@ -5,6 +5,7 @@
 #include "../moe.c"
 #include "convert.c"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/ioctl.h>
 
@@ -42,16 +43,17 @@ static const char help_text[] =
 "      --quiet            no progress, no summary\n"
 "  -h, --help, --version\n"
 "\n"
-"Types: ";
+"Types:";
 
 static const char help_end[] =
 "\n"
 "Rates: tcq3.7 stores matrices at 3.7 bits per weight, or any rate from 1.0 to 6.0, in a .moe\n"
 "file; the output matrix gets 1.5 bits more.\n"
-"Mixes: q4_k_m is the usual choice: about 4.8 bits per weight, with 6 bits where errors cost\n"
-"most. q5_k_m and q6_k are closer to the source, q3_k_m is smaller, q8_0 is hardly different\n"
-"from it. Norms, biases and routers always stay floats. Types with blocks of 256 give way to\n"
-"one with blocks of 32 where a matrix's rows are not a multiple of 256.\n"
+"\n"
+"q4_k_m is the usual choice: about 4.8 bits per weight, with 6 bits where errors cost most.\n"
+"q5_k_m and q6_k are closer to the source, q3_k_m is smaller, q8_0 is hardly different from it.\n"
+"Norms, biases and routers always stay floats. Types with blocks of 256 give way to one with\n"
+"blocks of 32 where a matrix's rows are not a multiple of 256.\n"
 "\n"
 "Examples:\n"
 "  moe-convert ~/models/Qwen3-0.6B qwen3.gguf -q q4_k_m\n"
@@ -260,10 +262,10 @@ static int main_help(void)
 {
     fputs(help_text, stdout);
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
-        printf("%s ", quant_table[i]->name);
-    fputs("\nMixes: ", stdout);
+        printf(" %s", quant_table[i]->name);
+    fputs("\nMixes:", stdout);
     for (size_t i = 0; i < MOE_COUNT(plan_mixes); i++)
-        printf("%s ", plan_mixes[i].name);
+        printf(" %s", plan_mixes[i].name);
     fputs(help_end, stdout);
     return EXIT_SUCCESS;
 }
@@ -436,8 +438,29 @@ static int main_parse(main_args *a, int argc, char **argv)
     return -1;
 }
 
+/* A standard stream that is closed would be the next file to be opened, and what is printed would
+ * go into that file: opened the wrong way round, it fails as a closed one does. */
+static void main_keep_standard_files(void)
+{
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd)
+            return;
+}
+
+/* Why it failed; and, if work was kept, how to go on. */
+static void main_print_failure(const conv_job *job, moe_status status, const moe_error *error)
+{
+    char partial[4096];
+    snprintf(partial, sizeof partial, "%s.partial", job->options.out);
+    fprintf(stderr, "moe-convert: %s\n", error->message);
+    if (status == MOE_ERR_CANCELLED && conv_ends(job->options.out, ".moe") &&
+        !access(partial, F_OK))
+        fprintf(stderr, "             the same command goes on from %s\n", partial);
+}
+
 int main(int argc, char **argv)
 {
+    main_keep_standard_files();
     main_args args = {0};
     main_bar bar = {0};
     conv_job job;
@@ -460,14 +483,18 @@ int main(int argc, char **argv)
     for (uint32_t i = 0; i < job.source.n_notes && !args.json; i++)
         fprintf(stderr, "moe-convert: %s\n", job.source.notes[i]);
     if (status)
-        fprintf(stderr, "moe-convert: %s\n", error.message);
+        main_print_failure(&job, status, &error);
     else if (args.json)
         main_print_json(&job);
     else if (!args.quiet)
         main_print(&job);
     conv_close(&job);
+    if (!status && (fflush(stdout) || ferror(stdout))) {
+        fputs("moe-convert: standard output: cannot write\n", stderr);
+        return EXIT_FAILED;
+    }
     if (!status)
-        return fflush(stdout) ? EXIT_FAILED : EXIT_SUCCESS;
+        return EXIT_SUCCESS;
     return status == MOE_ERR_CANCELLED ? EXIT_INTERRUPTED
            : status == MOE_ERR_ARGUMENT ? EXIT_USAGE
                                         : EXIT_FAILED;

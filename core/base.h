@@ -23,6 +23,9 @@
 
 #include "../moe.h"
 
+#ifdef __cplusplus
+#error "moe.c is C: compile it with a C compiler (g++ takes .c files for C++); include moe.h in C++"
+#endif
 #ifdef __FAST_MATH__
 #error "moe.c promises the same bits everywhere: compile it without -ffast-math"
 #endif

@@ -144,8 +144,8 @@ static moe_status gguf_fail_magic(gguf_reader *r, const uint8_t magic[4])
                         "expected a GGUF file, got one of its predecessors of before 2023-08; get "
                         "the model as GGUF");
     return fail(r->error, MOE_ERR_FORMAT, "magic",
-                "expected a GGUF file, which starts with \"GGUF\", got the bytes %02x %02x %02x "
-                "%02x",
+                "expected a .moe file or a GGUF file, which starts with \"GGUF\", got the bytes "
+                "%02x %02x %02x %02x",
                 magic[0], magic[1], magic[2], magic[3]);
 }
 

@@ -1052,6 +1052,19 @@ static moe_status container_load(moe_directory *dir, const moe_model_options *op
                                                       : moefile_load(dir, options, error);
 }
 
+/* Says which file is wrong, where that is not said: a program may have opened several. */
+static void dir_name_file(const char *path, moe_error *error)
+{
+    if (!path || !error || strstr(error->message, path) || error->status < MOE_ERR_FORMAT ||
+        error->status > MOE_ERR_UNSUPPORTED)
+        return;
+    char message[sizeof error->message];
+    memcpy(message, error->message, sizeof message);
+    const int used = snprintf(error->message, sizeof message, "%.*s: ", 255, path);
+    snprintf(error->message + used, sizeof message - (size_t)used, "%.*s",
+             (int)(sizeof message - (size_t)used - 1), message);
+}
+
 MOE_UNUSED static moe_status directory_open(moe_directory **out, const moe_model_options *options,
                                             moe_mem *mem, moe_error *error)
 {
@@ -1077,6 +1090,7 @@ MOE_UNUSED static moe_status directory_open(moe_directory **out, const moe_model
     dir->cancel = NULL;
     if (status) {
         directory_close(dir);
+        dir_name_file(known.path, error);
         return status;
     }
     *out = dir;

@@ -30,7 +30,7 @@ static void gguf_damage_is_refused(void)
     scratch_write(cut, "GGUF", 4);
     refused_conversion(&o, MOE_ERR_FORMAT, "version");
     scratch_write(cut, "", 0);
-    refused_conversion(&o, MOE_ERR_FORMAT, "magic");
+    refused_conversion(&o, MOE_ERR_FORMAT, ": magic: "); // behind the name of the file
     unlink(cut);
     refused_conversion(&o, MOE_ERR_IO, "no such");
     free(data);
