@@ -124,7 +124,8 @@ typedef struct moe_host {
     void (*progress)(void *user, const char *stage, uint64_t done, uint64_t total);
 
     /* Run task(arg, i) for every i in [0, n) and return when all are done, in any order, on any
-     * threads, the caller's included. With it set, sessions start no threads of their own. */
+     * threads, the caller's included. With it set, the library starts no threads of its own; a
+     * session's n is at most its n_threads. */
     void (*parallel_for)(void *user, uint32_t n, void (*task)(void *arg, uint32_t i), void *arg);
 } moe_host;
 
@@ -233,6 +234,7 @@ typedef struct moe_model_info {
     uint32_t n_layer_draft; /* layers for multi-token prediction that sessions can draft with */
 } moe_model_info;
 
+/* Set info->size before. */
 MOE_API void moe_model_get_info(const moe_model *model, moe_model_info *info);
 
 /* The file's metadata, key by key, as text: strings as they are, numbers in decimal, arrays as
@@ -258,6 +260,7 @@ typedef struct moe_tensor_info {
 } moe_tensor_info;
 
 MOE_API size_t moe_model_tensor_count(const moe_model *model);
+/* Set info->size before. MOE_ERR_ARGUMENT if there is no tensor of that index. */
 MOE_API moe_status moe_model_tensor(const moe_model *model, size_t index, moe_tensor_info *info);
 
 /* The tokenizer in the model's file, or NULL if the file has none. Owned by the model. */
@@ -360,6 +363,7 @@ typedef struct moe_memory_estimate {
     bool fits;
 } moe_memory_estimate;
 
+/* Set estimate->size before. */
 MOE_API moe_status moe_session_estimate(const moe_model *model, const moe_session_options *options,
                                         moe_memory_estimate *estimate, moe_error *error);
 
@@ -389,6 +393,7 @@ typedef struct moe_draft_stats {
     double saved_s;         /* seconds saved, by the measured time of single tokens; may be < 0 */
 } moe_draft_stats;
 
+/* Set stats->size before. */
 MOE_API void moe_session_draft_stats(const moe_session *session, moe_draft_stats *stats);
 
 /* The number of tokens in the sequence, and the number that fit. */
@@ -447,7 +452,7 @@ MOE_API void moe_sampler_options_init(moe_sampler_options *options);
 MOE_API moe_status moe_sampler_new(moe_sampler **out, uint32_t n_vocab,
                                    const moe_sampler_options *options, const moe_host *host,
                                    moe_error *error);
-MOE_API void moe_sampler_free(moe_sampler *sampler);
+MOE_API void moe_sampler_free(moe_sampler *sampler); /* NULL is allowed */
 
 /* Picks a token from logits [n_vocab] and remembers it for the penalties. MOE_ERR_ARGUMENT if no
  * logit is finite. */

@@ -233,6 +233,8 @@ void system_catch_interrupt(bool by_flag);
 bool system_is_replaceable(const char *path);
 bool system_interrupted(void);
 bool system_is_terminal(FILE *file);
+/* Columns of a terminal whose lines can be written over; 0 if it is none. */
+int system_screen_columns(FILE *file);
 double system_seconds(void);     /* monotonic */
 uint64_t system_peak_rss_bytes(void);
 /* As fopen(); a path is UTF-8. NULL and errno, if that fails. */

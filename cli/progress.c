@@ -4,19 +4,18 @@
  * that what stays on the screen is the result. */
 #include "cli.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 static struct {
-    bool enabled, drawn;
+    int columns; // of the terminal; 0: nothing is drawn
+    bool drawn;
     double started, last;
     char stage[24];
 } bar;
 
 void progress_enable(bool enable)
 {
-    const char *terminal = getenv("TERM");
-    bar.enabled = enable && system_is_terminal(stderr) && terminal && strcmp(terminal, "dumb");
+    bar.columns = enable ? system_screen_columns(stderr) : 0;
 }
 
 void progress_clear(void)
@@ -29,8 +28,8 @@ void progress_clear(void)
 
 void progress_show(const char *stage, uint64_t done, uint64_t total)
 {
-    enum { WIDTH = 30 };
-    if (!bar.enabled || !total)
+    enum { WIDTH = 30, MAX_LINE = 96 };
+    if (!bar.columns || !total)
         return;
     if (bar.stage[0] && strcmp(bar.stage, stage))
         return; /* a step within the one that is shown */
@@ -48,12 +47,12 @@ void progress_show(const char *stage, uint64_t done, uint64_t total)
     bar.last = now;
     bar.drawn = true;
     double part = (double)done / (double)total;
-    int full = (int)(part * WIDTH);
-    fprintf(stderr, "\r%s [", stage);
+    char hashes[WIDTH + 1] = "", left[32] = "", line[MAX_LINE];
     for (int i = 0; i < WIDTH; i++)
-        fputc(i < full ? '#' : ' ', stderr);
-    fprintf(stderr, "] %3d %%", (int)(part * 100));
+        hashes[i] = i < (int)(part * WIDTH) ? '#' : ' ';
     if (part > 0.02)
-        fprintf(stderr, ", %.0f s left", (now - bar.started) * (1 - part) / part);
-    fputs("\033[K", stderr);
+        snprintf(left, sizeof left, ", %.0f s left", (now - bar.started) * (1 - part) / part);
+    snprintf(line, sizeof line, "%s [%s] %3d %%%s", stage, hashes, (int)(part * 100), left);
+    /* A line that is longer than the screen would not be overwritten by the next. */
+    fprintf(stderr, "\r%.*s\033[K", bar.columns - 1, line);
 }

@@ -14,6 +14,9 @@ moe_cancel cli_cancel;
 
 #include <fcntl.h>
 #include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -62,6 +65,15 @@ bool system_is_replaceable(const char *path)
 bool system_is_terminal(FILE *file)
 {
     return isatty(fileno(file)) == 1;
+}
+
+int system_screen_columns(FILE *file)
+{
+    struct winsize size;
+    const char *kind = getenv("TERM");
+    if (!system_is_terminal(file) || !kind || !strcmp(kind, "dumb"))
+        return 0;
+    return ioctl(fileno(file), TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 80;
 }
 
 double system_seconds(void)
@@ -181,6 +193,13 @@ bool system_interrupted(void)
 bool system_is_terminal(FILE *file)
 {
     return _isatty(_fileno(file)) != 0;
+}
+
+int system_screen_columns(FILE *file)
+{
+    CONSOLE_SCREEN_BUFFER_INFO info;
+    const HANDLE screen = (HANDLE)_get_osfhandle(_fileno(file));
+    return GetConsoleScreenBufferInfo(screen, &info) ? info.dwSize.X : 0;
 }
 
 double system_seconds(void)
