@@ -5,8 +5,6 @@
 
 #include "convert.h"
 
-#include <dirent.h>
-
 static char *conv_text(conv_source *s, const char *format, ...) MOE_PRINTF(2, 3);
 static char *conv_text(conv_source *s, const char *format, ...)
 {

@@ -1,5 +1,5 @@
 /* convert/meta.c - metadata in the making: GGUF keys and values in a buffer. A failure (no memory)
- * is remembered and told by meta_end. */
+ * is remembered in `failed`, which is looked at when all is written. */
 #ifndef MOE_CONVERT_META_C
 #define MOE_CONVERT_META_C
 

@@ -58,7 +58,7 @@ typedef struct moew_sink {
     moefile_slice *tables;   // [n_slices]
     moew_slice *slices;      // [n_slices]
     uint32_t *segments;      // [max_segments]
-    uint32_t n_records, n_slices, max_records, max_slices;
+    uint32_t n_records, n_slices;
     uint64_t max_segments;
     /* The cursor: */
     uint32_t next_slice;

@@ -18,7 +18,6 @@
 
 enum {
     DRAFT_MAX = 15,     // tokens computed ahead
-    DRAFT_DEFAULT = 8,
     DRAFT_MATCH_MAX = 16,
     DRAFT_CLASSES = 8
 };

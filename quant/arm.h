@@ -115,14 +115,6 @@ MOE_INLINE int32x4_t arm_sum4(int32x4_t v0, int32x4_t v1, int32x4_t v2, int32x4_
     return vpaddq_s32(vpaddq_s32(v0, v1), vpaddq_s32(v2, v3));
 }
 
-/* reduce8() of two vectors. */
-MOE_INLINE float arm_reduce8(float32x4_t low, float32x4_t high)
-{
-    const float32x4_t v = vaddq_f32(low, high);
-    const float32x2_t w = vadd_f32(vget_low_f32(v), vget_high_f32(v));
-    return vget_lane_f32(w, 0) + vget_lane_f32(w, 1);
-}
-
 /* Touches the cache lines of memory that will be needed; a hint, which no address can make fail. */
 MOE_INLINE void arm_prefetch(uintptr_t address, size_t bytes)
 {

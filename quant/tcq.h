@@ -170,9 +170,9 @@ MOE_AVX2_INLINE __m256i tcq_parity_next_avx2(tcq_parity_avx2 *const parity[3], s
 typedef __m256i tcq_dot_avx2_fn(const uint8_t *const row[8], size_t offset, size_t half,
                                 tcq_parity_avx2 *const parity[3], const x86_x32 *x);
 
-/* As x86_gemv32, whose comment holds here, with paths that run through the row. The parities take
- * turns by their pointers: a loop of three blocks, which gcc keeps in registers that it does not
- * have, stores each of them twice. */
+/* As x86_few32_rows, whose comment holds here, with paths that run through the row. The parities
+ * take turns by their pointers: a loop of three blocks, which gcc keeps in registers that it does
+ * not have, stores each of them twice. */
 MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, int16_t bias,
                                    tcq_dot_avx2_fn *dot)
 {

@@ -305,6 +305,10 @@ MOE_INLINE size_t x86_token_part(const moe_mm *mm)
     return (size_t)align_up((mm->n_tok - 1) / n_part + 1, 4);
 }
 
+/* The most tokens for which a block is unpacked once, and the most for which no tile (x86_tile.h)
+ * pays: making one of signed bytes costs more. */
+enum { X86_FEW_STEP = 4, X86_FEW = 3, X86_FEW_SIGNED = 7 };
+
 /* What is fetched while rows r .. r + 7 are multiplied by few tokens: the next, but so far ahead
  * that memory has the time to answer. Zen 5, one thread, share of a plain read with the next 8 rows
  * alone, with 6, 8 and 12 KiB: Q8_0, rows of 576: 70, 83, 90, 90 %; Q4_K, rows of 768:
@@ -314,10 +318,6 @@ MOE_INLINE size_t x86_token_part(const moe_mm *mm)
  * 576: 30.2 to 35.0 and 55.1 to 59.8; rows of 1536: 23.3 to 26.9 and 49.5 to 50.0; Q4_0, rows of
  * 4096: 23.1 to 24.0 and 36.5 to 39.6. */
 enum { X86_AHEAD_BYTES = 8 << 10, X86_AHEAD_PAGES = 32 << 10, X86_PAGE = 4096 };
-
-/* The most tokens for which a block is unpacked once, and the most for which no tile (x86_tile.h)
- * pays: making one of signed bytes costs more. */
-enum { X86_FEW_STEP = 4, X86_FEW = 3, X86_FEW_SIGNED = 7 };
 
 /* Returns where that begins. */
 MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)

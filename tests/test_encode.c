@@ -1,5 +1,5 @@
-/* The quantizers of the converter: the same bytes on every instruction set, and less error than the
- * reference quantizers leave. */
+/* tests/test_encode.c - the quantizers of the converter: the same bytes on every instruction set,
+ * and less error than the reference quantizers leave. */
 #include "test.h"
 
 #include "../convert/encode_input.h"

@@ -2,8 +2,6 @@
  * none, split files, read callbacks, limits, allocations that fail, random changes. */
 #include "gguf_make.h"
 
-#include <fcntl.h>
-
 /* ---------------------------------------------------------------------- files that change -- */
 
 static void put_large(gguf_made *b)

@@ -47,17 +47,6 @@ static inline __m512 emulated_fma512(__m512 a, __m512 b, __m512 c, float sign)
     return emulated_from_f32(z);
 }
 
-static inline __m512 emulated_mask3_fma512(__m512 a, __m512 b, __m512 c, uint16_t mask)
-{
-    LANES(float, 16, sum, c);
-    const __m512 all = emulated_fma512(a, b, c, 1);
-    LANES(float, 16, v, all);
-    for (int i = 0; i < 16; i++)
-        if (mask >> i & 1)
-            sum[i] = v[i];
-    return emulated_from_f32(sum);
-}
-
 static inline __m256 emulated_fma256(__m256 a, __m256 b, __m256 c, float sign)
 {
     LANES(float, 8, x, a);
@@ -76,7 +65,6 @@ static inline __m256 emulated_fma256(__m256 a, __m256 b, __m256 c, float sign)
 #define _mm256_fnmadd_ps(a, b, c) emulated_fma256(a, b, c, -1)
 #define _mm512_fmadd_ps(a, b, c) emulated_fma512(a, b, c, 1)
 #define _mm512_fnmadd_ps(a, b, c) emulated_fma512(a, b, c, -1)
-#define _mm512_mask3_fmadd_ps emulated_mask3_fma512
 
 /* -------------------------------------------------------------------------- conversions -- */
 
