@@ -1,10 +1,10 @@
 /* backends/cpu_latent.c - latent attention in its expanded form on the CPU: for many queries, to
  * make each head's keys and values of the latents takes fewer multiplications than long queries do.
  *
- * A task is a head and some hundred tokens. It goes through the cache segment by segment: the
- * segment's keys and values are expanded into memory of the thread, as a cache of one head and one
- * segment, over which all queries of the task attend as in cpu_attend.c. So memory does not depend
- * on the context, and no bit depends on how queries are shared out.
+ * A task is a head and up to CPU_EXPAND_TOKENS tokens. It goes through the cache segment by
+ * segment: the segment's keys and values are expanded into memory of the thread, as a cache of one
+ * head and one segment, over which all queries of the task attend as in cpu_attend.c. So memory
+ * does not depend on the context, and no bit depends on how queries are shared out.
  *
  * Must never: allocate, lock, fail. */
 #ifndef MOE_BACKENDS_CPU_LATENT_C

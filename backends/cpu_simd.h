@@ -1,11 +1,11 @@
 /* backends/cpu_simd.h - float kernels that are no matrix products: softmax, normalisation,
  * exponentials, conversions.
  *
- * Each kernel stands first in C, which specifies its result to the bit, then in AVX2 and in NEON,
- * which give the same bits. The rules of quant/quant.h hold: sums run in 8 lanes (lane l takes the
- * elements l mod 8, ascending) and are added by reduce8(); a multiplication feeds an addition only
- * through fmaf. cpu_simd_select() picks the set for a machine. Nothing here knows about threads or
- * operations. */
+ * Each kernel stands first in C, which specifies its result to the bit, then in AVX2, where longer
+ * vectors pay in AVX-512, and in NEON, which give the same bits. The rules of quant/quant.h hold:
+ * sums run in 8 lanes (lane l takes the elements l mod 8, ascending) and are added by reduce8(); a
+ * multiplication feeds an addition only through fmaf. cpu_simd_select() picks the set for a
+ * machine. Nothing here knows about threads or operations. */
 #ifndef MOE_BACKENDS_CPU_SIMD_H
 #define MOE_BACKENDS_CPU_SIMD_H
 

@@ -2,7 +2,7 @@
  *
  * The program is an ordinary user of the library: it includes moe.h and nothing else of it. One
  * file per verb (run.c, info.c, ...); args.c reads options and prints help, json.c writes JSON,
- * common.c opens models and reports errors, system.c is what POSIX has to offer.
+ * common.c opens models and reports errors, system.c asks the operating system (POSIX, Windows).
  *
  * Conventions: results go to stdout, everything else to stderr. A verb returns its exit status. */
 #ifndef MOE_CLI_CLI_H

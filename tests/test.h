@@ -14,7 +14,13 @@
  *
  * It prints one line per test, "ok NAME" or "FAIL NAME", and what failed before it; the last line
  * is "N passed, N failed". Tests find their data below test_root() and, if the extra data set is
- * there, below test_shared() (NULL if not: say so with SKIP). */
+ * there, below test_shared() (NULL if not: say so with SKIP).
+ *
+ * An argument runs only the tests whose names contain it. Environment, besides that of test_root(),
+ * test_shared() and test_slowness(): MOE_TEST_MODELS, the folder of real models (`make test` sets
+ * it); MOE_TEST_FIXTURES and MOE_TEST_CHECKPOINTS, other folders than tests/fixtures and
+ * tests/checkpoints; MOE_TEST_WRITE_BITS, where test_forward.c writes bits.txt anew;
+ * MOE_TEST_ROUNDS, how many files test_tokenizer.c damages. */
 #ifndef MOE_TESTS_TEST_H
 #define MOE_TESTS_TEST_H
 
