@@ -54,8 +54,7 @@ typedef struct dir_file {
     const uint8_t *memory; // the caller's, if that is the source
     moe_read_fn read;      // the caller's, if that is the source
     void *read_user;
-    uint8_t *head;         // the first head_bytes bytes, copied
-    uint64_t head_bytes;
+    uint8_t *head;         // the first bytes, as far as its reader asked for them, copied
     const uint8_t *map;    // the whole file
     uint8_t *copy;         // its bytes from data_start on; of a .moe, what is not used in place
     uint64_t data_start;   // where tensors begin
@@ -397,7 +396,6 @@ static moe_status dir_file_read_head(const moe_directory *dir, dir_file *file, u
     file->head = mem_alloc_uncleared(dir->mem, bytes, 1);
     if (!file->head)
         return fail_memory(error, dir->mem, "metadata", bytes);
-    file->head_bytes = bytes;
     return dir_file_read(dir, file, 0, file->head, bytes, error);
 }
 
