@@ -126,6 +126,8 @@ extern const char *const latent_names[];
 
 /* Opens the model at `path`; on failure says why and returns the exit status. */
 int common_open(moe_model **model, const char *path, const cli_common *common);
+/* With --verbose: tells what was opened, and what computes it. */
+void common_opened(const moe_model *model, const char *path, const cli_common *common);
 void common_model_options(moe_model_options *options, moe_host *host, const char *path,
                           const cli_common *common);
 /* The defaults, with the common options and the cancel flag in them. `cache` is the index of a

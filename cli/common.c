@@ -119,7 +119,8 @@ const cli_option *common_options(cli_common *common, cli_option table[COMMON_OPT
          "read the file into memory instead of mapping it", NULL},
         {0, "memory-limit", CLI_BYTES, &common->memory_limit_bytes, "SIZE",
          "fail rather than allocate more, such as 2G; mapped files\ndo not count", NULL},
-        {'v', "verbose", CLI_FLAG, &common->verbose, NULL, "tell more on stderr", NULL},
+        {'v', "verbose", CLI_FLAG, &common->verbose, NULL,
+         "tell on stderr what was opened and what computes it", NULL},
         {'q', "quiet", CLI_FLAG, &common->quiet, NULL, "no progress, no statistics", NULL},
         {0},
     };
@@ -162,6 +163,18 @@ void common_model_options(moe_model_options *options, moe_host *host, const char
     options->cancel = &cli_cancel;
 }
 
+void common_opened(const moe_model *model, const char *path, const cli_common *common)
+{
+    if (!common->verbose)
+        return;
+    cli_size size;
+    moe_model_info info = {.size = sizeof info};
+    moe_model_get_info(model, &info);
+    fprintf(stderr, "moe: %s: %s, %u layer%s, %s of weights, mostly %s, on %s\n", path,
+            info.architecture, info.n_layer, info.n_layer == 1 ? "" : "s",
+            cli_size_text(&size, info.weight_bytes), info.quantization, info.device);
+}
+
 int common_open(moe_model **model, const char *path, const cli_common *common)
 {
     moe_host host;
@@ -172,6 +185,7 @@ int common_open(moe_model **model, const char *path, const cli_common *common)
     progress_clear();
     if (status)
         return cli_fail_open(status, &error, path, common);
+    common_opened(*model, path, common);
     return EXIT_OK;
 }
 

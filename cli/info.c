@@ -53,6 +53,8 @@ static int info_open(info_file *file, const char *path, const info_options *o)
         return cli_fail_open(status, &error, path, &o->common);
     file->info.size = sizeof file->info;
     moe_model_get_info(file->model, &file->info);
+    if (!file->cannot_run)
+        common_opened(file->model, path, &o->common);
     return EXIT_OK;
 }
 

@@ -84,7 +84,8 @@ static int tokenize_main(int argc, char **argv)
         {0, "parse-special", CLI_FLAG, &o.parse_special, NULL,
          "text that spells a special token becomes that token", NULL},
         {0, "json", CLI_FLAG, &o.json, NULL, "print one JSON object", NULL},
-        {'v', "verbose", CLI_FLAG, &o.common.verbose, NULL, "tell more on stderr", NULL},
+        {'v', "verbose", CLI_FLAG, &o.common.verbose, NULL,
+         "tell on stderr how many tokens the vocabulary has", NULL},
         {0},
     };
     const cli_option *tables[] = {table, NULL};
@@ -101,6 +102,9 @@ static int tokenize_main(int argc, char **argv)
     progress_clear();
     if (opened)
         return cli_fail_open(opened, &error, path[0], &o.common);
+    if (o.common.verbose)
+        fprintf(stderr, "moe: %s: %u tokens in the vocabulary\n", path[0],
+                moe_tokenizer_size(tokenizer));
     status = tokenize(tokenizer, &o);
     moe_tokenizer_close(tokenizer);
     return status;

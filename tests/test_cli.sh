@@ -97,14 +97,33 @@ out_has "  -n, --n-tokens N             generate at most N tokens (default 256)"
 out_has "type of the key/value cache: f16, q8_0, f32 (default f16)"
 run 0 --version
 out_has "moe 0."
-for verb in run info tokenize logits eval bench; do
+for verb in run info tokenize logits eval bench experts imatrix verify; do
     run 0 $verb --help
-    out_has "usage: moe $verb MODEL"
+    out_has "usage: moe $verb "
     out_has "examples:"
     err_empty
     run 0 help $verb
-    out_has "usage: moe $verb MODEL"
+    out_has "usage: moe $verb "
 done
+end
+
+begin verbose_tells_what_computes
+for verb in run info logits; do
+    case $verb in
+    run) set -- -p abc -n 2 -q ;;
+    info) set -- --ctx 16 ;;
+    logits) set -- --tokens 1,2 ;;
+    esac
+    run 0 $verb "$model" "$@" --isa c
+    ! grep -qF "plain C" "$work/err" || wrong "moe $verb tells it without -v"
+    cp "$work/out" "$work/quiet"
+    run 0 $verb "$model" "$@" --isa c -v
+    err_has "moe: $model: "
+    err_has "on CPU (plain C)"
+    same "$work/quiet" "$work/out"
+done
+run 0 tokenize "$model" --ids -v
+err_has "tokens in the vocabulary"
 end
 
 begin wrong_usage_is_status_2
