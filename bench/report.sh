@@ -131,9 +131,10 @@ processor=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n
     echo "$begin"
     echo
     echo "${processor:-$(uname -m)}, $cores cores, $(value device), median of $repeat. The" \
-        "machine at most: reading $(limit read one) GB/s with one thread, $(limit read all) with" \
-        "all; products of bytes $(limit int8 one) and $(limit int8 all) Gop/s; float32" \
-        "$(limit f32 one) and $(limit f32 all) Gop/s."
+        "machine at most:"
+    echo "reading $(limit read one) GB/s with one thread, $(limit read all) with all; products" \
+        "of bytes $(limit int8 one) and $(limit int8 all) Gop/s;"
+    echo "float32 $(limit f32 one) and $(limit f32 all) Gop/s."
     echo
     echo "![Fractions of the hardware's limit against threads, prompt length and" \
         "width](scaling.svg)"

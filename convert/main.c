@@ -61,8 +61,8 @@ static const char help_end[] =
 "  moe-convert big.gguf small.moe -q q3_k_m --for disk\n"
 "\n"
 "The file appears under its name only when it is whole. A .moe that was not finished, even if\n"
-"the program was killed, is gone on with by the same command. Memory: some 30 MB for each\n"
-"thread.\n";
+"the program was killed, is gone on with by the same command. Memory: some 20 MB for each\n"
+"thread, whatever the size of the model.\n";
 
 enum { EXIT_FAILED = 1, EXIT_USAGE = 2, EXIT_INTERRUPTED = 130, MAX_KEEPS = 64 };
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/data/quant_vectors.bin: random blocks of every tensor type and what the public gguf
-package makes of them. TCQ4, TCQ5 and TCQ8 are dequantized here, one row, as docs/quantization.md
-says. Needs: pip install gguf numpy.
+package makes of them. TCQ4, TCQ5 and TCQ8 are dequantized here, one row, as quant/tcq.h says.
+Needs: pip install gguf numpy.
 
     file    "MQV1", u32 number of types, then for each type:
             u32 id, u32 block_len, u32 block_bytes, u32 n_blocks, the blocks, float32 for each weight
