@@ -680,7 +680,7 @@ static void put_strings(gguf_text *g, const char *name, const char *text)
 typedef struct gguf_case {
     const char *name, *model, *pre, *tokens, *merges;
     int n_scores, n_types, type_bytes, kind, charsmap;
-    const char *id_key;
+    const char *id_key, *chat_template;
     uint32_t id;
     float score;
     moe_status status; // expected
@@ -719,6 +719,12 @@ static moe_status gguf_case_open(const gguf_case *c, moe_tokenizer **tok, moe_er
     if (c->id_key) {
         put_tokenizer_key(&g, c->id_key, 4);
         corpus_put(&g.bytes, &c->id, 4);
+    }
+    if (c->chat_template) {
+        put_text(&g, "tokenizer.chat_template");
+        corpus_put(&g.bytes, &(uint32_t){8}, 4);
+        put_text(&g, c->chat_template);
+        g.n_keys++;
     }
     memcpy(g.bytes.data + 16, &g.n_keys, 8);
     corpus_put(&g.bytes, "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", 32);
@@ -829,6 +835,21 @@ static void ends_and_roles_are_found(void)
     moe_tokenizer_close(tok);
 }
 
+static void chat_templates_are_given_as_they_are(void)
+{
+    static const char text[] = "{% for m in messages %}\n{{ m['content'] }}\u00E9{% endfor %}\n";
+    const gguf_case with = {.chat_template = text}, without = {0};
+    moe_tokenizer *tok;
+    moe_error error = {0};
+    REQUIRE(!gguf_case_open(&with, &tok, &error), "%s", error.message);
+    const char *got = moe_tokenizer_chat_template(tok);
+    CHECK(got && !strcmp(got, text), "\"%s\"", got ? got : "NULL");
+    moe_tokenizer_close(tok);
+    REQUIRE(!gguf_case_open(&without, &tok, &error), "%s", error.message);
+    CHECK(!moe_tokenizer_chat_template(tok) && !moe_tokenizer_chat_template(NULL), "from nothing");
+    moe_tokenizer_close(tok);
+}
+
 TEST_PROGRAM(tokenizer)
 {
     RUN(small_tokenizers_give_the_oracles_ids);
@@ -839,6 +860,7 @@ TEST_PROGRAM(tokenizer)
     RUN(a_small_buffer_is_reported_with_the_size);
     RUN(decoding_streams_whole_characters);
     RUN(ends_and_roles_are_found);
+    RUN(chat_templates_are_given_as_they_are);
     RUN(long_runs_take_linear_time);
     RUN(patterns_match_as_oniguruma);
     RUN(malformed_json_is_refused);
