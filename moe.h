@@ -87,7 +87,7 @@ MOE_API const char *moe_version(void);
 
 /* ------------------------------------------------------------------------------------ host -- */
 
-/* A flag that stops work. Zero-initialise it; it must outlive the objects it was given to. Setting
+/* A flag that stops work. Zero-initialize it; it must outlive the objects it was given to. Setting
  * it, from any thread or from a signal handler, ends a running open or eval within 100 ms with
  * MOE_ERR_CANCELLED. It stays set until it is cleared. */
 typedef struct moe_cancel {
@@ -491,7 +491,7 @@ MOE_API moe_status moe_tokenizer_encode(const moe_tokenizer *tokenizer, const ch
                                         size_t text_bytes, uint32_t flags, moe_token *tokens,
                                         size_t capacity, size_t *n_tokens, moe_error *error);
 
-/* The state of one stream of tokens; initialise it with zeros. */
+/* The state of one stream of tokens; initialize it with zeros. */
 typedef struct moe_decoder {
     uint8_t pending[16]; /* bytes of an unfinished UTF-8 sequence */
     uint8_t n_pending;

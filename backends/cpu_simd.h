@@ -1,4 +1,4 @@
-/* backends/cpu_simd.h - float kernels that are no matrix products: softmax, normalisation,
+/* backends/cpu_simd.h - float kernels that are no matrix products: softmax, normalization,
  * exponentials, conversions.
  *
  * Each kernel stands first in C, which specifies its result to the bit, then in AVX2, where longer

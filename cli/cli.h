@@ -152,7 +152,7 @@ char *cli_read_all(const char *path, size_t *bytes);
 moe_token *cli_encode(const moe_tokenizer *tokenizer, const char *text, size_t text_bytes,
                       uint32_t flags, size_t *n_tokens);
 
-/* Text from tokens: a buffer that grows as odd tokenizers need it. Zero-initialise; free data. */
+/* Text from tokens: a buffer that grows as odd tokenizers need it. Zero-initialize; free data. */
 typedef struct cli_text {
     char *data;
     size_t room;

@@ -1,4 +1,4 @@
-/* cli/experts.c - traces of experts: `--trace-experts` writes them, `moe experts` summarises one.
+/* cli/experts.c - traces of experts: `--trace-experts` writes them, `moe experts` summarizes one.
  *
  * The file, little-endian, without padding:
  *     char     magic[8]            "moetrace"
@@ -512,7 +512,7 @@ static int experts_main(int argc, char **argv)
 }
 
 const cli_verb verb_experts = {
-    "experts", "FILE", "summarises which experts were used",
+    "experts", "FILE", "summarizes which experts were used",
     "FILE is written by --trace-experts of `moe run`, `moe eval` or `moe logits`; \"-\" is\n"
     "standard input. For each layer:\n"
     "  entropy    of the choice of an expert, in bits, and as a part of the most that is possible\n"

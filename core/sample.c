@@ -42,7 +42,7 @@ struct moe_sampler {
     uint32_t *count;      // [n_vocab], how often each token is in the ring
     uint32_t n_history, history_next;
 
-    float *logits;        // [n_vocab], biased and penalised
+    float *logits;        // [n_vocab], biased and penalized
     moe_candidate *candidates; // [n_vocab], by rising id; n_candidates are used
     uint32_t n_candidates;
     uint64_t bins[SAMPLE_BINS];
@@ -240,21 +240,21 @@ static float sample_clamp(float x)
 
 /* The penalties of Keskar et al. 2019, arXiv:1909.05858 (repetition), and of the common completion
  * APIs (frequency, presence). Each is one IEEE operation: no compiler can fuse two of them. */
-static float sample_penalised(const moe_sampler_options *o, float x, uint32_t count)
+static float sample_penalized(const moe_sampler_options *o, float x, uint32_t count)
 {
     x = sample_clamp(x > 0 ? x / o->repetition_penalty : x * o->repetition_penalty);
     x = sample_clamp(fmaf(-o->frequency_penalty, (float)count, x));
     return sample_clamp(x - o->presence_penalty);
 }
 
-static void sample_penalise(moe_sampler *s)
+static void sample_penalize(moe_sampler *s)
 {
     for (uint32_t i = 0; i < s->n_history; i++) {
         moe_token t = s->history[i];
         if (s->count[t] & SAMPLE_SEEN)
             continue;
         if (s->logits[t] > -INFINITY)
-            s->logits[t] = sample_penalised(&s->options, s->logits[t], s->count[t]);
+            s->logits[t] = sample_penalized(&s->options, s->logits[t], s->count[t]);
         s->count[t] |= SAMPLE_SEEN;
     }
     for (uint32_t i = 0; i < s->n_history; i++)
@@ -274,7 +274,7 @@ static moe_token sample_adjust(moe_sampler *s, const float *logits)
         float *x = &adjusted[s->bias[i].token], bias = s->bias[i].bias;
         *x = *x > -INFINITY && bias > -INFINITY ? sample_clamp(*x + bias) : -INFINITY;
     }
-    sample_penalise(s);
+    sample_penalize(s);
     for (uint32_t i = 0; i < n_vocab; i++) {
         any_finite |= adjusted[i] > -INFINITY && logits[i] <= SAMPLE_HUGE;
         if (adjusted[i] > best) {
@@ -357,15 +357,15 @@ static moe_token sample_draw(moe_sampler *s, uint64_t sum)
 static bool sample_make_room(moe_sampler *s, moe_mem *mem)
 {
     const moe_sampler_options *o = &s->options;
-    const bool penalise = o->penalty_window &&
+    const bool penalize = o->penalty_window &&
                           (o->repetition_penalty != 1 || o->frequency_penalty != 0 ||
                            o->presence_penalty != 0);
     s->bias = mem_alloc(mem, o->n_logit_bias, sizeof *s->bias);
     s->logits = mem_alloc(mem, s->n_vocab, sizeof *s->logits);
     s->candidates = mem_alloc(mem, s->n_vocab, sizeof *s->candidates);
-    s->history = penalise ? mem_alloc(mem, o->penalty_window, sizeof *s->history) : NULL;
-    s->count = penalise ? mem_alloc(mem, s->n_vocab, sizeof *s->count) : NULL;
-    return s->bias && s->logits && s->candidates && (!penalise || (s->history && s->count));
+    s->history = penalize ? mem_alloc(mem, o->penalty_window, sizeof *s->history) : NULL;
+    s->count = penalize ? mem_alloc(mem, s->n_vocab, sizeof *s->count) : NULL;
+    return s->bias && s->logits && s->candidates && (!penalize || (s->history && s->count));
 }
 
 MOE_API moe_status moe_sampler_new(moe_sampler **out, uint32_t n_vocab,

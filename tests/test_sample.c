@@ -26,7 +26,7 @@ static int ref_compare(const void *a, const void *b)
     return x->id < y->id ? -1 : x->id > y->id;
 }
 
-static float ref_penalise(const moe_sampler_options *o, float logit, uint32_t count)
+static float ref_penalize(const moe_sampler_options *o, float logit, uint32_t count)
 {
     float x = (float)(logit > 0 ? (double)logit / o->repetition_penalty
                                 : (double)logit * o->repetition_penalty);
@@ -61,7 +61,7 @@ static void ref_narrow(ref_result *r, const moe_sampler_options *o, const float 
         for (uint32_t i = first; i < n_history; i++)
             count += history[i] == (moe_token)id;
         if (count)
-            x = ref_penalise(o, x, count);
+            x = ref_penalize(o, x, count);
         if (isfinite(x))
             r->item[n++] = (ref_item){(moe_token)id, x, 0};
     }
@@ -432,7 +432,7 @@ static void history_is_a_window(void)
     o.penalty_window = 3;
     moe_sampler *s = sampler_for(4, &o);
     moe_token token = -1;
-    for (uint32_t i = 0; i < 12; i++) { // three are penalised, so the fourth wins, in turn
+    for (uint32_t i = 0; i < 12; i++) { // three are penalized, so the fourth wins, in turn
         moe_sampler_pick(s, logits, &token);
         CHECK(token == (moe_token)(i % 4), "step %u: %d", i, token);
     }
