@@ -337,7 +337,8 @@ typedef struct moe_session_options {
     uint32_t n_ctx;      /* tokens the cache holds. 0: the model's training length, at most 4096 */
     uint32_t n_batch;    /* tokens computed at once in prefill, 1..4096. Default 512. A cost in
                             memory and a gain in speed; never a change in the results */
-    uint32_t n_logits;   /* rows of logits computed at once when many are asked for. Default 1 */
+    uint32_t n_logits;   /* rows of logits computed at once when many are asked for, 1..4096.
+                            Default 1 */
     uint32_t n_threads;  /* 0: one per physical core. More than 256 is an error */
     moe_cache_type cache_type;
     const moe_cancel *cancel; /* kept; NULL: cannot be cancelled */
