@@ -111,7 +111,7 @@ begin verbose_tells_what_computes
 for verb in run info logits; do
     case $verb in
     run) set -- -p abc -n 2 -q ;;
-    info) set -- --ctx 16 ;;
+    info) set -- --ctx 16 --memory-limit 64M ;; # else it depends on the free memory
     logits) set -- --tokens 1,2 ;;
     esac
     run 0 $verb "$model" "$@" --isa c
