@@ -143,10 +143,10 @@ static void cpu_scale_queries(const moe_queue *q, const cpu_queries *a, uint32_t
                                 a->group * dim);
 }
 
-static void cpu_softcap_scores(const cpu_queries *a, float *score, size_t n)
+static void cpu_softcap_scores(const moe_queue *q, const cpu_queries *a, float *score, size_t n)
 {
-    for (size_t j = 0; a->o->cap > 0 && j < n; j++)
-        score[j] = a->o->cap * cpu_tanh(score[j] / a->o->cap);
+    if (a->o->cap > 0)
+        q->device->simd->softcap(score, a->o->cap, n);
 }
 
 /* A segment for all queries of a task: partial[i] = (sum of exp(s - max) v, max,
@@ -199,7 +199,7 @@ static void cpu_row_weights(const moe_queue *q, const cpu_queries *a, uint32_t q
     if (lo == hi)
         return;
     score += lo - start;
-    cpu_softcap_scores(a, score, hi - lo);
+    cpu_softcap_scores(q, a, score, hi - lo);
     partial[dim] = q->device->simd->max(score, hi - lo);
     partial[dim + 1] = q->device->simd->exp_sum(score, hi - lo, partial[dim]);
 }
@@ -339,7 +339,7 @@ static void cpu_panel_weights(const moe_queue *q, const cpu_queries *a, const cp
         first[i] = i < p->n ? lo - p->lo : 0;
         end[i] = i < p->n ? hi - p->lo : n_row;
     }
-    cpu_softcap_scores(a, scores, (size_t)n_row * CPU_PANEL);
+    cpu_softcap_scores(q, a, scores, (size_t)n_row * CPU_PANEL);
     q->device->simd->exp_columns(&(cpu_columns){scores, CPU_PANEL, n_row, p->n_col, first, end, max,
                                                 sum});
     for (uint32_t i = 0; i < p->n; i++) {

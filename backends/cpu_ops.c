@@ -388,12 +388,7 @@ static void cpu_glu(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thre
     else if (o->kind == MOE_GLU_SIGMOID)
         q->device->simd->sigmoid(dst, gate, up, n);
     else
-        for (size_t i = 0; i < n; i++) {
-            const float g = gate[i] > o->limit ? o->limit : gate[i];
-            float u = up[i] > o->limit ? o->limit : up[i];
-            u = u < -o->limit ? -o->limit : u;
-            dst[i] = g * cpu_sigmoid(o->alpha * g) * (u + 1.0f);
-        }
+        q->device->simd->silu_clamped(dst, gate, up, o->alpha, o->limit, n);
 }
 
 static void cpu_add(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
@@ -412,26 +407,23 @@ static void cpu_add(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thre
 
 static void cpu_softcap(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
-    (void)q, (void)thread;
+    (void)thread;
     const moe_softcap_op *o = &op->u.softcap;
     const uint64_t first = (uint64_t)task * CPU_ELEMENTS;
-    float *x = cpu_floats(o->x) + first;
-    for (uint64_t i = 0; i < MOE_MIN(CPU_ELEMENTS, o->n - first); i++)
-        x[i] = o->cap * cpu_tanh(x[i] / o->cap);
+    q->device->simd->softcap(cpu_floats(o->x) + first, o->cap, MOE_MIN(CPU_ELEMENTS, o->n - first));
 }
 
 /* ----------------------------------------------------------------------------- experts -- */
 
-/* x = exp(x - max) / sum, over n elements, ascending. */
-static void cpu_softmax(float *x, uint32_t n)
+/* x = exp(x - max) / sum, over n elements, summed in ascending order. */
+static void cpu_softmax(const cpu_simd *simd, float *x, uint32_t n)
 {
     float max = x[0], sum = 0;
     for (uint32_t i = 1; i < n; i++)
         max = x[i] > max ? x[i] : max;
-    for (uint32_t i = 0; i < n; i++) {
-        x[i] = cpu_exp(x[i] - max);
+    (void)simd->exp_sum(x, n, max); /* its sum has another order */
+    for (uint32_t i = 0; i < n; i++)
         sum += x[i];
-    }
     for (uint32_t i = 0; i < n; i++)
         x[i] /= sum;
 }
@@ -484,13 +476,13 @@ static void cpu_limit_groups(const moe_router *r, float *choice)
     }
 }
 
-static void cpu_route_token(const moe_router *r, const float *logits, const float *bias,
-                            const float *factor, float *score, float *choice, int32_t *ids,
-                            float *weights)
+static void cpu_route_token(const cpu_simd *simd, const moe_router *r, const float *logits,
+                            const float *bias, const float *factor, float *score, float *choice,
+                            int32_t *ids, float *weights)
 {
     memcpy(score, logits, r->n_expert * sizeof *score);
     if (r->score == MOE_SCORE_SOFTMAX)
-        cpu_softmax(score, r->n_expert);
+        cpu_softmax(simd, score, r->n_expert);
     else if (r->score == MOE_SCORE_SIGMOID)
         for (uint32_t i = 0; i < r->n_expert; i++)
             score[i] = cpu_sigmoid(score[i]);
@@ -502,7 +494,7 @@ static void cpu_route_token(const moe_router *r, const float *logits, const floa
     for (uint32_t s = 0; s < r->n_used; s++)
         weights[s] = score[ids[s]];
     if (r->score == MOE_SCORE_SOFTMAX_TOPK)
-        cpu_softmax(weights, r->n_used);
+        cpu_softmax(simd, weights, r->n_used);
     float sum = 0;
     for (uint32_t s = 0; s < r->n_used; s++)
         sum += weights[s];
@@ -520,7 +512,7 @@ static void cpu_route(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t threa
     const moe_route_op *o = &op->u.route;
     const moe_router *r = &o->router;
     float *score = q->scratch[thread].tile;
-    cpu_route_token(r, cpu_floats(o->logits) + (size_t)t * r->n_expert,
+    cpu_route_token(q->device->simd, r, cpu_floats(o->logits) + (size_t)t * r->n_expert,
                     o->bias.buffer ? cpu_floats(o->bias) : NULL,
                     o->factor.buffer ? cpu_floats(o->factor) : NULL, score, score + r->n_expert,
                     (int32_t *)(void *)(cpu_floats(o->ids) + (size_t)t * r->n_used),

@@ -40,6 +40,11 @@ typedef struct cpu_simd {
     void (*sigmoid)(float *dst, const float *gate, const float *up, size_t n);
     /* dst = gelu_tanh(gate) * up */
     void (*gelu)(float *dst, const float *gate, const float *up, size_t n);
+    /* dst = gate sigmoid(alpha gate) * (up + 1), gate at most limit, up within -limit and limit */
+    void (*silu_clamped)(float *dst, const float *gate, const float *up, float alpha, float limit,
+                         size_t n);
+    /* x = cap tanh(x / cap) */
+    void (*softcap)(float *x, float cap, size_t n);
     /* dst = a + scale * b */
     void (*add)(float *dst, const float *a, const float *b, float scale, size_t n);
     /* Turns n pairs (x[i * step], x[i * step + mate]) by the angles of table: cosine, sine, ... */
@@ -190,6 +195,23 @@ static void gelu_c(float *dst, const float *gate, const float *up, size_t n)
         dst[i] = cpu_gelu(gate[i]) * up[i];
 }
 
+static void silu_clamped_c(float *dst, const float *gate, const float *up, float alpha, float limit,
+                           size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const float g = gate[i] > limit ? limit : gate[i];
+        float u = up[i] > limit ? limit : up[i];
+        u = u < -limit ? -limit : u;
+        dst[i] = g * cpu_sigmoid(alpha * g) * (u + 1.0f);
+    }
+}
+
+static void softcap_c(float *x, float cap, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = cap * cpu_tanh(x[i] / cap);
+}
+
 static void add_c(float *dst, const float *a, const float *b, float scale, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -247,6 +269,8 @@ static const cpu_simd cpu_simd_c = {
     .silu = silu_c,
     .sigmoid = sigmoid_c,
     .gelu = gelu_c,
+    .silu_clamped = silu_clamped_c,
+    .softcap = softcap_c,
     .add = add_c,
     .rope = rope_c,
     .f32_of_f16 = f32_of_f16_c,
@@ -493,6 +517,34 @@ AVX2 static void gelu_avx2(float *dst, const float *gate, const float *up, size_
     gelu_c(dst + i, gate + i, up + i, n - i);
 }
 
+/* Of a NaN and a limit, min and max return their second operand: NaN. */
+AVX2 static void silu_clamped_avx2(float *dst, const float *gate, const float *up, float alpha,
+                                   float limit, size_t n)
+{
+    const __m256 high = _mm256_set1_ps(limit), low = _mm256_set1_ps(-limit);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 g = _mm256_min_ps(high, _mm256_loadu_ps(gate + i));
+        __m256 u = _mm256_max_ps(low, _mm256_min_ps(high, _mm256_loadu_ps(up + i)));
+        __m256 s = _mm256_mul_ps(g, sigmoid_avx2(_mm256_mul_ps(_mm256_set1_ps(alpha), g)));
+        _mm256_storeu_ps(dst + i, _mm256_mul_ps(s, _mm256_add_ps(u, _mm256_set1_ps(1.0f))));
+    }
+    silu_clamped_c(dst + i, gate + i, up + i, alpha, limit, n - i);
+}
+
+AVX2 static void softcap_avx2(float *x, float cap, size_t n)
+{
+    const __m256 c = _mm256_set1_ps(cap), two = _mm256_set1_ps(2.0f);
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 v = _mm256_div_ps(_mm256_loadu_ps(x + i), c);
+        __m256 tanh = _mm256_fmadd_ps(two, sigmoid_avx2(_mm256_mul_ps(two, v)),
+                                      _mm256_set1_ps(-1.0f));
+        _mm256_storeu_ps(x + i, _mm256_mul_ps(c, tanh));
+    }
+    softcap_c(x + i, cap, n - i);
+}
+
 AVX2 static void add_avx2(float *dst, const float *a, const float *b, float scale, size_t n)
 {
     const __m256 s = _mm256_set1_ps(scale);
@@ -549,6 +601,8 @@ static const cpu_simd cpu_simd_avx2 = {
     .silu = silu_avx2,
     .sigmoid = sigmoid_rows_avx2,
     .gelu = gelu_avx2,
+    .silu_clamped = silu_clamped_avx2,
+    .softcap = softcap_avx2,
     .add = add_avx2,
     .rope = rope_avx2,
     .f32_of_f16 = f32_of_f16_avx2,
@@ -753,6 +807,8 @@ static const cpu_simd cpu_simd_avx512 = {
     .silu = silu_avx512,
     .sigmoid = sigmoid_rows_avx2,
     .gelu = gelu_avx2,
+    .silu_clamped = silu_clamped_avx2,
+    .softcap = softcap_avx2,
     .add = add_avx2,
     .rope = rope_avx2,
     .f32_of_f16 = f32_of_f16_avx512,
@@ -955,6 +1011,32 @@ static void gelu_neon(float *dst, const float *gate, const float *up, size_t n)
     gelu_c(dst + i, gate + i, up + i, n - i);
 }
 
+static void silu_clamped_neon(float *dst, const float *gate, const float *up, float alpha,
+                              float limit, size_t n)
+{
+    const float32x4_t high = vdupq_n_f32(limit), low = vdupq_n_f32(-limit);
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t g = vminq_f32(vld1q_f32(gate + i), high);
+        float32x4_t u = vmaxq_f32(vminq_f32(vld1q_f32(up + i), high), low);
+        float32x4_t s = vmulq_f32(g, sigmoid_neon(vmulq_n_f32(g, alpha)));
+        vst1q_f32(dst + i, vmulq_f32(s, vaddq_f32(u, vdupq_n_f32(1.0f))));
+    }
+    silu_clamped_c(dst + i, gate + i, up + i, alpha, limit, n - i);
+}
+
+static void softcap_neon(float *x, float cap, size_t n)
+{
+    const float32x4_t c = vdupq_n_f32(cap);
+    size_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float32x4_t v = vdivq_f32(vld1q_f32(x + i), c);
+        float32x4_t s = sigmoid_neon(vmulq_n_f32(v, 2.0f));
+        vst1q_f32(x + i, vmulq_f32(c, vfmaq_n_f32(vdupq_n_f32(-1.0f), s, 2.0f)));
+    }
+    softcap_c(x + i, cap, n - i);
+}
+
 static void add_neon(float *dst, const float *a, const float *b, float scale, size_t n)
 {
     size_t i = 0;
@@ -1000,6 +1082,8 @@ static const cpu_simd cpu_simd_neon = {
     .silu = silu_neon,
     .sigmoid = sigmoid_rows_neon,
     .gelu = gelu_neon,
+    .silu_clamped = silu_clamped_neon,
+    .softcap = softcap_neon,
     .add = add_neon,
     .rope = rope_c,
     .f32_of_f16 = f32_of_f16_neon,

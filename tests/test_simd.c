@@ -99,6 +99,9 @@ static void elementwise_equals_c(void)
                 CHECK_SAME("silu", c->silu(out, v.a, v.b, n), m->silu(out, v.a, v.b, n));
                 CHECK_SAME("sigmoid", c->sigmoid(out, v.a, v.b, n), m->sigmoid(out, v.a, v.b, n));
                 CHECK_SAME("gelu", c->gelu(out, v.a, v.b, n), m->gelu(out, v.a, v.b, n));
+                CHECK_SAME("silu_clamped", c->silu_clamped(out, v.a, v.b, 1.702f, 0.5f, n),
+                           m->silu_clamped(out, v.a, v.b, 1.702f, 0.5f, n));
+                CHECK_SAME("softcap", c->softcap(out, 0.7f, n), m->softcap(out, 0.7f, n));
                 CHECK_SAME("add", c->add(out, v.a, v.b, -1.7f, n), m->add(out, v.a, v.b, -1.7f, n));
                 CHECK_SAME("rope", c->rope(out, v.a, n / 2, 1, n / 2),
                            m->rope(out, v.a, n / 2, 1, n / 2));
