@@ -116,6 +116,7 @@ void system_remove_file(const char *path)
 #define PSAPI_VERSION 2 /* GetProcessMemoryInfo without a library of its own */
 #include <windows.h>
 
+#include <errno.h>
 #include <fcntl.h>
 #include <io.h>
 #include <psapi.h>
@@ -123,13 +124,41 @@ void system_remove_file(const char *path)
 
 static LONG volatile interrupts;
 
-/* Of UTF-8; NULL if it is none or there is no memory. The caller frees it. */
+/* The reason of the last failure, for the caller's message. */
+static void set_errno(void)
+{
+    static const struct {
+        DWORD code;
+        int number;
+    } reasons[] = {
+        {ERROR_FILE_NOT_FOUND, ENOENT},    {ERROR_PATH_NOT_FOUND, ENOENT},
+        {ERROR_INVALID_NAME, ENOENT},      {ERROR_NO_UNICODE_TRANSLATION, EILSEQ},
+        {ERROR_ACCESS_DENIED, EACCES},     {ERROR_SHARING_VIOLATION, EACCES},
+        {ERROR_LOCK_VIOLATION, EACCES},    {ERROR_WRITE_PROTECT, EROFS},
+        {ERROR_ALREADY_EXISTS, EEXIST},    {ERROR_NOT_SAME_DEVICE, EXDEV},
+        {ERROR_FILENAME_EXCED_RANGE, ENAMETOOLONG}, {ERROR_NOT_ENOUGH_MEMORY, ENOMEM},
+        {ERROR_DISK_FULL, ENOSPC},         {ERROR_HANDLE_DISK_FULL, ENOSPC},
+    };
+    const DWORD code = GetLastError();
+    errno = EIO;
+    for (size_t i = 0; i < sizeof reasons / sizeof *reasons; i++)
+        if (reasons[i].code == code)
+            errno = reasons[i].number;
+}
+
+/* Of UTF-8; NULL, and errno set, if it is none or there is no memory. The caller frees it. */
 static wchar_t *wide_of(const char *text)
 {
     const int n = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, text, -1, NULL, 0);
-    wchar_t *wide = n > 0 ? malloc((size_t)n * sizeof *wide) : NULL;
+    if (n <= 0) {
+        set_errno();
+        return NULL;
+    }
+    wchar_t *wide = malloc((size_t)n * sizeof *wide);
     if (wide)
         MultiByteToWideChar(CP_UTF8, 0, text, -1, wide, n);
+    else
+        errno = ENOMEM;
     return wide;
 }
 
@@ -240,6 +269,8 @@ bool system_replace_file(const char *from, const char *to)
     wchar_t *wide_from = wide_of(from), *wide_to = wide_of(to);
     const bool good = wide_from && wide_to &&
                       MoveFileExW(wide_from, wide_to, MOVEFILE_REPLACE_EXISTING);
+    if (wide_from && wide_to && !good)
+        set_errno();
     free(wide_from);
     free(wide_to);
     return good;
