@@ -226,44 +226,78 @@ static void what_fits_is_exact(void)
     }
 }
 
-/* The bytes for one set of weights, on every machine. To change them, print them anew. */
+static uint64_t bytes_hash(const uint8_t *bytes, size_t n)
+{
+    uint64_t hash = 14695981039346656037u;
+    for (size_t k = 0; k < n; k++)
+        hash = (hash ^ bytes[k]) * 1099511628211u;
+    return hash;
+}
+
+/* Weights and importance that are the same on every machine: products only. One row in three is
+ * tiny, one has outliers. */
+static void encode_fill_exact(float *x, float *w, size_t n_row, size_t n_in)
+{
+    test_random_state = 20260101;
+    for (size_t i = 0; i < n_row * n_in; i++) {
+        const float u = test_random_float(), v = test_random_float();
+        x[i] = i / n_in % 3 == 2 ? u * v * 1e-3f : i / n_in % 3 == 1 ? u * u * u * u * u : u * v;
+    }
+    for (size_t i = 0; i < n_in; i++)
+        w[i] = test_random() % 16 ? (float)(1 + test_random() % 1000) : 0;
+}
+
+/* Bytes of all quantizers for one set of weights: of the encoders without and with importance, and
+ * of the reference quantizer. A change of any of them is to be seen, and meant: what a search finds
+ * that looks at less, or at the wrong places, is only a little worse. To change them, print them
+ * anew. */
 static void bytes_are_the_recorded_ones(void)
 {
-    static const struct { const char *name; uint64_t plain, weighted; } recorded[] = {
-        {"Q4_0", 0x51053463ebd8ae7f, 0x5b7d5f56796e9559},
-        {"Q4_1", 0x94c84065564ce4f8, 0x15872ba84d13e7cc},
-        {"Q5_0", 0x8b643e9242cc4d92, 0x16a93cbc71c03422},
-        {"Q5_1", 0x8b8df32df5879510, 0x2366fe77ac638091},
-        {"Q8_0", 0x5e509d518f57779b, 0x1ed74f53cd4a6cd6},
-        {"Q2_K", 0xc99b29b2f59d3a03, 0x965844aa2d4b1a63},
-        {"Q3_K", 0x76225301fa68b36b, 0x3cbb40cf0ea96814},
-        {"Q4_K", 0xebbaf69173f12800, 0x1c0837195e839c96},
-        {"Q5_K", 0xa8af2fa42f53d367, 0xddec18711e7871d2},
-        {"Q6_K", 0x3d66a84b7dbb0f80, 0x38736a01d33f544e},
-        {"IQ4_NL", 0x7dcec7135705e99a, 0xf4def45610a0b496},
-        {"IQ4_XS", 0xccdbb3032e9d9e35, 0x378abdfb4b93add1},
-        {"MXFP4", 0x288e3f7e62d84339, 0xad7e0fb6dfa9137d},
+    static const struct { const char *name; uint64_t hash[3]; } recorded[] = {
+        {"Q4_0", {0x889498ec2adecf7d, 0x611c073648f6623e, 0xb04103e93e9a550a}},
+        {"Q4_1", {0x826c70faaf86f75b, 0x7ea811022f78892c, 0x1587271c43632d13}},
+        {"Q5_0", {0xe020c9a4adbbce97, 0x95e34591afac2642, 0xd289a71727d9e174}},
+        {"Q5_1", {0x665c23e74b1171a2, 0x52af1a17d605e88c, 0x96ae078c5ba39260}},
+        {"Q8_0", {0xaafd6ecea634ac95, 0x1f4fee30a2a73a66, 0xdb8235a0803df2aa}},
+        {"Q2_K", {0x060611a8041df4d7, 0x9eae1bf9f8dfeabf, 0x8cb44d4766a0b9ed}},
+        {"Q3_K", {0x5bbffc09893fc6e1, 0x13bed6a415b41965, 0xdf80d26c506f6030}},
+        {"Q4_K", {0x3754a6513b37a16d, 0x3edf18eb55f3f18b, 0x8dff00808a6ce556}},
+        {"Q5_K", {0xe0f21e263cdc8457, 0xab80147315bc92be, 0x1ba891d22d0b1e51}},
+        {"Q6_K", {0xc07ce08ffc418907, 0x7833ec96cfa63342, 0x46cf2d3edaa67cdc}},
+        {"IQ4_NL", {0x4923b2dcc0168707, 0x971bfcc9a5079980, 0xe7cea4c819510a71}},
+        {"IQ4_XS", {0x8358b9394d43b945, 0xd8ec289bff132a09, 0x5b5d99fe418d415b}},
+        {"MXFP4", {0x86c45383221fb4b8, 0x387eb0493a0d4b89, 0x1bd929230ba865a8}},
+        {"TCQ4", {0xc0c68b382e347548, 0xc0c68b382e347548, 0xc0c68b382e347548}},
+        {"TCQ5", {0x865457dcd993d706, 0x865457dcd993d706, 0x865457dcd993d706}},
+        {"TCQ8", {0x5e4f43ba6b350c31, 0x5e4f43ba6b350c31, 0x5e4f43ba6b350c31}},
     };
     static float x[ENCODE_N], w[ENCODE_IN];
-    test_random_state = 20260101;
-    for (size_t i = 0; i < ENCODE_N; i++)
-        x[i] = test_random_float() * test_random_float() * (i / ENCODE_IN == 3 ? 1e-3f : 1);
-    for (size_t i = 0; i < ENCODE_IN; i++)
-        w[i] = test_random() % 16 ? (float)(1 + test_random() % 1000) : 0;
-    for (size_t i = 0; i < MOE_COUNT(recorded); i++) {
-        const moe_quant *quant = quant_by_name(recorded[i].name);
-        uint64_t hash[2] = {14695981039346656037u, 14695981039346656037u};
-        uint8_t *blocks = malloc(blocks_bytes(quant, ENCODE_N));
+    encode_fill_exact(x, w, ENCODE_ROW, ENCODE_IN);
+    size_t n_recorded = 0;
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        const moe_quant *quant = quant_table[i];
+        const size_t bytes = blocks_bytes(quant, ENCODE_N), row = blocks_bytes(quant, ENCODE_IN);
+        if (quant->block_len == 1)
+            continue;
+        uint64_t hash[3];
+        uint8_t *blocks = malloc(bytes);
         for (int weighted = 0; weighted < 2; weighted++) {
             encoder_for(quant)(x, weighted ? w : NULL, blocks, ENCODE_ROW, ENCODE_IN);
-            for (size_t k = 0; k < blocks_bytes(quant, ENCODE_N); k++)
-                hash[weighted] = (hash[weighted] ^ blocks[k]) * 1099511628211u;
+            hash[weighted] = bytes_hash(blocks, bytes);
         }
-        CHECK(hash[0] == recorded[i].plain && hash[1] == recorded[i].weighted,
-              "{\"%s\", 0x%016llx, 0x%016llx},", quant->name, (unsigned long long)hash[0],
-              (unsigned long long)hash[1]);
+        for (size_t r = 0; r < ENCODE_ROW; r++)
+            quant->quantize(x + r * ENCODE_IN, blocks + r * row, ENCODE_IN);
+        hash[2] = bytes_hash(blocks, bytes);
+        const bool same = n_recorded < MOE_COUNT(recorded) &&
+                          !strcmp(recorded[n_recorded].name, quant->name) &&
+                          !memcmp(recorded[n_recorded].hash, hash, sizeof hash);
+        CHECK(same, "{\"%s\", {0x%016llx, 0x%016llx, 0x%016llx}},", quant->name,
+              (unsigned long long)hash[0], (unsigned long long)hash[1],
+              (unsigned long long)hash[2]);
+        n_recorded++;
         free(blocks);
     }
+    CHECK(n_recorded == MOE_COUNT(recorded), "%zu types", n_recorded);
 }
 
 /* All numbers of 16 bits, NaN's payload too. */
@@ -416,6 +450,40 @@ static void trellis_takes_odd_weights(void)
     free(room);
 }
 
+/* The same for the trellis-coded types: without and with importance, and at a rate of their own.
+ * Rows are longer than what is searched at once. */
+static void trellis_bytes_are_the_recorded_ones(void)
+{
+    enum { N_ROW = 3, N_IN = TCQ_STEPS * TCQ_PATHS + TCQ_LEN };
+    static const struct { const char *name; double rate; uint64_t hash[3]; } recorded[] = {
+        {"TCQ4", 2.2, {0xb1bef37509d6328e, 0x9d5eee50eebbf45c, 0x143db8fba97d48cb}},
+        {"TCQ5", 3.7, {0xa18bda35523e242e, 0x12c221f4dd137bf3, 0x70a313c71af223f2}},
+        {"TCQ8", 5.1, {0x60a3b08de12ff6af, 0x584f0bf674e83cef, 0x907c6e0092942b84}},
+    };
+    static float x[N_ROW * N_IN], w[N_IN];
+    void *room = malloc(tcq_room_bytes(N_IN));
+    encode_fill_exact(x, w, N_ROW, N_IN);
+    for (size_t f = 0; f < MOE_COUNT(recorded); f++) {
+        const moe_quant *type = quant_by_name(recorded[f].name);
+        const size_t bytes = blocks_bytes(type, N_ROW * N_IN);
+        uint64_t hash[3];
+        uint8_t *blocks = malloc(bytes);
+        for (int kind = 0; kind < 3; kind++) {
+            tcq_plan chosen;
+            tcq_plan_make(&chosen, type, kind == 2 ? recorded[f].rate : 0, x, kind == 1 ? w : NULL,
+                          N_ROW, N_IN, room);
+            tcq_encode(&chosen, x, blocks, N_ROW, N_IN, room);
+            hash[kind] = bytes_hash(blocks, bytes);
+        }
+        CHECK(!memcmp(recorded[f].hash, hash, sizeof hash),
+              "{\"%s\", %g, {0x%016llx, 0x%016llx, 0x%016llx}},", type->name, recorded[f].rate,
+              (unsigned long long)hash[0], (unsigned long long)hash[1],
+              (unsigned long long)hash[2]);
+        free(blocks);
+    }
+    free(room);
+}
+
 static void importance_guides_the_trellis(void)
 {
     float *x = malloc(TCQ_TEST_N * sizeof *x), importance[TCQ_TEST_IN];
@@ -453,5 +521,6 @@ TEST_PROGRAM(encode)
     RUN(unusable_numbers_are_found_anywhere);
     RUN(trellis_keeps_to_the_rate);
     RUN(trellis_takes_odd_weights);
+    RUN(trellis_bytes_are_the_recorded_ones);
     RUN(importance_guides_the_trellis);
 }
