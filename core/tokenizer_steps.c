@@ -528,7 +528,7 @@ static moe_status hf_dec_strip(hf_loader *h, json_ref s)
 static moe_status hf_dec_metaspace(hf_loader *h, json_ref s)
 {
     uint8_t mark[4];
-    uint32_t bytes;
+    uint32_t bytes = 0;
     moe_status status = hf_mark(h, s, mark, &bytes);
     if (hf_prepend(s) != PREPEND_NEVER)
         h->tok->decoder = DECODE_METASPACE;

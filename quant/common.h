@@ -42,13 +42,14 @@ MOE_UNUSED static float quant_peak(const float *src, size_t n)
     return peak;
 }
 
-/* The scale and the offset, as they are stored, of codes 0..max over the span of n weights. */
+/* The scale and the offset, as they are stored, of codes 0..max over the span of n weights. (Which
+ * of 0 and -0 fminf() returns is the compiler's choice.) */
 MOE_UNUSED static void quant_span(const float *src, size_t n, int max, uint16_t *d, uint16_t *m)
 {
     float low = src[0], high = src[0];
     for (size_t k = 1; k < n; k++) {
-        low = fminf(low, src[k]);
-        high = fmaxf(high, src[k]);
+        low = MOE_MIN(low, src[k]);
+        high = MOE_MAX(high, src[k]);
     }
     *d = quant_scale(high / (float)max - low / (float)max);
     *m = quant_scale(low);

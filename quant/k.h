@@ -104,7 +104,7 @@ MOE_UNUSED static void k_fit_affine(const float *x, int n, int q_max, float *sca
         high = fmaxf(high, x[i]);
     }
     *scale = 0;
-    *min = -low;
+    *min = 0 - low; /* not -low: never -0, which is no larger and no smaller than 0 */
     if (!(high > low))
         return;
     double best = INFINITY;

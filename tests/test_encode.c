@@ -234,17 +234,23 @@ static uint64_t bytes_hash(const uint8_t *bytes, size_t n)
     return hash;
 }
 
-/* Weights and importance that are the same on every machine: products only. One row in three is
- * tiny, one has outliers. */
-static void encode_fill_exact(float *x, float *w, size_t n_row, size_t n_in)
+/* Rows that are longer than what the trellis' encoder searches at once. */
+enum { RECORDED_ROW = 3, RECORDED_IN = TCQ_STEPS * TCQ_PATHS + 256 };
+static float recorded_x[RECORDED_ROW * RECORDED_IN], recorded_w[RECORDED_IN];
+
+/* Weights and importance that are the same on every machine: products only. One row has outliers,
+ * one is tiny, and each ends with zeros of both signs. */
+static void fill_recorded(void)
 {
     test_random_state = 20260101;
-    for (size_t i = 0; i < n_row * n_in; i++) {
+    for (size_t i = 0; i < MOE_COUNT(recorded_x); i++) {
+        const size_t r = i / RECORDED_IN, k = i % RECORDED_IN;
         const float u = test_random_float(), v = test_random_float();
-        x[i] = i / n_in % 3 == 2 ? u * v * 1e-3f : i / n_in % 3 == 1 ? u * u * u * u * u : u * v;
+        recorded_x[i] = k >= RECORDED_IN - 300 ? (u < 0 ? -0.0f : 0.0f) :
+                        r == 0 ? u * v : r == 1 ? u * u * u * u * u : u * v * 1e-3f;
     }
-    for (size_t i = 0; i < n_in; i++)
-        w[i] = test_random() % 16 ? (float)(1 + test_random() % 1000) : 0;
+    for (size_t i = 0; i < RECORDED_IN; i++)
+        recorded_w[i] = test_random() % 16 ? (float)(1 + test_random() % 1000) : 0;
 }
 
 /* Bytes of all quantizers for one set of weights: of the encoders without and with importance, and
@@ -254,39 +260,39 @@ static void encode_fill_exact(float *x, float *w, size_t n_row, size_t n_in)
 static void bytes_are_the_recorded_ones(void)
 {
     static const struct { const char *name; uint64_t hash[3]; } recorded[] = {
-        {"Q4_0", {0x889498ec2adecf7d, 0x611c073648f6623e, 0xb04103e93e9a550a}},
-        {"Q4_1", {0x826c70faaf86f75b, 0x7ea811022f78892c, 0x1587271c43632d13}},
-        {"Q5_0", {0xe020c9a4adbbce97, 0x95e34591afac2642, 0xd289a71727d9e174}},
-        {"Q5_1", {0x665c23e74b1171a2, 0x52af1a17d605e88c, 0x96ae078c5ba39260}},
-        {"Q8_0", {0xaafd6ecea634ac95, 0x1f4fee30a2a73a66, 0xdb8235a0803df2aa}},
-        {"Q2_K", {0x060611a8041df4d7, 0x9eae1bf9f8dfeabf, 0x8cb44d4766a0b9ed}},
-        {"Q3_K", {0x5bbffc09893fc6e1, 0x13bed6a415b41965, 0xdf80d26c506f6030}},
-        {"Q4_K", {0x3754a6513b37a16d, 0x3edf18eb55f3f18b, 0x8dff00808a6ce556}},
-        {"Q5_K", {0xe0f21e263cdc8457, 0xab80147315bc92be, 0x1ba891d22d0b1e51}},
-        {"Q6_K", {0xc07ce08ffc418907, 0x7833ec96cfa63342, 0x46cf2d3edaa67cdc}},
-        {"IQ4_NL", {0x4923b2dcc0168707, 0x971bfcc9a5079980, 0xe7cea4c819510a71}},
-        {"IQ4_XS", {0x8358b9394d43b945, 0xd8ec289bff132a09, 0x5b5d99fe418d415b}},
-        {"MXFP4", {0x86c45383221fb4b8, 0x387eb0493a0d4b89, 0x1bd929230ba865a8}},
-        {"TCQ4", {0xc0c68b382e347548, 0xc0c68b382e347548, 0xc0c68b382e347548}},
-        {"TCQ5", {0x865457dcd993d706, 0x865457dcd993d706, 0x865457dcd993d706}},
-        {"TCQ8", {0x5e4f43ba6b350c31, 0x5e4f43ba6b350c31, 0x5e4f43ba6b350c31}},
+        {"Q4_0", {0x00ba8e3926d62887, 0xee4dd57ce01e8ac2, 0x00fdff9368ca8919}},
+        {"Q4_1", {0xf70be4935063b566, 0x2d1ef8819e7c0f54, 0x0c64d2c117f93252}},
+        {"Q5_0", {0x87975895e481ad5c, 0xce8b2b7e4c672bc9, 0xe3869cd797ad447d}},
+        {"Q5_1", {0x2426f8a48092154f, 0x17d8f768fb983688, 0x3434f4f9a48ecda1}},
+        {"Q8_0", {0xc17b8ac6ec4f74fc, 0x8616d18117aca267, 0xcafbd5edebd64d9b}},
+        {"Q2_K", {0xad522ab00a4adbf9, 0xca7474dfc10cbb08, 0x587fd22272025b43}},
+        {"Q3_K", {0xc1f68a6936922c34, 0x29929e1ba516d94b, 0xd7ff495a5e836e9b}},
+        {"Q4_K", {0x27c7e17f305947c8, 0x6eacbeec08df5b9e, 0x3b64d67ba5546c43}},
+        {"Q5_K", {0x6e121312af11c09f, 0xcbbd596b666978a9, 0xc13f254ced427ff4}},
+        {"Q6_K", {0x2f6353ff2b2f572d, 0x91e6265687d2fca6, 0x058b7ffe125620e5}},
+        {"IQ4_NL", {0xfbc51bb5364e3d0e, 0x17765cdd63f03924, 0x51926a6f6d90f7c2}},
+        {"IQ4_XS", {0x87493177809aef5c, 0xd083a3a198ec6b6b, 0x395672860e00d159}},
+        {"MXFP4", {0xb736a5d3ec955b3e, 0x28eb3b7bccb1cb7c, 0x74bdfc4e0a4a3f1d}},
+        {"TCQ4", {0x2e017ab07d1a020a, 0x2e017ab07d1a020a, 0x2e017ab07d1a020a}},
+        {"TCQ5", {0xd020d0adf8a5967f, 0xd020d0adf8a5967f, 0xd020d0adf8a5967f}},
+        {"TCQ8", {0x685f7742543d0236, 0x685f7742543d0236, 0x685f7742543d0236}},
     };
-    static float x[ENCODE_N], w[ENCODE_IN];
-    encode_fill_exact(x, w, ENCODE_ROW, ENCODE_IN);
     size_t n_recorded = 0;
+    fill_recorded();
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
         const moe_quant *quant = quant_table[i];
-        const size_t bytes = blocks_bytes(quant, ENCODE_N), row = blocks_bytes(quant, ENCODE_IN);
+        const size_t row = blocks_bytes(quant, RECORDED_IN), bytes = RECORDED_ROW * row;
         if (quant->block_len == 1)
             continue;
         uint64_t hash[3];
         uint8_t *blocks = malloc(bytes);
         for (int weighted = 0; weighted < 2; weighted++) {
-            encoder_for(quant)(x, weighted ? w : NULL, blocks, ENCODE_ROW, ENCODE_IN);
+            encoder_for(quant)(recorded_x, weighted ? recorded_w : NULL, blocks, RECORDED_ROW,
+                               RECORDED_IN);
             hash[weighted] = bytes_hash(blocks, bytes);
         }
-        for (size_t r = 0; r < ENCODE_ROW; r++)
-            quant->quantize(x + r * ENCODE_IN, blocks + r * row, ENCODE_IN);
+        for (size_t r = 0; r < RECORDED_ROW; r++)
+            quant->quantize(recorded_x + r * RECORDED_IN, blocks + r * row, RECORDED_IN);
         hash[2] = bytes_hash(blocks, bytes);
         const bool same = n_recorded < MOE_COUNT(recorded) &&
                           !strcmp(recorded[n_recorded].name, quant->name) &&
@@ -450,29 +456,27 @@ static void trellis_takes_odd_weights(void)
     free(room);
 }
 
-/* The same for the trellis-coded types: without and with importance, and at a rate of their own.
- * Rows are longer than what is searched at once. */
+/* The same for the trellis-coded types: without and with importance, and at a rate that is asked
+ * for. */
 static void trellis_bytes_are_the_recorded_ones(void)
 {
-    enum { N_ROW = 3, N_IN = TCQ_STEPS * TCQ_PATHS + TCQ_LEN };
     static const struct { const char *name; double rate; uint64_t hash[3]; } recorded[] = {
-        {"TCQ4", 2.2, {0xb1bef37509d6328e, 0x9d5eee50eebbf45c, 0x143db8fba97d48cb}},
-        {"TCQ5", 3.7, {0xa18bda35523e242e, 0x12c221f4dd137bf3, 0x70a313c71af223f2}},
-        {"TCQ8", 5.1, {0x60a3b08de12ff6af, 0x584f0bf674e83cef, 0x907c6e0092942b84}},
+        {"TCQ4", 2.2, {0x264a1e5c5f192585, 0xde5024b3016006f7, 0x38ccc36716b0a3b4}},
+        {"TCQ5", 3.7, {0x9f2e8c254e387eca, 0x8840e6e94d409988, 0x229ce97701415f89}},
+        {"TCQ8", 5.1, {0xae1af70da1c5e60b, 0x44e576b081d2b29a, 0xf3fbe7f2e52fae93}},
     };
-    static float x[N_ROW * N_IN], w[N_IN];
-    void *room = malloc(tcq_room_bytes(N_IN));
-    encode_fill_exact(x, w, N_ROW, N_IN);
+    void *room = malloc(tcq_room_bytes(RECORDED_IN));
+    fill_recorded();
     for (size_t f = 0; f < MOE_COUNT(recorded); f++) {
         const moe_quant *type = quant_by_name(recorded[f].name);
-        const size_t bytes = blocks_bytes(type, N_ROW * N_IN);
+        const size_t bytes = blocks_bytes(type, MOE_COUNT(recorded_x));
         uint64_t hash[3];
         uint8_t *blocks = malloc(bytes);
         for (int kind = 0; kind < 3; kind++) {
             tcq_plan chosen;
-            tcq_plan_make(&chosen, type, kind == 2 ? recorded[f].rate : 0, x, kind == 1 ? w : NULL,
-                          N_ROW, N_IN, room);
-            tcq_encode(&chosen, x, blocks, N_ROW, N_IN, room);
+            tcq_plan_make(&chosen, type, kind == 2 ? recorded[f].rate : 0, recorded_x,
+                          kind == 1 ? recorded_w : NULL, RECORDED_ROW, RECORDED_IN, room);
+            tcq_encode(&chosen, recorded_x, blocks, RECORDED_ROW, RECORDED_IN, room);
             hash[kind] = bytes_hash(blocks, bytes);
         }
         CHECK(!memcmp(recorded[f].hash, hash, sizeof hash),
