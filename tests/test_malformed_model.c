@@ -713,6 +713,67 @@ static void m5_sliding_window(void)
     }
 }
 
+/* The file must open, and its model have this in a field of its hyperparameters. */
+static void expect_hparam(const gguf_edit *e, const char *key, size_t field, const void *value,
+                          size_t value_bytes)
+{
+    moe_model_options o;
+    moe_model *model;
+    moe_error error = {0};
+    size_t bytes;
+    uint8_t *data = edit_write(e, &bytes);
+    moe_model_options_init(&o);
+    o.data = data;
+    o.data_bytes = bytes;
+    CHECK(!moe_model_open(&model, &o, &error), "%s: %s", key, error.message);
+    if (model && field != SIZE_MAX)
+        CHECK(!memcmp((const char *)&model->hp + field, value, value_bytes), "%s", key);
+    moe_model_close(model);
+    free(data);
+}
+
+/* Keys that most files do not have: they do what they say, and wrong ones are refused. */
+static void keys_that_are_rare(void)
+{
+    static const struct {
+        const char *file, *key;
+        uint32_t type;     // META_U32, META_F32 or META_BOOL
+        double value, bad; // bad: that is refused
+        size_t field;      // of moe_hparams
+    } cases[] = {
+        {"gpt-oss", "feed_forward.swiglu_alpha", META_F32, 1.25, 2e6,
+         offsetof(moe_hparams, glu_alpha)},
+        {"gpt-oss", "feed_forward.swiglu_limit", META_F32, 3.5, -1,
+         offsetof(moe_hparams, glu_limit)},
+        {"qwen3", "attention.sliding_window", META_U32, 24, UINT32_MAX,
+         offsetof(moe_hparams, window)},
+        {"qwen3moe", "attention.sliding_window_pattern", META_U32, 2, UINT32_MAX,
+         offsetof(moe_hparams, window_period)},
+        {"llama-tied", "attention.sliding_window", META_U32, 24, UINT32_MAX,
+         offsetof(moe_hparams, window)},
+        {"lfm2moe", "expert_selection_bias", META_BOOL, 1, -1, offsetof(moe_hparams, choice_bias)},
+        {"olmoe", "attention.clamp_kqv", META_F32, 0, 8, SIZE_MAX},
+    };
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        char path[512];
+        snprintf(path, sizeof path, "%s/fixtures/%s.gguf", test_root(), cases[i].file);
+        family f = {.file = cases[i].file, .valid = edit_read(path)};
+        REQUIRE(f.valid, "%s", path);
+        edit_string(f.valid, "general.architecture", f.arch, sizeof f.arch);
+        const uint32_t type = cases[i].type, n_bytes = type == META_BOOL ? 1 : 4;
+        const float number = (float)cases[i].value, bad_number = (float)cases[i].bad;
+        const uint32_t count = (uint32_t)cases[i].value;
+        const void *value = type == META_F32 ? (const void *)&number : &count;
+        edit_set(f.valid, key_of(&f, cases[i].key), type, value, n_bytes);
+        expect_hparam(f.valid, cases[i].key, cases[i].field, value, n_bytes);
+        if (type == META_F32)
+            refuse_f32(&f, cases[i].key, bad_number);
+        else // a truth value is no number
+            refuse_u32(&f, cases[i].key, type == META_BOOL ? 1 : (uint32_t)cases[i].bad);
+        edit_free(f.valid);
+    }
+}
+
 static void m16_context_length(void)
 {
     FOR_EACH_FAMILY(f)
@@ -988,6 +1049,7 @@ TEST_PROGRAM(malformed_model)
     RUN(m8_gemma4);
     RUN(draft_layers_are_not_of_the_model);
     RUN(m5_sliding_window);
+    RUN(keys_that_are_rare);
     RUN(m16_context_length);
     RUN(m17_vocabulary);
     RUN(m18_missing_tensors);

@@ -524,6 +524,96 @@ static void patterns_match_as_oniguruma(void)
     CHECK(mem.used_bytes == 0, "%llu bytes leak", (unsigned long long)mem.used_bytes);
 }
 
+/* Sets of characters against a table of what is in them. */
+static void sets_of_characters_are_what_they_hold(void)
+{
+    enum { N_CHAR = 64, N_SET = 2 };
+    moe_mem mem;
+    mem_init(&mem, NULL, 0);
+    test_random_state = 20260105;
+    for (int round = 0; round < 300; round++) {
+        text_arena arena = {.mem = &mem};
+        regex_ranges set[N_SET] = {{.arena = &arena}, {.arena = &arena}};
+        bool in[N_SET][N_CHAR] = {{false}};
+        for (int s = 0; s < N_SET; s++)
+            for (uint32_t i = test_random() % 8; i > 0; i--) {
+                const uint32_t first = test_random() % N_CHAR, more = test_random() % 9;
+                const uint32_t last = MOE_MIN(first + more, N_CHAR - 1u);
+                ranges_add(&set[s], first, last);
+                memset(in[s] + first, true, last - first + 1);
+            }
+        const bool negate = round % 2, intersect = round % 3;
+        if (negate)
+            ranges_negate(&set[0]);
+        if (intersect)
+            ranges_intersect(&set[0], &set[1]);
+        else
+            ranges_normalize(&set[0]);
+        for (uint32_t c = 0; c < N_CHAR; c++)
+            CHECK(ranges_has(&set[0], c) == (in[0][c] != negate && (!intersect || in[1][c])),
+                  "round %d: %u", round, c);
+        CHECK(ranges_has(&set[0], 0x10FFFF) == (negate && !intersect), "round %d: the last", round);
+        arena_free(&arena);
+    }
+}
+
+/* Vocabularies of a few tokens; the ids are those of the public implementation. */
+static void small_vocabularies_give_the_oracles_ids(void)
+{
+#define SMALL(before, model) "{" before "\"model\":{" model "}}"
+#define MARKS "\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"\u2581\"," \
+              "\"prepend_scheme\":\"always\",\"split\":false},"
+#define BYTES(more, fallback) "\"type\":\"BPE\",\"vocab\":{\"a\":0,\"<0xC3>\":1,\"<unk>\":2" more \
+                              "},\"merges\":[],\"unk_token\":\"<unk>\",\"byte_fallback\":" fallback
+    static const struct {
+        const char *json, *text;
+        size_t n;
+        moe_token ids[3];
+    } cases[] = {
+        {SMALL(MARKS, "\"type\":\"BPE\",\"vocab\":{\"\u2581\":0,\"a\":1,\"\u2581\u2581\":2},"
+                      "\"merges\":[[\"\u2581\",\"\u2581\"]]"), "\u2581", 1, {0}},
+        {SMALL("", BYTES(",\"<0xA9>\":3", "true")), "a\u00E9", 3, {0, 1, 3}},
+        {SMALL("", BYTES(",\"<0xA9>\":3", "false")), "a\u00E9", 2, {0, 2}},
+        {SMALL("", BYTES("", "true")), "a\u00E9", 2, {0, 2}},
+        {SMALL("", "\"type\":\"Unigram\",\"vocab\":[[\"x\",0],[\"a\",-1]],\"unk_id\":0"), "ab", 2,
+         {1, 0}},
+        // the kind of the model, where it is not named
+        {SMALL("", "\"vocab\":[[\"x\",0],[\"a\",-1]],\"unk_id\":0"), "ab", 2, {1, 0}},
+        {SMALL("", "\"vocab\":{\"a\":0,\"##a\":1,\"[UNK]\":2},\"unk_token\":\"[UNK]\","
+                   "\"max_input_chars_per_word\":9,\"continuing_subword_prefix\":\"##\""),
+         "aa", 2, {0, 1}},
+        // what only an added token stands for is unknown to the model
+        {SMALL("\"added_tokens\":[{\"id\":3,\"content\":\"\u00E9\",\"special\":true}],",
+               BYTES("", "false")), "a\u00E9", 2, {0, 2}},
+    };
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        moe_tokenizer *tok;
+        moe_error error = {0};
+        moe_token ids[8];
+        size_t n = 0;
+        REQUIRE(!open_data(&tok, cases[i].json, strlen(cases[i].json), &error), "%zu: %s", i,
+                error.message);
+        moe_tokenizer_encode(tok, cases[i].text, strlen(cases[i].text), MOE_ENCODE_PLAIN, ids, 8,
+                             &n, NULL);
+        CHECK(n == cases[i].n && !memcmp(ids, cases[i].ids, n * sizeof *ids),
+              "%zu: %zu tokens, %d %d", i, n, n ? ids[0] : -1, n > 1 ? ids[1] : -1);
+        moe_tokenizer_close(tok);
+    }
+}
+
+/* Tokens that mark structure, whatever a file says of them. */
+static void marks_of_structure_are_known(void)
+{
+    static const struct { const char *text; bool looks; } cases[] = {
+        {"<|im_end|>", true}, {"<|a|>", true}, {"<||>", false}, {"<|im_end>", false},
+        {"im_end|>", false}, {"<\uFF5CUser\uFF5C>", true}, {"<unused7>", true}, {"<unused>", false},
+        {"[@x@]", true}, {"[x]", false}, {"<pad>", true}, {"<mask>", true}, {"<mask", false},
+        {"<b>", false}, {"", false}};
+    for (size_t i = 0; i < MOE_COUNT(cases); i++)
+        CHECK(tok_looks_control(cases[i].text, strlen(cases[i].text)) == cases[i].looks, "\"%s\"",
+              cases[i].text);
+}
+
 /* --------------------------------------------------------------------------------- bad files -- */
 
 static void malformed_json_is_refused(void)
@@ -552,6 +642,12 @@ static void malformed_json_is_refused(void)
         {WITH("\"pre_tokenizer\":{\"type\":\"Split\",\"pattern\":{\"Regex\":\"(a\"},"
               "\"behavior\":\"Isolated\"}"),
          MOE_ERR_UNSUPPORTED},
+        {WITH("\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"\"}"),
+         MOE_ERR_FORMAT},
+        {WITH("\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"ab\"}"),
+         MOE_ERR_FORMAT},
+        {WITH("\"decoder\":{\"type\":\"Metaspace\",\"replacement\":\"abcdefgh\"}"),
+         MOE_ERR_FORMAT},
         {WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"AAA=\"}"),
          MOE_ERR_FORMAT},
         {WITH("\"normalizer\":{\"type\":\"Precompiled\",\"precompiled_charsmap\":\"/////wAA\"}"),
@@ -863,6 +959,9 @@ TEST_PROGRAM(tokenizer)
     RUN(chat_templates_are_given_as_they_are);
     RUN(long_runs_take_linear_time);
     RUN(patterns_match_as_oniguruma);
+    RUN(sets_of_characters_are_what_they_hold);
+    RUN(small_vocabularies_give_the_oracles_ids);
+    RUN(marks_of_structure_are_known);
     RUN(malformed_json_is_refused);
     RUN(json_strings_are_read);
     RUN(malformed_metadata_is_refused);
