@@ -279,14 +279,16 @@ static void cpu_run_task(void *job, uint32_t phase, uint32_t task, uint32_t thre
     if (cancelled(q->options.cancel))
         atomic_store_explicit(&q->cancelled, true, memory_order_relaxed);
     else
-        p->run(q, p->op, task, thread);
+        do
+            p->run(q, p->op, task, thread);
+        while (++p < q->phases + q->n_phase && p->joined);
 }
 
 static uint32_t cpu_count_tasks(void *job, uint32_t phase)
 {
     const moe_queue *q = job;
     const cpu_phase *p = &q->phases[phase];
-    if (atomic_load_explicit(&q->cancelled, memory_order_relaxed))
+    if (p->joined || atomic_load_explicit(&q->cancelled, memory_order_relaxed))
         return 0;
     return p->per_active_expert ? p->n_task * q->n_active : p->n_task;
 }
@@ -357,8 +359,47 @@ static cpu_op *cpu_new_op(moe_queue *q)
 static cpu_phase *cpu_new_phase(moe_queue *q, const cpu_op *op, cpu_op_fn *run, uint64_t n_task)
 {
     cpu_phase *p = &q->phases[q->n_phase++];
-    *p = (cpu_phase){op, run, (uint32_t)n_task, false};
+    *p = (cpu_phase){op, run, (uint32_t)n_task, false, false};
     return p;
+}
+
+/* A phase whose tasks are n_tok tokens, a few each. */
+static cpu_phase *cpu_new_token_phase(moe_queue *q, const cpu_op *op, cpu_op_fn *run,
+                                      uint32_t n_tok)
+{
+    return cpu_new_phase(q, op, run, cpu_ceil_div(n_tok, cpu_joined_tokens(q, n_tok)));
+}
+
+/* Joins the packing of more than one token to the phase before it, if that makes them. */
+static void cpu_join_packing(moe_queue *q, cpu_phase *packing, const moe_matmul_op *o)
+{
+    if (packing == q->phases || o->n_tok == 1)
+        return;
+    cpu_phase *p = packing - 1;
+    cpu_op *op = &q->ops[p->op - q->ops];
+    const uint32_t n_in = (uint32_t)o->out[0].w->dims[0], n = cpu_joined_tokens(q, o->n_tok);
+    const moe_norm_op *norm = &op->u.norm;
+    const moe_glu_op *glu = &op->u.glu;
+    if (p->run == cpu_norm && cpu_same_place(norm->dst, o->src) && norm->n_row == o->n_tok &&
+        norm->dim == n_in && norm->dst_stride == n_in)
+        op->chunk = n;
+    else if (p->run == cpu_glu && cpu_same_place(glu->dst, o->src) &&
+             glu->n == (uint64_t)o->n_tok * n_in)
+        op->chunk = n * n_in;
+    else
+        return;
+    p->n_task = packing->n_task;
+    packing->joined = true;
+}
+
+/* Joins what turns or stores more than one token to such a phase of the same tokens before it. */
+static void cpu_join_tokens(moe_queue *q, cpu_phase *phase, uint32_t n_tok)
+{
+    if (phase == q->phases || n_tok == 1)
+        return;
+    const cpu_phase *p = phase - 1;
+    phase->joined = (p->run == cpu_rope && p->op->u.rope.n_tok == n_tok) ||
+                    (p->run == cpu_store && p->op->u.store.n_tok == n_tok);
 }
 
 static void cpu_record_embed(moe_queue *q, const moe_embed_op *o)
@@ -380,25 +421,27 @@ static void cpu_record_matmul(moe_queue *q, const moe_matmul_op *o)
 {
     cpu_op *op = cpu_new_op(q);
     op->u.matmul = *o;
-    uint64_t rows = 0, tasks = 0;
+    uint64_t rows = 0;
+    op->row_tasks = 0;
     for (uint32_t i = 0; i < o->n_out; i++) {
         rows += o->out[i].w->dims[1];
         op->act_mask |= 1u << o->out[i].w->quant->act;
     }
     op->chunk = cpu_chunk_rows(q, rows, o->out[0].w->row_bytes, o->n_tok);
     for (uint32_t i = 0; i < o->n_out; i++)
-        tasks += cpu_ceil_div(o->out[i].w->dims[1], op->chunk);
-    op->tok_chunk = cpu_chunk_tokens(q, tasks, o->n_tok);
-    cpu_new_phase(q, op, cpu_matmul_quantize, o->n_tok);
-    cpu_new_phase(q, op, cpu_matmul, tasks * cpu_ceil_div(o->n_tok, op->tok_chunk));
+        op->row_tasks += cpu_ceil_div(o->out[i].w->dims[1], op->chunk);
+    op->tok_chunk = cpu_chunk_tokens(q, op->row_tasks, o->n_tok);
+    cpu_join_packing(q, cpu_new_token_phase(q, op, cpu_matmul_quantize, o->n_tok), o);
+    cpu_new_phase(q, op, cpu_matmul,
+                  (uint64_t)op->row_tasks * cpu_ceil_div(o->n_tok, op->tok_chunk));
 }
 
 static void cpu_record_rope(moe_queue *q, const moe_rope_op *o)
 {
     cpu_op *op = cpu_new_op(q);
     op->u.rope = *o;
-    op->chunk = MOE_MAX(1, CPU_ELEMENTS / (o->n_head * o->n_rot));
-    cpu_new_phase(q, op, cpu_rope, cpu_ceil_div(o->n_tok, op->chunk));
+    op->chunk = cpu_joined_tokens(q, o->n_tok);
+    cpu_join_tokens(q, cpu_new_token_phase(q, op, cpu_rope, o->n_tok), o->n_tok);
 }
 
 static void cpu_record_store(moe_queue *q, const moe_store_op *o)
@@ -406,7 +449,8 @@ static void cpu_record_store(moe_queue *q, const moe_store_op *o)
     cpu_op *op = cpu_new_op(q);
     op->u.store = *o;
     op->k = *o->cache;
-    cpu_new_phase(q, op, cpu_store, o->n_tok);
+    op->chunk = cpu_joined_tokens(q, o->n_tok);
+    cpu_join_tokens(q, cpu_new_token_phase(q, op, cpu_store, o->n_tok), o->n_tok);
 }
 
 static void cpu_record_attend(moe_queue *q, const moe_attend_op *o)
@@ -486,7 +530,8 @@ static void cpu_record_glu(moe_queue *q, const moe_glu_op *o)
 {
     cpu_op *op = cpu_new_op(q);
     op->u.glu = *o;
-    cpu_new_phase(q, op, cpu_glu, cpu_ceil_div(o->n, CPU_ELEMENTS));
+    op->chunk = CPU_ELEMENTS;
+    cpu_new_phase(q, op, cpu_glu, cpu_ceil_div(o->n, op->chunk));
 }
 
 static void cpu_record_add(moe_queue *q, const moe_add_op *o)

@@ -16,7 +16,7 @@
 #include "cpu_ops.c"
 
 /* Stores the heads of one token. */
-static void cpu_store(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+static void cpu_store_token(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
 {
     const moe_store_op *o = &op->u.store;
     const moe_cache *c = &op->k;
@@ -37,15 +37,11 @@ static void cpu_store(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t threa
     }
 }
 
-/* Fetches rows that will be read soon, wherever they end. */
-MOE_INLINE void cpu_fetch(uintptr_t address, size_t bytes)
+static void cpu_store(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
-#ifdef __GNUC__
-    for (size_t i = 0; i < bytes; i += 64)
-        __builtin_prefetch((const void *)(address + i));
-#else
-    (void)address, (void)bytes;
-#endif
+    const uint32_t n_tok = op->u.store.n_tok, end = MOE_MIN(n_tok, (task + 1) * op->chunk);
+    for (uint32_t t = task * op->chunk; t < end; t++)
+        cpu_store_token(q, op, t, thread);
 }
 
 /* Positions [first, first + n) of a head as floats: dst[i][stride], stride = dim rounded up to 32.
@@ -468,8 +464,9 @@ static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t t
     const size_t dim = cpu_value_dim(o, &op->v), stride = cpu_sum_stride(dim);
     cpu_scratch *s = &q->scratch[thread];
     const uint32_t group = o->n_head / op->k.n_head, kv_head = task % op->k.n_head;
-    cpu_queries a = {o, &op->k, &op->v, kv_head, task / op->k.n_head * op->chunk, 0,
-                     kv_head * group, group, 0};
+    /* Later tokens see more: they come first, so that the last tasks to be taken are short. */
+    const uint32_t part = cpu_ceil_div(o->n_tok, op->chunk) - 1 - task / op->k.n_head;
+    cpu_queries a = {o, &op->k, &op->v, kv_head, part * op->chunk, 0, kv_head * group, group, 0};
     a.n_tok = MOE_MIN(op->chunk, o->n_tok - a.tok);
     a.n_query = a.n_tok * group;
     const uint32_t n_query = a.n_query, end = o->pos + a.tok + a.n_tok;

@@ -20,6 +20,7 @@ enum {
     CPU_MAX_PHASES = 3 * CPU_MAX_OPS,
     CPU_TOK_TILE = 256,     /* tokens per call of a gemm kernel, which cuts them for its caches */
     CPU_TOK_PART = 64,      /* tokens of a task are a multiple of this */
+    CPU_TOK_JOINED = 16,    /* tokens per task of what goes token by token */
     CPU_ROW_TILE = 64,      /* rows per task in prefill */
     CPU_TASKS = 16,         /* tasks per thread that even out what threads differ in */
     CPU_TILE = CPU_TOK_TILE * CPU_ROW_TILE, /* floats of a task's result tile */
@@ -61,11 +62,12 @@ typedef struct cpu_phase {
     cpu_op_fn *run;
     uint32_t n_task;
     bool per_active_expert; // the number of tasks is n_task times the experts in use
+    bool joined; // task i belongs to task i of the phase before: the same tokens, still in cache
 } cpu_phase;
 
 struct cpu_op {
     uint32_t chunk; // rows, elements or tokens per task
-    uint32_t tok_chunk; // tokens per task of a product
+    uint32_t tok_chunk, row_tasks; // of a product: tokens per task, tasks with the same tokens
     uint32_t act_mask; // bit i: moe_act i is needed
     union {
         moe_embed_op embed;
@@ -142,9 +144,25 @@ MOE_INLINE const int32_t *cpu_ids(moe_view v)
     return (const int32_t *)(const void *)(v.buffer->data + v.offset);
 }
 
+MOE_INLINE bool cpu_same_place(moe_view a, moe_view b)
+{
+    return a.buffer == b.buffer && a.offset == b.offset;
+}
+
 MOE_INLINE uint32_t cpu_ceil_div(uint64_t a, uint64_t b)
 {
     return (uint32_t)((a + b - 1) / b);
+}
+
+/* Fetches memory that will be read soon, wherever it ends. */
+MOE_INLINE void cpu_fetch(uintptr_t address, size_t bytes)
+{
+#ifdef __GNUC__
+    for (size_t i = 0; i < bytes; i += 64)
+        __builtin_prefetch((const void *)(address + i));
+#else
+    (void)address, (void)bytes;
+#endif
 }
 
 /* ------------------------------------------------------------------- embedding and norms -- */
@@ -177,18 +195,24 @@ static void cpu_norm(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thr
     }
 }
 
+/* Tokens per task of operations that go token by token, so that they can be joined. */
+MOE_INLINE uint32_t cpu_joined_tokens(const moe_queue *q, uint32_t n_tok)
+{
+    return MOE_MAX(1, MOE_MIN(CPU_TOK_JOINED, n_tok / (4 * q->options.n_threads)));
+}
+
 /* --------------------------------------------------------------------- matrix products -- */
 
-/* Phase 1 of a product: token t in each form that a matrix wants. */
-static void cpu_matmul_quantize(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t thread)
+/* Phase 1 of a product: some tokens in each form that a matrix wants. */
+static void cpu_matmul_quantize(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     (void)thread;
     const moe_matmul_op *o = &op->u.matmul;
     const size_t n_in = (size_t)o->out[0].w->dims[0];
-    const float *src = cpu_floats(o->src) + t * n_in;
+    const uint32_t n = cpu_joined_tokens(q, o->n_tok), end = MOE_MIN(o->n_tok, (task + 1) * n);
     for (uint32_t act = 0; act < MOE_COUNT(q->act); act++)
-        if (op->act_mask >> act & 1)
-            act_quantize((moe_act)act, src, n_in,
+        for (uint32_t t = task * n; op->act_mask >> act & 1 && t < end; t++)
+            act_quantize((moe_act)act, cpu_floats(o->src) + t * n_in, n_in,
                          q->act[act] + t * act_row_bytes((moe_act)act, n_in), q->device->cpu);
 }
 
@@ -228,6 +252,9 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
             .n_tok = MOE_MIN(tok_tile, end - t),
         };
         mm.x = q->act[act] + t * mm.x_stride;
+        /* What is added to is there when the product is. */
+        for (size_t k = 0; o->out[i].add && o->n_tok > 1 && k < mm.n_tok; k++)
+            cpu_fetch((uintptr_t)(dst + (t + k) * n_out), n_row * sizeof *dst);
         (o->n_tok == 1 ? kernels->gemv : kernels->gemm)(&mm);
         for (size_t k = 0; !direct && k < mm.n_tok; k++)
             cpu_finish_row(q->device->simd, dst + (t + k) * n_out, tile + k * n_row, bias,
@@ -235,16 +262,17 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
     }
 }
 
-/* The matrix of a task of phase 2, its first row and its first token. */
+/* The matrix of a task of phase 2, its first row and its first token. Neighbouring tasks have the
+ * same tokens, whose activations then stay in L2 from one chunk of rows to the next. */
 static uint32_t cpu_matmul_task(const cpu_op *op, uint32_t task, uint64_t *row, uint32_t *tok)
 {
     const moe_matmul_op *o = &op->u.matmul;
-    const uint32_t n_part = cpu_ceil_div(o->n_tok, op->tok_chunk);
     uint32_t i = 0;
-    for (uint32_t n; task >= (n = cpu_ceil_div(o->out[i].w->dims[1], op->chunk) * n_part); i++)
+    *tok = task / op->row_tasks * op->tok_chunk;
+    task %= op->row_tasks;
+    for (uint32_t n; task >= (n = cpu_ceil_div(o->out[i].w->dims[1], op->chunk)); i++)
         task -= n;
-    *row = (uint64_t)(task / n_part) * op->chunk;
-    *tok = task % n_part * op->tok_chunk;
+    *row = (uint64_t)task * op->chunk;
     return i;
 }
 
@@ -282,15 +310,18 @@ static uint32_t cpu_chunk_rows(const moe_queue *q, uint64_t total_rows, uint64_t
     return (uint32_t)MOE_MAX(rows / 8 * 8, 8);
 }
 
-/* Tokens per task, where the rows alone are too few tasks to come out even: the 9 tasks of 576 rows
- * take two threads as long as 10 would. */
-static uint32_t cpu_chunk_tokens(const moe_queue *q, uint64_t row_tasks, uint32_t n_tok)
+/* Tokens per task: as many as a call of a kernel takes, or less where the rows alone are too few
+ * tasks to come out even: the 9 tasks of 576 rows take two threads as long as 10 would. Halves of
+ * halves, so that a thread mostly gets the tokens that it had in the phase before. */
+static uint32_t cpu_chunk_tokens(const moe_queue *q, uint32_t row_tasks, uint32_t n_tok)
 {
-    if (q->options.n_threads == 1 || n_tok < 2 * CPU_TOK_PART)
-        return n_tok;
-    const uint32_t wanted = cpu_ceil_div(CPU_TASKS * q->options.n_threads, row_tasks);
-    const uint32_t n_part = MOE_MIN(wanted, n_tok / CPU_TOK_PART);
-    return (uint32_t)align_up(cpu_ceil_div(n_tok, n_part), CPU_TOK_PART);
+    const uint32_t n_threads = q->options.n_threads;
+    uint32_t wanted = cpu_ceil_div(n_tok, CPU_TOK_TILE), n_part = 1;
+    if (n_threads > 1)
+        wanted = MOE_MAX(wanted, cpu_ceil_div(CPU_TASKS * n_threads, row_tasks));
+    while (n_part < wanted && 2 * n_part <= n_tok / CPU_TOK_PART)
+        n_part *= 2;
+    return n_part == 1 ? n_tok : (uint32_t)align_up(cpu_ceil_div(n_tok, n_part), CPU_TOK_PART);
 }
 
 /* --------------------------------------------------------------------------- position -- */
@@ -378,7 +409,7 @@ static void cpu_glu(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thre
 {
     (void)thread;
     const moe_glu_op *o = &op->u.glu;
-    const size_t first = (size_t)task * CPU_ELEMENTS, n = MOE_MIN(CPU_ELEMENTS, o->n - first);
+    const size_t first = (size_t)task * op->chunk, n = MOE_MIN(op->chunk, o->n - first);
     float *dst = cpu_floats(o->dst) + first;
     const float *gate = cpu_floats(o->gate) + first, *up = cpu_floats(o->up) + first;
     if (o->kind == MOE_GLU_SILU)

@@ -27,7 +27,7 @@
 enum {
     X86_FLOAT_K = 768,      /* weights of a row in a tile: 12 KiB, with AVX-512 24 */
     X86_FLOAT_PART_ROWS = 32,    /* rows whose sums wait in memory, */
-    X86_FLOAT_PART_TOKENS = 120, /* and tokens: a multiple of both steps */
+    X86_FLOAT_PART_TOKENS = 132, /* and tokens: a multiple of both steps, 128 and more */
     X86_FLOAT_L2 = 448 << 10, /* activations for which weights are converted once */
     X86_FLOAT_ROWS = 4,     /* of a tile */
     X86_FLOAT_STEP = 3,     /* tokens of a step */
