@@ -931,6 +931,25 @@ static void ends_and_roles_are_found(void)
     moe_tokenizer_close(tok);
 }
 
+/* SentencePiece's merges go by score, the highest first, also above 0. */
+static void higher_scores_merge_first(void)
+{
+    static const struct { float score; moe_token last; } cases[] = {{0.5f, 1}, {-0.5f, 2}};
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        // "ca" has a score of 0
+        const gguf_case c = {.model = "llama", .tokens = "ca|ab|b|<s>", .score = cases[i].score};
+        moe_tokenizer *tok;
+        moe_error error = {0};
+        moe_token ids[8];
+        size_t n = 0;
+        REQUIRE(!gguf_case_open(&c, &tok, &error), "%s", error.message);
+        moe_tokenizer_encode(tok, "cab", 3, MOE_ENCODE_PLAIN, ids, 8, &n, NULL);
+        CHECK(n > 0 && ids[n - 1] == cases[i].last, "score %g: %zu tokens, the last is %d",
+              (double)cases[i].score, n, n ? ids[n - 1] : -1);
+        moe_tokenizer_close(tok);
+    }
+}
+
 static void chat_templates_are_given_as_they_are(void)
 {
     static const char text[] = "{% for m in messages %}\n{{ m['content'] }}\u00E9{% endfor %}\n";
@@ -956,6 +975,7 @@ TEST_PROGRAM(tokenizer)
     RUN(a_small_buffer_is_reported_with_the_size);
     RUN(decoding_streams_whole_characters);
     RUN(ends_and_roles_are_found);
+    RUN(higher_scores_merge_first);
     RUN(chat_templates_are_given_as_they_are);
     RUN(long_runs_take_linear_time);
     RUN(patterns_match_as_oniguruma);
