@@ -141,7 +141,7 @@ typedef enum moe_isa {
     MOE_ISA_AUTO = 0,
     MOE_ISA_C = 1,      /* portable C */
     MOE_ISA_AVX2 = 2,   /* AVX2, FMA, F16C */
-    MOE_ISA_AVX512 = 3, /* AVX-512 F/BW/VL/DQ and VNNI */
+    MOE_ISA_AVX512 = 3, /* AVX-512 F/BW/VL/DQ; VNNI, BF16 */
     MOE_ISA_NEON = 4,   /* AArch64 */
     MOE_ISA_AVXVNNI = 5 /* AVX2 and AVX-VNNI, which has VNNI's products of bytes without AVX-512 */
 } moe_isa;

@@ -55,12 +55,15 @@ static uint32_t cpu_detect(void)
     const uint32_t leaf7_b = b, leaf7_c = c, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
     if (leaf7_b & 1u << 5)
         cpu |= MOE_CPU_AVX2;
-    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 4)
+    const uint32_t leaf71_a = __get_cpuid_count(7, 1, &a, &b, &c, &d) ? a : 0;
+    if (leaf71_a & 1u << 4)
         cpu |= MOE_CPU_AVX_VNNI;
     if ((saved & XCR0_AVX512) == XCR0_AVX512 && (leaf7_b & avx512) == avx512) {
         cpu |= MOE_CPU_AVX512;
         if (leaf7_c & 1u << 11)
             cpu |= MOE_CPU_AVX512_VNNI;
+        if (leaf71_a & 1u << 5)
+            cpu |= MOE_CPU_AVX512_BF16;
     }
 #elif MOE_ARM64
     cpu = MOE_CPU_NEON;
@@ -102,8 +105,10 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
     d->outer = cpu_outer_select(d->cpu);
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         d->kernels[i] = quant_table[i]->select(d->cpu);
+    const uint32_t vnni_bf16 = MOE_CPU_AVX512_VNNI | MOE_CPU_AVX512_BF16;
     snprintf(d->name, sizeof d->name, "CPU (%s)",
-             d->cpu & MOE_CPU_AVX512_VNNI ? "AVX-512 VNNI"
+             (d->cpu & vnni_bf16) == vnni_bf16 ? "AVX-512 VNNI, BF16"
+             : d->cpu & MOE_CPU_AVX512_VNNI ? "AVX-512 VNNI"
              : d->cpu & MOE_CPU_AVX512    ? "AVX-512"
              : d->cpu & MOE_CPU_AVX_VNNI  ? "AVX-VNNI"
              : d->cpu & MOE_CPU_AVX2      ? "AVX2"

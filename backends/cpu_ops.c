@@ -116,7 +116,7 @@ struct moe_queue {
     uint8_t *memory;   // one block, in which all of the following lie
     cpu_op *ops;       // [CPU_MAX_OPS]
     cpu_phase *phases; // [CPU_MAX_PHASES]
-    uint8_t *act[3];   // by moe_act: quantized rows of the running product
+    uint8_t *act[MOE_ACT_COUNT]; // by moe_act: packed rows of the running product
     float *segments;   // [n_head_max][n_segment][cpu_sum_stride(dim_max)]: of one token
     uint32_t *expert_start;  // [n_expert_max + 1]: first row of each active expert's tokens
     uint32_t *expert_id;     // [n_expert_max]: the experts in use, ascending

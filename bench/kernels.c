@@ -120,9 +120,10 @@ static void fill(const moe_quant *quant, uint8_t *w, size_t row_bytes, size_t n_
 }
 
 /* One variant; a `slow` one on fewer data, fewer times. */
-static result measure(const moe_quant *quant, moe_kernels k, uint8_t *w, size_t ram_bytes,
+static result measure(const moe_quant *quant, uint32_t cpu, uint8_t *w, size_t ram_bytes,
                       bool slow)
 {
+    const moe_kernels k = quant->select(cpu);
     const size_t row_bytes = N_IN / quant->block_len * quant->block_bytes;
     const size_t x_stride = act_row_bytes(quant->act, N_IN);
     const size_t ram_rows = ram_bytes / row_bytes / (slow ? 16 : 1);
@@ -132,7 +133,7 @@ static result measure(const moe_quant *quant, moe_kernels k, uint8_t *w, size_t 
     for (size_t t = 0; t < 64; t++) {
         for (size_t i = 0; i < N_IN; i++)
             src[i] = test_random_float();
-        act_quantize(quant->act, src, N_IN, x + t * x_stride, 0);
+        act_quantize(quant->act, src, N_IN, x + t * x_stride, cpu);
     }
     const moe_mm l2 = {w, row_bytes, x, x_stride, y, 0, N_IN, L2_BYTES / row_bytes, 1};
     const moe_mm ram = {w, row_bytes, x, x_stride, y, 0, N_IN, ram_rows, 1};
@@ -158,7 +159,7 @@ static result measure(const moe_quant *quant, moe_kernels k, uint8_t *w, size_t 
 static const char *variant_name(uint32_t cpu)
 {
     static const char *const names[] = {"avx2",    "avx-vnni", "avx512", "avx512-vnni",
-                                        "neon",    "dotprod",  "i8mm"};
+                                        "neon",    "dotprod",  "i8mm",   "avx512-bf16"};
     const char *name = "c";
     for (size_t i = 0; i < MOE_COUNT(names); i++)
         if (cpu >> i & 1)
@@ -189,11 +190,11 @@ static void bench_type(const moe_quant *quant, uint8_t *w, size_t ram_bytes, boo
     const size_t row_bytes = N_IN / quant->block_len * quant->block_bytes;
     fill(quant, w, row_bytes, ram_bytes / row_bytes);
     moe_kernels last = quant->select(0);
-    const result c = measure(quant, last, w, ram_bytes, true);
+    const result c = measure(quant, 0, w, ram_bytes, true);
     print_result(quant, 0, &c, &c, json, *first);
     *first = false;
     uint32_t cpu = 0;
-    for (uint32_t bit = 1; bit < 128; bit <<= 1) {
+    for (uint32_t bit = 1; bit < MOE_CPU_END; bit <<= 1) {
         if (!(cpu_detect() & bit))
             continue;
         cpu |= bit;
@@ -201,7 +202,7 @@ static void bench_type(const moe_quant *quant, uint8_t *w, size_t ram_bytes, boo
         if (k.gemv == last.gemv && k.gemm == last.gemm)
             continue;
         last = k;
-        const result r = measure(quant, k, w, ram_bytes, false);
+        const result r = measure(quant, cpu, w, ram_bytes, false);
         print_result(quant, cpu, &r, &c, json, false);
     }
 }

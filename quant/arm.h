@@ -544,32 +544,40 @@ MOE_INLINE void arm32_gemm(const moe_mm *mm, const arm32_format *f, const arm_en
 
 /* -------------------------------------------------------------------------- float weights -- */
 
-/* 8 weights as floats. */
-typedef float32x4x2_t arm_load8_fn(const uint8_t *w);
+/* What the kernels have to know of a type. */
+typedef struct arm_float_type {
+    size_t item_bytes; // of a weight
+    size_t unit;       // weights of a row that are loaded at once: 8 or 16
+    size_t vectors;    // of 8 floats that they become: 1 or 2
+    float scale;       // the factor of the results
+} arm_float_type;
 
-/* reduce8(lane), after the last n < 8 weights of a row have entered lanes 0 .. n - 1. */
+/* A unit's vector v. */
+typedef float32x4x2_t arm_load8_fn(const uint8_t *w, size_t v);
+
+/* The result of a row, after its last n weights have entered the lanes: filled up to a unit with
+ * -0, which meets activations that are 0 and so changes no sum. */
 MOE_INLINE float arm_float_end(float lane[8], const uint8_t *w, const float *x, size_t n,
-                               size_t item_bytes, arm_load8_fn *load8)
+                               arm_float_type f, arm_load8_fn *load8)
 {
-    if (n) {
-        uint8_t copy[8 * sizeof(float)] = {0};
-        float last[8];
-        memcpy(copy, w, n * item_bytes);
-        const float32x4x2_t v = load8(copy);
-        vst1q_f32(last, v.val[0]);
-        vst1q_f32(last + 4, v.val[1]);
-        for (size_t i = 0; i < n; i++)
-            lane[i] = fmaf(last[i], x[i], lane[i]);
+    uint8_t copy[32] = {0};
+    for (size_t i = f.item_bytes - 1; i < 32; i += f.item_bytes)
+        copy[i] = 0x80;
+    memcpy(copy, w, n * f.item_bytes);
+    for (size_t v = 0; n && v < f.vectors; v++) {
+        const float32x4x2_t last = load8(copy, v);
+        vst1q_f32(lane, vfmaq_f32(vld1q_f32(lane), last.val[0], vld1q_f32(x + 8 * v)));
+        vst1q_f32(lane + 4, vfmaq_f32(vld1q_f32(lane + 4), last.val[1], vld1q_f32(x + 8 * v + 4)));
     }
-    return reduce8(lane);
+    return reduce8(lane) * f.scale;
 }
 
 /* 8 rows at once: as many chains as hide the latency of a fused multiply-add. */
-MOE_INLINE void arm_float_gemv(const moe_mm *mm, size_t item_bytes, arm_load8_fn *load8)
+MOE_INLINE void arm_float_gemv(const moe_mm *mm, arm_float_type f, arm_load8_fn *load8)
 {
-    const float *x = (const float *)mm->x;
-    const size_t n8 = mm->n_in / 8 * 8;
+    const size_t n_unit = mm->n_in / f.unit, unit_bytes = f.unit * f.item_bytes;
     for (size_t r = 0; r < mm->n_row; r += 8) {
+        const float *x = (const float *)mm->x;
         const uint8_t *row[8];
         arm_rows(mm, r, 8, row);
         const uintptr_t next = (uintptr_t)row[0] + 8 * mm->w_stride;
@@ -577,16 +585,19 @@ MOE_INLINE void arm_float_gemv(const moe_mm *mm, size_t item_bytes, arm_load8_fn
         MOE_UNROLL
         for (size_t i = 0; i < 8; i++)
             low[i] = high[i] = vdupq_n_f32(0);
-        for (size_t k = 0; k < n8; k += 8) {
-            const float32x4_t x0 = vld1q_f32(x + k), x1 = vld1q_f32(x + k + 4);
-            arm_prefetch(next + 8 * k * item_bytes, 64 * item_bytes);
+        for (size_t at = 0; at < n_unit * unit_bytes; at += unit_bytes) {
+            arm_prefetch(next + 8 * at, 8 * unit_bytes);
             MOE_UNROLL
-            for (size_t i = 0; i < 8; i++) {
-                const float32x4x2_t w = load8(row[i] + k * item_bytes);
-                low[i] = vfmaq_f32(low[i], w.val[0], x0);
-                high[i] = vfmaq_f32(high[i], w.val[1], x1);
-                if (i == 3) /* 8 loads in advance, not 16: for these gcc spills sums */
-                    __asm__ volatile("" : : : "memory");
+            for (size_t v = 0; v < f.vectors; v++, x += 8) {
+                const float32x4_t x0 = vld1q_f32(x), x1 = vld1q_f32(x + 4);
+                MOE_UNROLL
+                for (size_t i = 0; i < 8; i++) {
+                    const float32x4x2_t w = load8(row[i] + at, v);
+                    low[i] = vfmaq_f32(low[i], w.val[0], x0);
+                    high[i] = vfmaq_f32(high[i], w.val[1], x1);
+                    if (i == 3) /* 8 loads in advance, not 16: for these gcc spills sums */
+                        __asm__ volatile("" : : : "memory");
+                }
             }
         }
         float y[8], lane[8][8];
@@ -596,8 +607,8 @@ MOE_INLINE void arm_float_gemv(const moe_mm *mm, size_t item_bytes, arm_load8_fn
             vst1q_f32(lane[i] + 4, high[i]);
         }
         for (size_t i = 0; i < 8; i++)
-            y[i] = arm_float_end(lane[i], row[i] + n8 * item_bytes, x + n8, mm->n_in - n8,
-                                 item_bytes, load8);
+            y[i] = arm_float_end(lane[i], row[i] + n_unit * unit_bytes, x, mm->n_in % f.unit, f,
+                                 load8);
         memcpy(mm->y + r, y, MOE_MIN(mm->n_row - r, 8) * sizeof *y);
     }
 }
@@ -611,48 +622,51 @@ typedef struct arm_float_sums {
     float32x4_t low[4], high[4];
 } arm_float_sums;
 
-/* k .. end of 4 rows times 2 tokens, which may be the same. */
+/* Weights k .. end of 4 rows, whole units, times 2 tokens, which may be the same. */
 MOE_INLINE void arm_float_tile(const uint8_t *const row[4], const float *x, const float *x2,
                                size_t k, size_t end, arm_float_sums *sum, arm_float_sums *sum2,
-                               size_t item_bytes, arm_load8_fn *load8)
+                               arm_float_type f, arm_load8_fn *load8)
 {
     arm_float_sums a = *sum, b = *sum2;
-    for (; k < end; k += 8) {
-        const float32x4_t a0 = vld1q_f32(x + k), a1 = vld1q_f32(x + k + 4);
-        const float32x4_t b0 = vld1q_f32(x2 + k), b1 = vld1q_f32(x2 + k + 4);
+    for (; k < end; k += f.unit) {
         MOE_UNROLL
-        for (size_t i = 0; i < 4; i++) {
-            const float32x4x2_t w = load8(row[i] + k * item_bytes);
-            a.low[i] = vfmaq_f32(a.low[i], w.val[0], a0);
-            a.high[i] = vfmaq_f32(a.high[i], w.val[1], a1);
-            b.low[i] = vfmaq_f32(b.low[i], w.val[0], b0);
-            b.high[i] = vfmaq_f32(b.high[i], w.val[1], b1);
+        for (size_t v = 0; v < f.vectors; v++) {
+            const size_t at = k + 8 * v;
+            const float32x4_t a0 = vld1q_f32(x + at), a1 = vld1q_f32(x + at + 4);
+            const float32x4_t b0 = vld1q_f32(x2 + at), b1 = vld1q_f32(x2 + at + 4);
+            MOE_UNROLL
+            for (size_t i = 0; i < 4; i++) {
+                const float32x4x2_t w = load8(row[i] + k * f.item_bytes, v);
+                a.low[i] = vfmaq_f32(a.low[i], w.val[0], a0);
+                a.high[i] = vfmaq_f32(a.high[i], w.val[1], a1);
+                b.low[i] = vfmaq_f32(b.low[i], w.val[0], b0);
+                b.high[i] = vfmaq_f32(b.high[i], w.val[1], b1);
+            }
         }
     }
     *sum = a;
     *sum2 = b;
 }
 
-/* 4 rows times n_tok <= ARM_FLOAT_TOKENS tokens from t0 on; whole eights of weights. */
-MOE_INLINE void arm_float_strip(const moe_mm *mm, const uint8_t *const row[4], size_t t0,
-                                size_t n_tok, arm_float_sums *sum, size_t item_bytes,
+/* 4 rows times n_tok <= ARM_FLOAT_TOKENS tokens from t0 on; the first n weights, whole units. */
+MOE_INLINE void arm_float_strip(const moe_mm *mm, const uint8_t *const row[4], size_t n, size_t t0,
+                                size_t n_tok, arm_float_sums *sum, arm_float_type f,
                                 arm_load8_fn *load8)
 {
-    const size_t n8 = mm->n_in / 8 * 8;
-    for (size_t k = 0; k < n8; k += ARM_FLOAT_CHUNK) {
-        const size_t end = MOE_MIN(k + ARM_FLOAT_CHUNK, n8);
+    for (size_t k = 0; k < n; k += ARM_FLOAT_CHUNK) {
+        const size_t end = MOE_MIN(k + ARM_FLOAT_CHUNK, n);
         for (size_t t = 0; t < n_tok; t += 2) {
             const size_t t2 = MOE_MIN(t + 1, n_tok - 1);
             const float *x = (const float *)(mm->x + (t0 + t) * mm->x_stride);
             const float *x2 = (const float *)(mm->x + (t0 + t2) * mm->x_stride);
-            arm_float_tile(row, x, x2, k, end, &sum[t], &sum[t2], item_bytes, load8);
+            arm_float_tile(row, x, x2, k, end, &sum[t], &sum[t2], f, load8);
         }
     }
 }
 
-MOE_INLINE void arm_float_gemm(const moe_mm *mm, size_t item_bytes, arm_load8_fn *load8)
+MOE_INLINE void arm_float_gemm(const moe_mm *mm, arm_float_type f, arm_load8_fn *load8)
 {
-    const size_t n8 = mm->n_in / 8 * 8;
+    const size_t n_last = mm->n_in % f.unit, n = mm->n_in - n_last;
     for (size_t t0 = 0; t0 < mm->n_tok; t0 += ARM_FLOAT_TOKENS) {
         const size_t n_tok = MOE_MIN(mm->n_tok - t0, (size_t)ARM_FLOAT_TOKENS);
         for (size_t r = 0; r < mm->n_row; r += 4) {
@@ -660,15 +674,14 @@ MOE_INLINE void arm_float_gemm(const moe_mm *mm, size_t item_bytes, arm_load8_fn
             arm_rows(mm, r, 4, row);
             arm_float_sums sum[ARM_FLOAT_TOKENS];
             memset(sum, 0, n_tok * sizeof sum[0]);
-            arm_float_strip(mm, row, t0, n_tok, sum, item_bytes, load8);
+            arm_float_strip(mm, row, n, t0, n_tok, sum, f, load8);
             for (size_t t = 0; t < n_tok; t++) {
                 const float *x = (const float *)(mm->x + (t0 + t) * mm->x_stride);
                 float y[4], lane[8];
                 for (size_t i = 0; i < 4; i++) {
                     vst1q_f32(lane, sum[t].low[i]);
                     vst1q_f32(lane + 4, sum[t].high[i]);
-                    y[i] = arm_float_end(lane, row[i] + n8 * item_bytes, x + n8, mm->n_in - n8,
-                                         item_bytes, load8);
+                    y[i] = arm_float_end(lane, row[i] + n * f.item_bytes, x + n, n_last, f, load8);
                 }
                 memcpy(mm->y + (t0 + t) * mm->y_stride + r, y,
                        MOE_MIN(mm->n_row - r, 4) * sizeof *y);

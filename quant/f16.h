@@ -41,58 +41,64 @@ static void f16_mm_c(const moe_mm *mm)
 }
 
 #if MOE_X86
-MOE_AVX2_INLINE __m256 f16_load8_avx2(const uint8_t *w)
+static const x86_float_type f16_x86 = {2, 8, 1, 1};
+
+MOE_AVX2_INLINE __m256 f16_load8_avx2(const uint8_t *w, size_t v)
 {
-    const __m128i v = _mm_loadu_si128((const __m128i *)w);
-    return _mm256_cvtph_ps(v);
+    (void)v;
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)w));
 }
 
 MOE_AVX2 static void f16_gemv_avx2(const moe_mm *mm)
 {
-    x86_float_gemv(mm, 2, f16_load8_avx2);
+    x86_float_gemv(mm, f16_x86, f16_load8_avx2);
 }
 
 MOE_AVX2 static void f16_tokens_avx2(const x86_float_part *p)
 {
-    x86_float_tokens(p, 2, f16_load8_avx2);
+    x86_float_tokens(p, f16_x86, f16_load8_avx2);
 }
 
 MOE_AVX2 static void f16_gemm_avx2(const moe_mm *mm)
 {
-    x86_float_gemm(mm, 2, f16_tokens_avx2);
+    x86_float_gemm(mm, f16_x86, f16_tokens_avx2);
 }
 
-MOE_AVX512_INLINE __m512 f16_load_avx512(const uint8_t *a, const uint8_t *b)
+MOE_AVX512_INLINE __m512 f16_load_avx512(const uint8_t *a, const uint8_t *b, size_t v)
 {
+    (void)v;
     return _mm512_cvtph_ps(x86_load_pair(a, b));
 }
 
 MOE_AVX512 static void f16_tokens_avx512(const x86_float_part *p)
 {
-    x86_512_float_tokens(p, 2, f16_load_avx512);
+    x86_512_float_tokens(p, f16_x86, f16_load_avx512);
 }
 
 MOE_AVX512 static void f16_gemm_avx512(const moe_mm *mm)
 {
-    x86_512_float_gemm(mm, 2, f16_tokens_avx512);
+    x86_512_float_gemm(mm, f16_x86, f16_tokens_avx512);
 }
 #endif
 
 #if MOE_ARM64
-MOE_INLINE float32x4x2_t f16_load8_arm(const uint8_t *w)
+static const arm_float_type f16_arm = {2, 8, 1, 1};
+
+MOE_INLINE float32x4x2_t f16_load8_arm(const uint8_t *w, size_t v)
 {
-    const uint16x8_t v = vreinterpretq_u16_u8(vld1q_u8(w));
-    return (float32x4x2_t){{arm_f32_of_f16(vget_low_u16(v)), arm_f32_of_f16(vget_high_u16(v))}};
+    (void)v;
+    const uint16x8_t h = vreinterpretq_u16_u8(vld1q_u8(w));
+    return (float32x4x2_t){{arm_f32_of_f16(vget_low_u16(h)), arm_f32_of_f16(vget_high_u16(h))}};
 }
 
 static void f16_gemv_neon(const moe_mm *mm)
 {
-    arm_float_gemv(mm, 2, f16_load8_arm);
+    arm_float_gemv(mm, f16_arm, f16_load8_arm);
 }
 
 static void f16_gemm_neon(const moe_mm *mm)
 {
-    arm_float_gemm(mm, 2, f16_load8_arm);
+    arm_float_gemm(mm, f16_arm, f16_load8_arm);
 }
 #endif
 

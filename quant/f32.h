@@ -38,58 +38,65 @@ static void f32_mm_c(const moe_mm *mm)
 }
 
 #if MOE_X86
-MOE_AVX2_INLINE __m256 f32_load8_avx2(const uint8_t *w)
+static const x86_float_type f32_x86 = {4, 8, 1, 1};
+
+MOE_AVX2_INLINE __m256 f32_load8_avx2(const uint8_t *w, size_t v)
 {
+    (void)v;
     return _mm256_loadu_ps((const float *)w);
 }
 
 MOE_AVX2 static void f32_gemv_avx2(const moe_mm *mm)
 {
-    x86_float_gemv(mm, 4, f32_load8_avx2);
+    x86_float_gemv(mm, f32_x86, f32_load8_avx2);
 }
 
 MOE_AVX2 static void f32_tokens_avx2(const x86_float_part *p)
 {
-    x86_float_tokens(p, 4, f32_load8_avx2);
+    x86_float_tokens(p, f32_x86, f32_load8_avx2);
 }
 
 MOE_AVX2 static void f32_gemm_avx2(const moe_mm *mm)
 {
-    x86_float_gemm(mm, 4, f32_tokens_avx2);
+    x86_float_gemm(mm, f32_x86, f32_tokens_avx2);
 }
 
-MOE_AVX512_INLINE __m512 f32_load_avx512(const uint8_t *a, const uint8_t *b)
+MOE_AVX512_INLINE __m512 f32_load_avx512(const uint8_t *a, const uint8_t *b, size_t v)
 {
+    (void)v;
     return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps((const float *)a)),
                               _mm256_loadu_ps((const float *)b), 1);
 }
 
 MOE_AVX512 static void f32_tokens_avx512(const x86_float_part *p)
 {
-    x86_512_float_tokens(p, 4, f32_load_avx512);
+    x86_512_float_tokens(p, f32_x86, f32_load_avx512);
 }
 
 MOE_AVX512 static void f32_gemm_avx512(const moe_mm *mm)
 {
-    x86_512_float_gemm(mm, 4, f32_tokens_avx512);
+    x86_512_float_gemm(mm, f32_x86, f32_tokens_avx512);
 }
 #endif
 
 #if MOE_ARM64
-MOE_INLINE float32x4x2_t f32_load8_arm(const uint8_t *w)
+static const arm_float_type f32_arm = {4, 8, 1, 1};
+
+MOE_INLINE float32x4x2_t f32_load8_arm(const uint8_t *w, size_t v)
 {
+    (void)v;
     const uint8x16_t low = vld1q_u8(w), high = vld1q_u8(w + 16);
     return (float32x4x2_t){{vreinterpretq_f32_u8(low), vreinterpretq_f32_u8(high)}};
 }
 
 static void f32_gemv_neon(const moe_mm *mm)
 {
-    arm_float_gemv(mm, 4, f32_load8_arm);
+    arm_float_gemv(mm, f32_arm, f32_load8_arm);
 }
 
 static void f32_gemm_neon(const moe_mm *mm)
 {
-    arm_float_gemm(mm, 4, f32_load8_arm);
+    arm_float_gemm(mm, f32_arm, f32_load8_arm);
 }
 #endif
 

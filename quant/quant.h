@@ -12,7 +12,9 @@
  *     after block in ascending order, with explicit fused multiply-adds (fmaf). The expression is
  *     written at the top of the type's file and in its C kernel.
  *   - Weights in a float format are multiplied with float activations in 8 lanes: lane l sums the
- *     elements k = l mod 8 in ascending order with fmaf; then reduce8() adds the lanes.
+ *     elements k = l mod 8 in ascending order with fmaf; then reduce8() adds the lanes. BF16, which
+ *     has instructions of its own, takes activations in BF16 and sums them in an order of its own
+ *     (bf16.h).
  * A vector kernel therefore equals the C kernel exactly, not approximately; the tests say so. */
 #ifndef MOE_QUANT_QUANT_H
 #define MOE_QUANT_QUANT_H
@@ -25,8 +27,11 @@
 typedef enum moe_act {
     MOE_ACT_F32,   /* float[n] */
     MOE_ACT_Q8_32, /* int8 with one scale per 32 elements */
-    MOE_ACT_Q8_256 /* int8 with one scale per 256 elements */
+    MOE_ACT_Q8_256, /* int8 with one scale per 256 elements */
+    MOE_ACT_BF16   /* rounded to BF16 */
 } moe_act;
+
+enum { MOE_ACT_COUNT = MOE_ACT_BF16 + 1 };
 
 /* One row of n int8 activations, as a struct of arrays inside one block of memory:
  *     float   scale[n_group]        x = scale * q; 0 if the whole group is 0
@@ -57,13 +62,28 @@ MOE_INLINE size_t act_q_offset(moe_act act, size_t n)
     return act_sum_offset(act, n) + (size_t)align_up(n_pad / 16 * sizeof(int16_t), 32);
 }
 
+/* One row of n activations in BF16, x * 2^64 rounded to nearest even; 0 in the place of those below
+ * 2^-50, infinite from 2^64 on. n_pad is n rounded up to 32; the padding is 0. Which of two forms it
+ * has depends on the kernels that the processor's bits select:
+ *     narrow, with MOE_CPU_AVX512_BF16: bf16 x[n_pad], what vdpbf16ps takes;
+ *     wide, without: float x[n_pad], each BF16's value, in the order in which it is summed: of 16,
+ *     the 8 odd ones first, then the 8 even ones. */
+#define ACT_BF16_LEAST 0x1p-50f
+#define ACT_BF16_SCALE 0x1p64f
+
+/* Which element stands at a place of the wide form. */
+MOE_INLINE size_t act_bf16_element(size_t place)
+{
+    return place / 16 * 16 + place % 8 * 2 + (place % 16 < 8);
+}
+
 /* Bytes of one row of n activations; a multiple of 32. Rows are stored one after another. Rows of
- * floats are never a multiple of 256 bytes apart, so that those of many tokens spread over all sets
+ * floats, of BF16 as well, are never a multiple of 256 bytes apart, so that those of many tokens spread over all sets
  * of a cache. */
 MOE_INLINE size_t act_row_bytes(moe_act act, size_t n)
 {
-    if (act == MOE_ACT_F32) {
-        const size_t bytes = (size_t)align_up(n * sizeof(float), 64);
+    if (act == MOE_ACT_F32 || act == MOE_ACT_BF16) {
+        const size_t bytes = (size_t)align_up(n * sizeof(float), act == MOE_ACT_F32 ? 64 : 128);
         return bytes % 256 ? bytes : bytes + 64;
     }
     return act_q_offset(act, n) + (size_t)align_up(n, act_group(act));
@@ -110,8 +130,11 @@ typedef enum moe_cpu {
     MOE_CPU_AVX512_VNNI = 1 << 3,
     MOE_CPU_NEON = 1 << 4,
     MOE_CPU_DOTPROD = 1 << 5,
-    MOE_CPU_I8MM = 1 << 6
+    MOE_CPU_I8MM = 1 << 6,
+    MOE_CPU_AVX512_BF16 = 1 << 7
 } moe_cpu;
+
+enum { MOE_CPU_END = 1 << 8 };
 
 /* ------------------------------------------------------------------------------- formats -- */
 

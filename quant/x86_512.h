@@ -29,6 +29,8 @@
 #define MOE_AVX512_INLINE MOE_UNUSED MOE_INLINE MOE_AVX512
 #define MOE_VNNI512 MOE_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define MOE_VNNI512_INLINE MOE_UNUSED MOE_INLINE MOE_VNNI512
+#define MOE_BF16_512 MOE_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#define MOE_BF16_512_INLINE MOE_UNUSED MOE_INLINE MOE_BF16_512
 
 enum {
     X86_512_K = 256,     /* weights of a row in a tile */

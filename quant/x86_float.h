@@ -14,7 +14,10 @@
  * next part is begun, with sums that wait in memory, so that a part of the activations, read from
  * L3, serves several tiles.
  *
- * Where the length of a row is no multiple of 8, the tile is filled up with -0 and meets
+ * BF16 is loaded 16 weights at a time: as two vectors of floats, the odd ones and the even ones, as
+ * bf16.h wants them summed; or, for vdpbf16ps, as one vector of pairs.
+ *
+ * Where the length of a row is no multiple of 8 (16), the tile is filled up with -0 and meets
  * activations that are 0: adding -0 changes no sum, not even one that is -0. Must never: read a
  * byte outside a row, or compute a float in another order than the C kernel of the format. */
 #ifndef MOE_QUANT_X86_FLOAT_H
@@ -25,7 +28,7 @@
 #if MOE_X86
 
 enum {
-    X86_FLOAT_K = 768,      /* weights of a row in a tile: 12 KiB, with AVX-512 24 */
+    X86_FLOAT_VECTORS = 96, /* of 8 lanes, of a row in a tile: 12 KiB, with AVX-512 24 */
     X86_FLOAT_PART_ROWS = 32,    /* rows whose sums wait in memory, */
     X86_FLOAT_PART_TOKENS = 132, /* and tokens: a multiple of both steps, 128 and more */
     X86_FLOAT_L2 = 448 << 10, /* activations for which weights are converted once */
@@ -35,6 +38,14 @@ enum {
     X86_512_FLOAT_STEP = 6
 };
 
+/* What the kernels have to know of a type. */
+typedef struct x86_float_type {
+    size_t item_bytes; // of a weight
+    size_t unit;       // weights of a row that are loaded at once: 8 or 16
+    size_t vectors;    // that they become, and that their activations are, of 32 bytes: 1 or 2
+    float scale;       // the factor of the results
+} x86_float_type;
+
 /* A tile, or as much of its rows as fits into it, times some tokens. */
 typedef struct x86_float_part {
     const uint8_t *row[X86_512_FLOAT_ROWS]; // those past the end are the last row once more
@@ -43,8 +54,10 @@ typedef struct x86_float_part {
     float *y;           // [n_tok][y_stride]
     size_t x_stride, y_stride;
     size_t n_k, n_row, n_tok;
+    size_t n_vector;    // of a row in the tile
+    float scale;
     bool first, last;   // part of the rows: if first, sums begin with 0; if last, y is written
-    void *tile;         // [n_k rounded up / 8][rows of a tile][8]: written by the first step
+    void *tile;         // [n_vector][rows of a tile][8]: written by the first step
     float *sum;         // [n_tok][rows of a tile][8]: what the parts so far gave
 } x86_float_part;
 
@@ -52,7 +65,7 @@ typedef void x86_float_part_fn(const x86_float_part *p);
 
 /* Memory of a product, on the stack; without parts the sums are not touched. */
 typedef struct x86_float_memory {
-    __m512 tile[X86_FLOAT_K / 8 * X86_512_FLOAT_ROWS / 2];
+    __m512 tile[X86_FLOAT_VECTORS * X86_512_FLOAT_ROWS / 2];
     __m512 sum[X86_FLOAT_PART_ROWS * X86_FLOAT_PART_TOKENS / 2];
 } x86_float_memory;
 
@@ -69,90 +82,107 @@ MOE_INLINE void x86_float_run(const moe_mm *mm, size_t r, size_t k, size_t item_
 }
 
 /* Cuts a product into tiles of `tile_rows` rows and into parts of rows. */
-MOE_INLINE void x86_float_cut(const moe_mm *mm, size_t item_bytes, size_t tile_rows,
+MOE_INLINE void x86_float_cut(const moe_mm *mm, x86_float_type f, size_t tile_rows,
                               x86_float_memory *memory, x86_float_part_fn *run)
 {
-    const size_t n_part = (mm->n_in + X86_FLOAT_K - 1) / X86_FLOAT_K;
-    const size_t part = (size_t)align_up((mm->n_in + n_part - 1) / n_part, 8);
+    const size_t tile_k = X86_FLOAT_VECTORS / f.vectors * f.unit;
+    const size_t n_part = (mm->n_in + tile_k - 1) / tile_k;
+    const size_t part = (size_t)align_up((mm->n_in + n_part - 1) / n_part, f.unit);
+    const size_t x_bytes = 32 * f.vectors / f.unit; /* of an activation */
     const size_t most_tok = n_part > 1 ? (size_t)X86_FLOAT_PART_TOKENS
-                                       : X86_FLOAT_L2 / (mm->n_in * sizeof(float));
+                                       : X86_FLOAT_L2 / (mm->n_in * x_bytes);
     const size_t n_block = (mm->n_tok + most_tok - 1) / most_tok;
     const size_t block = ((mm->n_tok - 1) / n_block / X86_512_FLOAT_STEP + 1) *
                          X86_512_FLOAT_STEP; /* <= X86_FLOAT_PART_TOKENS, which is a multiple */
     const size_t rows = n_part > 1 ? X86_FLOAT_PART_ROWS : mm->n_row;
-    x86_float_part p = {.x_stride = mm->x_stride, .y_stride = mm->y_stride, .tile = memory->tile};
+    x86_float_part p = {.x_stride = mm->x_stride, .y_stride = mm->y_stride, .scale = f.scale,
+                        .tile = memory->tile};
     for (size_t t = 0; t < mm->n_tok; t += block)
         for (size_t r0 = 0; r0 < mm->n_row; r0 += rows)
             for (size_t k = 0; k < mm->n_in; k += part)
                 for (size_t r = r0; r < MOE_MIN(r0 + rows, mm->n_row); r += tile_rows) {
-                    p.x = mm->x + t * mm->x_stride + k * sizeof(float);
+                    p.x = mm->x + t * mm->x_stride + k * x_bytes;
                     p.y = mm->y + t * mm->y_stride + r;
                     p.sum = (float *)memory->sum + (r - r0) * 8 * X86_FLOAT_PART_TOKENS;
                     p.n_tok = MOE_MIN(block, mm->n_tok - t);
                     p.n_k = MOE_MIN(part, mm->n_in - k);
+                    p.n_vector = (p.n_k + f.unit - 1) / f.unit * f.vectors;
                     p.ahead = t == 0 ? tile_rows * mm->w_stride : 0;
-                    x86_float_run(mm, r, k, item_bytes, &p, tile_rows, run);
+                    x86_float_run(mm, r, k, f.item_bytes, &p, tile_rows, run);
                 }
 }
 
-/* Fetches the cache lines of the next rows that take the places of eight k of a tile, all rows'
+/* Fetches the cache lines of the next rows that take the places of a unit of k of a tile, all rows'
  * first lines first. */
-MOE_AVX2_INLINE void x86_float_fetch(const x86_float_part *p, size_t k, size_t item_bytes,
+MOE_AVX2_INLINE void x86_float_fetch(const x86_float_part *p, size_t k, x86_float_type f,
                                      size_t tile_rows)
 {
-    const size_t n = item_bytes * tile_rows / 8;
-    for (size_t i = k / 8 * n; i < (k / 8 + 1) * n; i++)
+    const size_t n = f.unit * f.item_bytes * tile_rows / 64;
+    for (size_t i = k / f.unit * n; i < (k / f.unit + 1) * n; i++)
         _mm_prefetch((const char *)((uintptr_t)p->row[i % tile_rows] + p->ahead +
                                     i / tile_rows * 64), _MM_HINT_T0);
 }
 
+/* The last n weights of a row, filled up to a unit with -0. */
+MOE_INLINE void x86_float_last(const uint8_t *w, size_t n, x86_float_type f, uint8_t copy[32])
+{
+    memset(copy, 0, 32);
+    for (size_t i = f.item_bytes - 1; i < 32; i += f.item_bytes)
+        copy[i] = 0x80;
+    memcpy(copy, w, n * f.item_bytes);
+}
+
 /* -------------------------------------------------------------------------------------- AVX2 -- */
 
-/* 8 weights as floats. */
-typedef __m256 x86_load8_fn(const uint8_t *w);
+/* A unit's vector v as floats. */
+typedef __m256 x86_load8_fn(const uint8_t *w, size_t v);
 
-/* The last n < 8 weights of a row, and -0. */
-MOE_AVX2_INLINE __m256 x86_load_last(const uint8_t *w, size_t n, size_t item_bytes,
-                                     x86_load8_fn *load8)
+/* acc + a unit of weights times its activations. */
+MOE_AVX2_INLINE __m256 x86_float_unit(__m256 acc, const uint8_t *w, const __m256 x[2],
+                                      x86_float_type f, x86_load8_fn *load8)
 {
-    uint8_t copy[32] = {0};
-    memcpy(copy, w, n * item_bytes);
-    const __m256i past = _mm256_cmpgt_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
-                                            _mm256_set1_epi32((int)n - 1));
-    return _mm256_or_ps(load8(copy), _mm256_castsi256_ps(_mm256_slli_epi32(past, 31)));
+    MOE_UNROLL
+    for (size_t v = 0; v < f.vectors; v++)
+        acc = _mm256_fmadd_ps(load8(w, v), x[v], acc);
+    return acc;
 }
 
 /* One token, 8 rows at once: as many chains as hide the latency of a fused multiply-add. */
-MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, size_t item_bytes, x86_load8_fn *load8)
+MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, x86_float_type f, x86_load8_fn *load8)
 {
-    const float *x = (const float *)mm->x;
-    const size_t n8 = mm->n_in / 8 * 8;
+    const size_t n_unit = mm->n_in / f.unit, unit_bytes = f.unit * f.item_bytes;
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
         x86_rows(mm, r, row);
         const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
+        const float *x = (const float *)mm->x;
         __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
-        __m256 a4 = a0, a5 = a0, a6 = a0, a7 = a0;
-        for (size_t k = 0; k < n8; k += 8) {
-            const size_t at = k * item_bytes;
-            x86_prefetch(next + 8 * at, 64 * item_bytes);
-            const __m256 xk = _mm256_load_ps(x + k);
-            a0 = _mm256_fmadd_ps(load8(row[0] + at), xk, a0);
-            a1 = _mm256_fmadd_ps(load8(row[1] + at), xk, a1);
-            a2 = _mm256_fmadd_ps(load8(row[2] + at), xk, a2);
-            a3 = _mm256_fmadd_ps(load8(row[3] + at), xk, a3);
-            a4 = _mm256_fmadd_ps(load8(row[4] + at), xk, a4);
-            a5 = _mm256_fmadd_ps(load8(row[5] + at), xk, a5);
-            a6 = _mm256_fmadd_ps(load8(row[6] + at), xk, a6);
-            a7 = _mm256_fmadd_ps(load8(row[7] + at), xk, a7);
+        __m256 a4 = a0, a5 = a0, a6 = a0, a7 = a0, xk[2];
+        for (size_t i = 0; i < n_unit; i++, x += 8 * f.vectors) {
+            const size_t at = i * unit_bytes;
+            x86_prefetch(next + 8 * at, 8 * unit_bytes);
+            xk[0] = _mm256_load_ps(x);
+            xk[1] = f.vectors > 1 ? _mm256_load_ps(x + 8) : xk[0];
+            a0 = x86_float_unit(a0, row[0] + at, xk, f, load8);
+            a1 = x86_float_unit(a1, row[1] + at, xk, f, load8);
+            a2 = x86_float_unit(a2, row[2] + at, xk, f, load8);
+            a3 = x86_float_unit(a3, row[3] + at, xk, f, load8);
+            a4 = x86_float_unit(a4, row[4] + at, xk, f, load8);
+            a5 = x86_float_unit(a5, row[5] + at, xk, f, load8);
+            a6 = x86_float_unit(a6, row[6] + at, xk, f, load8);
+            a7 = x86_float_unit(a7, row[7] + at, xk, f, load8);
         }
         __m256 acc[8] = {a0, a1, a2, a3, a4, a5, a6, a7};
+        const size_t n_last = mm->n_in % f.unit;
         for (size_t i = 0; i < MOE_MIN(mm->n_row - r, 8); i++) {
-            if (n8 < mm->n_in)
-                acc[i] = _mm256_fmadd_ps(x86_load_last(row[i] + n8 * item_bytes, mm->n_in - n8,
-                                                       item_bytes, load8),
-                                         _mm256_load_ps(x + n8), acc[i]);
-            mm->y[r + i] = x86_reduce8(acc[i]);
+            if (n_last) {
+                uint8_t copy[32];
+                x86_float_last(row[i] + n_unit * unit_bytes, n_last, f, copy);
+                xk[0] = _mm256_load_ps(x);
+                xk[1] = f.vectors > 1 ? _mm256_load_ps(x + 8) : xk[0];
+                acc[i] = x86_float_unit(acc[i], copy, xk, f, load8);
+            }
+            mm->y[r + i] = x86_reduce8(acc[i]) * f.scale;
         }
     }
 }
@@ -188,9 +218,9 @@ MOE_AVX2_INLINE void x86_float_reduce8(const __m256 a[X86_FLOAT_ROWS],
 }
 
 /* acc[t][i] += eight weights of each row times n_tok (constant) tokens. With load8, the weights are
- * loaded from row + at, and w is written. */
+ * vector v of those at row + at, and w is written. */
 MOE_AVX2_INLINE void x86_float_eight(__m256 w[X86_FLOAT_ROWS], const uint8_t *const *row, size_t at,
-                                     x86_load8_fn *load8, const uint8_t *x, size_t stride,
+                                     size_t v, x86_load8_fn *load8, const uint8_t *x, size_t stride,
                                      __m256 (*acc)[X86_FLOAT_ROWS], size_t n_tok)
 {
     __m256 xk[X86_FLOAT_STEP];
@@ -201,7 +231,7 @@ MOE_AVX2_INLINE void x86_float_eight(__m256 w[X86_FLOAT_ROWS], const uint8_t *co
     }
     MOE_UNROLL
     for (size_t i = 0; i < X86_FLOAT_ROWS; i++) {
-        __m256 wk = load8 ? load8(row[i] + at) : w[i];
+        __m256 wk = load8 ? load8(row[i] + at, v) : w[i];
         if (load8)
             w[i] = wk;
         x86_float_pin(&wk);
@@ -230,6 +260,7 @@ MOE_AVX2_INLINE void x86_float_put(const x86_float_part *p, size_t t, size_t n_t
 {
     __m256 *sum = (__m256 *)p->sum + t * X86_FLOAT_ROWS;
     const size_t n_row = p->n_row, y_stride = p->y_stride;
+    const __m128 scale = _mm_set1_ps(p->scale);
     float *y = p->y + t * y_stride;
     if (!p->last) {
         MOE_UNROLL
@@ -243,18 +274,14 @@ MOE_AVX2_INLINE void x86_float_put(const x86_float_part *p, size_t t, size_t n_t
         x86_float_reduce8(acc[i], acc[MOE_MIN(i + 1, n_tok - 1)], v + i);
     MOE_UNROLL
     for (size_t i = 0; i < n_tok; i++, y += y_stride)
-        x86_float_store(y, v[i], n_row);
+        x86_float_store(y, _mm_mul_ps(v[i], scale), n_row);
 }
 
-/* The tile times tokens t .. t + n_tok - 1, n_tok constant, <= X86_FLOAT_STEP. With load8, which is
- * then constant, the tile is written on the way. */
-MOE_AVX2_INLINE void x86_float_step(const x86_float_part *p, size_t t, size_t n_tok,
-                                    size_t item_bytes, x86_load8_fn *load8)
+/* The sums so far of n_tok (constant) tokens from t on. */
+MOE_AVX2_INLINE void x86_float_get(const x86_float_part *p, size_t t, size_t n_tok,
+                                   __m256 (*acc)[X86_FLOAT_ROWS])
 {
-    const uint8_t *x = p->x + t * p->x_stride;
     const __m256 *sum = (const __m256 *)p->sum + t * X86_FLOAT_ROWS;
-    const size_t n_full = load8 ? p->n_k / 8 * 8 : p->n_k;
-    __m256 (*w)[X86_FLOAT_ROWS] = p->tile, acc[X86_FLOAT_STEP][X86_FLOAT_ROWS];
     MOE_UNROLL
     for (size_t i = 0; i < X86_FLOAT_ROWS * n_tok; i++)
         acc[i / X86_FLOAT_ROWS][i % X86_FLOAT_ROWS] = _mm256_setzero_ps();
@@ -263,65 +290,89 @@ MOE_AVX2_INLINE void x86_float_step(const x86_float_part *p, size_t t, size_t n_
         for (size_t i = 0; i < X86_FLOAT_ROWS * n_tok; i++)
             acc[i / X86_FLOAT_ROWS][i % X86_FLOAT_ROWS] = sum[i];
     }
-    size_t k = 0;
-    for (; k < n_full; k += 8, x += 32, w++) {
-        if (load8 && p->ahead)
-            x86_float_fetch(p, k, item_bytes, X86_FLOAT_ROWS);
-        x86_float_eight(*w, p->row, k * item_bytes, load8, x, p->x_stride, acc, n_tok);
-    }
-    if (load8 && k < p->n_k) {
-        for (size_t i = 0; i < X86_FLOAT_ROWS; i++)
-            (*w)[i] = x86_load_last(p->row[i] + k * item_bytes, p->n_k - k, item_bytes, load8);
-        x86_float_eight(*w, NULL, 0, NULL, x, p->x_stride, acc, n_tok);
-    }
+}
+
+/* The tile times tokens t .. t + n_tok - 1, n_tok constant, <= X86_FLOAT_STEP. */
+MOE_AVX2_INLINE void x86_float_step(const x86_float_part *p, size_t t, size_t n_tok)
+{
+    const uint8_t *x = p->x + t * p->x_stride;
+    __m256 (*w)[X86_FLOAT_ROWS] = p->tile, acc[X86_FLOAT_STEP][X86_FLOAT_ROWS];
+    x86_float_get(p, t, n_tok, acc);
+    for (size_t k = 0; k < p->n_vector; k++, x += 32, w++)
+        x86_float_eight(*w, NULL, 0, 0, NULL, x, p->x_stride, acc, n_tok);
     x86_float_put(p, t, n_tok, acc);
+}
+
+/* The same with the first tokens: the tile is written on the way. load8 is constant. */
+MOE_AVX2_INLINE void x86_float_begin(const x86_float_part *p, size_t n_tok, x86_float_type f,
+                                     x86_load8_fn *load8)
+{
+    const uint8_t *x = p->x;
+    __m256 (*w)[X86_FLOAT_ROWS] = p->tile, acc[X86_FLOAT_STEP][X86_FLOAT_ROWS];
+    x86_float_get(p, 0, n_tok, acc);
+    size_t k = 0;
+    for (; k + f.unit <= p->n_k; k += f.unit) {
+        if (p->ahead)
+            x86_float_fetch(p, k, f, X86_FLOAT_ROWS);
+        MOE_UNROLL
+        for (size_t v = 0; v < f.vectors; v++, x += 32, w++)
+            x86_float_eight(*w, p->row, k * f.item_bytes, v, load8, x, p->x_stride, acc, n_tok);
+    }
+    if (k < p->n_k) {
+        uint8_t copy[X86_FLOAT_ROWS][32];
+        const uint8_t *row[X86_FLOAT_ROWS];
+        for (size_t i = 0; i < X86_FLOAT_ROWS; i++) {
+            x86_float_last(p->row[i] + k * f.item_bytes, p->n_k - k, f, copy[i]);
+            row[i] = copy[i];
+        }
+        for (size_t v = 0; v < f.vectors; v++, x += 32, w++)
+            x86_float_eight(*w, row, 0, v, load8, x, p->x_stride, acc, n_tok);
+    }
+    x86_float_put(p, 0, n_tok, acc);
 }
 
 /* The tokens after the first step. */
 MOE_AVX2 MOE_UNUSED static void x86_float_rest(const x86_float_part *p, size_t t)
 {
     for (; t + X86_FLOAT_STEP <= p->n_tok; t += X86_FLOAT_STEP)
-        x86_float_step(p, t, X86_FLOAT_STEP, 0, NULL);
+        x86_float_step(p, t, X86_FLOAT_STEP);
     if (p->n_tok - t == 2)
-        x86_float_step(p, t, 2, 0, NULL);
+        x86_float_step(p, t, 2);
     else if (p->n_tok - t == 1)
-        x86_float_step(p, t, 1, 0, NULL);
+        x86_float_step(p, t, 1);
 }
 
 /* The body of an x86_float_part_fn. */
-MOE_AVX2_INLINE void x86_float_tokens(const x86_float_part *p, size_t item_bytes,
+MOE_AVX2_INLINE void x86_float_tokens(const x86_float_part *p, x86_float_type f,
                                       x86_load8_fn *load8)
 {
     switch (p->n_tok) {
-    case 1: x86_float_step(p, 0, 1, item_bytes, load8); break;
-    case 2: x86_float_step(p, 0, 2, item_bytes, load8); break;
+    case 1: x86_float_begin(p, 1, f, load8); break;
+    case 2: x86_float_begin(p, 2, f, load8); break;
     default:
-        x86_float_step(p, 0, X86_FLOAT_STEP, item_bytes, load8);
+        x86_float_begin(p, X86_FLOAT_STEP, f, load8);
         x86_float_rest(p, X86_FLOAT_STEP);
     }
 }
 
-MOE_AVX2 MOE_UNUSED static void x86_float_gemm(const moe_mm *mm, size_t item_bytes,
+MOE_AVX2 MOE_UNUSED static void x86_float_gemm(const moe_mm *mm, x86_float_type f,
                                                x86_float_part_fn *run)
 {
     x86_float_memory memory;
-    x86_float_cut(mm, item_bytes, X86_FLOAT_ROWS, &memory, run);
+    x86_float_cut(mm, f, X86_FLOAT_ROWS, &memory, run);
 }
 
 /* ----------------------------------------------------------------------------------- AVX-512 -- */
 
-/* 8 weights at a and 8 at b as floats. */
-typedef __m512 x86_512_pair_fn(const uint8_t *a, const uint8_t *b);
+/* Vector v of a unit of weights at a and of one at b. */
+typedef __m512 x86_512_pair_fn(const uint8_t *a, const uint8_t *b, size_t v);
 
-/* The last n < 8 weights of two rows, and -0. */
-MOE_AVX512_INLINE __m512 x86_512_pair_last(const uint8_t *a, const uint8_t *b, size_t n,
-                                           size_t item_bytes, x86_512_pair_fn *pair)
+/* acc + what two vectors of weights give with their activations. */
+typedef __m512 x86_512_multiply_fn(__m512 w, __m512 x, __m512 acc);
+
+MOE_AVX512_INLINE __m512 x86_512_fma(__m512 w, __m512 x, __m512 acc)
 {
-    uint8_t copy[2][32] = {{0}};
-    memcpy(copy[0], a, n * item_bytes);
-    memcpy(copy[1], b, n * item_bytes);
-    const __mmask16 past = (__mmask16)((0xff & ~((1u << n) - 1)) * 0x101);
-    return _mm512_mask_mov_ps(pair(copy[0], copy[1]), past, _mm512_set1_ps(-0.0f));
+    return _mm512_fmadd_ps(w, x, acc);
 }
 
 /* Keeps a vector in a register that a compiler would rather load once for each use. */
@@ -352,9 +403,10 @@ MOE_AVX512_INLINE __m512 x86_512_reduce8(const __m512 low[4], const __m512 high[
                                                    11, 15), sum);
 }
 
-/* acc[t][i] += eight weights of each row times n_tok (constant) tokens. */
+/* acc[t][i] += a vector of weights of each row times n_tok (constant) tokens. */
 MOE_AVX512_INLINE void x86_512_float_eight(const __m512 w[4], const uint8_t *x, size_t stride,
-                                           __m512 (*acc)[4], size_t n_tok)
+                                           __m512 (*acc)[4], size_t n_tok,
+                                           x86_512_multiply_fn *multiply)
 {
     __m512 wk[4];
     MOE_UNROLL
@@ -367,7 +419,7 @@ MOE_AVX512_INLINE void x86_512_float_eight(const __m512 w[4], const uint8_t *x, 
         const __m512 xk = _mm512_broadcast_f32x8(_mm256_load_ps((const float *)(x + t * stride)));
         MOE_UNROLL
         for (size_t i = 0; i < 4; i++)
-            acc[t][i] = _mm512_fmadd_ps(wk[i], xk, acc[t][i]);
+            acc[t][i] = multiply(wk[i], xk, acc[t][i]);
     }
 }
 
@@ -385,21 +437,19 @@ MOE_AVX512_INLINE void x86_512_float_put(const x86_float_part *p, size_t t, size
     }
     MOE_UNROLL
     for (size_t i = 0; i < n_tok; i += 2, y += 2 * p->y_stride) {
-        const __m512 v = x86_512_reduce8(acc[i], acc[n_tok == 1 ? 0 : i + 1]);
+        const __m512 v = _mm512_mul_ps(x86_512_reduce8(acc[i], acc[n_tok == 1 ? 0 : i + 1]),
+                                       _mm512_set1_ps(p->scale));
         x86_store_rows(y, _mm512_castps512_ps256(v), p->n_row);
         if (n_tok > 1)
             x86_store_rows(y + p->y_stride, _mm512_extractf32x8_ps(v, 1), p->n_row);
     }
 }
 
-/* As x86_float_step(); n_tok is 1 or even, <= X86_512_FLOAT_STEP. */
-MOE_AVX512_INLINE void x86_512_float_step(const x86_float_part *p, size_t t, size_t n_tok,
-                                          size_t item_bytes, x86_512_pair_fn *pair)
+/* As x86_float_get(). */
+MOE_AVX512_INLINE void x86_512_float_get(const x86_float_part *p, size_t t, size_t n_tok,
+                                         __m512 (*acc)[4])
 {
-    const uint8_t *x = p->x + t * p->x_stride;
     const __m512 *sum = (const __m512 *)p->sum + 4 * t;
-    const size_t n_full = pair ? p->n_k / 8 * 8 : p->n_k;
-    __m512 (*w)[4] = p->tile, acc[X86_512_FLOAT_STEP][4];
     MOE_UNROLL
     for (size_t i = 0; i < 4 * n_tok; i++)
         acc[i / 4][i % 4] = _mm512_setzero_ps();
@@ -408,61 +458,107 @@ MOE_AVX512_INLINE void x86_512_float_step(const x86_float_part *p, size_t t, siz
         for (size_t i = 0; i < 4 * n_tok; i++)
             acc[i / 4][i % 4] = sum[i];
     }
-    size_t k = 0;
-    for (; k < n_full; k += 8, x += 32, w++) {
-        if (pair && p->ahead)
-            x86_float_fetch(p, k, item_bytes, X86_512_FLOAT_ROWS);
-        MOE_UNROLL
-        for (size_t i = 0; i < 4; i++)
-            if (pair)
-                (*w)[i] = pair(p->row[2 * i] + k * item_bytes, p->row[2 * i + 1] + k * item_bytes);
-        x86_512_float_eight(*w, x, p->x_stride, acc, n_tok);
-    }
-    if (pair && k < p->n_k) {
-        for (size_t i = 0; i < 4; i++)
-            (*w)[i] = x86_512_pair_last(p->row[2 * i] + k * item_bytes,
-                                        p->row[2 * i + 1] + k * item_bytes, p->n_k - k, item_bytes,
-                                        pair);
-        x86_512_float_eight(*w, x, p->x_stride, acc, n_tok);
-    }
+}
+
+/* As x86_float_step(); n_tok is 1 or even, <= X86_512_FLOAT_STEP. */
+MOE_AVX512_INLINE void x86_512_float_step(const x86_float_part *p, size_t t, size_t n_tok,
+                                          x86_512_multiply_fn *multiply)
+{
+    const uint8_t *x = p->x + t * p->x_stride;
+    __m512 (*w)[4] = p->tile, acc[X86_512_FLOAT_STEP][4];
+    x86_512_float_get(p, t, n_tok, acc);
+    for (size_t k = 0; k < p->n_vector; k++, x += 32, w++)
+        x86_512_float_eight(*w, x, p->x_stride, acc, n_tok, multiply);
     x86_512_float_put(p, t, n_tok, acc);
 }
 
-/* The tokens after the first step. */
-MOE_AVX512 MOE_UNUSED static void x86_512_float_rest(const x86_float_part *p, size_t t)
+/* As x86_float_begin(). */
+MOE_AVX512_INLINE void x86_512_float_begin(const x86_float_part *p, size_t n_tok, x86_float_type f,
+                                           x86_512_pair_fn *pair, x86_512_multiply_fn *multiply)
+{
+    const uint8_t *x = p->x;
+    __m512 (*w)[4] = p->tile, acc[X86_512_FLOAT_STEP][4];
+    x86_512_float_get(p, 0, n_tok, acc);
+    size_t k = 0;
+    for (; k + f.unit <= p->n_k; k += f.unit) {
+        const size_t at = k * f.item_bytes;
+        if (p->ahead)
+            x86_float_fetch(p, k, f, X86_512_FLOAT_ROWS);
+        MOE_UNROLL
+        for (size_t v = 0; v < f.vectors; v++, x += 32, w++) {
+            MOE_UNROLL
+            for (size_t i = 0; i < 4; i++)
+                (*w)[i] = pair(p->row[2 * i] + at, p->row[2 * i + 1] + at, v);
+            x86_512_float_eight(*w, x, p->x_stride, acc, n_tok, multiply);
+        }
+    }
+    if (k < p->n_k) {
+        uint8_t copy[X86_512_FLOAT_ROWS][32];
+        for (size_t i = 0; i < X86_512_FLOAT_ROWS; i++)
+            x86_float_last(p->row[i] + k * f.item_bytes, p->n_k - k, f, copy[i]);
+        for (size_t v = 0; v < f.vectors; v++, x += 32, w++) {
+            for (size_t i = 0; i < 4; i++)
+                (*w)[i] = pair(copy[2 * i], copy[2 * i + 1], v);
+            x86_512_float_eight(*w, x, p->x_stride, acc, n_tok, multiply);
+        }
+    }
+    x86_512_float_put(p, 0, n_tok, acc);
+}
+
+/* The tokens from t on; multiply is constant. */
+MOE_AVX512_INLINE void x86_512_float_steps(const x86_float_part *p, size_t t,
+                                           x86_512_multiply_fn *multiply)
 {
     for (; t + X86_512_FLOAT_STEP <= p->n_tok; t += X86_512_FLOAT_STEP)
-        x86_512_float_step(p, t, X86_512_FLOAT_STEP, 0, NULL);
+        x86_512_float_step(p, t, X86_512_FLOAT_STEP, multiply);
     for (; t + 4 <= p->n_tok; t += 4)
-        x86_512_float_step(p, t, 4, 0, NULL);
+        x86_512_float_step(p, t, 4, multiply);
     for (; t + 2 <= p->n_tok; t += 2)
-        x86_512_float_step(p, t, 2, 0, NULL);
+        x86_512_float_step(p, t, 2, multiply);
     if (t < p->n_tok)
-        x86_512_float_step(p, t, 1, 0, NULL);
+        x86_512_float_step(p, t, 1, multiply);
+}
+
+/* The first step of the body of an x86_float_part_fn; returns how many tokens it took. */
+MOE_AVX512_INLINE size_t x86_512_float_first(const x86_float_part *p, x86_float_type f,
+                                             x86_512_pair_fn *pair, x86_512_multiply_fn *multiply)
+{
+    if (p->n_tok >= X86_512_FLOAT_STEP) {
+        x86_512_float_begin(p, X86_512_FLOAT_STEP, f, pair, multiply);
+        return X86_512_FLOAT_STEP;
+    }
+    if (p->n_tok >= 4) {
+        x86_512_float_begin(p, 4, f, pair, multiply);
+        return 4;
+    }
+    if (p->n_tok >= 2) {
+        x86_512_float_begin(p, 2, f, pair, multiply);
+        return 2;
+    }
+    x86_512_float_begin(p, 1, f, pair, multiply);
+    return 1;
+}
+
+/* The rest of it, of types that are multiplied as floats. */
+MOE_AVX512 MOE_UNUSED static void x86_512_float_rest(const x86_float_part *p, size_t t)
+{
+    x86_512_float_steps(p, t, x86_512_fma);
 }
 
 /* The body of an x86_float_part_fn. */
-MOE_AVX512_INLINE void x86_512_float_tokens(const x86_float_part *p, size_t item_bytes,
+MOE_AVX512_INLINE void x86_512_float_tokens(const x86_float_part *p, x86_float_type f,
                                             x86_512_pair_fn *pair)
 {
-    size_t t = X86_512_FLOAT_STEP;
-    if (p->n_tok >= X86_512_FLOAT_STEP)
-        x86_512_float_step(p, 0, X86_512_FLOAT_STEP, item_bytes, pair);
-    else if (p->n_tok >= 4)
-        x86_512_float_step(p, 0, t = 4, item_bytes, pair);
-    else if (p->n_tok >= 2)
-        x86_512_float_step(p, 0, t = 2, item_bytes, pair);
-    else
-        x86_512_float_step(p, 0, t = 1, item_bytes, pair);
+    const size_t t = x86_512_float_first(p, f, pair, x86_512_fma);
     if (t < p->n_tok)
         x86_512_float_rest(p, t);
 }
 
-MOE_AVX512 MOE_UNUSED static void x86_512_float_gemm(const moe_mm *mm, size_t item_bytes,
+MOE_AVX512 MOE_UNUSED static void x86_512_float_gemm(const moe_mm *mm, x86_float_type f,
                                                      x86_float_part_fn *run)
 {
     x86_float_memory memory;
-    x86_float_cut(mm, item_bytes, X86_512_FLOAT_ROWS, &memory, run);
+    x86_float_cut(mm, f, X86_512_FLOAT_ROWS, &memory, run);
 }
 
 #endif

@@ -24,7 +24,7 @@ the best of those tokens, of the one at p + 2. Rows of position 0 are zeros.
 
 `rounding` says what a key/value cache of type F16, Q8_0 and F32 costs: the largest relative error of a
 position's logits when transformers itself, in double precision, rounds keys and values so and, in
-front of matrices in integer formats, activations to 8 bits in groups of 32.
+front of matrices in integer formats, activations to 8 bits in groups of 32; of BF16, to BF16.
 
 The logits are computed in double precision throughout: torch.float32 is made to mean float64 while
 the model runs, since the modelling code forces norms, softmax and rotary angles into float32. The same
@@ -921,6 +921,18 @@ def round_f16(x):
     return x.to(torch.float16).to(x.dtype)
 
 
+def round_bf16(x):
+    return x.to(torch.bfloat16).to(x.dtype)
+
+
+def activation_rounding(m):
+    """What the matrices of a model make of their activations; None if all take them as they are."""
+    types = set(m.get("types", {}).values()) - {GT.F16}
+    if not types:
+        return None
+    return round_bf16 if types == {GT.BF16} else lambda x: round_groups(x, lambda scale: scale)
+
+
 class RoundingCache(DynamicCache):
     """Holds nothing; rounds what a cache would have stored."""
 
@@ -951,17 +963,17 @@ CACHES = {"F16": round_f16, "Q8_0": lambda x: round_groups(x, round_f16), "F32":
 
 
 @contextlib.contextmanager
-def rounded_activations(but_for):
-    """Inputs of matrix multiplications are rounded to 8 bits, except for the matrices `but_for`."""
+def rounded_activations(rounding, but_for):
+    """Inputs of matrix multiplications are rounded, except for the matrices `but_for`."""
     linear, matmul = torch.nn.functional.linear, torch.Tensor.__matmul__
 
     def rounding_linear(x, weight, bias=None):
         if not any(weight is w for w in but_for):
-            x = round_groups(x, lambda scale: scale)
+            x = rounding(x)
         return linear(x, weight, bias)
 
     torch.nn.functional.linear = rounding_linear
-    torch.Tensor.__matmul__ = lambda x, w: matmul(round_groups(x, lambda scale: scale), w)  # gpt-oss
+    torch.Tensor.__matmul__ = lambda x, w: matmul(rounding(x), w)  # gpt-oss
     try:
         yield
     finally:
@@ -1015,7 +1027,8 @@ class Oracle:
             return self.model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
 
     def rounded_logits(self, tokens, cache, activations):
-        rounding = rounded_activations(self.routers) if activations else contextlib.nullcontext()
+        rounding = (rounded_activations(activations, self.routers) if activations
+                    else contextlib.nullcontext())
         with self.context(), torch.no_grad(), rounding:
             return self.model(torch.tensor([tokens]), use_cache=True,
                               past_key_values=RoundingCache(CACHES[cache])).logits[0].numpy()
@@ -1119,7 +1132,7 @@ def make(name, m, seed, out, no_vocab):
     if m["family"] in NO_HEAD_DIM:
         m["embd"] = m["head"] * m["dim"]  # these have no head_dim of their own
     config, cls, arch = build(m)
-    quantized = bool(set(m.get("types", {}).values()) - {GT.F16, GT.BF16})
+    activations = activation_rounding(m)
     with torch.device("meta"):
         skeleton = cls(config)
     for _ in range(20):
@@ -1134,9 +1147,9 @@ def make(name, m, seed, out, no_vocab):
     single = Oracle(m, weights, False).logits(tokens)
     assert exact.dtype == np.float64 and single.dtype == np.float32
     gap = distance(single.astype(np.float64), exact)
-    rounding = [distance(oracle.rounded_logits(tokens, cache, quantized), exact)
+    rounding = [distance(oracle.rounded_logits(tokens, cache, activations), exact)
                 for cache in CACHES]
-    assert quantized or rounding[2] == 0
+    assert activations or rounding[2] == 0
     if gap > 2e-5:
         sys.exit(f"{name}: single precision is {gap:.1e} from double: the model is too sensitive")
 

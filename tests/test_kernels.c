@@ -20,7 +20,7 @@ static variants variants_of(const moe_quant *quant)
 {
     const uint32_t machine = cpu_detect();
     variants v = {.n = 0};
-    for (uint32_t cpu = 0; cpu < 128; cpu++) {
+    for (uint32_t cpu = 0; cpu < MOE_CPU_END; cpu++) {
         if (cpu & ~machine)
             continue;
         moe_kernels k = quant->select(cpu);
@@ -64,13 +64,15 @@ static void guarded_free(guarded g)
     munmap(g.map, g.map_bytes);
 }
 
-/* Every weight of a block finite and small enough that no sum of products can overflow. */
+/* Every weight of a block finite and small enough that no sum of products can overflow: those of
+ * BF16 are 2^64 times what they stand for. */
 static bool block_is_sane(const moe_quant *quant, const uint8_t *block)
 {
+    const float most = quant->act == MOE_ACT_BF16 ? 1e10f : 1e20f;
     float w[256];
     quant->dequantize(block, w, quant->block_len);
     for (size_t i = 0; i < quant->block_len; i++)
-        if (!(fabsf(w[i]) <= 1e20f))
+        if (!(fabsf(w[i]) <= most))
             return false;
     return true;
 }
@@ -125,6 +127,14 @@ static void fill_activations(moe_act act, data_kind kind, size_t t, size_t n, ui
             ((float *)row)[k] = test_random_float() * (kind == RANDOM ? 1.0f : 1e6f);
         return;
     }
+    if (act == MOE_ACT_BF16) {
+        for (size_t place = 0; place < align_up(n, 16); place++)
+            if (act_bf16_element(place) < n)
+                ((float *)row)[place] =
+                    act_bf16(test_random_float() *
+                             (kind == RANDOM ? 1.0f : ldexpf(1, (int)(test_random() % 80) - 60)));
+        return;
+    }
     const size_t group = act_group(act), n_pad = (size_t)align_up(n, group);
     const moe_q8 x = act_q8(act, row, n);
     for (size_t g = 0; g < n_pad / group; g++)
@@ -136,6 +146,14 @@ static void fill_activations(moe_act act, data_kind kind, size_t t, size_t n, ui
         ((int8_t *)x.q)[k] = (int8_t)q;
         ((int16_t *)x.sum)[k / 16] = (int16_t)(x.sum[k / 16] + q);
     }
+}
+
+/* The narrow form of a row of n BF16 activations. */
+static void narrow_row(const uint8_t *wide, size_t n, uint8_t *row)
+{
+    memset(row, 0, act_row_bytes(MOE_ACT_BF16, n));
+    for (size_t place = 0; place < align_up(n, 32); place++)
+        memcpy(row + 2 * act_bf16_element(place), wide + 4 * place + 2, 2);
 }
 
 /* ------------------------------------------------------------------------------ the table -- */
@@ -465,7 +483,7 @@ static void activations_are_packed_as_documented(void)
         fill_floats((float *)x.data, n, i / 2 / MOE_COUNT(lengths));
         memset(c.data, 0xaa, bytes);
         act_quantize(act, (float *)x.data, n, c.data, 0);
-        for (uint32_t cpu = 1; cpu < 128; cpu++)
+        for (uint32_t cpu = 1; cpu < MOE_CPU_END; cpu++)
             if (!(cpu & ~cpu_detect())) {
                 memset(v.data, 0x55, bytes);
                 act_quantize(act, (float *)x.data, n, v.data, cpu);
@@ -487,6 +505,43 @@ static void activations_are_packed_as_documented(void)
     }
 }
 
+static void bf16_activations_are_packed_as_documented(void)
+{
+    const size_t lengths[] = {1, 15, 16, 17, 31, 32, 33, 100, 576};
+    for (size_t i = 0; i < MOE_COUNT(lengths) * 45; i++) {
+        const size_t n = lengths[i % MOE_COUNT(lengths)], bytes = act_row_bytes(MOE_ACT_BF16, n);
+        guarded x = guarded_new(n * sizeof(float), true);
+        guarded c = guarded_new(bytes, true), v = guarded_new(bytes, true);
+        guarded narrow = guarded_new(bytes, true);
+        fill_floats((float *)x.data, n, i / MOE_COUNT(lengths));
+        memset(c.data, 0xaa, bytes);
+        act_quantize(MOE_ACT_BF16, (float *)x.data, n, c.data, 0);
+        for (size_t place = 0; place < bytes / sizeof(float); place++) {
+            const size_t k = act_bf16_element(place);
+            const float got = ((float *)c.data)[place], from = k < n ? ((float *)x.data)[k] : 0;
+            const double want = fabsf(from) < 0x1p-50f ? 0 : ldexp(from, 64);
+            CHECK((bits_of_f32(got) & 0xffff) == 0, "%a is no BF16", got);
+            if (isfinite(got)) /* half a unit of 8 binary places */
+                CHECK(fabs(got - want) <= fabs(want) * 0x1p-8, "%a becomes %a", from, got);
+            else
+                CHECK(isnan(from) ? isnan(got) : fabs(want) >= 0x1.ffp127, "%a becomes %a", from,
+                      got);
+        }
+        narrow_row(c.data, n, narrow.data);
+        for (uint32_t cpu = 1; cpu < MOE_CPU_END; cpu++)
+            if (!(cpu & ~cpu_detect())) {
+                memset(v.data, 0x55, bytes);
+                act_quantize(MOE_ACT_BF16, (float *)x.data, n, v.data, cpu);
+                CHECK(memcmp(cpu & MOE_CPU_AVX512_BF16 ? narrow.data : c.data, v.data, bytes) == 0,
+                      "cpu %x differs from C, n %zu, data %zu", cpu, n, i / MOE_COUNT(lengths));
+            }
+        guarded_free(x);
+        guarded_free(c);
+        guarded_free(v);
+        guarded_free(narrow);
+    }
+}
+
 static void float_activations_are_copied(void)
 {
     float x[13];
@@ -502,6 +557,11 @@ static void float_activations_are_copied(void)
 
 /* --------------------------------------------------------------------------------- kernels -- */
 
+static bool takes_narrow(const moe_quant *quant, uint32_t cpu)
+{
+    return quant->act == MOE_ACT_BF16 && cpu & MOE_CPU_AVX512_BF16;
+}
+
 /* One shape and one kind of data: every variant against C, memory guarded, y surrounded by
  * canaries. */
 static void check_shape(const moe_quant *quant, const variants *v, const uint8_t *extremes,
@@ -515,12 +575,15 @@ static void check_shape(const moe_quant *quant, const variants *v, const uint8_t
     const size_t x_bytes = (n_tok - 1) * x_stride + act_row_bytes(quant->act, n_in);
     const size_t y_len = (n_tok - 1) * y_stride + n_row;
     guarded w = guarded_new((n_row - 1) * w_stride + row_bytes, at_end);
-    guarded x = guarded_new(x_bytes, at_end);
+    guarded x = guarded_new(x_bytes, at_end), narrow = guarded_new(x_bytes, at_end);
     guarded want = guarded_new(y_len * sizeof(float), at_end);
     guarded got = guarded_new(y_len * sizeof(float), at_end);
     fill_weights(quant, kind, extremes, w.data, n_row, row_bytes, w_stride);
-    for (size_t t = 0; t < n_tok; t++)
+    for (size_t t = 0; t < n_tok; t++) {
         fill_activations(quant->act, kind, t, n_in, x.data + t * x_stride);
+        if (quant->act == MOE_ACT_BF16)
+            narrow_row(x.data + t * x_stride, n_in, narrow.data + t * x_stride);
+    }
     moe_mm mm = {w.data,   w_stride, x.data, x_stride, (float *)want.data,
                  y_stride, n_in,     n_row,  n_tok};
     memset(want.data, 0xc5, y_len * sizeof(float));
@@ -531,6 +594,7 @@ static void check_shape(const moe_quant *quant, const variants *v, const uint8_t
     mm.y = (float *)got.data;
     for (size_t i = 0; i < v->n; i++) {
         memset(got.data, 0xc5, y_len * sizeof(float));
+        mm.x = takes_narrow(quant, v->cpu[i]) ? narrow.data : x.data;
         v->kernels[i].gemm(&mm);
         CHECK(memcmp(want.data, got.data, y_len * sizeof(float)) == 0,
               "%s gemm, cpu %x, data %d: %zu x %zu, %zu tokens", quant->name, v->cpu[i], (int)kind,
@@ -538,11 +602,11 @@ static void check_shape(const moe_quant *quant, const variants *v, const uint8_t
     }
     /* Matrix times vector, for the last token, gives the same bits; it writes nothing else. */
     const size_t last = (n_tok - 1) * y_stride;
-    mm.x = x.data + (n_tok - 1) * x_stride;
     mm.y = (float *)got.data + last;
     mm.n_tok = 1;
     for (size_t i = 0; i < v->n; i++) {
         memset(mm.y, 0xc5, n_row * sizeof(float));
+        mm.x = (takes_narrow(quant, v->cpu[i]) ? narrow.data : x.data) + (n_tok - 1) * x_stride;
         v->kernels[i].gemv(&mm);
         CHECK(memcmp((float *)want.data + last, mm.y, n_row * sizeof(float)) == 0,
               "%s gemv, cpu %x, data %d: %zu x %zu", quant->name, v->cpu[i], (int)kind, n_row,
@@ -551,6 +615,7 @@ static void check_shape(const moe_quant *quant, const variants *v, const uint8_t
     CHECK(memcmp(want.data, got.data, y_len * sizeof(float)) == 0, "%s: a canary", quant->name);
     guarded_free(w);
     guarded_free(x);
+    guarded_free(narrow);
     guarded_free(want);
     guarded_free(got);
 }
@@ -597,9 +662,13 @@ static void kernels_equal_c(void)
             check_shape(quant, &v, extremes, (data_kind)(j % N_KINDS),
                         blocks[j % 3] * (quant->block_len == 1 ? 37 : quant->block_len), many[j][0],
                         many[j][1]);
-        if (quant->act == MOE_ACT_F32) { /* rows in parts, and more activations than fit into L2 */
+        if (quant->block_len == 1) { /* rows in parts, and more activations than fit into L2 */
             check_shape(quant, &v, extremes, MIXED, 801, 35, 240);
             check_shape(quant, &v, extremes, MIXED, 768, 9, 150);
+        }
+        if (quant->act == MOE_ACT_BF16) { /* the narrow form's */
+            check_shape(quant, &v, extremes, MIXED, 1601, 34, 130);
+            check_shape(quant, &v, extremes, MIXED, 1536, 9, 150);
         }
         if (v.n == 1 && i == 0)
             printf("  only the C kernels run here\n");
@@ -663,7 +732,9 @@ static void c_kernels_are_products(void)
                 double wmax = 0, xsum = 0;
                 for (size_t k = b; k < b + block; k++) {
                     double xk = x[k];
-                    if (quant->act != MOE_ACT_F32) {
+                    if (quant->act == MOE_ACT_BF16) {
+                        xk = ldexp(act_bf16(x[k]), -64);
+                    } else if (quant->act != MOE_ACT_F32) {
                         const moe_q8 q = act_q8(quant->act, row.data, n);
                         xk = (double)q.scale[k / group] * q.q[k];
                     }
@@ -693,18 +764,17 @@ static void nan_activations_give_nan(void)
         const size_t n = 512, n_row = 9;
         const size_t row_bytes = n / quant->block_len * quant->block_bytes;
         const size_t x_stride = act_row_bytes(quant->act, n);
-        float x[512], y[2 * 9];
+        float x[2][512], y[2 * 9];
         guarded w = guarded_new(row_bytes * n_row, true), rows = guarded_new(2 * x_stride, true);
         for (size_t r = 0; r < n_row; r++)
             for (size_t b = 0; b < row_bytes; b += quant->block_bytes)
                 random_block(quant, w.data + r * row_bytes + b);
-        for (size_t t = 0; t < 2; t++) {
-            fill_floats(x, n, 45);
-            if (t == 1)
-                x[300] = NAN;
-            act_quantize(quant->act, x, n, rows.data + t * x_stride, cpu_detect());
-        }
+        fill_floats(x[0], n, 45);
+        fill_floats(x[1], n, 45);
+        x[1][300] = NAN;
         for (size_t j = 0; j < v.n; j++) {
+            for (size_t t = 0; t < 2; t++)
+                act_quantize(quant->act, x[t], n, rows.data + t * x_stride, v.cpu[j]);
             moe_mm mm = {w.data, row_bytes, rows.data, x_stride, y, n_row, n, n_row, 2};
             v.kernels[j].gemm(&mm);
             for (size_t r = 0; r < n_row; r++)
@@ -714,6 +784,86 @@ static void nan_activations_give_nan(void)
         guarded_free(w);
         guarded_free(rows);
     }
+}
+
+/* Any weights in BF16 and any activations: subnormal, infinite, NaN. Equal are all results that are
+ * numbers, and which are none. */
+static void bf16_kernels_equal_c_on_all_numbers(void)
+{
+    const variants v = variants_of(&quant_bf16);
+    enum { N = 48, ROWS = 9, TOKENS = 7 };
+    const size_t x_stride = act_row_bytes(MOE_ACT_BF16, N);
+    guarded w = guarded_new(2 * N * ROWS, true), x = guarded_new(x_stride * TOKENS, true);
+    for (int round = 0; round < 400; round++) {
+        float src[TOKENS][N], want[TOKENS * ROWS], got[TOKENS * ROWS];
+        for (size_t i = 0; i < N * ROWS; i++) { /* of any size; or tiny and subnormal ones */
+            uint16_t u = (uint16_t)test_random();
+            u = round % 4 == 0 ? u & 0x83ff : round % 4 == 1 ? u & 0x80ff : u;
+            memcpy(w.data + 2 * i, &u, 2);
+        }
+        for (size_t i = 0; i < N * TOKENS; i++)
+            src[i / N][i % N] = round % 4 < 2 ? ldexpf(test_random_float(), 60)
+                                              : f32_of_bits(test_random());
+        moe_mm mm = {w.data, 2 * N, x.data, x_stride, want, ROWS, N, ROWS, TOKENS};
+        for (size_t i = 0; i < v.n; i++) {
+            for (size_t t = 0; t < TOKENS; t++)
+                act_quantize(MOE_ACT_BF16, src[t], N, x.data + t * x_stride, v.cpu[i]);
+            mm.y = i ? got : want;
+            v.kernels[i].gemm(&mm);
+            for (size_t k = 0; k < TOKENS * ROWS; k++)
+                CHECK(bits_of_f32(mm.y[k]) == bits_of_f32(want[k]) ||
+                          (isnan(mm.y[k]) && isnan(want[k])),
+                      "cpu %x: %a, want %a", v.cpu[i], mm.y[k], want[k]);
+            moe_mm one = mm;
+            one.y = got;
+            one.n_tok = 1;
+            v.kernels[i].gemv(&one);
+            for (size_t k = 0; k < ROWS; k++)
+                CHECK(bits_of_f32(got[k]) == bits_of_f32(want[k]) ||
+                          (isnan(got[k]) && isnan(want[k])),
+                      "gemv, cpu %x: %a, want %a", v.cpu[i], got[k], want[k]);
+        }
+    }
+    guarded_free(w);
+    guarded_free(x);
+}
+
+#if MOE_X86
+MOE_BF16_512 static void bf16_lanes_by_512(float lane[8], const uint16_t w[16], const uint16_t x[16])
+{
+    const __m256i x16 = _mm256_loadu_si256((const __m256i *)x);
+    _mm256_storeu_ps(lane,
+                     bf16_multiply8_512(_mm256_loadu_ps(lane), (const uint8_t *)w, x16));
+}
+#endif
+
+/* The instruction takes small sums for 0, fmaf() does not: with the smallest activations and
+ * weights, whose sums cancel, no lane shows that. */
+static void bf16_sums_are_never_too_small(void)
+{
+#if MOE_X86
+    if (!(cpu_detect() & MOE_CPU_AVX512_BF16))
+        SKIP("no AVX512-BF16");
+    for (int round = 0; round < 100000; round++) {
+        uint16_t w[16], x[16];
+        float lane[8], want[8], y[16];
+        for (size_t i = 0; i < 16; i++) {
+            y[i] = act_bf16(ldexpf(1 + fabsf(test_random_float()), -51 + (int)(test_random() % 3)));
+            x[i] = (uint16_t)(bits_of_f32(y[i]) >> 16);
+            w[i] = (uint16_t)(test_random() & 0x81ff); /* below 2^-123 */
+        }
+        for (size_t i = 0; i < 8; i++) { /* what is left by products of the same kind */
+            want[i] = (float)((int)(test_random() % 1024) - 512) * 0x1p-126f;
+            lane[i] = want[i];
+            for (size_t k = 2 * i + 1; k != 2 * i - 1; k--)
+                want[i] = fmaf(w[k] & 0x7f80 ? f32_of_bf16(w[k]) : 0, y[k], want[i]);
+        }
+        bf16_lanes_by_512(lane, w, x);
+        CHECK(memcmp(lane, want, sizeof lane) == 0, "round %d differs", round);
+    }
+#else
+    SKIP("no such instruction");
+#endif
 }
 
 TEST_PROGRAM(kernels)
@@ -728,6 +878,9 @@ TEST_PROGRAM(kernels)
     RUN(quantizers_take_odd_blocks);
     RUN(activations_are_packed_as_documented);
     RUN(float_activations_are_copied);
+    RUN(bf16_activations_are_packed_as_documented);
+    RUN(bf16_kernels_equal_c_on_all_numbers);
+    RUN(bf16_sums_are_never_too_small);
     RUN(kernels_equal_c);
     RUN(float_kernels_keep_negative_zero);
     RUN(c_kernels_are_products);

@@ -20,7 +20,8 @@
 /* The machine that is emulated. */
 static uint32_t cpu_detect(void)
 {
-    return MOE_CPU_AVX2 | MOE_CPU_AVX_VNNI | MOE_CPU_AVX512 | MOE_CPU_AVX512_VNNI;
+    return MOE_CPU_AVX2 | MOE_CPU_AVX_VNNI | MOE_CPU_AVX512 | MOE_CPU_AVX512_VNNI |
+           MOE_CPU_AVX512_BF16;
 }
 
 #include "test_kernels.c"
@@ -29,6 +30,9 @@ static uint32_t cpu_detect(void)
 static void emulated_program(void)
 {
     RUN(kernels_equal_c);
+    RUN(bf16_activations_are_packed_as_documented);
+    RUN(bf16_kernels_equal_c_on_all_numbers);
+    RUN(bf16_sums_are_never_too_small);
     RUN(float_kernels_keep_negative_zero);
     RUN(nan_activations_give_nan);
     RUN(elementwise_equals_c);

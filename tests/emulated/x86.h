@@ -204,6 +204,72 @@ static inline __m512 emulated_shuffle_f32x4(__m512 a, __m512 b, unsigned pick)
     return emulated_from_f32(r);
 }
 
+/* ---------------------------------------------------------------------------------- BF16 -- */
+
+/* Both conversions and products take subnormal numbers for 0. */
+static inline float emulated_daz(float x)
+{
+    return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x;
+}
+
+static inline __m512i emulated_cvtne2ps_pbh(__m512 high, __m512 low)
+{
+    LANES(float, 16, x, low);
+    LANES(float, 16, y, high);
+    uint16_t r[32];
+    for (int i = 0; i < 32; i++)
+        r[i] = bf16_of_f32(emulated_daz(i < 16 ? x[i] : y[i - 16]));
+    return simde_mm512_loadu_si512(r);
+}
+
+static inline void emulated_dpbf16(float *acc, const uint16_t *a, const uint16_t *b, int n)
+{
+    for (int i = 0; i < n; i++)
+        for (int k = 2 * i + 1; k >= 2 * i; k--)
+            acc[i] = emulated_daz(fmaf(emulated_daz(f32_of_bf16(a[k])),
+                                       emulated_daz(f32_of_bf16(b[k])), emulated_daz(acc[i])));
+}
+
+static inline __m256 emulated_dpbf16_256(__m256 acc, __m256i a, __m256i b)
+{
+    LANES(float, 8, z, acc);
+    LANES(uint16_t, 16, x, a);
+    LANES(uint16_t, 16, y, b);
+    emulated_dpbf16(z, x, y, 8);
+    return simde_mm256_loadu_ps(z);
+}
+
+static inline __m512 emulated_dpbf16_512(__m512 acc, __m512i a, __m512i b)
+{
+    LANES(float, 16, z, acc);
+    LANES(uint16_t, 32, x, a);
+    LANES(uint16_t, 32, y, b);
+    emulated_dpbf16(z, x, y, 16);
+    return emulated_from_f32(z);
+}
+
+/* SIMDe's leaves the number as it is where the sign is 0. */
+static inline __m256i emulated_sign_epi16(__m256i a, __m256i b)
+{
+    LANES(int16_t, 16, x, a);
+    LANES(int16_t, 16, y, b);
+    for (int i = 0; i < 16; i++)
+        x[i] = (int16_t)(y[i] < 0 ? -x[i] : y[i] > 0 ? x[i] : 0);
+    return simde_mm256_loadu_epi16(x);
+}
+
+#undef _mm256_sign_epi16
+#define _mm256_sign_epi16 emulated_sign_epi16
+
+/* SIMDe's sums are rounded in another order. */
+#undef _mm256_dpbf16_ps
+#undef _mm512_dpbf16_ps
+#define __m256bh __m256i
+#define __m512bh __m512i
+#define _mm512_cvtne2ps_pbh emulated_cvtne2ps_pbh
+#define _mm256_dpbf16_ps emulated_dpbf16_256
+#define _mm512_dpbf16_ps emulated_dpbf16_512
+
 #undef _mm256_maskload_ps
 #define _mm512_shuffle_f32x4 emulated_shuffle_f32x4
 #define _mm256_maskload_ps emulated_maskload_ps
