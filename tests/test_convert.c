@@ -139,9 +139,10 @@ static double run_divergence(const char *path, const expected_logits *e)
     return median;
 }
 
-/* Every checkpoint as F32 gives transformers' logits; in its own types too, but for FP8, which
- * becomes BF16 with a rounding of 2^-9 for each weight, and MXFP4, which is multiplied with int8:
- * both can turn a close decision of a router, so their divergence is looked at. */
+/* Every checkpoint as F32 gives transformers' logits; in its own types too, but for BF16, where each
+ * activation is rounded by up to 2^-8, FP8, where each weight is when it becomes BF16, and MXFP4,
+ * which is multiplied with int8: these can turn a close decision of a router, so their divergence
+ * is looked at. */
 static void checkpoints_give_the_logits_of_transformers(void)
 {
     int n = 0;
@@ -159,7 +160,8 @@ static void checkpoints_give_the_logits_of_transformers(void)
             const char *out = scratch_path("out.gguf");
             moe_status status = convert(folder, out, i ? "f32" : NULL, &error);
             CHECK(!status, "%s: %s", d->d_name, error.message);
-            const bool rounded = i == 0 && (strstr(d->d_name, "fp8") || strstr(d->d_name, "mxfp4"));
+            const bool rounded = i == 0 && (strstr(d->d_name, "bf16") ||
+                                            strstr(d->d_name, "fp8") || strstr(d->d_name, "mxfp4"));
             const double far = status ? 1e9
                                : rounded ? run_divergence(out, &e)
                                          : run_distance(out, &e);
