@@ -226,22 +226,40 @@ static void q3_k_gemm_avxvnni(const moe_mm *mm)
 
 /* -- AVX-512 VNNI -- */
 
-/* 4 of the scales, as bytes: 4 bits are in `low`, 2 in `high`, each in its lowest bits. */
-MOE_VNNI512_INLINE void q3_k_scales_vnni512(__m512i low, __m512i high, __m512i scale[4])
+/* 4 of the scales s, as bytes: 4 bits are in `low`, 2 in `high`, each in its lowest bits. */
+MOE_VNNI512_INLINE __m512i q3_k_scales_vnni512(__m512i low, __m512i high)
 {
     __m512i v = _mm512_and_si512(low, _mm512_set1_epi8(15));
     v = _mm512_or_si512(v, _mm512_and_si512(_mm512_slli_epi16(high, 4), _mm512_set1_epi8(48)));
-    v = _mm512_sub_epi8(v, _mm512_set1_epi8(32));
-    MOE_UNROLL
-    for (size_t g = 0; g < 4; g++)
-        scale[g] = x86_512_signed_byte(v, g);
+    return _mm512_sub_epi8(v, _mm512_set1_epi8(32));
 }
 
+/* What a group's codes q, pairs in 16 bits, become: 128 - s (q - 4), which is 0 to 252. (+ would be
+ * 4 to 256.) The arithmetic is of 16 bits: what the products of a pair carry over cancels out. */
+MOE_VNNI512_INLINE void q3_k_scaled_vnni512(__m512i s, __m512i code[4])
+{
+    const __m512i zero = _mm512_add_epi16(_mm512_mullo_epi16(s, _mm512_set1_epi16(4 * 257)),
+                                          _mm512_set1_epi16((short)0x8080));
+    MOE_UNROLL
+    for (size_t k = 0; k < 4; k++)
+        code[k] = _mm512_sub_epi16(zero, _mm512_mullo_epi16(code[k], s));
+}
+
+/* The codes hold the scales, negative, and so d is, too. */
 MOE_VNNI512 static void q3_k_load_vnni512(x86_512_rows *rows, size_t offset, x86_512_tile *tile)
 {
     const __m512i two = _mm512_set1_epi8(3), four = _mm512_set1_epi8(4);
-    __m512i high[8];
+    __m512i high[8], last[4]; /* the last 16 bytes: 2 of qs, scales, d */
+    x86_512_load16(rows, offset + sizeof(q3_k_block) - 16, last);
+    const __m512i low0 = x86_512_word(last, 2), low1 = x86_512_word(last, 6);
+    const __m512i top = x86_512_word(last, 10);
+    const __m512i scale[4] = {
+        q3_k_scales_vnni512(low0, top),
+        q3_k_scales_vnni512(low1, _mm512_srli_epi16(top, 2)),
+        q3_k_scales_vnni512(_mm512_srli_epi16(low0, 4), _mm512_srli_epi16(top, 4)),
+        q3_k_scales_vnni512(_mm512_srli_epi16(low1, 4), _mm512_srli_epi16(top, 6))};
     x86_512_load32(rows, offset, high);
+    MOE_UNROLL
     for (size_t half = 0; half < 2; half++) {
         __m512i v[8], *code = tile->code + 32 * half;
         x86_512_load32(rows, offset + offsetof(q3_k_block, qs) + 32 * half, v);
@@ -256,20 +274,15 @@ MOE_VNNI512 static void q3_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
                 h = _mm512_srli_epi16(h, 1);
             }
         }
+        MOE_UNROLL
+        for (size_t g = 0; g < 8; g++)
+            q3_k_scaled_vnni512(x86_512_signed_twice(scale[2 * half + g / 4], g % 4), code + 4 * g);
     }
-    __m512i last[4]; /* the last 16 bytes: 2 of qs, scales, d */
-    x86_512_load16(rows, offset + sizeof(q3_k_block) - 16, last);
-    const __m512i low0 = x86_512_word(last, 2), low1 = x86_512_word(last, 6);
-    const __m512i top = x86_512_word(last, 10);
-    q3_k_scales_vnni512(low0, top, tile->scale);
-    q3_k_scales_vnni512(low1, _mm512_srli_epi16(top, 2), tile->scale + 4);
-    q3_k_scales_vnni512(_mm512_srli_epi16(low0, 4), _mm512_srli_epi16(top, 4), tile->scale + 8);
-    q3_k_scales_vnni512(_mm512_srli_epi16(low1, 4), _mm512_srli_epi16(top, 6), tile->scale + 12);
-    tile->d[0] = x86_512_f16_at(last, 14);
+    tile->d[0] = _mm512_xor_ps(x86_512_f16_at(last, 14), _mm512_set1_ps(-0.0f));
 }
 
-static const x86_512_format q3_k_vnni512 = {K_LEN, sizeof(q3_k_block), 4, 16,
-                                             q3_k_load_vnni512, &x86_512_k16};
+static const x86_512_format q3_k_vnni512 = {K_LEN, sizeof(q3_k_block), 128, X86_512_K,
+                                             q3_k_load_vnni512, &x86_512_k256};
 
 MOE_VNNI512_INLINE void q3_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
                                           const moe_q8 *x, size_t n_tok, x86_k_sums *out)

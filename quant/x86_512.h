@@ -51,7 +51,7 @@ typedef struct x86_512_tile {
 
 /* What is derived from the sums of one token's 256 activations. */
 typedef struct x86_512_token {
-    int32_t init[16];   // -offset * the sum of each group of 16 or 32
+    int32_t init[16];   // -offset * the sum of each group
     int16_t sum[16];    // these sums
     float fsum[8];      // the sums of 32
 } x86_512_token;
@@ -97,7 +97,7 @@ typedef x86_512_step_fn *const x86_512_steps[3]; // [log2 of the tiles]
 typedef struct x86_512_format {
     size_t block_len, block_bytes;
     int offset;
-    int group;          // weights that share a sum: 16 or 32
+    int group;          // weights that share a sum: 16, 32 or 256
     x86_512_load_fn *load;
     const x86_512_steps *steps;
 } x86_512_format;
@@ -215,6 +215,15 @@ MOE_VNNI512_INLINE __m512i x86_512_byte_twice(__m512i v, size_t i)
     const __m512i first = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12, -1));
     return _mm512_shuffle_epi8(v, _mm512_add_epi8(first, _mm512_set1_epi16((short)i)));
+}
+
+/* The same of a signed byte. */
+MOE_VNNI512_INLINE __m512i x86_512_signed_twice(__m512i v, size_t i)
+{
+    const __m512i first = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(-1, 0, -1, 0, -1, 4, -1, 4, -1, 8, -1, 8, -1, 12, -1, 12));
+    const __m512i at = _mm512_add_epi8(first, _mm512_set1_epi16((short)(i << 8)));
+    return _mm512_srai_epi16(_mm512_shuffle_epi8(v, at), 8);
 }
 
 /* Bytes 2i and 2i + 1 of each 32-bit lane, constant, as two int16; the bytes are unsigned. */
@@ -391,8 +400,8 @@ MOE_VNNI512_INLINE void x86_512_add(const x86_512_tile *tile, __m512i dot, const
     _mm512_storeu_ps(acc, _mm512_fmadd_ps(x_scale, term, old));
 }
 
-/* Superblocks. `group` weights share a scale; 256: none, the codes hold the scales already. n_min
- * pairs of minima; with 0 of them the sums start from the token's `init`. */
+/* Superblocks. `group` weights share a scale; 256: the codes hold the scales already. n_min pairs of
+ * minima; with 0 of them the sums start from the token's `init`. */
 MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x *x, size_t t0,
                                        float *acc, size_t n_tile, size_t n_tok, size_t group,
                                        size_t n_min)
@@ -403,7 +412,8 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
     __m512i total[16];
     MOE_UNROLL
     for (size_t i = 0; i < n_tile * n_tok; i++)
-        total[i] = _mm512_setzero_si512();
+        total[i] = group == X86_512_K && n_min == 0 ? _mm512_set1_epi32(token[i / n_tile].init[0])
+                                                    : _mm512_setzero_si512();
     const size_t n = group == 16 ? 4 : 8; /* vectors of codes at a time */
     for (size_t g = 0; g < X86_512_K / 4 / n; g++, q += 4 * n) {
         __m512i sum[16];
@@ -470,6 +480,7 @@ X86_512_STEPS(x86_512_affine, x86_512_step_32, true)
 X86_512_STEPS(x86_512_k16, x86_512_step_k, 16, 0)
 X86_512_STEPS(x86_512_k32, x86_512_step_k, 32, 0)
 X86_512_STEPS(x86_512_k32_min, x86_512_step_k, 32, 4)
+X86_512_STEPS(x86_512_k256, x86_512_step_k, X86_512_K, 0)
 X86_512_STEPS(x86_512_k256_min, x86_512_step_k, X86_512_K, 8)
 
 /* ------------------------------------------------------------------------------------- loops -- */
@@ -485,6 +496,12 @@ MOE_VNNI512 static void x86_512_prepare(x86_512_x *x, const x86_512_format *f)
             _mm512_storeu_si512(token->init, _mm512_mullo_epi32(_mm512_cvtepi16_epi32(sum),
                                                                 _mm512_set1_epi32(-f->offset)));
             _mm256_storeu_si256((__m256i *)token->sum, sum);
+        } else if (f->group == X86_512_K) {
+            __m128i v = _mm_add_epi32(_mm256_castsi256_si128(sum32),
+                                      _mm256_extracti128_si256(sum32, 1));
+            v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+            v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0xb1));
+            token->init[0] = -f->offset * _mm_cvtsi128_si32(v);
         } else {
             _mm256_storeu_si256((__m256i *)token->init,
                                 _mm256_mullo_epi32(sum32, _mm256_set1_epi32(-f->offset)));
