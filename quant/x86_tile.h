@@ -178,6 +178,13 @@ MOE_AVX2_INLINE void x86_pin(__m256i *v)
     __asm__("" : MOE_X86_REGISTER(*v));
 }
 
+/* The sums of floats are operands in memory: gcc else keeps copies of them on the stack, stored
+ * with each block as well. */
+MOE_AVX2_INLINE void x86_keep_in_memory(__m256 *v)
+{
+    __asm__("" : "+m"(*v));
+}
+
 /* 4 bytes at p in all lanes. */
 MOE_AVX2_INLINE __m256i x86_broadcast4(const void *p)
 {
@@ -404,15 +411,18 @@ MOE_AVX2_INLINE void x86_block_step(const x86_tile *tile, const x86_part *x, siz
                                          : _mm256_setzero_si256();
     dot32(tile, b, x, sum, n_tile, n_tok, s);
     MOE_UNROLL
-    for (size_t j = 0; j < n_tile * n_tok; j++) {
-        const size_t i = j / n_tile, r = j % n_tile;
+    for (size_t i = 0; i < n_tok; i++) {
         const __m256 x_scale = _mm256_broadcast_ss(x->scale[i] + b);
-        __m256 *to = &acc[i][r];
-        *to = _mm256_fmadd_ps(_mm256_mul_ps(tile[r].d[b], x_scale), _mm256_cvtepi32_ps(sum[j]),
-                              *to);
-        if (s->kind == X86_AFFINE)
-            *to = _mm256_fmadd_ps(_mm256_mul_ps(tile[r].m[b], x_scale),
-                                  _mm256_castsi256_ps(x86_broadcast4(x->ready[i] + b)), *to);
+        MOE_UNROLL
+        for (size_t r = 0; r < n_tile; r++) {
+            const __m256 dot = _mm256_cvtepi32_ps(sum[i * n_tile + r]);
+            __m256 *to = &acc[i][r];
+            x86_keep_in_memory(to);
+            *to = _mm256_fmadd_ps(_mm256_mul_ps(tile[r].d[b], x_scale), dot, *to);
+            if (s->kind == X86_AFFINE)
+                *to = _mm256_fmadd_ps(_mm256_mul_ps(tile[r].m[b], x_scale),
+                                      _mm256_castsi256_ps(x86_broadcast4(x->ready[i] + b)), *to);
+        }
     }
 }
 
@@ -485,6 +495,16 @@ MOE_AVX2_INLINE void x86_tiles_part(const x86_tile *tile, const x86_tokens *x, s
         x86_k_step(tile, &part, acc + t, n_tile, n_tok, s, dot32);
 }
 
+/* The activations of up to 4 tokens from t on are on their way from L2 or L3 while those before
+ * them are multiplied. */
+MOE_AVX2_INLINE void x86_fetch_tokens(const x86_tokens *x, size_t t)
+{
+    for (size_t i = t; i < MOE_MIN(t + 4, x->n_tok); i++) {
+        x86_prefetch((uintptr_t)x->q + i * x->stride, X86_K);
+        x86_prefetch((uintptr_t)x->scale + i * x->stride, 1);
+    }
+}
+
 /* The body of all steps. */
 MOE_AVX2_INLINE void x86_tiles(const x86_tile *tile, const x86_tokens *x, x86_acc *acc,
                                size_t n_tile, const x86_shape *s, x86_dot32_fn *dot32)
@@ -494,6 +514,7 @@ MOE_AVX2_INLINE void x86_tiles(const x86_tile *tile, const x86_tokens *x, x86_ac
     for (; t + 4 <= x->n_tok; t += 4) {
         x86_prefetch(next, x->next_bytes);
         next += x->next_bytes;
+        x86_fetch_tokens(x, t + 4);
         x86_tiles_part(tile, x, t, acc, n_tile, 4, s, dot32);
     }
     if (t + 2 <= x->n_tok) {
