@@ -108,7 +108,7 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
     const uint32_t vnni_bf16 = MOE_CPU_AVX512_VNNI | MOE_CPU_AVX512_BF16;
     snprintf(d->name, sizeof d->name, "CPU (%s)",
              (d->cpu & vnni_bf16) == vnni_bf16 ? "AVX-512 VNNI, BF16"
-             : d->cpu & MOE_CPU_AVX512_VNNI ? "AVX-512 VNNI"
+             : d->cpu & MOE_CPU_AVX512_VNNI    ? "AVX-512 VNNI"
              : d->cpu & MOE_CPU_AVX512    ? "AVX-512"
              : d->cpu & MOE_CPU_AVX_VNNI  ? "AVX-VNNI"
              : d->cpu & MOE_CPU_AVX2      ? "AVX2"

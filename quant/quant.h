@@ -63,8 +63,8 @@ MOE_INLINE size_t act_q_offset(moe_act act, size_t n)
 }
 
 /* One row of n activations in BF16, x * 2^64 rounded to nearest even; 0 in the place of those below
- * 2^-50, infinite from 2^64 on. n_pad is n rounded up to 32; the padding is 0. Which of two forms it
- * has depends on the kernels that the processor's bits select:
+ * 2^-50, infinite from 2^64 on. n_pad is n rounded up to 32; the padding is 0. Which of two forms
+ * it has depends on the kernels that the processor's bits select:
  *     narrow, with MOE_CPU_AVX512_BF16: bf16 x[n_pad], what vdpbf16ps takes;
  *     wide, without: float x[n_pad], each BF16's value, in the order in which it is summed: of 16,
  *     the 8 odd ones first, then the 8 even ones. */
@@ -83,7 +83,8 @@ MOE_INLINE size_t act_bf16_element(size_t place)
 MOE_INLINE size_t act_row_bytes(moe_act act, size_t n)
 {
     if (act == MOE_ACT_F32 || act == MOE_ACT_BF16) {
-        const size_t bytes = (size_t)align_up(n * sizeof(float), act == MOE_ACT_F32 ? 64 : 128);
+        const size_t align = act == MOE_ACT_F32 ? 64 : 128;
+        const size_t bytes = (size_t)align_up(n * sizeof(float), align);
         return bytes % 256 ? bytes : bytes + 64;
     }
     return act_q_offset(act, n) + (size_t)align_up(n, act_group(act));

@@ -829,7 +829,7 @@ static void bf16_kernels_equal_c_on_all_numbers(void)
 }
 
 #if MOE_X86
-MOE_BF16_512 static void bf16_lanes_by_512(float lane[8], const uint16_t w[16], const uint16_t x[16])
+MOE_BF16_512 static void bf16_lanes_512(float lane[8], const uint16_t w[16], const uint16_t x[16])
 {
     const __m256i x16 = _mm256_loadu_si256((const __m256i *)x);
     _mm256_storeu_ps(lane,
@@ -858,7 +858,7 @@ static void bf16_sums_are_never_too_small(void)
             for (size_t k = 2 * i + 1; k != 2 * i - 1; k--)
                 want[i] = fmaf(w[k] & 0x7f80 ? f32_of_bf16(w[k]) : 0, y[k], want[i]);
         }
-        bf16_lanes_by_512(lane, w, x);
+        bf16_lanes_512(lane, w, x);
         CHECK(memcmp(lane, want, sizeof lane) == 0, "round %d differs", round);
     }
 #else
