@@ -78,8 +78,8 @@ MOE_INLINE size_t act_bf16_element(size_t place)
 }
 
 /* Bytes of one row of n activations; a multiple of 32. Rows are stored one after another. Rows of
- * floats, of BF16 as well, are never a multiple of 256 bytes apart, so that those of many tokens spread over all sets
- * of a cache. */
+ * floats, of BF16 as well, are never a multiple of 256 bytes apart, so that those of many tokens
+ * spread over all sets of a cache. */
 MOE_INLINE size_t act_row_bytes(moe_act act, size_t n)
 {
     if (act == MOE_ACT_F32 || act == MOE_ACT_BF16) {
