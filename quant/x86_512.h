@@ -400,8 +400,8 @@ MOE_VNNI512_INLINE void x86_512_add(const x86_512_tile *tile, __m512i dot, const
     _mm512_storeu_ps(acc, _mm512_fmadd_ps(x_scale, term, old));
 }
 
-/* Superblocks. `group` weights share a scale; 256: the codes hold the scales already. n_min pairs of
- * minima; with 0 of them the sums start from the token's `init`. */
+/* Superblocks. `group` weights share a scale; 256: the codes hold the scales already. n_min pairs
+ * of minima; with 0 of them the sums start from the token's `init`. */
 MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x *x, size_t t0,
                                        float *acc, size_t n_tile, size_t n_tok, size_t group,
                                        size_t n_min)

@@ -139,10 +139,10 @@ static double run_divergence(const char *path, const expected_logits *e)
     return median;
 }
 
-/* Every checkpoint as F32 gives transformers' logits; in its own types too, but for BF16, where each
- * activation is rounded by up to 2^-8, FP8, where each weight is when it becomes BF16, and MXFP4,
- * which is multiplied with int8: these can turn a close decision of a router, so their divergence
- * is looked at. */
+/* Every checkpoint as F32 gives transformers' logits; in its own types too, but for BF16, where
+ * each activation is rounded by up to 2^-8, FP8, where each weight is when it becomes BF16, and
+ * MXFP4, which is multiplied with int8: these can turn a close decision of a router, so their
+ * divergence is looked at. */
 static void checkpoints_give_the_logits_of_transformers(void)
 {
     int n = 0;

@@ -221,13 +221,14 @@ static void check_same_logits(const fixture *f, const char *what, float *got, co
 
 /* -------------------------------------------------------------------------- transformers -- */
 
-/* F32 and F16 weights, an F32 cache: single precision alone puts transformers 1e-6 to 7e-6 away from
- * itself in double precision (make_fixtures.py prints it); 1e-4 is the promise.
+/* F32 and F16 weights, an F32 cache: single precision alone puts transformers 1e-6 to 7e-6 away
+ * from itself in double precision (make_fixtures.py prints it); 1e-4 is the promise.
  *
  * A rounded cache, and activations rounded to 8 bits in front of integer weights and to BF16 in
- * front of such weights, cost what they cost transformers when it rounds likewise in double precision: the fixture says how much. This
- * library rounds the same numbers, but single precision turns a few of them the other way, and each
- * such turn is an error of the same kind: half as much again. */
+ * front of such weights, cost what they cost transformers when it rounds likewise in double
+ * precision: the fixture says how much. This library rounds the same numbers, but single precision
+ * turns a few of them the other way, and each such turn is an error of the same kind: half as much
+ * again. */
 static double tolerance(const fixture *f, moe_cache_type cache)
 {
     return 1e-4 + 1.5 * (double)f->rounding[cache];
