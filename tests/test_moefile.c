@@ -433,7 +433,7 @@ static void checkpoints_become_moe(void)
     }
 }
 
-/* Experts of one tensor in several types. BF16 weights are the same numbers in F32, and both are
+/* Experts of one tensor in several types. F16 weights are the same numbers in F32, and both are
  * computed with in the same order: the logits must be the same bits. */
 static void experts_have_types_of_their_own(void)
 {
@@ -443,7 +443,7 @@ static void experts_have_types_of_their_own(void)
     const char *gguf = scratch_path("m.gguf"), *moe = scratch_path("mixed.moe");
     const char *again = scratch_path("again.moe");
     moe_error error = {0};
-    conv_options o = {.source = checkpoint("qwen3moe"), .out = gguf, .quant = "bf16"};
+    conv_options o = {.source = checkpoint("qwen3moe"), .out = gguf, .quant = "f16"};
     REQUIRE(!convert_with(&o, &error), "%s", error.message);
     const uint64_t want = logits_of(gguf, (opening){0});
     for (conv_store store = CONV_STORE_RAW; store <= CONV_STORE_ZSTD; store++) {
