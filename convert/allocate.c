@@ -570,6 +570,13 @@ static bool alloc_is_full(const alloc_state *a)
     return true;
 }
 
+/* Bytes of the file per byte of the budget, where both have changed by so much. */
+static double alloc_slope(double budget, double got)
+{
+    const double slope = budget != 0 ? got / budget : 1;
+    return slope > 0.3 && slope < 3 ? slope : 1;
+}
+
 /* A .moe file: chooses types for a budget, looks how large the file gets, and goes on from there by
  * the secant method, until at most 0.3 % and the padding of a record are left. What is not known
  * exactly gets 0.2 % to spare. */
@@ -577,14 +584,15 @@ static moe_status alloc_fit(alloc_state *a, uint64_t most, moe_error *error)
 {
     conv_job *job = a->job;
     const uint64_t least = alloc_least(a, alloc_others(a));
-    double budget = fmax((double)most, (double)least), last_budget = 0, last_got = 0;
+    const uint64_t few = job->options.glance ? job->options.glance : SIZE_GLANCE;
+    double budget = fmax((double)most, (double)least), last_budget = budget, last_got = 0;
     double smallest = INFINITY, largest = 0, best = 0;
-    for (int round = 0; round < ALLOC_ROUNDS && budget != last_budget; round++) {
-        const bool glance = round == 0 && job->n_weights > SIZE_GLANCE;
+    bool glance = job->n_weights > few, again = true; // again: the same budget would tell more
+    for (int round = 0; round < ALLOC_ROUNDS && (again || budget != last_budget); round++) {
         alloc_choose(a, (uint64_t)budget, least);
         moe_status status = alloc_apply(a, error);
         if (!status)
-            status = size_measure(job, glance ? SIZE_GLANCE : SIZE_LOOK, error);
+            status = size_measure(job, glance ? few : SIZE_LOOK, error);
         if (status)
             return status;
         const uint64_t header = job->options.max_bytes ? 0 : job->header_bytes;
@@ -600,12 +608,13 @@ static moe_status alloc_fit(alloc_state *a, uint64_t most, moe_error *error)
             best = budget;
         }
         smallest = fmin(smallest, got);
-        double slope = round ? (got - last_got) / (budget - last_budget) : 1;
-        slope = slope > 0.3 && slope < 3 ? slope : 1;
+        const double slope = alloc_slope(budget - last_budget, got - last_got);
         last_budget = budget;
         last_got = got;
         if (!glance || got > want || !alloc_is_full(a))
             budget = fmax(budget + (0.9985 * want - got) / slope, (double)least);
+        again = glance;
+        glance = false;
     }
     if (!(best > 0))
         return alloc_too_small(a, (uint64_t)smallest, most, error);

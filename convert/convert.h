@@ -140,6 +140,7 @@ typedef struct conv_options {
     const char *pre;           // tokenizer.ggml.pre; NULL: found
     double bits_per_weight;    // of the whole file: types are chosen to fit; 0: not asked for
     uint64_t max_bytes;        // the same for its size
+    uint64_t glance;           // weights of the first look at sizes; 0: SIZE_GLANCE
     const char *imatrix;       // what `moe imatrix` has written; NULL: all columns alike
     const conv_keep *keeps;    // a later one wins
     uint32_t n_keeps;

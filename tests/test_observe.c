@@ -739,9 +739,15 @@ static void sizes_that_cannot_be(void)
     }
     o = (conv_options){.source = scratch_path("no.gguf"), .out = scratch_path("no2.gguf"),
                        .max_bytes = 1 << 30};
-    CHECK(conv_run(&job, &o, &error) == MOE_OK && job.source.n_notes == 1 &&
-          strstr(job.source.notes[0], "unused"), "%s", error.message);
-    conv_close(&job);
+    for (int moe = 0; moe < 2; moe++) {
+        if (moe)
+            o.out = scratch_path("no2.moe");
+        for (o.glance = 0; o.glance <= (uint64_t)moe; o.glance++) {
+            CHECK(conv_run(&job, &o, &error) == MOE_OK && job.source.n_notes == 1 &&
+                  strstr(job.source.notes[0], "unused"), "%s: %s", o.out, error.message);
+            conv_close(&job);
+        }
+    }
 }
 
 /* The same bytes, however many threads measure. */
