@@ -109,13 +109,13 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
     snprintf(d->name, sizeof d->name, "CPU (%s)",
              (d->cpu & vnni_bf16) == vnni_bf16 ? "AVX-512 VNNI, BF16"
              : d->cpu & MOE_CPU_AVX512_VNNI    ? "AVX-512 VNNI"
-             : d->cpu & MOE_CPU_AVX512    ? "AVX-512"
-             : d->cpu & MOE_CPU_AVX_VNNI  ? "AVX-VNNI"
-             : d->cpu & MOE_CPU_AVX2      ? "AVX2"
-             : d->cpu & MOE_CPU_I8MM      ? "NEON, dotprod, i8mm"
-             : d->cpu & MOE_CPU_DOTPROD   ? "NEON, dotprod"
-             : d->cpu & MOE_CPU_NEON      ? "NEON"
-                                          : "plain C");
+             : d->cpu & MOE_CPU_AVX512         ? "AVX-512"
+             : d->cpu & MOE_CPU_AVX_VNNI       ? "AVX-VNNI"
+             : d->cpu & MOE_CPU_AVX2           ? "AVX2"
+             : d->cpu & MOE_CPU_I8MM           ? "NEON, dotprod, i8mm"
+             : d->cpu & MOE_CPU_DOTPROD        ? "NEON, dotprod"
+             : d->cpu & MOE_CPU_NEON           ? "NEON"
+                                               : "plain C");
     *out = d;
     return MOE_OK;
 }

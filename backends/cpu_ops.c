@@ -210,10 +210,13 @@ static void cpu_matmul_quantize(moe_queue *q, const cpu_op *op, uint32_t task, u
     const moe_matmul_op *o = &op->u.matmul;
     const size_t n_in = (size_t)o->out[0].w->dims[0];
     const uint32_t n = cpu_joined_tokens(q, o->n_tok), end = MOE_MIN(o->n_tok, (task + 1) * n);
-    for (uint32_t act = 0; act < MOE_COUNT(q->act); act++)
-        for (uint32_t t = task * n; op->act_mask >> act & 1 && t < end; t++)
+    for (uint32_t act = 0; act < MOE_COUNT(q->act); act++) {
+        if (!(op->act_mask >> act & 1))
+            continue;
+        for (uint32_t t = task * n; t < end; t++)
             act_quantize((moe_act)act, cpu_floats(o->src) + t * n_in, n_in,
                          q->act[act] + t * act_row_bytes((moe_act)act, n_in), q->device->cpu);
+    }
 }
 
 /* dst = (add ? dst : 0) + (tile + bias), n_row elements of one token. */
