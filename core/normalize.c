@@ -287,13 +287,26 @@ static moe_status norm_step_run(tok_run *run, const norm_step *step, const uint8
     return ok ? MOE_OK : run_fail(run, MOE_ERR_MEMORY);
 }
 
+/* A text may grow to this: no rules need more, and a few that replace a letter by a page, one after
+ * the other, would take all memory. */
+static size_t norm_max_bytes(size_t bytes)
+{
+    return bytes < SIZE_MAX / 64 - 16 ? 64 * (bytes + 16) : SIZE_MAX;
+}
+
 /* Runs all steps on *p, *bytes and points them at the result, which is overwritten by the next. */
 static moe_status norm_run(tok_run *run, const uint8_t **p, size_t *bytes)
 {
+    const size_t max_bytes = norm_max_bytes(*bytes);
     for (uint32_t i = 0; i < run->tok->n_norm; i++) {
         text_buf *out = &run->norm[i & 1];
         out->n = 0;
+        out->max_bytes = max_bytes;
         moe_status status = norm_step_run(run, &run->tok->norm[i], *p, *bytes, out);
+        if (out->over)
+            return fail(run->error, MOE_ERR_LIMIT, "normalizer",
+                        "expected rules that make at most %zu bytes of this text, got more",
+                        max_bytes);
         if (status != MOE_OK)
             return status;
         *p = out->data;

@@ -24,6 +24,7 @@ enum {
     REGEX_MAX_SETS = 200,
     REGEX_MAX_ALTS = 32,
     REGEX_MAX_COUNT = 1000,      // in {m,n}
+    REGEX_MAX_QUANTIFIERS = 8,   // of one atom: each is a level of recursion, as a group is
     REGEX_MAX_SLOTS = 32,        // loops whose body may be empty
     REGEX_MAX_STACK = 1 << 22    // entries; 128 MB
 };
@@ -452,7 +453,7 @@ static bool regex_counts(regex_parser *s, uint32_t *min, uint32_t *max)
 static regex_node *regex_quantified(regex_parser *s)
 {
     regex_node *node = regex_atom(s);
-    while (node && s->p < s->end) {
+    for (uint32_t n = 0; node && s->p < s->end; n++) {
         uint32_t min = 0, max = REGEX_INFINITE;
         bool counted = false;
         if (regex_accept(s, "{")) {
@@ -465,6 +466,8 @@ static regex_node *regex_quantified(regex_parser *s)
             min = 1;
         else if (!regex_accept(s, "*"))
             break;
+        if (n == REGEX_MAX_QUANTIFIERS)
+            return regex_problem(s, "it has too many quantifiers in a row");
         regex_node *repeat = regex_new_node(s, RN_REPEAT);
         if (!repeat)
             return NULL;
@@ -633,11 +636,14 @@ static void regex_gen_repeat(regex_parser *s, const regex_node *node)
                                                   : body->x);
         return;
     }
-    uint32_t atomic = 0;
+    uint32_t atomic = 0, before = UINT32_MAX;
     if (node->mode == RE_POSSESSIVE)
         atomic = regex_emit(s, RE_ATOMIC, 0, 0, 0);
-    for (uint32_t i = 0; i < node->x && !s->problem; i++)
+    // what has no operations needs no copies: no limit of the program would end (){9}{9}{9}
+    for (uint32_t i = 0; i < node->x && !s->problem && before != s->n_ops; i++) {
+        before = s->n_ops;
         regex_gen(s, body);
+    }
     if (node->y == REGEX_INFINITE)
         regex_gen_once(s, body, true, (regex_mode)node->mode);
     else

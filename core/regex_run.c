@@ -153,6 +153,7 @@ static const uint8_t *regex_sub(const regex *re, regex_run *run, uint32_t pc, co
     uint32_t back = op->y;
     for (; back && from > run->text; back--)
         from = utf8_back(from);
+    run->steps_left -= MOE_MIN(run->steps_left, (uint64_t)(p - from) / 16);
     if (!back)
         match = regex_match(re, run, pc + 1, from);
     if (run->status != MOE_OK)
@@ -163,13 +164,32 @@ static const uint8_t *regex_sub(const regex *re, regex_run *run, uint32_t pc, co
     return (match == NULL) == negative ? p : NULL;
 }
 
+/* RE_CHAR, RE_SET: returns where the character at p ends, NULL if it is another. */
+static const uint8_t *regex_take(const regex *re, const regex_run *run, const regex_op *op,
+                                 const uint8_t *p)
+{
+    size_t length;
+    if (p == run->end)
+        return NULL;
+    const uint32_t c = utf8_next(p, &length);
+    return (op->code == RE_CHAR ? c == op->x : set_has(&re->sets[op->x], c)) ? p + length : NULL;
+}
+
+/* RE_MARK: the slot's old place comes back when matching goes back before this. */
+static bool regex_mark(regex_run *run, uint32_t slot, const uint8_t *p)
+{
+    const uint8_t *old = run->slots[slot];
+    run->slots[slot] = p;
+    return regex_push(run, (regex_frame){.kind = RF_SLOT, .n = slot & 31, .low = old});
+}
+
 /* Runs the program at pc on the text at p. Returns the end of the match, or NULL. */
 static const uint8_t *regex_match(const regex *re, regex_run *run, uint32_t pc, const uint8_t *p)
 {
-    size_t base = run->n, length = 0;
-    for (;;) {
-        const regex_op *op = &re->ops[pc];
-        bool matched = true;
+    const size_t base = run->n;
+    for (bool matched = true; matched; matched = p || regex_backtrack(re, run, base, &pc, &p)) {
+        const uint32_t at = pc++;
+        const regex_op *op = &re->ops[at];
         if (!run->steps_left) {
             run->status = MOE_ERR_LIMIT;
             break;
@@ -180,49 +200,34 @@ static const uint8_t *regex_match(const regex *re, regex_run *run, uint32_t pc, 
             run->n = base;
             return p;
         case RE_CHAR:
-            matched = p < run->end && utf8_next(p, &length) == op->x;
-            if (matched)
-                p += length;
-            pc++;
-            break;
         case RE_SET:
-            matched = p < run->end && set_has(&re->sets[op->x], utf8_next(p, &length));
-            if (matched)
-                p += length;
-            pc++;
+            p = regex_take(re, run, op, p);
             break;
         case RE_REPEAT:
-            p = regex_repeat(re, run, pc++, p);
-            matched = p != NULL;
+            p = regex_repeat(re, run, at, p);
             break;
         case RE_SPLIT:
-            matched = regex_push(run, (regex_frame){.pc = op->y, .kind = RF_BRANCH, .pos = p});
             pc = op->x;
+            if (!regex_push(run, (regex_frame){.pc = op->y, .kind = RF_BRANCH, .pos = p}))
+                p = NULL;
             break;
         case RE_JUMP:
             pc = op->x;
             break;
         case RE_LOOK:
         case RE_ATOMIC:
-            p = regex_sub(re, run, pc, p);
-            matched = p != NULL;
+            p = regex_sub(re, run, at, p);
             pc = op->x;
             break;
         case RE_ASSERT:
-            matched = regex_assert(re, run, op->x, p);
-            pc++;
+            p = regex_assert(re, run, op->x, p) ? p : NULL;
             break;
         case RE_MARK:
-            matched = regex_push(run, (regex_frame){.kind = RF_SLOT, .n = op->x & 31,
-                                                    .low = run->slots[op->x]});
-            run->slots[op->x] = p;
-            pc++;
+            p = regex_mark(run, op->x, p) ? p : NULL;
             break;
         default: // RE_CHECK: the jump back to the loop's start follows; step over it
-            pc += run->slots[op->x] == p ? 2 : 1;
+            pc += run->slots[op->x] == p;
         }
-        if (!matched && !regex_backtrack(re, run, base, &pc, &p))
-            break;
     }
     run->n = base;
     return NULL;

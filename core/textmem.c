@@ -85,6 +85,8 @@ typedef struct text_buf {
     uint8_t *data;
     size_t n;
     size_t capacity;
+    size_t max_bytes; // 0: as many as there are
+    bool over;        // more than that were asked for
 } text_buf;
 
 /* Makes room for `bytes` more. */
@@ -95,6 +97,10 @@ static bool buf_reserve(text_buf *buf, size_t bytes)
     uint64_t want, twice;
     if (!checked_add(buf->n, bytes, &want) || !checked_mul(buf->capacity, 2, &twice))
         return false;
+    if (buf->max_bytes && want > buf->max_bytes) {
+        buf->over = true;
+        return false;
+    }
     want = MOE_MAX(MOE_MAX(want, twice), 256);
     uint8_t *data = mem_alloc_uncleared(buf->mem, want, 1);
     if (!data)

@@ -148,10 +148,11 @@ static moe_status hf_normalized_text(hf_loader *h, tok_added *item)
 {
     tok_run run = {.tok = h->tok, .error = h->error};
     run.re.mem = run.norm[0].mem = run.norm[1].mem = h->tok->mem;
-    run.re.steps_left = 1000000;
+    run.re.steps_left = h->steps_left;
     const uint8_t *p = item->text;
     size_t bytes = item->bytes;
     moe_status status = norm_run(&run, &p, &bytes);
+    h->steps_left = run.re.steps_left;
     if (status == MOE_OK && p != item->text) {
         item->text = arena_copy(&h->tok->arena, p, bytes, 1);
         item->bytes = (uint32_t)bytes;
@@ -323,7 +324,7 @@ static moe_status json_tokenizer_load(moe_tokenizer *tok, const char *data, uint
 {
     json_doc doc;
     text_arena strings = {.mem = tok->mem};
-    hf_loader h = {.tok = tok, .error = error};
+    hf_loader h = {.tok = tok, .error = error, .steps_left = 10000000};
     moe_status status = json_parse(&doc, data, bytes, &strings, "tokenizer.json", error);
     if (status == MOE_OK) {
         status = hf_load(&h, (json_ref){&doc, doc.nodes});

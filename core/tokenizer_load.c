@@ -253,7 +253,8 @@ static bool tok_can_split_marks(const moe_tokenizer *tok)
     return true;
 }
 
-/* Replaces every `from` in what a token decodes to. */
+/* Replaces every `from` in what a token decodes to, which may become four times as long as its
+ * text: a vocabulary is many tokens. */
 static moe_status tok_replace_out(moe_tokenizer *tok, tok_entry *t, const char *from,
                                   size_t from_bytes, const char *to, size_t to_bytes,
                                   moe_error *error)
@@ -267,7 +268,11 @@ static moe_status tok_replace_out(moe_tokenizer *tok, tok_entry *t, const char *
     if (!n)
         return MOE_OK;
     bytes = bytes - n * from_bytes + n * to_bytes;
-    uint8_t *out = bytes <= TOK_MAX_TOKEN_BYTES ? arena_alloc(&tok->arena, bytes + 1, 1) : NULL;
+    if (bytes > 4 * (uint64_t)t->bytes + 16 || bytes > TOK_MAX_TOKEN_BYTES)
+        return fail(error, MOE_ERR_LIMIT, "decoder", "expected tokens that decode to at most four "
+                    "times their text, one of %u bytes would to %llu", t->bytes,
+                    (unsigned long long)bytes);
+    uint8_t *out = arena_alloc(&tok->arena, bytes + 1, 1);
     if (!out)
         return fail_memory(error, tok->mem, "token", bytes);
     size_t at = 0;

@@ -16,6 +16,8 @@ typedef struct hf_loader {
     const char *stage;    // for messages
     bool fused;           // the decoder has joined its tokens
     bool byte_decoder;
+    uint32_t n_replaced;  // steps of the decoder that went over all tokens
+    uint64_t steps_left;  // of patterns, for all added tokens together
 } hf_loader;
 
 typedef struct hf_step {
@@ -471,6 +473,8 @@ static moe_status hf_replace_all(hf_loader *h, const char *from, size_t from_byt
                                  size_t to_bytes)
 {
     moe_status status = MOE_OK;
+    if (h->n_replaced++ == TOK_MAX_STEPS)
+        return fail(h->error, MOE_ERR_LIMIT, h->stage, "more than %d steps", TOK_MAX_STEPS);
     for (uint32_t id = 0; id < h->tok->n_tokens && status == MOE_OK; id++)
         if (h->tok->tokens[id].kind != TOK_BYTE)
             status = tok_replace_out(h->tok, &h->tok->tokens[id], from, from_bytes, to, to_bytes,

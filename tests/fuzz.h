@@ -30,7 +30,7 @@ static void fuzz_require(bool condition, const char *what)
 }
 
 /* The same bytes in memory and behind a callback. */
-static void fuzz_sources(const uint8_t *data, size_t bytes, moe_model_options *memory,
+MOE_UNUSED static void fuzz_sources(const uint8_t *data, size_t bytes, moe_model_options *memory,
                          moe_model_options *callback)
 {
     moe_model_options_init(memory);
@@ -43,7 +43,7 @@ static void fuzz_sources(const uint8_t *data, size_t bytes, moe_model_options *m
 }
 
 /* Opens, looks at everything, closes. `peak_bytes`: what it may use at most. */
-static moe_status fuzz_open(const moe_model_options *options, uint64_t peak_bytes)
+MOE_UNUSED static moe_status fuzz_open(const moe_model_options *options, uint64_t peak_bytes)
 {
     moe_mem mem;
     moe_error error = {0};

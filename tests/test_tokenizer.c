@@ -511,7 +511,7 @@ static void patterns_match_as_oniguruma(void)
         arena_free(&arena);
     }
     static const char *const bad[] = {"(", ")", "[a", "a{3,2}", "\\p{Nope}", "(?<=a+)b", "\\1",
-                                      "*a|(?Z)", "[b-a]", "\\"};
+                                      "*a|(?Z)", "[b-a]", "\\", "(?:ab)?????????????????"};
     for (size_t i = 0; i < MOE_COUNT(bad); i++) {
         text_arena arena = {.mem = &mem};
         regex *re;
@@ -522,6 +522,45 @@ static void patterns_match_as_oniguruma(void)
         arena_free(&arena);
     }
     CHECK(mem.used_bytes == 0, "%llu bytes leak", (unsigned long long)mem.used_bytes);
+}
+
+/* Patterns of a few bytes that ask for more steps than anybody has: making them and running them
+ * ends, soon. */
+static void hostile_patterns_end_soon(void)
+{
+    static const char empty[] = "(){1000}{1000}{1000}", // would be 10^9 copies of nothing
+                      counted[] = "(?:(){1000}|a){2}";
+    moe_mem mem;
+    mem_init(&mem, NULL, 0);
+    text_arena arena = {.mem = &mem};
+    moe_error error = {0};
+    regex *re;
+    const double start = test_cpu_ms();
+    regex_new(&re, empty, strlen(empty), &arena, "test", &error);
+    CHECK(re, "%s", error.message);
+    regex_new(&re, counted, strlen(counted), &arena, "test", &error);
+    CHECK(re, "%s", error.message);
+    const double ms = test_cpu_ms() - start;
+    CHECK(ms < 100 * test_slowness(), "%.0f ms", ms);
+    // each step back of a look-behind is paid for: here 10000 at each of 20000 places
+    enum { N_BACK = 10, N_TEXT = 20000 };
+    char pattern[8 * N_BACK + 16] = "(?<=";
+    for (int i = 0; i < N_BACK; i++)
+        strcat(pattern, "a{1000}");
+    strcat(pattern, "b)");
+    char *text = malloc(N_TEXT);
+    REQUIRE(text, "no memory");
+    memset(text, 'a', N_TEXT);
+    regex_run run = {.mem = &mem, .text = (const uint8_t *)text, .steps_left = 1000000};
+    run.end = run.text + N_TEXT;
+    const uint8_t *from, *to;
+    regex_new(&re, pattern, strlen(pattern), &arena, "test", &error);
+    REQUIRE(re, "%s", error.message);
+    CHECK(!regex_find(re, &run, run.text, &from, &to) && run.status == MOE_ERR_LIMIT, "status %d",
+          (int)run.status);
+    regex_run_free(&run);
+    arena_free(&arena);
+    free(text);
 }
 
 /* Sets of characters against a table of what is in them. */
@@ -675,6 +714,72 @@ static void malformed_json_is_refused(void)
     memcpy(deep, "{\"a\":", 5);
     moe_tokenizer *tok;
     CHECK(open_data(&tok, deep, sizeof deep, NULL) == MOE_ERR_FORMAT, "nesting");
+}
+
+/* `n` times `item`, commas between them, with "%d" in it counted, in `out`. */
+static void put_items(corpus_text *out, const char *item, int n)
+{
+    char text[300];
+    for (int i = 0; i < n; i++) {
+        snprintf(text, sizeof text, item, i + 1, i + 1);
+        corpus_put(out, i ? "," : "", i ? 1 : 0);
+        corpus_put(out, text, strlen(text));
+    }
+}
+
+/* A small tokenizer.json with a list of n items in it: its status, at opening or of a text "aa". */
+static moe_status status_of_list(const char *before, const char *item, int n, const char *after)
+{
+    static const char model[] = ",\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[]}}";
+    corpus_text json = {0};
+    moe_tokenizer *tok;
+    moe_error error = {0};
+    moe_token ids[64];
+    size_t n_ids;
+    corpus_put(&json, before, strlen(before));
+    put_items(&json, item, n);
+    corpus_put(&json, after, strlen(after));
+    corpus_put(&json, model, sizeof model - 1);
+    moe_status status = open_data(&tok, json.data, json.n, &error);
+    if (tok)
+        status = moe_tokenizer_encode(tok, "aa", 2, 0, ids, 64, &n_ids, &error);
+    CHECK(status == error.status, "%s", error.message);
+    moe_tokenizer_close(tok);
+    free(json.data);
+    return status;
+}
+
+/* A few bytes of rules that would fill all memory, or keep a processor busy for hours. */
+static void files_that_make_much_of_little_are_refused(void)
+{
+#define REPLACE(to) "{\"type\":\"Replace\",\"pattern\":{\"String\":\"a\"},\"content\":\"" to "\"}"
+#define NORMALIZER "{\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":["
+#define DECODER "{\"decoder\":{\"type\":\"Sequence\",\"decoders\":["
+    static const struct {
+        const char *before, *item;
+        int n_good, n_bad;
+        const char *after;
+    } cases[] = {
+        // texts that double: 2^12 times as long
+        {NORMALIZER, REPLACE("aa"), 4, 12, "]}"},
+        {NORMALIZER, REPLACE("aa"), 4, 12,
+         "]},\"added_tokens\":[{\"id\":1,\"content\":\"aaa\",\"normalized\":true}]"},
+        // tokens that decode to 2^6 times their text; steps that each go over all tokens
+        {DECODER, REPLACE("aa"), 3, 6, "]}"},
+        {DECODER, REPLACE("b"), 24, 25, "]}"},
+        // some 600000 steps for each added token
+        {"{\"normalizer\":{\"type\":\"Replace\",\"pattern\":{\"Regex\":\"(a+)+$\"},\"content\":"
+         "\"\"},\"added_tokens\":[", "{\"id\":%d,\"content\":\"aaaaaaaaaaaaaaaab%d\","
+         "\"normalized\":true}", 2, 60, "]"},
+    };
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        moe_status good = status_of_list(cases[i].before, cases[i].item, cases[i].n_good,
+                                         cases[i].after);
+        moe_status bad = status_of_list(cases[i].before, cases[i].item, cases[i].n_bad,
+                                        cases[i].after);
+        CHECK(good == MOE_OK && bad == MOE_ERR_LIMIT, "case %zu: %s, %s", i, moe_status_name(good),
+              moe_status_name(bad));
+    }
 }
 
 /* What a JSON string stands for; `says`: why it is none. */
@@ -980,10 +1085,12 @@ TEST_PROGRAM(tokenizer)
     RUN(chat_templates_are_given_as_they_are);
     RUN(long_runs_take_linear_time);
     RUN(patterns_match_as_oniguruma);
+    RUN(hostile_patterns_end_soon);
     RUN(sets_of_characters_are_what_they_hold);
     RUN(small_vocabularies_give_their_ids);
     RUN(marks_of_structure_are_known);
     RUN(malformed_json_is_refused);
+    RUN(files_that_make_much_of_little_are_refused);
     RUN(json_strings_are_read);
     RUN(malformed_metadata_is_refused);
     RUN(changed_bytes_do_no_harm);
