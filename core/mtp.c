@@ -91,14 +91,16 @@ static void mtp_catch_up(moe_session *s, uint32_t last)
     t->token = s->history[last];
 }
 
+/* Makes room for the outputs of n_tok tokens more, such that the rows which are due behind them are
+ * no more than a batch. */
 static void mtp_prepare(moe_session *s, uint32_t pos, uint32_t n_tok)
 {
     session_mtp *t = &s->mtp;
-    const uint32_t n = s->model->hp.n_embd;
+    const uint32_t n = s->model->hp.n_embd, n_batch = s->options.n_batch;
     if (!t->on)
         return;
     mtp_cut(s, pos);
-    if (t->to - t->from + n_tok <= s->options.n_batch + 1)
+    if (pos - t->from + n_tok <= n_batch + 1 && pos + 1 - t->next + n_tok <= n_batch)
         return;
     /* The last output is kept, for going back to here and on with another token. */
     mtp_catch_up(s, pos);

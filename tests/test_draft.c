@@ -337,6 +337,35 @@ static void layer_matches_the_reference(void)
         check_reference(with_layer[i]);
 }
 
+/* Calls of any length from which no guess is asked for: what is due of the layer stays within one
+ * batch, for which its buffers are made, and is right when a guess is asked for at last. */
+static void rows_that_are_due_fit_into_a_batch(void)
+{
+    for (size_t i = 0; i < MOE_COUNT(with_layer); i++) {
+        draft_reference r;
+        REQUIRE(read_reference(&r, with_layer[i]), "no fixture");
+        moe_model *model = open_fixture(with_layer[i]);
+        for (uint32_t n_batch = 2; n_batch < 6; n_batch++) {
+            double worst = 0;
+            moe_session *s = open_drafting(model, &(setup){MOE_DRAFT_MTP, 2, r.n_tok + 2, n_batch,
+                                                          MOE_CACHE_F32});
+            for (uint32_t p = 0, n; p + 1 < r.n_tok; p += n) {
+                n = MOE_MIN(p ? 1 + p % 3 % n_batch : n_batch, r.n_tok - 1 - p);
+                CHECK(!moe_session_eval(s, r.tokens + p, n, 0, NULL), "%s",
+                      moe_session_error(s)->message);
+                CHECK(p + n + 1 - s->mtp.next <= n_batch, "batches of %u: from %u to %u", n_batch,
+                      s->mtp.next, p + n);
+            }
+            check_layer(s, &r, &worst);
+            CHECK(worst < 1e-4, "%s, batches of %u: %g", with_layer[i], n_batch, worst);
+            moe_session_close(s);
+        }
+        moe_model_close(model);
+        free(r.files[0]);
+        free(r.files[1]);
+    }
+}
+
 /* Guesses of a random layer do not come true. A host that always does as the layer says: */
 static void follow_the_layer(const char *name)
 {
@@ -489,6 +518,7 @@ TEST_PROGRAM(draft)
     RUN(any_calls_give_the_same_bits);
     RUN(drafting_stops_at_the_context);
     RUN(layer_matches_the_reference);
+    RUN(rows_that_are_due_fit_into_a_batch);
     RUN(layer_gives_the_same_bits);
     RUN(options_are_checked);
 }
