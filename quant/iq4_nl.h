@@ -139,7 +139,7 @@ MOE_VNNI512 static void iq4_nl_load_vnni512(x86_512_rows *rows, size_t offset, x
     }
 }
 
-static const x86_512_format iq4_nl_vnni512 = {32, sizeof(iq4_nl_block), 128, 32,
+static const x86_512_format iq4_nl_vnni512 = {32, sizeof(iq4_nl_block), 128,
                                              iq4_nl_load_vnni512, &x86_512_block};
 
 MOE_VNNI512 static void iq4_nl_gemm_vnni512(const moe_mm *mm)

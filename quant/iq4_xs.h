@@ -301,7 +301,7 @@ MOE_VNNI512 static void iq4_xs_load_vnni512(x86_512_rows *rows, size_t offset, x
     }
 }
 
-static const x86_512_format iq4_xs_vnni512 = {K_LEN, sizeof(iq4_xs_block), 128, 32,
+static const x86_512_format iq4_xs_vnni512 = {K_LEN, sizeof(iq4_xs_block), 128,
                                              iq4_xs_load_vnni512, &x86_512_k32};
 
 /* Scales of groups 4p .. 4p + 3, each in a quarter of a vector. */

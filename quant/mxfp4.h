@@ -182,7 +182,7 @@ MOE_VNNI512 static void mxfp4_load_vnni512(x86_512_rows *rows, size_t offset, x8
     }
 }
 
-static const x86_512_format mxfp4_vnni512 = {32, sizeof(mxfp4_block), 12, 32,
+static const x86_512_format mxfp4_vnni512 = {32, sizeof(mxfp4_block), 12,
                                              mxfp4_load_vnni512, &x86_512_block};
 
 MOE_VNNI512 static void mxfp4_gemm_vnni512(const moe_mm *mm)

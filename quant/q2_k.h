@@ -224,7 +224,7 @@ MOE_VNNI512 static void q2_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     tile->m[0] = x86_512_f16_at(last, 14);
 }
 
-static const x86_512_format q2_k_vnni512 = {K_LEN, sizeof(q2_k_block), 0, 16,
+static const x86_512_format q2_k_vnni512 = {K_LEN, sizeof(q2_k_block), 0,
                                              q2_k_load_vnni512, &x86_512_k256_min};
 
 /* The sum over the groups of minima times activations. */

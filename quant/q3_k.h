@@ -281,7 +281,7 @@ MOE_VNNI512 static void q3_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     tile->d[0] = _mm512_xor_ps(x86_512_f16_at(last, 14), _mm512_set1_ps(-0.0f));
 }
 
-static const x86_512_format q3_k_vnni512 = {K_LEN, sizeof(q3_k_block), 128, X86_512_K,
+static const x86_512_format q3_k_vnni512 = {K_LEN, sizeof(q3_k_block), 128,
                                              q3_k_load_vnni512, &x86_512_k256};
 
 MOE_VNNI512_INLINE void q3_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,

@@ -130,7 +130,7 @@ MOE_VNNI512 static void q4_0_load_vnni512(x86_512_rows *rows, size_t offset, x86
     }
 }
 
-static const x86_512_format q4_0_vnni512 = {32, sizeof(q4_0_block), 8, 32,
+static const x86_512_format q4_0_vnni512 = {32, sizeof(q4_0_block), 8,
                                              q4_0_load_vnni512, &x86_512_block};
 
 MOE_VNNI512 static void q4_0_gemm_vnni512(const moe_mm *mm)

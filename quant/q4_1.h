@@ -134,7 +134,7 @@ MOE_VNNI512 static void q4_1_load_vnni512(x86_512_rows *rows, size_t offset, x86
     }
 }
 
-static const x86_512_format q4_1_vnni512 = {32, sizeof(q4_1_block), 0, 32,
+static const x86_512_format q4_1_vnni512 = {32, sizeof(q4_1_block), 0,
                                              q4_1_load_vnni512, &x86_512_affine};
 
 MOE_VNNI512 static void q4_1_gemm_vnni512(const moe_mm *mm)

@@ -170,7 +170,7 @@ MOE_VNNI512 static void q4_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     }
 }
 
-static const x86_512_format q4_k_vnni512 = {K_LEN, sizeof(q4_k_block), 0, 32,
+static const x86_512_format q4_k_vnni512 = {K_LEN, sizeof(q4_k_block), 0,
                                              q4_k_load_vnni512, &x86_512_k32_min};
 
 MOE_VNNI512_INLINE void q4_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,

@@ -139,7 +139,7 @@ MOE_VNNI512 static void q5_0_load_vnni512(x86_512_rows *rows, size_t offset, x86
     }
 }
 
-static const x86_512_format q5_0_vnni512 = {32, sizeof(q5_0_block), 16, 32,
+static const x86_512_format q5_0_vnni512 = {32, sizeof(q5_0_block), 16,
                                              q5_0_load_vnni512, &x86_512_block};
 
 MOE_VNNI512 static void q5_0_gemm_vnni512(const moe_mm *mm)

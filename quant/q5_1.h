@@ -141,7 +141,7 @@ MOE_VNNI512 static void q5_1_load_vnni512(x86_512_rows *rows, size_t offset, x86
     }
 }
 
-static const x86_512_format q5_1_vnni512 = {32, sizeof(q5_1_block), 0, 32,
+static const x86_512_format q5_1_vnni512 = {32, sizeof(q5_1_block), 0,
                                              q5_1_load_vnni512, &x86_512_affine};
 
 MOE_VNNI512 static void q5_1_gemm_vnni512(const moe_mm *mm)

@@ -206,7 +206,7 @@ MOE_VNNI512 static void q5_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     }
 }
 
-static const x86_512_format q5_k_vnni512 = {K_LEN, sizeof(q5_k_block), 0, 32,
+static const x86_512_format q5_k_vnni512 = {K_LEN, sizeof(q5_k_block), 0,
                                              q5_k_load_vnni512, &x86_512_k32_min};
 
 /* The codes' fifth bits, which `shift` moves to bit 4. */

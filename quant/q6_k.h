@@ -212,7 +212,7 @@ MOE_VNNI512 static void q6_k_load_vnni512(x86_512_rows *rows, size_t offset, x86
     tile->d[0] = x86_512_f16_at(v, 30);
 }
 
-static const x86_512_format q6_k_vnni512 = {K_LEN, sizeof(q6_k_block), 32, 16,
+static const x86_512_format q6_k_vnni512 = {K_LEN, sizeof(q6_k_block), 32,
                                              q6_k_load_vnni512, &x86_512_k16};
 
 MOE_VNNI512_INLINE void q6_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,

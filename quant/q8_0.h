@@ -128,7 +128,7 @@ MOE_VNNI512 static void q8_0_load_vnni512(x86_512_rows *rows, size_t offset, x86
     }
 }
 
-static const x86_512_format q8_0_vnni512 = {32, sizeof(q8_0_block), 128, 32,
+static const x86_512_format q8_0_vnni512 = {32, sizeof(q8_0_block), 128,
                                              q8_0_load_vnni512, &x86_512_block};
 
 static void q8_0_gemm_vnni512(const moe_mm *mm)

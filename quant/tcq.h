@@ -410,7 +410,7 @@ MOE_VNNI512_INLINE void tcq_tile_512(x86_512_rows *rows, size_t offset, size_t b
         tcq_tile_512(rows, offset, sizeof(type##_block), type##_unpack_512, tile);                 \
     }                                                                                              \
     static const x86_512_format type##_vnni512 = {                                                 \
-        .block_len = TCQ_LEN, .block_bytes = sizeof(type##_block), .offset = bias, .group = 32,    \
+        .block_len = TCQ_LEN, .block_bytes = sizeof(type##_block), .offset = bias,                 \
         .load = type##_tile_vnni512, .steps = &x86_512_block};                                     \
     MOE_VNNI512 static void type##_gemm_vnni512(const moe_mm *mm)                                  \
     {                                                                                              \

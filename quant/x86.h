@@ -290,18 +290,13 @@ MOE_AVX2_INLINE void x86_prefetch(uintptr_t address, size_t bytes)
         _mm_prefetch((const char *)(address + i), _MM_HINT_T0);
 }
 
-enum {
-    X86_MOST_TOKENS = 256, /* multiplied by unpacked weights before the next are unpacked, */
-    X86_LEAST_TOKENS = 64, /* and the most even if their activations do not stay in L2: */
-    X86_L2 = 512 << 10     /* of it, for activations */
-};
+enum { X86_MOST_TOKENS = 256 }; /* multiplied by unpacked weights before the next are unpacked */
 
 /* How many tokens are multiplied at once: even parts of all. Q8_0, rows of 576, 512 tokens, 256
  * instead of 64 with AVX2: 190 to 200 Gop/s, 256 instead of 128 with AVX-512: 596 to 638. */
 MOE_INLINE size_t x86_token_part(const moe_mm *mm)
 {
-    const size_t fit = MOE_MAX(X86_L2 / mm->x_stride, X86_LEAST_TOKENS);
-    const size_t n_part = (mm->n_tok - 1) / MOE_MIN(fit, X86_MOST_TOKENS) + 1;
+    const size_t n_part = (mm->n_tok - 1) / X86_MOST_TOKENS + 1;
     return (size_t)align_up((mm->n_tok - 1) / n_part + 1, 4);
 }
 

@@ -64,9 +64,9 @@ typedef struct x86_512_x {
     size_t stride;
     size_t n_tok;
     size_t first_block, n_block; // groups of 32 weights of the tile: those that count, [first, n)
+    int offset;         // what is subtracted from each code
     uintptr_t next;     // what is fetched during the next steps: next_bytes for each 4 tokens
     size_t next_bytes;
-    x86_512_token token[X86_MOST_TOKENS];
 } x86_512_x;
 
 /* What a format's load() takes along through 16 rows; 0 where they begin. */
@@ -97,7 +97,6 @@ typedef x86_512_step_fn *const x86_512_steps[3]; // [log2 of the tiles]
 typedef struct x86_512_format {
     size_t block_len, block_bytes;
     int offset;
-    int group;          // weights that share a sum: 16, 32 or 256
     x86_512_load_fn *load;
     const x86_512_steps *steps;
 } x86_512_format;
@@ -341,6 +340,35 @@ MOE_VNNI512_INLINE void x86_512_dot(const x86_512_tile *tile, size_t first, size
     }
 }
 
+/* What follows from the sums of 256 activations of n_tok tokens from t0 on, for groups of 16, 32 or
+ * 256 weights. Made for each tile, while the products of the tokens before are computed. */
+MOE_VNNI512_INLINE void x86_512_prepare(const x86_512_x *x, size_t t0, size_t n_tok, size_t group,
+                                        x86_512_token *token)
+{
+    MOE_UNROLL
+    for (size_t t = 0; t < n_tok; t++) {
+        const char *from = (const char *)x->sum + (t0 + t) * x->stride;
+        const __m256i sum = _mm256_loadu_si256((const __m256i *)from);
+        const __m256i sum32 = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+        if (group == 16) {
+            _mm512_storeu_si512(token[t].init, _mm512_mullo_epi32(_mm512_cvtepi16_epi32(sum),
+                                                                  _mm512_set1_epi32(-x->offset)));
+            _mm256_storeu_si256((__m256i *)token[t].sum, sum);
+        } else if (group == X86_512_K) {
+            __m128i v = _mm_add_epi32(_mm256_castsi256_si128(sum32),
+                                      _mm256_extracti128_si256(sum32, 1));
+            v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+            v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0xb1));
+            token[t].init[0] = -x->offset * _mm_cvtsi128_si32(v);
+        } else {
+            _mm256_storeu_si256((__m256i *)token[t].init,
+                                _mm256_mullo_epi32(sum32, _mm256_set1_epi32(-x->offset)));
+            _mm_storeu_si128((__m128i *)token[t].sum, _mm256_cvtepi32_epi16(sum32));
+            _mm256_storeu_ps(token[t].fsum, _mm256_cvtepi32_ps(sum32));
+        }
+    }
+}
+
 /* Where the sum i of a step belongs. */
 MOE_INLINE float *x86_512_at(float *acc, size_t t0, size_t i, size_t n_tile)
 {
@@ -354,8 +382,9 @@ MOE_VNNI512_INLINE void x86_512_step_32(const x86_512_tile *tile, const x86_512_
 {
     const int8_t *q = x->q + t0 * x->stride;
     const char *scale = (const char *)x->scale + t0 * x->stride;
-    const x86_512_token *token = x->token + t0;
+    x86_512_token token[4];
     __m512 total[16];
+    x86_512_prepare(x, t0, n_tok, 32, token);
     MOE_UNROLL
     for (size_t i = 0; i < n_tile * n_tok; i++)
         total[i] = _mm512_loadu_ps(x86_512_at(acc, t0, i, n_tile));
@@ -408,8 +437,9 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
 {
     const int8_t *q = x->q + t0 * x->stride;
     const char *scale = (const char *)x->scale + t0 * x->stride;
-    const x86_512_token *token = x->token + t0;
+    x86_512_token token[4];
     __m512i total[16];
+    x86_512_prepare(x, t0, n_tok, n_min == 8 ? 16 : group, token);
     MOE_UNROLL
     for (size_t i = 0; i < n_tile * n_tok; i++)
         total[i] = group == X86_512_K && n_min == 0 ? _mm512_set1_epi32(token[i / n_tile].init[0])
@@ -453,6 +483,17 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
     }
 }
 
+/* The activations of up to 4 tokens from t on are on their way from L2 or L3 while those before
+ * them are multiplied: each is needed once for 64 rows, and too late to wait for it then. */
+MOE_VNNI512_INLINE void x86_512_fetch_tokens(const x86_512_x *x, size_t t)
+{
+    for (size_t i = t; i < MOE_MIN(t + 4, x->n_tok); i++) {
+        x86_prefetch((uintptr_t)x->q + i * x->stride, X86_512_K);
+        x86_prefetch((uintptr_t)x->scale + i * x->stride, 1);
+        x86_prefetch((uintptr_t)x->sum + i * x->stride, 1);
+    }
+}
+
 /* The three functions of a step, and their table. `body` is a step for a constant number of tokens
  * from t on. */
 #define X86_512_STEP(name, body, n_tile, ...)                                                      \
@@ -462,6 +503,7 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
         size_t t = 0;                                                                              \
         for (; t + 4 <= x->n_tok; t += 4) {                                                        \
             x86_prefetch(x->next + t / 4 * x->next_bytes, x->next_bytes);                          \
+            x86_512_fetch_tokens(x, t + 4);                                                        \
             body(tile, x, t, acc, n_tile, 4, __VA_ARGS__);                                         \
         }                                                                                          \
         if (x->n_tok & 2)                                                                          \
@@ -484,32 +526,6 @@ X86_512_STEPS(x86_512_k256, x86_512_step_k, X86_512_K, 0)
 X86_512_STEPS(x86_512_k256_min, x86_512_step_k, X86_512_K, 8)
 
 /* ------------------------------------------------------------------------------------- loops -- */
-
-MOE_VNNI512 static void x86_512_prepare(x86_512_x *x, const x86_512_format *f)
-{
-    for (size_t t = 0; t < x->n_tok; t++) {
-        const __m256i sum =
-            _mm256_loadu_si256((const __m256i *)((const char *)x->sum + t * x->stride));
-        const __m256i sum32 = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-        x86_512_token *token = &x->token[t];
-        if (f->group == 16) {
-            _mm512_storeu_si512(token->init, _mm512_mullo_epi32(_mm512_cvtepi16_epi32(sum),
-                                                                _mm512_set1_epi32(-f->offset)));
-            _mm256_storeu_si256((__m256i *)token->sum, sum);
-        } else if (f->group == X86_512_K) {
-            __m128i v = _mm_add_epi32(_mm256_castsi256_si128(sum32),
-                                      _mm256_extracti128_si256(sum32, 1));
-            v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
-            v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0xb1));
-            token->init[0] = -f->offset * _mm_cvtsi128_si32(v);
-        } else {
-            _mm256_storeu_si256((__m256i *)token->init,
-                                _mm256_mullo_epi32(sum32, _mm256_set1_epi32(-f->offset)));
-            _mm_storeu_si128((__m128i *)token->sum, _mm256_cvtepi32_epi16(sum32));
-            _mm256_storeu_ps(token->fsum, _mm256_cvtepi32_ps(sum32));
-        }
-    }
-}
 
 /* Calls load(); if the row has less than a tile left, on a copy that is long enough. */
 MOE_VNNI512 static void x86_512_load(x86_512_rows *rows, size_t offset, size_t n_block,
@@ -559,7 +575,6 @@ MOE_VNNI512 static void x86_512_gemm_rows(const moe_mm *mm, x86_512_rows *rows, 
         x->n_block = n * f->block_len / 32;
         for (size_t i = 0; i < n_tile; i++)
             x86_512_load(&rows[i], b * f->block_bytes, n, f, &tile[i]);
-        x86_512_prepare(x, f);
         step(tile, x, acc);
         x->next += x->n_tok / 4 * x->next_bytes;
         x->q += X86_512_K;
@@ -619,6 +634,7 @@ MOE_VNNI512 static void x86_512_gemm_with(const moe_mm *mm, const x86_512_format
         x86_512_x x;
         x.stride = mm->x_stride;
         x.n_tok = MOE_MIN(mm->n_tok - t0, part);
+        x.offset = f->offset;
         for (size_t r = 0, n_tile; r < mm->n_row; r += 16 * n_tile) {
             x86_512_rows rows[X86_512_TILES];
             float acc[X86_MOST_TOKENS][X86_512_ROWS];
