@@ -101,7 +101,8 @@ static moe_status conv_read_text(conv_source *s, const char *dir, const char *na
     return status;
 }
 
-/* The same as a JSON object. root.node is NULL if there is no such file. */
+/* The same as a JSON object. root.node is NULL, and *doc holds nothing, if there is no such file or
+ * it is refused. */
 static moe_status conv_read_json(conv_source *s, const char *dir, const char *name, bool required,
                                  json_doc *doc, json_ref *root, moe_error *error)
 {
@@ -114,11 +115,12 @@ static moe_status conv_read_json(conv_source *s, const char *dir, const char *na
     status = json_parse(doc, text, bytes, &s->arena, name, error);
     if (status)
         return status;
-    root->node = doc->nodes;
-    if (json_typeof(*root) != JSON_OBJECT) {
+    const json_ref top = {doc, doc->nodes};
+    if (json_typeof(top) != JSON_OBJECT) {
         json_free(doc);
         return fail(error, MOE_ERR_FORMAT, name, "expected a JSON object, got another value");
     }
+    *root = top;
     return MOE_OK;
 }
 

@@ -148,6 +148,32 @@ static void lying_sentencepiece_models_are_refused(void)
     refused_conversion(&o, MOE_ERR_FORMAT, "added tokens");
 }
 
+/* JSON files that hold something else than an object, which each reader must do without. */
+static void json_that_is_no_object_is_refused(void)
+{
+    static const char *const names[] = {"config.json", "generation_config.json",
+                                        "chat_template.json", "added_tokens.json",
+                                        "tokenizer_config.json", "tokenizer.json",
+                                        "model.safetensors.index.json"};
+    static const char *const texts[] = {"[{\"a\": 1}]", "\"a\"", "null"};
+    char folder[600], path[700];
+    snprintf(folder, sizeof folder, "%s", scratch_path("no_object"));
+    REQUIRE(make_small_spm(folder, "unigram", 480), "no model");
+    const conv_options o = {.source = folder, .out = scratch_path("no_object.gguf")};
+    for (size_t i = 0; i < MOE_COUNT(names); i++)
+        for (size_t k = 0; k < MOE_COUNT(texts); k++) {
+            size_t bytes;
+            snprintf(path, sizeof path, "%s/%s", folder, names[i]);
+            char *old = test_read_file(path, &bytes);
+            scratch_write_text(path, texts[k]);
+            refused_conversion(&o, MOE_ERR_FORMAT, "expected a JSON object");
+            unlink(path);
+            if (old)
+                scratch_write(path, old, bytes);
+            free(old);
+        }
+}
+
 /* Cut at every byte, and with changed bytes: an error or a success, nothing else. */
 static void damaged_sentencepiece_models_are_harmless(void)
 {
@@ -629,6 +655,7 @@ TEST_PROGRAM(convert_refuses)
     RUN(unknown_patterns_are_refused);
     RUN(tokenizers_that_contradict_the_model_are_refused);
     RUN(lying_sentencepiece_models_are_refused);
+    RUN(json_that_is_no_object_is_refused);
     RUN(damaged_sentencepiece_models_are_harmless);
     RUN(lying_headers_are_refused);
     RUN(aliases_are_refused);
