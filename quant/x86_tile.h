@@ -180,9 +180,9 @@ MOE_AVX2_INLINE void x86_pin(__m256i *v)
 
 /* The sums of floats are operands in memory: gcc else keeps copies of them on the stack, stored
  * with each block as well. */
-MOE_AVX2_INLINE void x86_keep_in_memory(__m256 *v)
+MOE_AVX2_INLINE void x86_keep_in_memory(x86_acc *acc)
 {
-    __asm__("" : "+m"(*v));
+    __asm__ volatile("" : : "r"(acc) : "memory");
 }
 
 /* 4 bytes at p in all lanes. */
@@ -410,20 +410,27 @@ MOE_AVX2_INLINE void x86_block_step(const x86_tile *tile, const x86_part *x, siz
                  : s->start == X86_SIGNS ? tile[j % n_tile].start[b]
                                          : _mm256_setzero_si256();
     dot32(tile, b, x, sum, n_tile, n_tok, s);
+    __m256 d[X86_TILES], m[X86_TILES];
+    MOE_UNROLL
+    for (size_t r = 0; r < n_tile; r++) {
+        d[r] = tile[r].d[b];
+        if (s->kind == X86_AFFINE)
+            m[r] = tile[r].m[b];
+    }
     MOE_UNROLL
     for (size_t i = 0; i < n_tok; i++) {
         const __m256 x_scale = _mm256_broadcast_ss(x->scale[i] + b);
         MOE_UNROLL
         for (size_t r = 0; r < n_tile; r++) {
             const __m256 dot = _mm256_cvtepi32_ps(sum[i * n_tile + r]);
-            __m256 *to = &acc[i][r];
-            x86_keep_in_memory(to);
-            *to = _mm256_fmadd_ps(_mm256_mul_ps(tile[r].d[b], x_scale), dot, *to);
+            __m256 y = _mm256_fmadd_ps(_mm256_mul_ps(d[r], x_scale), dot, acc[i][r]);
             if (s->kind == X86_AFFINE)
-                *to = _mm256_fmadd_ps(_mm256_mul_ps(tile[r].m[b], x_scale),
-                                      _mm256_castsi256_ps(x86_broadcast4(x->ready[i] + b)), *to);
+                y = _mm256_fmadd_ps(_mm256_mul_ps(m[r], x_scale),
+                                    _mm256_castsi256_ps(x86_broadcast4(x->ready[i] + b)), y);
+            acc[i][r] = y;
         }
     }
+    x86_keep_in_memory(acc);
 }
 
 /* acc + the part of one superblock of 8 rows: the expression of the formats. */
