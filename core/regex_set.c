@@ -323,7 +323,9 @@ static void set_page_bits(const regex_ranges *ranges, size_t *i, uint32_t page, 
         ++*i;
     for (size_t k = *i; k < ranges->n && ranges->r[k][0] <= last; k++) {
         uint32_t a = MOE_MAX(ranges->r[k][0], first), b = MOE_MIN(ranges->r[k][1], last);
-        for (uint32_t c = a; c <= b; c++)
+        if (b - a == 255)
+            memset(bits, 0xFF, 4 * sizeof *bits);
+        for (uint32_t c = a; c <= b && b - a < 255; c++)
             bits[c >> 6 & 3] |= (uint64_t)1 << (c & 63);
     }
 }

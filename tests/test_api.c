@@ -541,6 +541,32 @@ static uint64_t limit_for_300(void)
     return limit;
 }
 
+/* A session of just the ceiling's size fits, and one byte less is too little: the estimate says it,
+ * and opening it does. */
+static void a_session_may_fill_the_ceiling(void)
+{
+    const uint64_t limit = limit_for_300();
+    for (uint64_t less = 0; less < 2; less++) {
+        test_host h;
+        host_setup(&h);
+        moe_model_options mo = options_for("llama-tied", &h);
+        mo.memory_limit_bytes = limit - less;
+        moe_model *model = open_model(&mo);
+        REQUIRE(model, "no model");
+        moe_session_options o = session_options(300);
+        moe_memory_estimate e = {.size = sizeof e};
+        moe_session *s;
+        CHECK(moe_session_estimate(model, &o, &e, NULL) == MOE_OK && e.fits == !less, "%d less",
+              (int)less);
+        CHECK(moe_session_open(&s, model, &o, NULL) == (less ? MOE_ERR_LIMIT : MOE_OK), "%d less",
+              (int)less);
+        moe_session_close(s);
+        o.n_ctx = UINT32_MAX;
+        CHECK(moe_session_estimate(model, &o, &e, NULL) == MOE_OK && !e.fits, "2^32 - 1");
+        moe_model_close(model);
+    }
+}
+
 /* The context that is said to fit does fit, to its last token, and one token more does not. */
 static void longest_context_works(moe_model *model, uint32_t n_ctx_max, bool fill)
 {
@@ -1020,6 +1046,17 @@ static void metadata_can_be_listed(void)
             found = !strcmp(value, "3");
     }
     CHECK(found, "llama.block_count is not 3");
+    // every size of buffer: as much of the text as fits, a NUL, and nothing behind it
+    for (size_t i = 0; i < moe_model_meta_count(model); i++) {
+        char whole[64], part[66];
+        const size_t n = moe_model_meta_value(model, i, whole, sizeof whole);
+        for (size_t size = 1; size < n + 2 && n < sizeof whole; size++) {
+            memset(part, 'x', sizeof part);
+            CHECK(moe_model_meta_value(model, i, part, size) == n, "%s in %zu", whole, size);
+            CHECK(!part[MOE_MIN(n, size - 1)] && !memcmp(part, whole, MOE_MIN(n, size - 1)) &&
+                      part[size] == 'x', "\"%.65s\" of \"%s\" in %zu", part, whole, size);
+        }
+    }
     moe_tensor_info info = {.size = sizeof info};
     bool embedding = false;
     for (size_t i = 0; i < moe_model_tensor_count(model); i++) {
@@ -1027,6 +1064,8 @@ static void metadata_can_be_listed(void)
         if (!strcmp(info.name, "token_embd.weight"))
             embedding = info.n_dims == 2 && info.dims[0] == 42 && info.dims[1] == 131 &&
                         info.bytes == 4 * 42 * 131 && !strcmp(info.type, "F32");
+        CHECK(info.error < 0 && info.error_worst < 0, "%s: a GGUF file says nothing of errors",
+              info.name);
     }
     CHECK(embedding, "token_embd.weight");
     CHECK(moe_model_tensor(model, moe_model_tensor_count(model), &info) == MOE_ERR_ARGUMENT, "end");
@@ -1063,6 +1102,7 @@ TEST_PROGRAM(api)
     RUN(session_options_are_checked);
     RUN(refused_evals_change_nothing);
     RUN(estimate_is_what_is_allocated);
+    RUN(a_session_may_fill_the_ceiling);
     RUN(too_long_a_context_is_refused);
     RUN(ceiling_holds);
     RUN(failing_allocations_are_survived);

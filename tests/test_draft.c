@@ -366,6 +366,40 @@ static void rows_that_are_due_fit_into_a_batch(void)
     }
 }
 
+/* Tokens, and guesses behind them, that are gone back on and replaced: the layer's rows of them are
+ * made again, and going back further than its rows reach makes one without what it should know. */
+static void rows_of_tokens_gone_back_on_are_made_again(void)
+{
+    static const moe_token other[3] = {1, 2, 3};
+    for (size_t i = 0; i < MOE_COUNT(with_layer); i++) {
+        draft_reference r;
+        draft_guess guess;
+        double worst = 0;
+        REQUIRE(read_reference(&r, with_layer[i]), "no fixture");
+        moe_model *model = open_fixture(with_layer[i]);
+        moe_session *s = open_drafting(model, &(setup){MOE_DRAFT_MTP, 2, r.n_tok + 2, 3,
+                                                      MOE_CACHE_F32});
+        for (uint32_t p = 3; p + 2 < r.n_tok; p++) {
+            CHECK(!moe_session_rewind(s, 0) && !moe_session_eval(s, r.tokens, p, 0, NULL) &&
+                      !moe_session_eval(s, other, 1 + p % 3, 0, NULL), "%s",
+                  moe_session_error(s)->message);
+            s->history[s->n_past] = 5;
+            CHECK(!mtp_guess(s, 2, &guess), "guess");
+            CHECK(!moe_session_rewind(s, p) && !moe_session_eval(s, r.tokens + p, 1, 0, NULL),
+                  "%s", moe_session_error(s)->message);
+            check_layer(s, &r, &worst);
+            CHECK(!moe_session_rewind(s, p / 2), "rewind");
+            CHECK(!mtp_guess(s, 1, &guess) && s->mtp.to == p / 2 && s->mtp.from < p / 2,
+                  "outputs of %u to %u are there, at %u", s->mtp.from, s->mtp.to, p / 2);
+        }
+        CHECK(worst < 1e-4, "%s: %g", with_layer[i], worst);
+        moe_session_close(s);
+        moe_model_close(model);
+        free(r.files[0]);
+        free(r.files[1]);
+    }
+}
+
 /* Guesses of a random layer do not come true. A host that always does as the layer says: */
 static void follow_the_layer(const char *name)
 {
@@ -519,6 +553,7 @@ TEST_PROGRAM(draft)
     RUN(drafting_stops_at_the_context);
     RUN(layer_matches_the_reference);
     RUN(rows_that_are_due_fit_into_a_batch);
+    RUN(rows_of_tokens_gone_back_on_are_made_again);
     RUN(layer_gives_the_same_bits);
     RUN(options_are_checked);
 }

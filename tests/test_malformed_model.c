@@ -774,6 +774,74 @@ static void keys_that_are_rare(void)
     }
 }
 
+/* Gives a file more layers, each a copy of one of those that it has, in turn. */
+static void extend_layers(gguf_edit *e, const char *arch, uint32_t n_had, uint32_t n_layer)
+{
+    char key[128], name[64];
+    const size_t n_tensors = e->n_tensors;
+    snprintf(key, sizeof key, "%s.block_count", arch);
+    edit_set_u32(e, key, n_layer);
+    for (uint32_t i = n_had; i < n_layer; i++)
+        for (size_t k = 0; k < n_tensors; k++) {
+            uint32_t layer;
+            const edit_tensor *t = &e->tensor[k];
+            if (sscanf(t->name, "blk.%u.", &layer) != 1 || layer != i % n_had)
+                continue;
+            snprintf(name, sizeof name, "blk.%u%s", i, strchr(t->name + 4, '.'));
+            edit_tensor *copy = edit_add_tensor(e, name, quant_by_id(t->type)->name, t->n_dims,
+                                                t->dims);
+            memcpy(copy->data, t->data, t->bytes);
+        }
+}
+
+/* Lists of what each layer is, where there are more layers than a word has bits. */
+static void lists_of_many_layers_are_kept(void)
+{
+    enum { N_LAYER = 38 };
+    static const char *const files[] = {"lfm2moe-4", "llama-tied"};
+    static const char *const keys[] = {"lfm2moe.attention.head_count_kv",
+                                       "llama.attention.sliding_window_pattern"};
+    for (size_t i = 0; i < MOE_COUNT(files); i++) {
+        char path[512], arch[32];
+        uint32_t list[N_LAYER], want[MODEL_MAX_LAYERS / 32] = {0};
+        snprintf(path, sizeof path, "%s/fixtures/%s.gguf", test_root(), files[i]);
+        gguf_edit *e = edit_read(path);
+        REQUIRE(e, "%s", path);
+        edit_string(e, "general.architecture", arch, sizeof arch);
+        extend_layers(e, arch, 3, N_LAYER);
+        for (uint32_t k = 0; k < N_LAYER; k++) { // a convolution or not; local or not
+            list[k] = i == 0 ? (k % 3 == 1) * 3u : k % 5 < 2;
+            want[k / 32] |= (uint32_t)(i == 0 ? !list[k] : list[k]) << k % 32;
+        }
+        edit_set_array(e, keys[i], META_U32, list, N_LAYER, sizeof list);
+        if (i == 1)
+            edit_set_u32(e, "llama.attention.sliding_window", 8);
+        expect_hparam(e, keys[i], i == 0 ? offsetof(moe_hparams, recurrent_layers)
+                                         : offsetof(moe_hparams, local_layers), want, sizeof want);
+        edit_free(e);
+    }
+}
+
+/* The least that a model can have of something. */
+static void one_head_is_enough(void)
+{
+    char path[512];
+    const uint32_t one = 1;
+    snprintf(path, sizeof path, "%s/fixtures/llama-tied.gguf", test_root());
+    gguf_edit *e = edit_read(path);
+    REQUIRE(e, "%s", path);
+    edit_set_u32(e, "llama.attention.head_count", 1);
+    for (size_t i = 0; i < e->n_tensors; i++) {
+        edit_tensor *t = &e->tensor[i];
+        if (strstr(t->name, "attn_q.weight"))
+            edit_reshape(t, t->type, 2, (uint64_t[]){42, 12});
+        if (strstr(t->name, "attn_output.weight"))
+            edit_reshape(t, t->type, 2, (uint64_t[]){12, 42});
+    }
+    expect_hparam(e, "llama.attention.head_count", offsetof(moe_hparams, n_head), &one, sizeof one);
+    edit_free(e);
+}
+
 static void m16_context_length(void)
 {
     FOR_EACH_FAMILY(f)
@@ -1050,6 +1118,8 @@ TEST_PROGRAM(malformed_model)
     RUN(draft_layers_are_not_of_the_model);
     RUN(m5_sliding_window);
     RUN(keys_that_are_rare);
+    RUN(lists_of_many_layers_are_kept);
+    RUN(one_head_is_enough);
     RUN(m16_context_length);
     RUN(m17_vocabulary);
     RUN(m18_missing_tensors);
