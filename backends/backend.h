@@ -331,16 +331,38 @@ typedef struct moe_expand_shape {
     uint32_t n_latent, n_nope, dim_k, dim_v; // dim_k: n_nope and the part that all heads share
 } moe_expand_shape;
 
+/* The longest rows of the matrices that want a form of activations, by moe_act and by the operation
+ * that takes them; 0: there are none. */
+typedef struct moe_row_limits {
+    uint32_t matmul[MOE_ACT_COUNT];
+    uint32_t experts[MOE_ACT_COUNT];
+    uint32_t heads[MOE_ACT_COUNT];
+} moe_row_limits;
+
+/* Lets the limits of one operation admit a matrix. */
+MOE_INLINE void row_limit_raise(uint32_t limit[MOE_ACT_COUNT], const moe_quant *quant,
+                                uint64_t n_in)
+{
+    limit[quant->act] = MOE_MAX(limit[quant->act], (uint32_t)n_in);
+}
+
+/* The longest row in any form. */
+MOE_INLINE uint32_t row_limit_longest(const uint32_t limit[MOE_ACT_COUNT])
+{
+    uint32_t longest = 0;
+    for (int act = 0; act < MOE_ACT_COUNT; act++)
+        longest = MOE_MAX(longest, limit[act]);
+    return longest;
+}
+
 typedef struct moe_queue_options {
     uint32_t n_threads;      // 1 to MOE_MAX_THREADS
     const moe_cancel *cancel;
     uint32_t n_tok_max;      // the largest n_tok of any operation
-    uint32_t n_in_max;       // the longest row of a matrix in matmul
+    moe_row_limits rows;
     uint32_t n_expert_max;   // 0 if there are no experts
     uint32_t n_used_max;     // experts per token
-    uint32_t n_in_expert_max; // the longest row of an expert's matrix
     uint32_t n_head_max;     // of attend and heads
-    uint32_t n_in_head_max;  // the longest row of a matrix in heads; 0 if there are none
     uint32_t n_slot_max;     // of a cache
     uint32_t dim_max;        // of a cache
     moe_expand_shape expand; // of attend with expanded keys; zeros: there is none

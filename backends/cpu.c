@@ -198,6 +198,12 @@ static cpu_scratch cpu_scratch_layout(const moe_queue_options *o, uint8_t *base,
     };
 }
 
+/* Of packed activations. */
+static uint64_t cpu_rows_bytes(moe_act act, uint64_t n_row, uint32_t n_in)
+{
+    return n_in ? n_row * act_row_bytes(act, n_in) : 0;
+}
+
 /* Lays out the memory of a queue and returns its size. With base NULL the pointers are not set: so
  * the estimate and the allocation cannot differ. */
 static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
@@ -211,11 +217,11 @@ static uint64_t cpu_queue_layout(moe_queue *q, uint8_t *base)
     q->ops = cpu_take(base, &used, CPU_MAX_OPS * sizeof(cpu_op));
     q->phases = cpu_take(base, &used, CPU_MAX_PHASES * sizeof(cpu_phase));
     for (moe_act act = 0; act < MOE_COUNT(q->act); act++) {
-        const uint64_t plain = o->n_tok_max * (uint64_t)act_row_bytes(act, o->n_in_max);
-        const uint64_t expert = n_slot * act_row_bytes(act, o->n_in_expert_max);
-        const uint64_t head = o->n_in_head_max ? (uint64_t)o->n_tok_max * o->n_head_max *
-                                                     act_row_bytes(act, o->n_in_head_max) : 0;
-        q->act[act] = cpu_take(base, &used, MOE_MAX(MOE_MAX(plain, expert), head));
+        const uint64_t n_head = (uint64_t)o->n_tok_max * o->n_head_max;
+        uint64_t bytes = cpu_rows_bytes(act, o->n_tok_max, o->rows.matmul[act]);
+        bytes = MOE_MAX(bytes, cpu_rows_bytes(act, n_slot, o->rows.experts[act]));
+        bytes = MOE_MAX(bytes, cpu_rows_bytes(act, n_head, o->rows.heads[act]));
+        q->act[act] = cpu_take(base, &used, bytes);
     }
     q->segments = cpu_take(base, &used, o->n_head_max * n_segment * row);
     q->expert_start = cpu_take(base, &used, experts);

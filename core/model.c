@@ -540,6 +540,16 @@ static moe_status bind_matrices(bind_walk *walk, const moe_binding *b, const moe
     return MOE_OK;
 }
 
+/* Tells what a queue must have room for. */
+static void bind_limits(moe_row_limits *limits, const moe_binding *b, const moe_tensor *t)
+{
+    uint32_t *limit = b->dims[2] == DIM_NONE     ? limits->matmul
+                      : b->dims[2] == DIM_EXPERT ? limits->experts
+                                                 : limits->heads;
+    for (uint64_t i = 0; i < tensor_n_parts(t); i++)
+        row_limit_raise(limit, tensor_part(t, i).quant, t->dims[0]);
+}
+
 static moe_status bind_weight(bind_walk *walk, const moe_binding *b, const moe_tensor *t,
                               moe_weight *w)
 {
@@ -556,8 +566,11 @@ static moe_status bind_weight(bind_walk *walk, const moe_binding *b, const moe_t
         w->matrix_bytes = w->row_bytes * t->dims[1];
         w->data = (moe_view){m->buffers[0], walk->n_vector_floats * sizeof(float)};
         walk->n_vector_floats += align_up(t->n_elements, MEM_ALIGN / sizeof(float));
+        if (b->field == offsetof(moe_layer, shared_router) && !(b->flags & BIND_GLOBAL))
+            row_limit_raise(m->row_limits.matmul, w->quant, w->dims[0]);
         return MOE_OK;
     }
+    bind_limits(&m->row_limits, b, t);
     if (t->parts)
         return bind_matrices(walk, b, t, w);
     moe_status status = m->backend->buffer_wrap(m->device, t->data, t->bytes,

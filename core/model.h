@@ -271,6 +271,7 @@ struct moe_model {
     moe_buffer **buffers;          // [n_buffer] every buffer that holds weights
     moe_matrix *matrices;          // of stacks of experts whose matrices stand apart
     uint32_t n_buffer;
+    moe_row_limits row_limits;     // of all matrices above
     char *architecture, *name;
     char router_text[256], attention_text[256];
     moe_model_info info;

@@ -235,8 +235,12 @@ static moe_status deepseek_derive(moe_model *m, moe_error *error)
     uint64_t bytes = 0;
     if (hp->latent_split)
         return MOE_OK;
-    for (uint32_t i = 0; i < hp->n_layer_all; i++)
-        bytes = derive_describe(hp, &m->layers[i], bytes);
+    for (uint32_t i = 0; i < hp->n_layer_all; i++) {
+        moe_layer *l = &m->layers[i];
+        bytes = derive_describe(hp, l, bytes);
+        row_limit_raise(m->row_limits.heads, l->wk_b.quant, l->wk_b.dims[0]);
+        row_limit_raise(m->row_limits.heads, l->wv_b.quant, l->wv_b.dims[0]);
+    }
     float *room = mem_alloc_uncleared(&m->mem, 2 * n, sizeof *room);
     if (room)
         m->derived = mem_alloc_uncleared(&m->mem, bytes, 1);

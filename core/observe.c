@@ -24,8 +24,8 @@ static void observe_plan(const moe_hparams *hp, const moe_queue_options *q, moe_
 {
     const uint64_t head = hp->n_latent ? (uint64_t)hp->n_head * MOE_MAX(hp->head_dim, hp->n_latent)
                                        : 0;
-    const uint64_t expert = (uint64_t)q->n_used_max * q->n_in_expert_max;
-    const uint64_t row = MOE_MAX(MOE_MAX(q->n_in_max, expert), head);
+    const uint64_t expert = (uint64_t)q->n_used_max * row_limit_longest(q->rows.experts);
+    const uint64_t row = MOE_MAX(MOE_MAX(row_limit_longest(q->rows.matmul), expert), head);
     const uint64_t product = MOE_MAX(MOE_MAX(q->n_used_max, 1), hp->n_latent ? hp->n_head : 0);
     o->n_rows_max = q->n_tok_max * row;
     o->n_product_max = q->n_tok_max * product;

@@ -234,13 +234,9 @@ static bool plan_history(const moe_hparams *hp, const moe_session_options *o)
     return o->draft != MOE_DRAFT_OFF || plan_lookback(hp, o) || recurrent_rank(hp, hp->n_layer);
 }
 
-static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_options *o)
+static moe_queue_options plan_queue(const moe_model *m, const moe_session_options *o)
 {
-    uint32_t n_in = MOE_MAX(hp->n_embd, MOE_MAX(hparams_dense_width(hp), hp->n_ff_shared));
-    n_in = MOE_MAX(n_in, MOE_MAX(hp->n_latent_q, hp->n_head * hparams_most_heads(hp).dim_v));
-    n_in = MOE_MAX(n_in, plan_mtp(hp, o) ? 2 * hp->n_embd : 0);
-    n_in = MOE_MAX(n_in, hp->delta.n_head * hp->delta.dim_v);
-    const bool experts = hp->router.n_expert > 0;
+    const moe_hparams *hp = &m->hp;
     uint32_t dim_max = MOE_MAX(plan_row(hp, false), plan_row(hp, true));
     moe_expand_shape expand = {0};
     if (plan_expand_from(hp, o)) {
@@ -252,12 +248,10 @@ static moe_queue_options plan_queue(const moe_hparams *hp, const moe_session_opt
         .n_threads = o->n_threads,
         .cancel = o->cancel,
         .n_tok_max = o->n_batch,
-        .n_in_max = n_in,
+        .rows = m->row_limits,
         .n_expert_max = hp->router.n_expert,
         .n_used_max = hp->router.n_used,
-        .n_in_expert_max = experts ? MOE_MAX(hp->n_embd, hp->n_ff_expert) : 0,
         .n_head_max = hp->n_head,
-        .n_in_head_max = hp->n_latent ? MOE_MAX(hp->n_latent, hp->head_dim - hp->n_rot) : 0,
         .n_slot_max = o->n_ctx,
         .dim_max = dim_max,
         .expand = expand,
@@ -269,7 +263,7 @@ static bool session_plan_for(const moe_model *m, const moe_session_options *o, s
 {
     const moe_hparams *hp = &m->hp;
     moe_pass scratch = {0};
-    plan->queue = plan_queue(hp, o);
+    plan->queue = plan_queue(m, o);
     if (!plan_work(hp, o, &scratch, &plan->work_bytes) ||
         !plan_caches(hp, o, &plan->cache_bytes))
         return false;

@@ -300,11 +300,11 @@ static bool fenced_same_or_apart(fenced_queue *q, const char *op, moe_view a, mo
 }
 
 /* Checked copies of the matrices of a stack that stand apart. */
-static bool fenced_matrices(fenced_queue *q, const char *op, moe_weight *place, uint32_t n_in_max)
+static bool fenced_matrices(fenced_queue *q, const char *op, moe_weight *place,
+                            const uint32_t limit[MOE_ACT_COUNT])
 {
     const uint64_t n = place->dims[2], n_in = place->dims[0];
-    if (!fenced_at_most(q, op, "matrices", n, FENCED_N_MATRICES - q->n_matrices) ||
-        !fenced_at_most(q, op, "row length", n_in, n_in_max))
+    if (!fenced_at_most(q, op, "matrices", n, FENCED_N_MATRICES - q->n_matrices))
         return false;
     moe_matrix *copy = q->matrices + q->n_matrices;
     memcpy(copy, place->matrices, (size_t)n * sizeof *copy);
@@ -313,7 +313,8 @@ static bool fenced_matrices(fenced_queue *q, const char *op, moe_weight *place, 
     bool sound = true;
     for (uint64_t i = 0; i < n && sound; i++) {
         const moe_quant *quant = copy[i].quant;
-        sound = fenced_at_most(q, op, "remainder of a row", n_in % quant->block_len, 0) &&
+        sound = fenced_at_most(q, op, "row length", n_in, limit[quant->act]) &&
+                fenced_at_most(q, op, "remainder of a row", n_in % quant->block_len, 0) &&
                 fenced_at_most(q, op, "bytes in a row",
                                n_in / quant->block_len * quant->block_bytes, copy[i].row_bytes) &&
                 fenced_at_most(q, op, "missing form of activations",
@@ -325,9 +326,9 @@ static bool fenced_matrices(fenced_queue *q, const char *op, moe_weight *place, 
     return sound;
 }
 
-/* A checked copy of a weight, at *place. */
+/* A checked copy of a weight, at *place. limit NULL: its rows meet no packed activations. */
 static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w, moe_weight *place,
-                          uint32_t n_in_max)
+                          const uint32_t limit[MOE_ACT_COUNT])
 {
     if (!weight_present(*w) || !(*w)->quant)
         return fenced_fault(q, op, "missing weights", 0, 1);
@@ -335,14 +336,15 @@ static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w,
     *w = place;
     if (place->matrices)
         return fenced_at_most(q, op, "matrices that stand apart", strcmp(op, "experts") != 0, 0) &&
-               fenced_matrices(q, op, place, n_in_max);
+               fenced_matrices(q, op, place, limit);
     uint64_t block = place->quant->block_len;
     uint64_t row = place->dims[0] / block * place->quant->block_bytes;
     return fenced_at_most(q, op, "remainder of a row", place->dims[0] % block, 0) &&
            fenced_at_most(q, op, "bytes in a row", row, place->row_bytes) &&
            fenced_at_most(q, op, "bytes in a matrix", place->row_bytes * place->dims[1],
                           place->matrix_bytes) &&
-           fenced_at_most(q, op, "row length", place->dims[0], n_in_max) &&
+           fenced_at_most(q, op, "row length", place->dims[0],
+                          limit ? limit[place->quant->act] : UINT32_MAX) &&
            fenced_view(q, op, place->name ? place->name : "weight", &place->data,
                        (place->dims[2] - 1) * place->matrix_bytes +
                            place->dims[1] * place->row_bytes, 1, FENCED_READ);
@@ -473,7 +475,7 @@ static void fenced_embed(moe_queue *queue, const moe_embed_op *op)
     moe_embed_op *o = &f->as.embed;
     *o = *op;
     fenced_keep(q, fenced_n_tok(q, "embed", o->n_tok) &&
-                       fenced_weight(q, "embed", &o->table, &f->weight[0], UINT32_MAX) &&
+                       fenced_weight(q, "embed", &o->table, &f->weight[0], NULL) &&
                        fenced_view(q, "embed", "ids", &o->ids, o->n_tok, 4, FENCED_READ) &&
                        fenced_view(q, "embed", "dst", &o->dst, o->n_tok * op->table->dims[0], 4,
                                    FENCED_WRITE));
@@ -510,7 +512,7 @@ static void fenced_matmul(moe_queue *queue, const moe_matmul_op *op)
                              o->n_tok * op->out[0].w->dims[0], 4, FENCED_READ);
     for (uint32_t i = 0; sound && i < o->n_out; i++) {
         const moe_weight *w = op->out[i].w;
-        sound = fenced_weight(q, "matmul", &o->out[i].w, &f->weight[i], q->options.n_in_max) &&
+        sound = fenced_weight(q, "matmul", &o->out[i].w, &f->weight[i], q->options.rows.matmul) &&
                 fenced_at_most(q, "matmul", "row length, by the first matrix", w->dims[0],
                                op->out[0].w->dims[0]) &&
                 fenced_at_most(q, "matmul", "matrices", w->dims[2], 1) &&
@@ -559,8 +561,9 @@ static bool fenced_expand(fenced_queue *q, moe_attend_op *o, fenced_op *f)
     const moe_expand_shape *e = &q->options.expand;
     if (!o->k_b)
         return fenced_at_most(q, "attend", "values without keys", o->v_b != NULL, 0);
-    return fenced_weight(q, "attend", &o->k_b, &f->weight[0], e->n_nope) &&
-           fenced_weight(q, "attend", &o->v_b, &f->weight[1], e->n_latent) &&
+    return fenced_weight(q, "attend", &o->k_b, &f->weight[0], NULL) &&
+           fenced_weight(q, "attend", &o->v_b, &f->weight[1], NULL) &&
+           fenced_at_most(q, "attend", "n_nope", o->k_b->dims[0], e->n_nope) &&
            fenced_at_most(q, "attend", "n_latent", o->k_b->dims[1], e->n_latent) &&
            fenced_at_most(q, "attend", "n_latent, by the keys", o->v_b->dims[0],
                           o->k_b->dims[1]) &&
@@ -621,7 +624,7 @@ static void fenced_heads(moe_queue *queue, const moe_heads_op *op)
     uint64_t src = n_row ? fenced_span(n_row, o->src_stride, op->w->dims[0]) : 0;
     uint64_t dst = n_row ? fenced_span(n_row, o->dst_stride, op->w->dims[1]) : 0;
     fenced_keep(q, fenced_n_tok(q, "heads", o->n_tok) &&
-                       fenced_weight(q, "heads", &o->w, &f->weight[0], q->options.n_in_head_max) &&
+                       fenced_weight(q, "heads", &o->w, &f->weight[0], q->options.rows.heads) &&
                        fenced_at_most(q, "heads", "heads", op->w->dims[2], q->options.n_head_max) &&
                        fenced_at_most(q, "heads", "n_in, by the stride", op->w->dims[0],
                                       o->src_stride) &&
@@ -785,7 +788,7 @@ static void fenced_experts(moe_queue *queue, const moe_experts_op *op)
     for (uint32_t i = 0; sound && i < o->n_out; i++) {
         const moe_weight *w = op->out[i].w;
         sound = fenced_weight(q, "experts", &o->out[i].w, &f->weight[i],
-                              q->options.n_in_expert_max) &&
+                              q->options.rows.experts) &&
                 fenced_at_most(q, "experts", "row length, by the first matrix", w->dims[0],
                                op->out[0].w->dims[0]) &&
                 fenced_at_most(q, "experts", "matrices", w->dims[2], q->options.n_expert_max) &&

@@ -38,7 +38,7 @@ static bool attend_open(attend_rig *r, const attend_shape *s, moe_isa isa, uint3
     mem_init(&r->mem, NULL, 0);
     const moe_device_options device = {&r->mem, isa};
     const moe_queue_options queue = {
-        .n_threads = n_threads, .n_tok_max = s->n_tok, .n_in_max = 32, .n_head_max = s->n_head,
+        .n_threads = n_threads, .n_tok_max = s->n_tok, .n_head_max = s->n_head,
         .n_slot_max = s->n_slot, .dim_max = MOE_MAX(s->dim_k, s->dim_v)};
     moe_error error;
     if (be->device_open(&r->device, &device, &error) ||

@@ -24,9 +24,10 @@ static bool bench_open(bench *b, const moe_backend *backend)
     b->backend = backend;
     moe_error error = {0};
     moe_device_options device = {.mem = &b->mem};
-    moe_queue_options queue = {.n_threads = 2, .n_tok_max = 4, .n_in_max = 64, .n_expert_max = 2,
-                               .n_used_max = 2, .n_in_expert_max = 64, .n_head_max = 4,
-                               .n_in_head_max = 64, .n_slot_max = 8, .dim_max = 32};
+    moe_queue_options queue = {.n_threads = 2, .n_tok_max = 4, .n_expert_max = 2, .n_used_max = 2,
+                               .n_head_max = 4, .n_slot_max = 8, .dim_max = 32};
+    for (int act = 0; act < MOE_ACT_COUNT; act++)
+        queue.rows.matmul[act] = queue.rows.experts[act] = queue.rows.heads[act] = 64;
     bool ok = backend->device_open(&b->device, &device, &error) == MOE_OK &&
               backend->queue_open(&b->queue, b->device, &queue, &error) == MOE_OK;
     CHECK(ok, "%s", error.message);
