@@ -1074,6 +1074,42 @@ static void metadata_can_be_listed(void)
     moe_model_close(model);
 }
 
+/* Arrays of numbers, truth values and strings as text, in buffers of any size. */
+static void arrays_of_metadata_are_listed(void)
+{
+    static const struct { const char *file, *key, *text; } cases[] = {
+        {"fixtures/lfm2moe-4.gguf", "lfm2moe.attention.head_count_kv", "[3] 0, 3, 0"},
+        {"fixtures/gemma4.gguf", "gemma4.attention.sliding_window_pattern",
+         "[4] true, true, false, false"},
+        {"fixtures/gemma4.gguf", "gemma4.final_logit_softcapping", "4"},
+        {"data/alphabet.gguf", "tokenizer.ggml.tokens", "[259] \u0100, \u0101, "},
+    };
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        char path[512], part[64];
+        snprintf(path, sizeof path, "%s/%s", test_root(), cases[i].file);
+        moe_model_options o;
+        moe_model_options_init(&o);
+        o.path = path;
+        moe_model *model = open_model(&o);
+        REQUIRE(model, "no model");
+        size_t k = 0;
+        while (k < moe_model_meta_count(model) &&
+               strcmp(moe_model_meta_key(model, k), cases[i].key))
+            k++;
+        const size_t n = strlen(cases[i].text), whole = moe_model_meta_value(model, k, NULL, 0);
+        CHECK(i == 3 ? whole > n : whole == n, "%s: %zu bytes", cases[i].key, whole);
+        for (size_t size = 1; size <= n + 1; size++) {
+            memset(part, 'x', sizeof part);
+            CHECK(moe_model_meta_value(model, k, part, size) == whole, "%s", cases[i].key);
+            CHECK(strlen(part) == size - 1 && !memcmp(part, cases[i].text, size - 1) &&
+                      part[size] == 'x', "\"%.63s\" of \"%s\" in %zu", part, cases[i].text, size);
+        }
+        CHECK(moe_model_meta_value(model, moe_model_meta_count(model), part, 9) == 0 && !part[0],
+              "behind the last key");
+        moe_model_close(model);
+    }
+}
+
 static void vocab_only_has_no_sessions(void)
 {
     moe_model_options o = options_for("llama-tied", NULL);
@@ -1114,5 +1150,6 @@ TEST_PROGRAM(api)
     RUN(prefill_can_be_cancelled);
     RUN(sessions_close_in_any_order);
     RUN(metadata_can_be_listed);
+    RUN(arrays_of_metadata_are_listed);
     RUN(vocab_only_has_no_sessions);
 }
