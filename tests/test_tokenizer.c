@@ -596,6 +596,102 @@ static void sets_of_characters_are_what_they_hold(void)
     }
 }
 
+/* ------------------------------------------------------------------------------ character maps -- */
+
+/* A precompiled map in the making: its double array, of which `used` says what is taken. */
+typedef struct map_maker {
+    const char *const (*keys)[2]; // [n]: from, to
+    uint32_t n;
+    uint32_t value[16];           // where each replacement stands
+    uint32_t units[1024];
+    bool used[1024];
+} map_maker;
+
+static bool map_fits(const map_maker *m, const bool next[256], uint32_t base)
+{
+    for (uint32_t c = 0; c < 256; c++) // 0 stands for the value
+        if ((next[c] || !c) && (base ^ c) < 1024 && m->used[base ^ c])
+            return false;
+    return base < 768;
+}
+
+/* The node at unit `at`, of all keys that begin with the first `depth` bytes of `key`. */
+static void map_place(map_maker *m, const char *key, size_t depth, uint32_t at)
+{
+    bool next[256] = {false};
+    uint32_t base = 1, leaf = UINT32_MAX;
+    for (uint32_t i = 0; i < m->n; i++)
+        if (!strncmp(m->keys[i][0], key, depth)) {
+            next[(uint8_t)m->keys[i][0][depth]] = true;
+            leaf = m->keys[i][0][depth] ? leaf : i;
+        }
+    while (!map_fits(m, next, base))
+        base++;
+    for (uint32_t c = 0; c < 256; c++)
+        m->used[base ^ c] |= next[c] || !c;
+    m->units[at] = (at ^ base) << 10 | (uint32_t)(leaf != UINT32_MAX) << 8 |
+                   (depth ? (uint8_t)key[depth - 1] : 0);
+    m->units[base] = leaf != UINT32_MAX ? m->value[leaf] | 1u << 31 : 0;
+    for (uint32_t i = 0; i < m->n; i++) { // each next byte once, by the first key that has it
+        const char *other = m->keys[i][0];
+        const uint8_t c = strncmp(other, key, depth) ? 0 : (uint8_t)other[depth];
+        if (c && next[c]) {
+            next[c] = false;
+            map_place(m, other, depth + 1, base ^ c);
+        }
+    }
+}
+
+/* Replacement by graphemes as in Hugging Face's tokenizers, whose results these are; by the longest
+ * key as in SentencePiece. */
+static void character_maps_replace_graphemes(void)
+{
+    static const char *const keys[][2] = {
+        {"a", "X"}, {"ab", "no"}, {"e", "E"}, {"\u0301", "^"}, {"\u00E9", "e'"}, {"\u0E01", ""},
+        {"\u1100", "G"}, {"\U0001F468", "M"}};
+    static const struct { const char *text, *want, *longest; } cases[] = {
+        {"ae\u0301b", "XEb", "XE^b"}, {"ab", "Xb", "no"}, {"e\u0301\u0327", "E", "E^\u0327"},
+        {"e\u0301\u0327\u0301", "E^\u0327^", "E^\u0327^"}, {"x\u00E9\u0301", "xe'", "xe'^"},
+        {"\u1100\u1161", "G\u1161", "G\u1161"}, {"\U0001F468", "M", "M"},
+        {"\U0001F468\u200D\U0001F469", "M\u200D\U0001F469", "M\u200D\U0001F469"},
+        {"\u0301", "^", "^"}, {"zz\u0301e", "zz^E", "zz^E"}, {"a\r\na", "X\r\nX", "X\r\nX"},
+        {"\u0E01a", "X", "X"}, {"\u00E9\u0327\u0301\u0301", "e'\u0327^^", "e'\u0327^^"},
+        {"a\u200Da", "XX", "X\u200DX"}, {"", "", ""}};
+    static map_maker m;
+    moe_mem mem;
+    moe_error error = {0};
+    uint8_t data[8192] = {0};
+    uint32_t n_map = 0, n_units = sizeof m.units;
+    m = (map_maker){.keys = keys, .n = MOE_COUNT(keys), .used = {true}};
+    for (uint32_t i = 0; i < m.n; i++) {
+        m.value[i] = n_map;
+        memcpy(data + 4 + n_units + n_map, keys[i][1], strlen(keys[i][1]));
+        n_map += (uint32_t)strlen(keys[i][1]) + 1;
+    }
+    map_place(&m, "", 0, 0);
+    memcpy(data, &n_units, 4);
+    memcpy(data + 4, m.units, n_units);
+    mem_init(&mem, NULL, 0);
+    text_arena arena = {.mem = &mem};
+    text_buf out = {.mem = &mem};
+    norm_step step = {.kind = NORM_CHARSMAP};
+    CHECK(!charsmap_load(&step, data, 4 + n_units + n_map, &arena, "map", &error), "%s",
+          error.message);
+    for (size_t i = 0; i < MOE_COUNT(cases); i++)
+        for (int longest = 0; longest < 2; longest++) {
+            const char *want = longest ? cases[i].longest : cases[i].want;
+            const uint8_t *text = (const uint8_t *)cases[i].text;
+            step.kind = longest ? NORM_CHARSMAP_LONGEST : NORM_CHARSMAP;
+            out.n = 0;
+            CHECK(charsmap_apply(&step, text, strlen(cases[i].text), &out) &&
+                      out.n == strlen(want) && (!out.n || !memcmp(out.data, want, out.n)),
+                  "\"%s\" is \"%.*s\"", cases[i].text, (int)out.n, (const char *)out.data);
+        }
+    buf_free(&out);
+    arena_free(&arena);
+    CHECK(mem.used_bytes == 0, "%llu bytes leak", (unsigned long long)mem.used_bytes);
+}
+
 /* Vocabularies of a few tokens. The ids are those of the public implementation, but for the last
  * case, which is a rule of this one. */
 static void small_vocabularies_give_their_ids(void)
@@ -1087,6 +1183,7 @@ TEST_PROGRAM(tokenizer)
     RUN(patterns_match_as_oniguruma);
     RUN(hostile_patterns_end_soon);
     RUN(sets_of_characters_are_what_they_hold);
+    RUN(character_maps_replace_graphemes);
     RUN(small_vocabularies_give_their_ids);
     RUN(marks_of_structure_are_known);
     RUN(malformed_json_is_refused);
