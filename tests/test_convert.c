@@ -696,6 +696,65 @@ static void sentencepiece_has_added_tokens(void)
     directory_close(dir);
 }
 
+/* ------------------------------------------------------------------------------- choosing -- */
+
+/* What a budget has left goes into steps off the hull, the best first: two matrices of 800 weights
+ * in 100, 150 or 200 bytes, of which the middle type is never the best buy. */
+static void what_is_left_is_spent_on_smaller_steps(void)
+{
+    static const double losses[2][3] = {{10, 9.5, 1}, {10, 8, 1}};
+    static const struct { uint64_t budget; uint32_t types[2]; } cases[] = {
+        {249, {0, 0}}, {250, {0, 1}}, {260, {0, 1}}, {299, {0, 1}}, {300, {2, 0}}, {349, {2, 0}},
+        {350, {2, 1}}, {399, {2, 1}}, {400, {2, 2}}};
+    conv_tensor t = {.row_len = 800, .n_rows = 1};
+    alloc_choice choices[2];
+    alloc_unit units[2];
+    alloc_step steps[8];
+    alloc_state a = {.choices = choices, .units = units, .steps = steps, .n_choices = 2,
+                     .n_units = 2};
+    for (uint32_t u = 0; u < 2; u++) {
+        choices[u] = (alloc_choice){.t = &t, .n_types = 3, .n_parts = 1, .first_unit = u};
+        for (uint32_t k = 0; k < 3; k++)
+            choices[u].types[k] = (alloc_type){.bits = 1 + 0.5 * k, .loss = losses[u][k]};
+        units[u] = (alloc_unit){.choice = &choices[u], .share = 1};
+        alloc_add_steps(&a, u);
+    }
+    CHECK(a.n_steps == 2 && steps[0].to == 2 && steps[1].to == 2, "%u steps", a.n_steps);
+    qsort(steps, a.n_steps, sizeof *steps, alloc_compare);
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        alloc_choose(&a, cases[i].budget, alloc_least(&a, 0));
+        CHECK(units[0].type == cases[i].types[0] && units[1].type == cases[i].types[1],
+              "%d bytes: types %u and %u", (int)cases[i].budget, units[0].type, units[1].type);
+    }
+}
+
+/* general.file_type is that of the mix, else of the type of most weights, experts each counted. */
+static void files_are_of_the_type_of_most_weights(void)
+{
+    static const struct {
+        const char *quant, *experts, *other;
+        uint64_t n_other;
+        uint32_t want;
+    } cases[] = {
+        {NULL, "Q6_K", "Q4_0", 1000, 18}, {NULL, "Q6_K", "Q4_0", 1999, 18},
+        {NULL, "Q6_K", "Q4_0", 2001, 2},  {NULL, "Q8_0", "F32", 100, 7},
+        {NULL, "F32", "Q8_0", 1999, 0},   {NULL, "F16", "Q8_0", 100, 1},
+        {NULL, "Q8_0", "BF16", 9000, 32}, {NULL, "MXFP4", "F32", 0, 38},
+        {"q4_k_m", "Q8_0", "F32", 0, 15}, {NULL, "IQ4_NL", "IQ4_XS", 4001, 30}};
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        const moe_quant *most = quant_by_name(cases[i].experts), *few = quant_by_name("Q4_0");
+        const moe_quant *parts[4] = {few, most, most, most}; // 1000 weights each
+        conv_tensor tensors[2] = {
+            {.row_len = 1000, .n_rows = 4, .target = few, .part_types = parts},
+            {.row_len = 1, .n_rows = cases[i].n_other, .target = quant_by_name(cases[i].other)}};
+        const conv_source s = {.tensors = tensors, .n_tensors = 2, .n_expert = 4};
+        moe_error error = {0};
+        plan p;
+        CHECK(!plan_find(&p, cases[i].quant, &error), "%s", error.message);
+        CHECK(plan_file_type(&p, &s) == cases[i].want, "case %zu: %u", i, plan_file_type(&p, &s));
+    }
+}
+
 TEST_PROGRAM(convert)
 {
     if (!scratch_begin("convert"))
@@ -709,6 +768,8 @@ TEST_PROGRAM(convert)
     RUN(blocks_are_those_of_the_encoder);
     RUN(gguf_is_copied_byte_for_byte);
     RUN(mixes_give_more_bits_where_it_pays);
+    RUN(what_is_left_is_spent_on_smaller_steps);
+    RUN(files_are_of_the_type_of_most_weights);
     RUN(rows_that_fit_no_block_fall_back);
     RUN(keep_overrides_the_mix);
     RUN(tokenizer_json_becomes_keys);
