@@ -948,6 +948,25 @@ static void any_number_of_logits_gives_the_same_rows(void)
     }
 }
 
+/* The experts of a token: the best first, ties to the lower index, each once, also where scores are
+ * no numbers. */
+static void an_expert_is_chosen_once(void)
+{
+    static const struct { float x[4]; int32_t want[4]; } cases[] = {
+        {{1, 3, 2, 3}, {1, 3, 2, 0}}, {{5, NAN, NAN, NAN}, {0, 1, 2, 3}},
+        {{NAN, NAN, NAN, -INFINITY}, {0, 1, 2, 3}}, {{NAN, 1, NAN, 2}, {3, 1, 0, 2}},
+        {{-INFINITY, NAN, INFINITY, 0}, {2, 3, 0, 1}}};
+    for (size_t i = 0; i < MOE_COUNT(cases); i++)
+        for (uint32_t k = 1; k <= 4; k++) {
+            float x[4];
+            int32_t ids[4] = {-1, -1, -1, -1};
+            memcpy(x, cases[i].x, sizeof x);
+            cpu_top_k(x, 4, k, ids);
+            CHECK(!memcmp(ids, cases[i].want, k * sizeof *ids) && (k == 4 || ids[k] == -1),
+                  "case %zu: %d %d %d %d", i, ids[0], ids[1], ids[2], ids[3]);
+        }
+}
+
 static void a_refused_call_changes_nothing(void)
 {
     for (size_t i = 0; i < n_fixtures; i++) {
@@ -1045,6 +1064,7 @@ TEST_PROGRAM(forward)
     RUN(interleaved_sessions_do_not_disturb_each_other);
     RUN(sessions_in_two_threads_share_a_model);
     RUN(any_number_of_logits_gives_the_same_rows);
+    RUN(an_expert_is_chosen_once);
     RUN(a_refused_call_changes_nothing);
     RUN(bits_are_those_recorded);
 }
