@@ -596,7 +596,7 @@ static void sets_of_characters_are_what_they_hold(void)
     }
 }
 
-/* ------------------------------------------------------------------------------ character maps -- */
+/* ---------------------------------------------------------------------------- character maps -- */
 
 /* A precompiled map in the making: its double array, of which `used` says what is taken. */
 typedef struct map_maker {
