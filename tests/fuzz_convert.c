@@ -29,6 +29,7 @@ static void fuzz_begin(void)
         return;
     begun = true;
     fuzz_require(scratch_begin("fuzz"), "a folder can be made");
+    atexit(scratch_end);
     fuzz_require(make_small_spm(scratch_path("small"), "unigram", FUZZ_VOCAB),
                  "the test data is there: start it where tests/ is");
     for (size_t i = 0; i < MOE_COUNT(fuzz_bases); i++) {

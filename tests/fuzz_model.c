@@ -112,10 +112,13 @@ static void fuzz_key(gguf_edit *e, const uint8_t c[FUZZ_CHANGE_BYTES])
 static void fuzz_reshape(edit_tensor *t, const uint8_t c[FUZZ_CHANGE_BYTES])
 {
     uint64_t dims[4], bytes = 4;
-    uint32_t type = c[0] % 2 ? t->type : c[3], n_dims = c[0] % 2 ? 1 + c[5] % 4 : t->n_dims;
+    uint32_t type = c[3], n_dims = t->n_dims;
     memcpy(dims, t->dims, sizeof dims);
-    if (c[0] % 2)
+    if (c[0] % 2) {
+        type = t->type;
+        n_dims = 1 + c[5] % 4;
         dims[c[2] % 4] = fuzz_number((uint32_t)dims[c[2] % 4], c[3]);
+    }
     for (uint32_t i = 0; i < n_dims; i++)
         if (dims[i] > FUZZ_MAX_TENSOR_BYTES || (bytes *= dims[i]) > FUZZ_MAX_TENSOR_BYTES)
             return;
