@@ -28,6 +28,7 @@ typedef struct planes_packer {
     moe_mem *mem;
     ZSTD_CCtx *literals, *matches;
     uint8_t *plane;     // [MOEFILE_SEGMENT_BYTES]
+    uint8_t *rotated;   // [MOEFILE_SEGMENT_BYTES]: blocks, of types that are
     text_buf out;       // segments
     uint32_t *sizes;    // [PLANES_MAX_SEGMENTS] of each
     size_t n_segments;
@@ -52,6 +53,7 @@ static void planes_close(planes_packer *p)
     ZSTD_freeCCtx(p->literals);
     ZSTD_freeCCtx(p->matches);
     mem_free(p->mem, p->plane);
+    mem_free(p->mem, p->rotated);
     mem_free(p->mem, p->sizes);
     buf_free(&p->out);
     mem_free(p->mem, p);
@@ -82,12 +84,13 @@ static planes_packer *planes_open(moe_mem *mem)
         return NULL;
     p->mem = p->out.mem = mem;
     p->plane = mem_alloc_uncleared(mem, MOEFILE_SEGMENT_BYTES, 1);
+    p->rotated = mem_alloc_uncleared(mem, MOEFILE_SEGMENT_BYTES, 1);
     p->sizes = mem_alloc(mem, PLANES_MAX_SEGMENTS, sizeof *p->sizes);
     // Without matches the strategy only decides what is worth coding: this one wants the least. The
     // tables of the finders that are not used are made small.
     p->literals = planes_compressor(ZSTD_btultra2, 6, 6, 1);
     p->matches = planes_compressor(ZSTD_btopt, 14, 14, 4);
-    if (!p->plane || !p->sizes || !p->literals || !p->matches) {
+    if (!p->plane || !p->rotated || !p->sizes || !p->literals || !p->matches) {
         planes_close(p);
         return NULL;
     }
@@ -171,6 +174,10 @@ static moe_status planes_pack(planes_packer *p, const moefile_blocks *b, const u
     if (p->n_segments == PLANES_MAX_SEGMENTS)
         return fail(error, MOE_ERR_LIMIT, name, "expected at most %d segments in a head",
                     PLANES_MAX_SEGMENTS);
+    if (type->rotate) {
+        blocks = memcpy(p->rotated, blocks, b->n * type->block_bytes);
+        type->rotate(p->rotated, b->n, false);
+    }
     for (size_t i = 0; i < QUANT_MAX_FIELDS && type->fields[i] && !status; i++) {
         const size_t width = type->fields[i];
         moefile_move_field(p->plane, width, blocks + offset, type->block_bytes, b->n, width);

@@ -122,6 +122,10 @@ static moe_status moefile_check_version(const moefile_header *h, moe_error *erro
                     MOEFILE_MAJOR, h->major, h->minor,
                     h->major > MOEFILE_MAJOR ? "a newer version of this program may read it"
                                              : "convert the model again");
+    if (h->features & MOEFILE_FEATURE_DRAFT_PLANES)
+        return fail(error, MOE_ERR_UNSUPPORTED, "features",
+                    "expected compressed weights of version %d.%d of the format, got those of a "
+                    "draft; convert the source of this file again", MOEFILE_MAJOR, MOEFILE_MINOR);
     if (h->features & ~(uint64_t)MOEFILE_KNOWN_FEATURES)
         return fail(error, MOE_ERR_UNSUPPORTED, "features",
                     "expected no features but 0x%x, got 0x%llx; a newer version of this program "
@@ -583,6 +587,8 @@ static moe_status moefile_decode_segment(const moefile_decoder *d, const moefile
                            width);
         at += bytes;
     }
+    if (quant->rotate)
+        quant->rotate(dst, blocks->n, true);
     if (at != src_bytes)
         return fail(error, MOE_ERR_FORMAT, name, "expected a segment of %zu bytes, got %zu", at,
                     src_bytes);

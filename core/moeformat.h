@@ -25,7 +25,11 @@ enum {
 };
 
 /* Features that a reader must know to read the file. */
-enum { MOEFILE_FEATURE_PLANES = 1, MOEFILE_KNOWN_FEATURES = MOEFILE_FEATURE_PLANES };
+enum {
+    MOEFILE_FEATURE_DRAFT_PLANES = 1, // of a draft, with other planes: refused
+    MOEFILE_FEATURE_PLANES = 2,
+    MOEFILE_KNOWN_FEATURES = MOEFILE_FEATURE_PLANES
+};
 
 typedef struct moefile_header {
     uint8_t magic[8];

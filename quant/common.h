@@ -82,12 +82,40 @@ MOE_UNUSED static void quant_put_nibbles(uint8_t q[16], const uint8_t code[32])
     }
 }
 
+/* The lowest bits of 8 bytes in one: the product gathers them in the top byte. */
+MOE_INLINE uint8_t quant_gather8(uint64_t v)
+{
+    return (uint8_t)((v & 0x0101010101010101) * 0x0102040810204080 >> 56);
+}
+
+/* And back: each byte keeps its own bit of 8 copies, and what is not 0 carries into the highest. */
+MOE_INLINE uint64_t quant_spread8(uint8_t bits)
+{
+    const uint64_t own = bits * 0x0101010101010101u & 0x8040201008040201;
+    return (own + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
+}
+
 /* The highest bits of 32 codes of 5 bits: bit k is that of code k. */
 MOE_UNUSED static void quant_put_fifth(uint8_t qh[4], const uint8_t code[32])
 {
-    for (int i = 0; i < 4; i++) // the product gathers the lowest bit of each byte in the top byte
-        qh[i] = (uint8_t)((quant_codes8(code + 8 * i) >> 4 & 0x0101010101010101) *
-                              0x0102040810204080 >> 56);
+    for (int i = 0; i < 4; i++)
+        qh[i] = quant_gather8(quant_codes8(code + 8 * i) >> 4);
+}
+
+/* Rotates the 5 bits of 32 codes, which have four in q and the highest in qh, by one to the right,
+ * or back. */
+MOE_INLINE void quant_rotate_fifth(uint8_t qh[4], uint8_t q[16], bool back)
+{
+    for (int i = 0; i < 2; i++) {
+        const uint64_t four = quant_codes8(q + 8 * i);
+        const uint64_t fifth = quant_spread8(qh[i]) | quant_spread8(qh[i + 2]) << 4;
+        const uint64_t out = back ? four >> 3 : four; // the bits that leave q
+        const uint64_t in = back ? (four << 1 & 0xeeeeeeeeeeeeeeee) | fifth
+                                 : (four >> 1 & 0x7777777777777777) | fifth << 3;
+        memcpy(q + 8 * i, &in, 8);
+        qh[i] = quant_gather8(out);
+        qh[i + 2] = quant_gather8(out >> 4);
+    }
 }
 
 /* The values that the codes of IQ4_NL and IQ4_XS stand for. */

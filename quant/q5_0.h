@@ -178,8 +178,16 @@ static moe_kernels q5_0_select(uint32_t cpu)
     return best;
 }
 
+static void q5_0_rotate(void *blocks, size_t n, bool back)
+{
+    q5_0_block *w = blocks;
+    for (size_t b = 0; b < n; b++)
+        quant_rotate_fifth(w[b].qh, w[b].q, back);
+}
+
 static const moe_quant quant_q5_0 = {"Q5_0", 6, 32, sizeof(q5_0_block), MOE_ACT_Q8_32, 5.5,
                                      q5_0_dequantize, q5_0_quantize, q5_0_select,
-                                     .fields = {1, 1, 4, 16}};
+                                     .fields = {1, 1, 4, 16},
+                                     .rotate = q5_0_rotate};
 
 #endif

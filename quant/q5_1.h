@@ -179,8 +179,16 @@ static moe_kernels q5_1_select(uint32_t cpu)
     return best;
 }
 
+static void q5_1_rotate(void *blocks, size_t n, bool back)
+{
+    q5_1_block *w = blocks;
+    for (size_t b = 0; b < n; b++)
+        quant_rotate_fifth(w[b].qh, w[b].q, back);
+}
+
 static const moe_quant quant_q5_1 = {"Q5_1", 7, 32, sizeof(q5_1_block), MOE_ACT_Q8_32, 6.0,
                                      q5_1_dequantize, q5_1_quantize, q5_1_select,
-                                     .fields = {1, 1, 1, 1, 4, 16}};
+                                     .fields = {1, 1, 1, 1, 4, 16},
+                                     .rotate = q5_1_rotate};
 
 #endif

@@ -308,6 +308,23 @@ static moe_kernels q5_k_select(uint32_t cpu)
     return best;
 }
 
+static void q5_k_rotate(void *blocks, size_t n, bool back)
+{
+    q5_k_block *w = blocks;
+    for (size_t b = 0; b < n; b++) {
+        uint8_t qh[32] = {0};
+        for (int g = 0; g < 8; g += 2) // two groups share the bytes of qs
+            for (int i = 0; i < 32; i++) {
+                const unsigned four = w[b].qs[16 * g + i], two = w[b].qh[i] >> g;
+                const unsigned fifth = (two & 1) | (two & 2) << 3, out = back ? four >> 3 : four;
+                qh[i] = (uint8_t)(qh[i] | ((out & 1) | (out >> 3 & 2)) << g);
+                w[b].qs[16 * g + i] = (uint8_t)(back ? (four << 1 & 0xee) | fifth
+                                                     : (four >> 1 & 0x77) | fifth << 3);
+            }
+        memcpy(w[b].qh, qh, sizeof qh);
+    }
+}
+
 static const moe_quant quant_q5_k = {
     .name = "Q5_K",
     .id = 13,
@@ -319,6 +336,7 @@ static const moe_quant quant_q5_k = {
     .quantize = q5_k_quantize,
     .select = q5_k_select,
     .fields = {1, 1, 1, 1, 4, 4, 4, 32, 128},
+    .rotate = q5_k_rotate,
 };
 
 #endif

@@ -164,6 +164,11 @@ typedef struct moe_quant {
      * gather each field of many blocks into a plane (docs/format.md): the widths are part of the
      * format. */
     uint8_t fields[QUANT_MAX_FIELDS];
+    /* Codes of 5 bits have their highest in a field of its own. Planes hold them rotated to the
+     * right by one, so that the four leading bits, which are skewed, are in one plane, and the last,
+     * which is not, in the other. Changes n blocks in place; with `back`, to what they were. NULL:
+     * the type has no such codes. */
+    void (*rotate)(void *blocks, size_t n, bool back);
     /* In planes, the last field of a row's blocks may have another form: these n bytes are changed
      * in place. NULL: they stay as they are. to_plane is false, and the bytes are of no use, if the
      * row is none that from_plane could bring back. */

@@ -196,6 +196,48 @@ static void fields_cover_the_block(void)
     }
 }
 
+/* Code k of a block of 5-bit codes, by the layout of its type. */
+static unsigned fifth_code(const moe_quant *type, const uint8_t *block, size_t k)
+{
+    if (type->block_len == 32) {
+        const uint8_t *qh = block + type->block_bytes - 20, *q = block + type->block_bytes - 16;
+        return (q[k % 16] >> k / 16 * 4 & 15u) | (qh[k / 8] >> k % 8 & 1u) << 4;
+    }
+    const uint8_t *qh = block + 16, *q = block + 48;
+    return (q[k / 64 * 32 + k % 32] >> k / 32 % 2 * 4 & 15u) | (qh[k % 32] >> k / 32 & 1u) << 4;
+}
+
+/* Planes hold codes of 5 bits rotated by one to the right, and nothing else is changed. */
+static void codes_are_rotated(void)
+{
+    enum { N = 7, MOST = 256 };
+    uint8_t blocks[N * MOST], rotated[N * MOST];
+    uint32_t seed = 1, n_types = 0;
+    for (size_t i = 0; i < MOE_COUNT(quant_table); i++) {
+        const moe_quant *type = quant_table[i];
+        if (!type->rotate)
+            continue;
+        n_types++;
+        const size_t size = type->block_bytes, codes = type->block_len * 5 / 8;
+        for (size_t k = 0; k < N * size; k++)
+            blocks[k] = rotated[k] = (uint8_t)((seed = seed * 1664525 + 1013904223) >> 24);
+        type->rotate(rotated, N, false);
+        for (size_t b = 0; b < N; b++) {
+            const uint8_t *was = blocks + b * size, *is = rotated + b * size;
+            size_t n_wrong = 0;
+            for (size_t k = 0; k < type->block_len; k++) {
+                const unsigned code = fifth_code(type, was, k);
+                n_wrong += fifth_code(type, is, k) != (code >> 1 | (code & 1) << 4);
+            }
+            CHECK(!n_wrong, "%s: %zu codes of block %zu", type->name, n_wrong, b);
+            CHECK(!memcmp(was, is, size - codes), "%s: scales of block %zu", type->name, b);
+        }
+        type->rotate(rotated, N, true);
+        CHECK(!memcmp(rotated, blocks, N * size), "%s: not back as it was", type->name);
+    }
+    CHECK(n_types == 3, "%u types", n_types);
+}
+
 /* A GGUF file with a tensor of each of GGUF's types, of weights that look like weights, and a key
  * of each kind. */
 static void write_all_types(const char *path, uint32_t alignment)
@@ -763,7 +805,8 @@ static const struct {
     uint64_t value;
 } lies[] = {
     HEADER_LIE(magic, 0x0a1a0a0d454e4f89), HEADER_LIE(major, 2), HEADER_LIE(major, 0),
-    HEADER_LIE(features, 1u << 31), HEADER_LIE(header_bytes, 64), HEADER_LIE(file_bytes, 1000),
+    HEADER_LIE(features, 1u << 31), HEADER_LIE(features, 3), HEADER_LIE(features, 1),
+    HEADER_LIE(header_bytes, 64), HEADER_LIE(file_bytes, 1000),
     HEADER_LIE(directory_bytes, UINT64_MAX), HEADER_LIE(directory_bytes, 1000),
     HEADER_LIE(n_keys, UINT32_MAX), HEADER_LIE(n_keys, 0), HEADER_LIE(n_receipt, UINT32_MAX),
     HEADER_LIE(n_tensors, UINT32_MAX), HEADER_LIE(n_tensors, 1), HEADER_LIE(n_records, UINT32_MAX),
@@ -1213,6 +1256,7 @@ TEST_PROGRAM(moefile)
     RUN(sha256_is_the_public_one);
     RUN(hash_and_encoders_keep_in_step);
     RUN(fields_cover_the_block);
+    RUN(codes_are_rotated);
     RUN(every_type_comes_back_from_moe);
     RUN(planes_pay);
     RUN(parities_come_back);
