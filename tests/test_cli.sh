@@ -547,13 +547,13 @@ end
 
 begin verify
 run 0 verify "$packed"
-out_has "good, 46.66 kB in 4 records, root 10868dee42429e78"
+out_has "good, 46.66 kB in 4 records, root a2020deb5267261f"
 err_empty
 run 0 verify -q "$packed"
 out_has "good, 46.66 kB in 4 records"
 run 0 verify "$packed" --json
 out_is "{\"file\":\"$packed\",\"good\":true,\"bytes\":46662,\"n_records\":4,\
-\"root\":\"10868dee42429e78\",\"damaged\":[]}"
+\"root\":\"a2020deb5267261f\",\"damaged\":[]}"
 # damage AT NAME: another byte at AT is a damaged NAME.
 damage() {
     { head -c "$1" "$packed"; printf '\252'; tail -c +$(($1 + 2)) "$packed"; } >"$work/changed.moe"
