@@ -53,7 +53,8 @@ static const char help_end[] =
 "q4_k_m is the usual choice: about 4.8 bits per weight, with 6 bits where errors cost most.\n"
 "q5_k_m and q6_k are closer to the source, q3_k_m is smaller, q8_0 is hardly different from it.\n"
 "Norms, biases and routers always stay floats. Types with blocks of 256 give way to one with\n"
-"blocks of 32 where a matrix's rows are not a multiple of 256.\n"
+"blocks of 32 where a matrix's rows are not a multiple of 256. Weights in IQ1, IQ2, IQ3 and TQ\n"
+"stay as they are without --quant; nothing is quantized to these.\n"
 "\n"
 "Examples:\n"
 "  moe-convert ~/models/Qwen3-0.6B qwen3.gguf -q q4_k_m\n"
@@ -262,7 +263,8 @@ static int main_help(void)
 {
     fputs(help_text, stdout);
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
-        printf(" %s", quant_table[i]->name);
+        if (!quant_table[i]->given)
+            printf(" %s", quant_table[i]->name);
     fputs("\nMixes:", stdout);
     for (size_t i = 0; i < MOE_COUNT(plan_mixes); i++)
         printf(" %s", plan_mixes[i].name);
@@ -289,7 +291,7 @@ static int main_keep(main_args *a, char *text)
         return main_usage("--keep: expected REGEX=TYPE, got %s", text);
     *equal = 0;
     const moe_quant *type = quant_by_name(equal + 1);
-    if (!type)
+    if (!type || type->given)
         return main_usage("--keep: expected a type such as Q6_K behind the =, got %s", equal + 1);
     if (a->options.n_keeps == MAX_KEEPS)
         return main_usage("--keep: expected at most %d of them", MAX_KEEPS);

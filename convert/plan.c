@@ -96,7 +96,14 @@ static moe_status plan_find(plan *p, const char *name, moe_error *error)
     }
     p->type = quant_by_name(name);
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
-        used += (size_t)snprintf(known + used, sizeof known - used, "%s ", quant_table[i]->name);
+        if (!quant_table[i]->given)
+            used += (size_t)snprintf(known + used, sizeof known - used, "%s ",
+                                     quant_table[i]->name);
+    if (p->type && p->type->given)
+        return fail(error, MOE_ERR_ARGUMENT, "--quant",
+                    "expected a type that moe-convert quantizes to, got %s, which only stays where "
+                    "the source has it; for a .moe file of this size say --bpw %.2f",
+                    p->type->name, p->type->bits);
     if (!p->mix && !p->type)
         plan_find_rate(p, name);
     if (!p->mix && !p->type)

@@ -20,7 +20,17 @@ typedef struct arm_k_format {
     void (*scales)(const uint8_t *block, int8x16_t *scale, int8x16_t *min);
     /* Unpacks weights 128 half .. 128 half + 127. */
     void (*codes)(const uint8_t *block, size_t half, int8x16_t code[8]);
+    float (*d)(const uint8_t *block); // what d is instead of binary16 at d_at; or NULL
 } arm_k_format;
+
+/* d of 4 rows. */
+MOE_INLINE float32x4_t arm_k_d(const uint8_t *const row[4], size_t at, const arm_k_format *f)
+{
+    if (!f->d)
+        return arm_f16x4(row, at + f->d_at);
+    const float d[4] = {f->d(row[0] + at), f->d(row[1] + at), f->d(row[2] + at), f->d(row[3] + at)};
+    return vld1q_f32(d);
+}
 
 /* acc + the part of one superblock of 4 rows: the expression of the formats. */
 MOE_INLINE float32x4_t arm_k_add(const arm_k_format *f, int32x4_t dot, int32x4_t min, float32x4_t d,
@@ -130,7 +140,7 @@ MOE_INLINE void arm_k_gemv(const moe_mm *mm, const arm_k_format *f, arm_dot_fn *
             for (size_t i = 0; i < 4; i++)
                 arm_k_dot_row(row[i] + at, x.q + K_LEN * b, x.sum + 16 * b, f, dot, &sum[i],
                               &min[i]);
-            const float32x4_t d = arm_f16x4(row, at + f->d_at);
+            const float32x4_t d = arm_k_d(row, at, f);
             const float32x4_t dmin = f->min ? arm_f16x4(row, at + f->d_at + 2) : d;
             acc = arm_k_add(f, arm_sum4(sum[0], sum[1], sum[2], sum[3]),
                             arm_sum4(min[0], min[1], min[2], min[3]), d, dmin,
@@ -198,7 +208,7 @@ MOE_INLINE void arm_k_load_scales(const uint8_t *const row[8], size_t at, const 
     }
     MOE_UNROLL
     for (size_t h = 0; h < 2; h++) {
-        tile->d[h] = arm_f16x4(row + 4 * h, at + f->d_at);
+        tile->d[h] = arm_k_d(row + 4 * h, at, f);
         tile->dmin[h] = f->min ? arm_f16x4(row + 4 * h, at + f->d_at + 2) : tile->d[h];
     }
 }

@@ -25,6 +25,15 @@
 #include "tcq4.h"
 #include "tcq5.h"
 #include "tcq8.h"
+#include "iq2_xxs.h"
+#include "iq2_xs.h"
+#include "iq2_s.h"
+#include "iq3_xxs.h"
+#include "iq3_s.h"
+#include "iq1_s.h"
+#include "iq1_m.h"
+#include "tq1_0.h"
+#include "tq2_0.h"
 
 static const moe_quant *const quant_table[] = {
 #define X(NAME, name, id) &quant_##name,

@@ -169,6 +169,9 @@ typedef struct moe_quant {
      * which is not, in the other. Changes n blocks in place; with `back`, to what they were. NULL:
      * the type has no such codes. */
     void (*rotate)(void *blocks, size_t n, bool back);
+    /* Weights come in it as they are; moe-convert does not quantize to it, since its own types are
+     * better at the same size. */
+    bool given;
     /* In planes, the last field of a row's blocks may have another form: these n bytes are changed
      * in place. NULL: they stay as they are. to_plane is false, and the bytes are of no use, if the
      * row is none that from_plane could bring back. */

@@ -60,6 +60,7 @@ typedef enum x86_start {
     X86_OFFSET, /* -offset * sum of x, for each block or group */
     X86_CENTRE, /* the same in 16 bits, for each group of 16: what fits is the sum of products of
                    code - offset, so that what overflows on the way there comes back */
+    X86_LATER,  /* 0; -offset * (sum of scale * sum of x) is added at last */
     X86_SIGNS   /* what x86_split_signs_avx2() left */
 } x86_start;
 
@@ -204,6 +205,7 @@ typedef struct x86_part {
     const int16_t *sum[4];
     const float *scale[4];
     int32_t (*ready)[16]; // [token] x86_ready() of it
+    int offset;           // as in x86_tokens
 } x86_part;
 
 /* Sums over groups of 16 activations, of bytes 0, 1, 4, 5 ... and of bytes 2, 3, 6, 7 ... of each:
@@ -459,6 +461,16 @@ MOE_AVX2_INLINE __m256i x86_k_mins(const x86_tile *tile, const int16_t *sum, con
     return v;
 }
 
+/* The sum of scales times sums of a token, for 8 rows. */
+MOE_AVX2_INLINE __m256i x86_k_scaled_sums(const x86_tile *tile, const int16_t *sum)
+{
+    __m256i v = _mm256_setzero_si256();
+    MOE_UNROLL
+    for (size_t p = 0; p < 8; p++)
+        v = _mm256_add_epi32(v, _mm256_madd_epi16(tile->scale[p], x86_broadcast4(sum + 2 * p)));
+    return v;
+}
+
 /* acc[i] += the tiles' superblocks times that of token i. */
 MOE_AVX2_INLINE void x86_k_step(const x86_tile *tile, const x86_part *x, x86_acc *acc,
                                 size_t n_tile, size_t n_tok, const x86_shape *s,
@@ -476,6 +488,10 @@ MOE_AVX2_INLINE void x86_k_step(const x86_tile *tile, const x86_part *x, x86_acc
         x86_k_sums sums = {sum[j], sum[j], tile[r].d[0], tile[r].m[0]};
         if (s->kind == X86_K_FLOAT_MIN)
             sums.min = x86_k_mins(&tile[r], x->sum[i], x->ready[i], s);
+        if (s->start == X86_LATER)
+            sums.dot = _mm256_sub_epi32(
+                sum[j], _mm256_mullo_epi32(x86_k_scaled_sums(&tile[r], x->sum[i]),
+                                           _mm256_set1_epi32(x->offset)));
         acc[i][r] = x86_k_add(&sums, s->kind, _mm256_broadcast_ss(x->scale[i]), acc[i][r]);
     }
 }
@@ -486,7 +502,7 @@ MOE_AVX2_INLINE void x86_tiles_part(const x86_tile *tile, const x86_tokens *x, s
                                     x86_dot32_fn *dot32)
 {
     _Alignas(32) int32_t ready[4][16];
-    x86_part part = {.ready = ready};
+    x86_part part = {.ready = ready, .offset = x->offset};
     MOE_UNROLL
     for (size_t i = 0; i < n_tok; i++) {
         const size_t at = (t + i) * x->stride;
@@ -564,7 +580,8 @@ MOE_AVX2_INLINE void x86_tiles(const x86_tile *tile, const x86_tokens *x, x86_ac
 #define X86_WIDEN_SIGNED(tile, x, s) x86_widen_avx2(tile, true, s)
 
 /* fold: codes of 4 bits, 8 * 2 * 127 * 15 = 30480; of 5 bits, 4 * 2 * 127 * 31 = 31496; of 6 bits,
- * centred, 4 * 2 * 127 * 32 = 32512; as they are, 2 * 2 * 127 * 63 = 32004. */
+ * centred, 4 * 2 * 127 * 32 = 32512; as they are, 2 * 2 * 127 * 63 = 32004; of 7 bits,
+ * 2 * 127 * 127 = 32258. */
 X86_STEPS_AVX2(block_u4, X86_BLOCK, 32, 8, X86_OFFSET)
 X86_STEPS_AVX2(block_u5, X86_BLOCK, 32, 4, X86_OFFSET)
 X86_STEPS_AVX2(block_u6, X86_BLOCK, 32, 2, X86_OFFSET)
@@ -576,6 +593,10 @@ X86_STEPS_AVX2(k32_u5_min, X86_K_FLOAT_MIN, 32, 4, X86_ZERO)
 X86_STEPS_SIGNED_AVX2(k32_i8, X86_K_NO_MIN, 32, 1, X86_SIGNS)
 X86_STEPS_AVX2(k16_u4_min, X86_K_FLOAT_MIN, 16, 4, X86_ZERO)
 X86_STEPS_AVX2(k16_u6, X86_K_NO_MIN, 16, 4, X86_CENTRE)
+X86_STEPS_AVX2(k16_u5_later, X86_K_NO_MIN, 16, 4, X86_LATER)
+X86_STEPS_AVX2(k16_u7_later, X86_K_NO_MIN, 16, 1, X86_LATER)
+X86_STEPS_AVX2(k32_u5_later, X86_K_NO_MIN, 32, 4, X86_LATER)
+X86_STEPS_AVX2(k32_u7_later, X86_K_NO_MIN, 32, 1, X86_LATER)
 
 X86_STEPS_AVXVNNI(block_u8, X86_BLOCK, 32, 8, X86_OFFSET)
 X86_STEPS_SIGNED_AVXVNNI(block_i8, X86_BLOCK, 32, 8, X86_OFFSET)
@@ -584,6 +605,7 @@ X86_STEPS_AVXVNNI(k32_min, X86_K_FLOAT_MIN, 32, 8, X86_ZERO)
 X86_STEPS_SIGNED_AVXVNNI(k32_i8, X86_K_NO_MIN, 32, 8, X86_OFFSET)
 X86_STEPS_AVXVNNI(k16_min, X86_K_FLOAT_MIN, 16, 8, X86_ZERO)
 X86_STEPS_AVXVNNI(k16, X86_K_NO_MIN, 16, 8, X86_OFFSET)
+X86_STEPS_AVXVNNI(k32, X86_K_NO_MIN, 32, 8, X86_OFFSET)
 
 /* --------------------------------------------------------------------------------- looping -- */
 

@@ -44,7 +44,7 @@ def tcq_codes(id, block):
     for h in range(2):
         half = block[2 + 16 * h:18 + 16 * h]
         nibbles = [int(b) & 15 for b in half] + [int(b) >> 4 for b in half]
-        low = [int(block[34 + k % 8]) >> (k // 8 * 2 + h) & 1 for k in range(32)] if id == 4097 else []
+        low = [int(block[34 + k % 8]) >> (k // 8 * 2 + h) & 1 for k in range(32)] if id == 4100 else []
         codes += [2 * q + bit for q, bit in zip(nibbles, low)] if low else nibbles
     return codes
 
@@ -53,7 +53,7 @@ def tcq_dequantize(id, rows):
     steps, out = [], []  # codes and parities of 32 paths each
     for block in rows:
         d = block[:2].view("<f2").astype("<f4")[0]
-        if id == 4098:
+        if id == 4101:
             out += [d * np.float32(q) for q in block[2:].view(np.int8)]
             continue
         codes = tcq_codes(id, block)

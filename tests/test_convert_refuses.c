@@ -623,6 +623,8 @@ static void nothing_is_left_after_a_failure(void)
     o.out = scratch_path("x.gguf");
     o.quant = "q9_k";
     refused_conversion(&o, MOE_ERR_ARGUMENT, "q4_k_m");
+    o.quant = "iq2_xxs";
+    refused_conversion(&o, MOE_ERR_ARGUMENT, "--bpw 2.06");
     o.quant = NULL;
     o.dry_run = true;
     moe_error error = {0};

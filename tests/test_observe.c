@@ -556,7 +556,7 @@ static void importance_reaches_the_quantizers(void)
     make_imatrix(scratch_path("a.imatrix"), "blk.0.ffn_down_exps.weight", N_IN, N_EXPERT);
     for (size_t q = 0; q < MOE_COUNT(quant_table); q++) {
         const moe_quant *quant = quant_table[q];
-        if (quant->block_len == 1 || N_IN % quant->block_len || quant->id >= 64)
+        if (quant->block_len == 1 || N_IN % quant->block_len || quant->given || quant->id >= 64)
             continue;
         const conv_options o = {.source = source, .out = out, .quant = quant->name,
                                 .imatrix = scratch_path("a.imatrix"), .n_threads = 2};

@@ -1,0 +1,74 @@
+/* quant/iq1_m.h - IQ1_M: 256 weights in 56 bytes, 1.75 bits per weight.
+ *
+ *     byte 0            32           48         56
+ *          | qs         | qh         | scales   |
+ *          | 32 bytes   | 16 bytes   | u16[4]   |
+ *
+ * Of weights 8i .. 8i + 7, qs[i] and, above, the low 3 bits of a nibble of qh[i / 2], the low one
+ * if i is even, are the place in grid_iq1 (-1, 0, 1); the nibble's fourth bit says that they are
+ * shifted by -1/8, instead of 1/8. 16 groups of 16 weights have scales s: bits 3 (g mod 4) .. of
+ * scales[g / 4]. What is left of the four scales, bits 12..15, is the f16 d, the lowest bits first.
+ *
+ *     weight = d / 8 (2 s + 1) (8 point +- 1)         exact; times activations: grid.h */
+#ifndef MOE_QUANT_IQ1_M_H
+#define MOE_QUANT_IQ1_M_H
+
+#include "grid.h"
+
+typedef struct iq1_m_block {
+    uint8_t qs[32];
+    uint8_t qh[16];
+    uint8_t scales[8]; // u16[4]
+} iq1_m_block;
+_Static_assert(sizeof(iq1_m_block) == 56, "as in the file");
+
+static const grid_list iq1_m_list = {grid_iq1, 2048, 8, 16, 7, 0.125f, 12, false, 8};
+
+static void iq1_m_pack(uint8_t *to, const grid_parts *parts)
+{
+    iq1_m_block *block = (iq1_m_block *)to;
+    for (int i = 0; i < 32; i++) {
+        const int high = parts->index[i] >> 8 | (parts->sign[i] & 8);
+        block->qs[i] = (uint8_t)parts->index[i];
+        block->qh[i / 2] = (uint8_t)(i % 2 ? block->qh[i / 2] | high << 4 : high);
+    }
+    for (int g = 0; g < 16; g += 4) {
+        uint32_t v = (uint32_t)(parts->d >> g & 15) << 12;
+        for (int j = 0; j < 4; j++)
+            v |= (uint32_t)parts->scale[g + j] << 3 * j;
+        memcpy(block->scales + g / 2, &v, 2);
+    }
+}
+
+static void iq1_m_quantize(const float *src, void *blocks, size_t n)
+{
+    grid_quantize(src, blocks, n, &iq1_m_list, sizeof(iq1_m_block), iq1_m_pack);
+}
+
+static void iq1_m_codes(const uint8_t *from, size_t half, int8_t code[128])
+{
+    const iq1_m_block *block = (const iq1_m_block *)from;
+    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
+        const uint32_t high = block->qh[i / 2] >> i % 2 * 4;
+        grid_put_iq1(code, grid_iq1[block->qs[i] | (high & 7) << 8], high & 8);
+    }
+}
+
+static void iq1_m_scales(const uint8_t *block, int8_t scale[16])
+{
+    const uint8_t *scales = ((const iq1_m_block *)block)->scales;
+    for (size_t g = 0; g < 16; g++)
+        scale[g] = grid_odd(load_u16(scales + g / 4 * 2) >> g % 4 * 3 & 7);
+}
+
+static float iq1_m_d(const uint8_t *block)
+{
+    const uint8_t *s = ((const iq1_m_block *)block)->scales;
+    const int d = s[1] >> 4 | (s[3] & 0xf0) | (s[5] & 0xf0) << 4 | (s[7] & 0xf0) << 8;
+    return f32_of_f16((uint16_t)d) * 0.125f;
+}
+
+GRID_KERNELS(iq1_m, 16, 9, u5)
+GRID_QUANT(iq1_m, "IQ1_M", 29, 32, 16, 8)
+
+#endif

@@ -1,0 +1,68 @@
+/* quant/iq2_s.h - IQ2_S: 256 weights in 82 bytes, 2.5625 bits per weight.
+ *
+ *     byte 0      2            34          66        74         82
+ *          | d    | qs         | signs     | qh      | scales   |
+ *          | f16  | 32 bytes   | 32 bytes  | 8 bytes | 8 bytes  |
+ *
+ * Of weights 8i .. 8i + 7, qs[i] and bits 2 (i mod 4), 2 (i mod 4) + 1 of qh[i / 4] are the place
+ * in grid_iq2_s (magnitudes 8, 25, 43), qh above; signs[i] has a bit for each negative one. 16
+ * groups of 16 weights have scales s: nibbles, the low one first.
+ *
+ *     weight = d / 8 (2 s + 1) (+- magnitude)         exact; times activations: grid.h */
+#ifndef MOE_QUANT_IQ2_S_H
+#define MOE_QUANT_IQ2_S_H
+
+#include "grid.h"
+
+typedef struct iq2_s_block {
+    uint8_t d[2]; // f16
+    uint8_t qs[32];
+    uint8_t signs[32];
+    uint8_t qh[8];
+    uint8_t scales[8];
+} iq2_s_block;
+_Static_assert(sizeof(iq2_s_block) == 82, "as in the file");
+
+static const grid_list iq2_s_list = {grid_iq2_s, 1024, 8, 16, 15, 0.125f, 43, false, 0};
+
+static void iq2_s_pack(uint8_t *to, const grid_parts *parts)
+{
+    iq2_s_block *block = (iq2_s_block *)to;
+    memcpy(block->d, &parts->d, 2);
+    memcpy(block->signs, parts->sign, 32);
+    memset(block->qh, 0, sizeof block->qh);
+    for (int i = 0; i < 32; i++) {
+        block->qs[i] = (uint8_t)parts->index[i];
+        block->qh[i / 4] = (uint8_t)(block->qh[i / 4] | parts->index[i] >> 8 << i % 4 * 2);
+    }
+    grid_put_nibbles(block->scales, parts->scale, 16);
+}
+
+static void iq2_s_quantize(const float *src, void *blocks, size_t n)
+{
+    grid_quantize(src, blocks, n, &iq2_s_list, sizeof(iq2_s_block), iq2_s_pack);
+}
+
+static void iq2_s_codes(const uint8_t *from, size_t half, int8_t code[128])
+{
+    const iq2_s_block *block = (const iq2_s_block *)from;
+    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
+        const uint32_t high = block->qh[i / 4] >> i % 4 * 2 & 3;
+        grid_put_signed(code, grid_iq2_s[block->qs[i] | high << 8], block->signs[i]);
+    }
+}
+
+static void iq2_s_scales(const uint8_t *block, int8_t scale[16])
+{
+    grid_nibble_scales(((const iq2_s_block *)block)->scales, scale);
+}
+
+static float iq2_s_d(const uint8_t *block)
+{
+    return f32_of_f16(load_u16(block)) * 0.125f;
+}
+
+GRID_KERNELS(iq2_s, 16, 43, u7)
+GRID_QUANT(iq2_s, "IQ2_S", 22, 1, 1, 32, 32, 8, 8)
+
+#endif

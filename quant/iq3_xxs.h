@@ -1,0 +1,69 @@
+/* quant/iq3_xxs.h - IQ3_XXS: 256 weights in 98 bytes, 3.0625 bits per weight.
+ *
+ *     byte 0      2                       66           98
+ *          | d    | qs                    | rest       |
+ *          | f16  | 64 bytes              | u32[8]     |
+ *
+ * qs[i] is the place of weights 4i .. 4i + 3 in grid_iq3_xxs (magnitudes 4, 12, ... 52, 62). 8
+ * groups of 32 weights have a u32 each: bits 7j .. 7j + 6 are the signs of weights 8j .. 8j + 7, of
+ * which an even number is negative, bits 28..31 the scale s.
+ *
+ *     weight = d / 4 (2 s + 1) (+- magnitude)         exact; times activations: grid.h */
+#ifndef MOE_QUANT_IQ3_XXS_H
+#define MOE_QUANT_IQ3_XXS_H
+
+#include "grid.h"
+
+typedef struct iq3_xxs_block {
+    uint8_t d[2]; // f16
+    uint8_t qs[64];
+    uint8_t rest[32]; // u32[8]
+} iq3_xxs_block;
+_Static_assert(sizeof(iq3_xxs_block) == 98, "as in the file");
+
+static const grid_list iq3_xxs_list = {grid_iq3_xxs, 256, 4, 32, 15, 0.25f, 62, true, 0};
+
+static void iq3_xxs_pack(uint8_t *to, const grid_parts *parts)
+{
+    iq3_xxs_block *block = (iq3_xxs_block *)to;
+    memcpy(block->d, &parts->d, 2);
+    for (int i = 0; i < 64; i++)
+        block->qs[i] = (uint8_t)parts->index[i];
+    for (int g = 0; g < 8; g++) {
+        uint32_t rest = (uint32_t)parts->scale[g] << 28;
+        for (int j = 0; j < 4; j++)
+            rest |= (parts->sign[4 * g + j] & 127u) << 7 * j;
+        memcpy(block->rest + 4 * g, &rest, 4);
+    }
+}
+
+static void iq3_xxs_quantize(const float *src, void *blocks, size_t n)
+{
+    grid_quantize(src, blocks, n, &iq3_xxs_list, sizeof(iq3_xxs_block), iq3_xxs_pack);
+}
+
+static void iq3_xxs_codes(const uint8_t *from, size_t half, int8_t code[128])
+{
+    const iq3_xxs_block *block = (const iq3_xxs_block *)from;
+    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
+        const uint64_t high = grid_iq3_xxs[block->qs[2 * i + 1]];
+        grid_put_signed(code, grid_iq3_xxs[block->qs[2 * i]] | high << 32,
+                        grid_even_signs(grid_u32(block->rest + i / 4 * 4) >> i % 4 * 7));
+    }
+}
+
+static void iq3_xxs_scales(const uint8_t *block, int8_t scale[16])
+{
+    for (size_t g = 0; g < 16; g++)
+        scale[g] = grid_odd(((const iq3_xxs_block *)block)->rest[g / 2 * 4 + 3] >> 4);
+}
+
+static float iq3_xxs_d(const uint8_t *block)
+{
+    return f32_of_f16(load_u16(block)) * 0.25f;
+}
+
+GRID_KERNELS(iq3_xxs, 32, 62, u7)
+GRID_QUANT(iq3_xxs, "IQ3_XXS", 18, 1, 1, 64, 32)
+
+#endif

@@ -1,0 +1,81 @@
+/* quant/tq1_0.h - TQ1_0: 256 weights in 54 bytes, 1.6875 bits per weight.
+ *
+ *     byte 0                 48        52     54
+ *          | qs              | qh      | d    |
+ *          | 48 bytes        | 4 bytes | f16  |
+ *
+ * Weights are d times -1, 0 or 1. A byte holds five digits of base 3, in qh four; it is the number
+ * that they make times 256 / 243, rounded up, so that a digit appears above the byte when the byte
+ * is multiplied by 3: the n-th is (byte 3^n mod 256) 3 / 256, rounded down. With the digit n and
+ * the byte i,
+ *
+ *     weight 32 n + i        in qs[i], i < 32
+ *     weight 160 + 16 n + i  in qs[32 + i], i < 16
+ *     weight 240 + 4 n + i   in qh[i], n < 4
+ *
+ *     weight = d (digit - 1)                          exact; times activations: grid.h */
+#ifndef MOE_QUANT_TQ1_0_H
+#define MOE_QUANT_TQ1_0_H
+
+#include "grid.h"
+
+typedef struct tq1_0_block {
+    uint8_t qs[48];
+    uint8_t qh[4];
+    uint8_t d[2]; // f16
+} tq1_0_block;
+_Static_assert(sizeof(tq1_0_block) == 54, "as in the file");
+
+/* Three areas of bytes, and how many digits each has. */
+static const struct { uint8_t byte, n_byte, n_digit, weight; } tq1_0_areas[] = {
+    {0, 32, 5, 0}, {32, 16, 5, 160}, {48, 4, 4, 240}};
+static const uint8_t tq1_0_power[5] = {1, 3, 9, 27, 81};
+
+static void tq1_0_quantize(const float *src, void *blocks, size_t n)
+{
+    tq1_0_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++, src += K_LEN) {
+        const uint16_t h = quant_scale(fabsf(quant_peak(src, K_LEN)));
+        const float d = f32_of_f16(h);
+        uint8_t *byte = block->qs; /* and on into qh */
+        memcpy(block->d, &h, 2);
+        for (size_t a = 0; a < 3; a++)
+            for (size_t i = 0; i < tq1_0_areas[a].n_byte; i++) {
+                const float *x = src + tq1_0_areas[a].weight + i;
+                int v = 0;
+                for (size_t k = 0; k < 5; k++, x += tq1_0_areas[a].n_byte)
+                    v = 3 * v + (k < tq1_0_areas[a].n_digit ? quant_round(*x, d, -1, 1) + 1 : 0);
+                *byte++ = (uint8_t)((v * 256 + 242) / 243);
+            }
+    }
+}
+
+static void tq1_0_codes(const uint8_t *block, size_t half, int8_t code[128])
+{
+    for (size_t a = 0; a < 3; a++)
+        for (size_t k = 0; k < tq1_0_areas[a].n_digit; k++) {
+            const size_t n = tq1_0_areas[a].n_byte, at = tq1_0_areas[a].weight + k * n;
+            if (at / 128 != half)
+                continue;
+            for (size_t i = 0; i < n; i++) {
+                const uint8_t v = (uint8_t)(block[tq1_0_areas[a].byte + i] * tq1_0_power[k]);
+                code[at % 128 + i] = (int8_t)((v * 3 >> 8) - 1);
+            }
+        }
+}
+
+static void tq1_0_scales(const uint8_t *block, int8_t scale[16])
+{
+    (void)block;
+    memset(scale, 1, 16);
+}
+
+static float tq1_0_d(const uint8_t *block)
+{
+    return f32_of_f16(load_u16(((const tq1_0_block *)block)->d));
+}
+
+GRID_KERNELS(tq1_0, 32, 1, u5)
+GRID_QUANT(tq1_0, "TQ1_0", 34, 48, 4, 1, 1)
+
+#endif

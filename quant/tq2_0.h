@@ -1,0 +1,58 @@
+/* quant/tq2_0.h - TQ2_0: 256 weights in 66 bytes, 2.0625 bits per weight.
+ *
+ *     byte 0                         64     66
+ *          | qs                      | d    |
+ *          | 64 bytes                | f16  |
+ *
+ * Weights are d times -1, 0 or 1 (or 2, which the stored codes q = 0..3 could say as well). Each
+ * half (128 weights) has 32 bytes of qs: weight 32 j + i of it has bits 2j and 2j + 1 of byte i.
+ *
+ *     weight = d (q - 1)                              exact; times activations: grid.h */
+#ifndef MOE_QUANT_TQ2_0_H
+#define MOE_QUANT_TQ2_0_H
+
+#include "grid.h"
+
+typedef struct tq2_0_block {
+    uint8_t qs[64];
+    uint8_t d[2]; // f16
+} tq2_0_block;
+_Static_assert(sizeof(tq2_0_block) == 66, "as in the file");
+
+static void tq2_0_quantize(const float *src, void *blocks, size_t n)
+{
+    tq2_0_block *block = blocks;
+    for (size_t b = 0; b < n / K_LEN; b++, block++, src += K_LEN) {
+        const uint16_t h = quant_scale(fabsf(quant_peak(src, K_LEN)));
+        const float d = f32_of_f16(h);
+        memcpy(block->d, &h, 2);
+        memset(block->qs, 0, sizeof block->qs);
+        for (size_t k = 0; k < K_LEN; k++) {
+            uint8_t *to = &block->qs[k / 128 * 32 + k % 32];
+            *to = (uint8_t)(*to | (quant_round(src[k], d, -1, 1) + 1) << k / 32 % 4 * 2);
+        }
+    }
+}
+
+static void tq2_0_codes(const uint8_t *block, size_t half, int8_t code[128])
+{
+    const uint8_t *qs = ((const tq2_0_block *)block)->qs + 32 * half;
+    for (size_t k = 0; k < 128; k++)
+        code[k] = (int8_t)((qs[k % 32] >> k / 32 * 2 & 3) - 1);
+}
+
+static void tq2_0_scales(const uint8_t *block, int8_t scale[16])
+{
+    (void)block;
+    memset(scale, 1, 16);
+}
+
+static float tq2_0_d(const uint8_t *block)
+{
+    return f32_of_f16(load_u16(((const tq2_0_block *)block)->d));
+}
+
+GRID_KERNELS(tq2_0, 32, 1, u5)
+GRID_QUANT(tq2_0, "TQ2_0", 35, 64, 1, 1)
+
+#endif
