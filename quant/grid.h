@@ -408,7 +408,7 @@ MOE_AVX2 static void grid_load_avx2(const grid_format *f, int offset, const uint
     static const x86_format type##_x86 = {K_LEN, sizeof(type##_block), offset, type##_load_avx2};  \
     static void type##_gemm_avx2(const moe_mm *mm)                                                 \
     {                                                                                              \
-        x86_k_gemm(mm, &type##_x86, x86_k##group##_##size##_later_avx2, type##_gemv_avx2,          \
+        x86_k_gemm(mm, &type##_x86, x86_k##group##_##size##_avx2, type##_gemv_avx2,          \
                    type##_gemv2_avx2);                                                             \
     }                                                                                              \
     static void type##_gemm_avxvnni(const moe_mm *mm)                                              \

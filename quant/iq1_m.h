@@ -68,7 +68,7 @@ static float iq1_m_d(const uint8_t *block)
     return f32_of_f16((uint16_t)d) * 0.125f;
 }
 
-GRID_KERNELS(iq1_m, 16, 9, u5)
+GRID_KERNELS(iq1_m, 16, 9, u6)
 GRID_QUANT(iq1_m, "IQ1_M", 29, 32, 16, 8)
 
 #endif

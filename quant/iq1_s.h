@@ -63,7 +63,7 @@ static float iq1_s_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.125f;
 }
 
-GRID_KERNELS(iq1_s, 32, 9, u5)
+GRID_KERNELS(iq1_s, 32, 9, u6)
 GRID_QUANT(iq1_s, "IQ1_S", 19, 1, 1, 32, 16)
 
 #endif

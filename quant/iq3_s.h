@@ -67,7 +67,7 @@ static float iq3_s_d(const uint8_t *block)
     return f32_of_f16(load_u16(block));
 }
 
-GRID_KERNELS(iq3_s, 32, 15, u5)
+GRID_KERNELS(iq3_s, 32, 15, u6)
 GRID_QUANT(iq3_s, "IQ3_S", 21, 1, 1, 64, 8, 32, 4)
 
 #endif

@@ -402,7 +402,7 @@ MOE_INLINE void iq4_xs_codes_arm(const uint8_t *block, size_t half, int8x16_t co
 }
 
 static const arm_k_format iq4_xs_arm = {sizeof(iq4_xs_block), offsetof(iq4_xs_block, d), 32, false,
-                                    iq4_xs_scales_arm, iq4_xs_codes_arm};
+                                    iq4_xs_scales_arm, iq4_xs_codes_arm, NULL};
 ARM_KERNELS(iq4_xs, arm_k)
 
 #endif

@@ -300,7 +300,7 @@ MOE_INLINE void q2_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 }
 
 static const arm_k_format q2_k_arm = {sizeof(q2_k_block), offsetof(q2_k_block, d), 16, true,
-                                    q2_k_scales_arm, q2_k_codes_arm};
+                                    q2_k_scales_arm, q2_k_codes_arm, NULL};
 ARM_KERNELS(q2_k, arm_k)
 
 #endif

@@ -364,7 +364,7 @@ MOE_INLINE void q3_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 }
 
 static const arm_k_format q3_k_arm = {sizeof(q3_k_block), offsetof(q3_k_block, d), 16, false,
-                                    q3_k_scales_arm, q3_k_codes_arm};
+                                    q3_k_scales_arm, q3_k_codes_arm, NULL};
 ARM_KERNELS(q3_k, arm_k)
 
 #endif

@@ -225,7 +225,7 @@ MOE_INLINE void q4_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 }
 
 static const arm_k_format q4_k_arm = {sizeof(q4_k_block), offsetof(q4_k_block, d), 32, true,
-                                    q4_k_scales_arm, q4_k_codes_arm};
+                                    q4_k_scales_arm, q4_k_codes_arm, NULL};
 ARM_KERNELS(q4_k, arm_k)
 
 #endif

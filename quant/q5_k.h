@@ -285,7 +285,7 @@ MOE_INLINE void q5_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 }
 
 static const arm_k_format q5_k_arm = {sizeof(q5_k_block), offsetof(q5_k_block, d), 32, true,
-                                    q5_k_scales_arm, q5_k_codes_arm};
+                                    q5_k_scales_arm, q5_k_codes_arm, NULL};
 ARM_KERNELS(q5_k, arm_k)
 
 #endif

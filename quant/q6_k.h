@@ -287,7 +287,7 @@ MOE_INLINE void q6_k_codes_arm(const uint8_t *block, size_t half, int8x16_t code
 }
 
 static const arm_k_format q6_k_arm = {sizeof(q6_k_block), offsetof(q6_k_block, d), 16, false,
-                                    q6_k_scales_arm, q6_k_codes_arm};
+                                    q6_k_scales_arm, q6_k_codes_arm, NULL};
 ARM_KERNELS(q6_k, arm_k)
 
 #endif

@@ -75,7 +75,7 @@ static float tq1_0_d(const uint8_t *block)
     return f32_of_f16(load_u16(((const tq1_0_block *)block)->d));
 }
 
-GRID_KERNELS(tq1_0, 32, 1, u5)
+GRID_KERNELS(tq1_0, 32, 1, u6)
 GRID_QUANT(tq1_0, "TQ1_0", 34, 48, 4, 1, 1)
 
 #endif

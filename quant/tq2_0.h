@@ -52,7 +52,7 @@ static float tq2_0_d(const uint8_t *block)
     return f32_of_f16(load_u16(((const tq2_0_block *)block)->d));
 }
 
-GRID_KERNELS(tq2_0, 32, 1, u5)
+GRID_KERNELS(tq2_0, 32, 1, u6)
 GRID_QUANT(tq2_0, "TQ2_0", 35, 64, 1, 1)
 
 #endif

@@ -60,7 +60,7 @@ typedef enum x86_start {
     X86_OFFSET, /* -offset * sum of x, for each block or group */
     X86_CENTRE, /* the same in 16 bits, for each group of 16: what fits is the sum of products of
                    code - offset, so that what overflows on the way there comes back */
-    X86_LATER,  /* 0; -offset * (sum of scale * sum of x) is added at last */
+    X86_CENTRE8, /* the same for each 8 weights */
     X86_SIGNS   /* what x86_split_signs_avx2() left */
 } x86_start;
 
@@ -204,8 +204,7 @@ typedef struct x86_part {
     const int8_t *q[4];
     const int16_t *sum[4];
     const float *scale[4];
-    int32_t (*ready)[16]; // [token] x86_ready() of it
-    int offset;           // as in x86_tokens
+    int32_t (*ready)[32]; // [token] x86_ready() of it
 } x86_part;
 
 /* Sums over groups of 16 activations, of bytes 0, 1, 4, 5 ... and of bytes 2, 3, 6, 7 ... of each:
@@ -225,13 +224,32 @@ MOE_AVX2_INLINE __m256i x86_half_sums(const int8_t *q)
     return _mm256_add_epi16(_mm256_castps_si256(even), _mm256_castps_si256(odd));
 }
 
+/* Of bytes 0, 1 and 4, 5, and of bytes 2, 3 and 6, 7, of each 8: of two vectors, p = 0 and 1, at
+ * places x86_eighth(p, i). */
+MOE_AVX2_INLINE __m256i x86_eighth_sums(const int8_t *q)
+{
+    const __m256i one = _mm256_set1_epi8(1);
+    const __m256i *v = (const __m256i *)q;
+    const __m256 v0 = _mm256_castsi256_ps(_mm256_maddubs_epi16(one, _mm256_load_si256(v)));
+    const __m256 v1 = _mm256_castsi256_ps(_mm256_maddubs_epi16(one, _mm256_load_si256(v + 1)));
+    return _mm256_add_epi16(_mm256_castps_si256(_mm256_shuffle_ps(v0, v1, 0x88)),
+                            _mm256_castps_si256(_mm256_shuffle_ps(v0, v1, 0xdd)));
+}
+
+/* Where that of k 32 p + 8 i .. stands. */
+MOE_INLINE size_t x86_eighth(size_t p, size_t i)
+{
+    return p / 2 * 8 + i / 2 * 4 + p % 2 * 2 + i % 2;
+}
+
 /* What follows from a token's sums alone, once for all tiles of a step:
  *   X86_OFFSET  [block or group] -offset * sum
  *   X86_CENTRE  [4 * (g % 2) + g / 2 % 4 + 8 * (g / 8)] -offset * half sums of group g of 16
+ *   X86_CENTRE8 [x86_eighth()] -offset * sums of 8
  *   X86_AFFINE  [block] the sum, as float
  *   X86_K_FLOAT_MIN and groups of 32: [p] sums of groups 2p and 2p + 1 as int16 */
 MOE_AVX2_INLINE void x86_ready(const int8_t *q, const int16_t *sum, int offset, const x86_shape *s,
-                               int32_t out[16])
+                               int32_t out[32])
 {
     const __m256i factor = _mm256_set1_epi16((int16_t)-offset);
     const __m256i v = _mm256_load_si256((const __m256i *)sum);
@@ -249,6 +267,8 @@ MOE_AVX2_INLINE void x86_ready(const int8_t *q, const int16_t *sum, int offset, 
         _mm256_store_si256(to, _mm256_mullo_epi16(x86_half_sums(q), factor));
         _mm256_store_si256(to + 1, _mm256_mullo_epi16(x86_half_sums(q + 128), factor));
     }
+    for (size_t i = 0; i < 4 && s->start == X86_CENTRE8; i++)
+        _mm256_store_si256(to + i, _mm256_mullo_epi16(x86_eighth_sums(q + 64 * i), factor));
     if (s->kind == X86_AFFINE)
         _mm256_store_ps((float *)out,
                         _mm256_cvtepi32_ps(_mm256_madd_epi16(v, _mm256_set1_epi16(1))));
@@ -292,7 +312,10 @@ MOE_AVX2_INLINE void x86_dot32_avx2(const x86_tile *tile, size_t p, const x86_pa
                                                        x86_broadcast4(x->q[j / n_tile] + 4 * at));
                 if (k == 0 && s->start == X86_CENTRE)
                     part[j] = x86_broadcast4(x->ready[j / n_tile] + p / 4 * 8 + p % 4 + 4 * g);
-                part[j] = k == 0 && s->start != X86_CENTRE ? v : _mm256_add_epi16(part[j], v);
+                if (k == 0 && s->start == X86_CENTRE8)
+                    part[j] = x86_broadcast4(x->ready[j / n_tile] + x86_eighth(p, i));
+                const bool centred = s->start == X86_CENTRE || s->start == X86_CENTRE8;
+                part[j] = k == 0 && !centred ? v : _mm256_add_epi16(part[j], v);
                 x86_pin(&part[j]);
             }
         }
@@ -461,16 +484,6 @@ MOE_AVX2_INLINE __m256i x86_k_mins(const x86_tile *tile, const int16_t *sum, con
     return v;
 }
 
-/* The sum of scales times sums of a token, for 8 rows. */
-MOE_AVX2_INLINE __m256i x86_k_scaled_sums(const x86_tile *tile, const int16_t *sum)
-{
-    __m256i v = _mm256_setzero_si256();
-    MOE_UNROLL
-    for (size_t p = 0; p < 8; p++)
-        v = _mm256_add_epi32(v, _mm256_madd_epi16(tile->scale[p], x86_broadcast4(sum + 2 * p)));
-    return v;
-}
-
 /* acc[i] += the tiles' superblocks times that of token i. */
 MOE_AVX2_INLINE void x86_k_step(const x86_tile *tile, const x86_part *x, x86_acc *acc,
                                 size_t n_tile, size_t n_tok, const x86_shape *s,
@@ -488,10 +501,6 @@ MOE_AVX2_INLINE void x86_k_step(const x86_tile *tile, const x86_part *x, x86_acc
         x86_k_sums sums = {sum[j], sum[j], tile[r].d[0], tile[r].m[0]};
         if (s->kind == X86_K_FLOAT_MIN)
             sums.min = x86_k_mins(&tile[r], x->sum[i], x->ready[i], s);
-        if (s->start == X86_LATER)
-            sums.dot = _mm256_sub_epi32(
-                sum[j], _mm256_mullo_epi32(x86_k_scaled_sums(&tile[r], x->sum[i]),
-                                           _mm256_set1_epi32(x->offset)));
         acc[i][r] = x86_k_add(&sums, s->kind, _mm256_broadcast_ss(x->scale[i]), acc[i][r]);
     }
 }
@@ -501,8 +510,8 @@ MOE_AVX2_INLINE void x86_tiles_part(const x86_tile *tile, const x86_tokens *x, s
                                     x86_acc *acc, size_t n_tile, size_t n_tok, const x86_shape *s,
                                     x86_dot32_fn *dot32)
 {
-    _Alignas(32) int32_t ready[4][16];
-    x86_part part = {.ready = ready, .offset = x->offset};
+    _Alignas(32) int32_t ready[4][32];
+    x86_part part = {.ready = ready};
     MOE_UNROLL
     for (size_t i = 0; i < n_tok; i++) {
         const size_t at = (t + i) * x->stride;
@@ -580,8 +589,8 @@ MOE_AVX2_INLINE void x86_tiles(const x86_tile *tile, const x86_tokens *x, x86_ac
 #define X86_WIDEN_SIGNED(tile, x, s) x86_widen_avx2(tile, true, s)
 
 /* fold: codes of 4 bits, 8 * 2 * 127 * 15 = 30480; of 5 bits, 4 * 2 * 127 * 31 = 31496; of 6 bits,
- * centred, 4 * 2 * 127 * 32 = 32512; as they are, 2 * 2 * 127 * 63 = 32004; of 7 bits,
- * 2 * 127 * 127 = 32258. */
+ * centred, 4 * 2 * 127 * 32 = 32512; as they are, 2 * 2 * 127 * 63 = 32004; of 7 bits, centred,
+ * 2 * 2 * 127 * 64 = 32512. */
 X86_STEPS_AVX2(block_u4, X86_BLOCK, 32, 8, X86_OFFSET)
 X86_STEPS_AVX2(block_u5, X86_BLOCK, 32, 4, X86_OFFSET)
 X86_STEPS_AVX2(block_u6, X86_BLOCK, 32, 2, X86_OFFSET)
@@ -593,10 +602,9 @@ X86_STEPS_AVX2(k32_u5_min, X86_K_FLOAT_MIN, 32, 4, X86_ZERO)
 X86_STEPS_SIGNED_AVX2(k32_i8, X86_K_NO_MIN, 32, 1, X86_SIGNS)
 X86_STEPS_AVX2(k16_u4_min, X86_K_FLOAT_MIN, 16, 4, X86_ZERO)
 X86_STEPS_AVX2(k16_u6, X86_K_NO_MIN, 16, 4, X86_CENTRE)
-X86_STEPS_AVX2(k16_u5_later, X86_K_NO_MIN, 16, 4, X86_LATER)
-X86_STEPS_AVX2(k16_u7_later, X86_K_NO_MIN, 16, 1, X86_LATER)
-X86_STEPS_AVX2(k32_u5_later, X86_K_NO_MIN, 32, 4, X86_LATER)
-X86_STEPS_AVX2(k32_u7_later, X86_K_NO_MIN, 32, 1, X86_LATER)
+X86_STEPS_AVX2(k32_u6, X86_K_NO_MIN, 32, 4, X86_CENTRE)
+X86_STEPS_AVX2(k16_u7, X86_K_NO_MIN, 16, 2, X86_CENTRE8)
+X86_STEPS_AVX2(k32_u7, X86_K_NO_MIN, 32, 2, X86_CENTRE8)
 
 X86_STEPS_AVXVNNI(block_u8, X86_BLOCK, 32, 8, X86_OFFSET)
 X86_STEPS_SIGNED_AVXVNNI(block_i8, X86_BLOCK, 32, 8, X86_OFFSET)
