@@ -488,7 +488,7 @@ MOE_VNNI512_INLINE void grid_dot8_vnni512(const grid_format *f, int offset,
         grid_load_vnni512(&type##_grid, offset, group, rows, at, tile);                            \
     }                                                                                              \
     static const x86_512_format type##_vnni512 = {                                                 \
-        K_LEN, sizeof(type##_block), offset, group, type##_load_vnni512, &x86_512_k##group};       \
+        K_LEN, sizeof(type##_block), offset, type##_load_vnni512, &x86_512_k##group};              \
     MOE_VNNI512_INLINE void type##_dot8_vnni512(const uint8_t *const row[8], size_t at,            \
                                                 const moe_q8 *x, size_t n_tok, x86_k_sums *out)    \
     {                                                                                              \
