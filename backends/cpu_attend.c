@@ -6,8 +6,9 @@
  * whether a segment is a task of its own (decode) or one of many in a task (prefill).
  *
  * Within a segment, blocks of keys and values are converted to float, and all queries of the task
- * are multiplied with a block while it is in the cache of the core. Many queries stand side by side
- * in panels; with few, keys are transposed instead.
+ * are multiplied with a block while it is in the cache of the core; up to 16 queries are multiplied
+ * with F16 as it stands. Many queries stand side by side in panels; with few, keys are transposed
+ * instead.
  *
  * Must never: allocate, lock, fail. */
 #ifndef MOE_BACKENDS_CPU_ATTEND_C
@@ -79,14 +80,26 @@ static const float *cpu_cache_block(const moe_queue *q, const moe_cache *c, uint
     return s->block;
 }
 
-/* The same, transposed: dst[dim][CPU_KEY_BLOCK]. Columns up to the next multiple of CPU_KEY_ROWS
- * become 0: they are computed with, and ignored. */
+/* How many of the positions [first, first + n) lie one after another in the ring. */
+MOE_INLINE uint32_t cpu_cache_run(const moe_cache *c, uint32_t first, uint32_t n)
+{
+    return MOE_MIN(n, c->n_slot - first % c->n_slot);
+}
+
+/* As cpu_cache_floats(), transposed: dst[dim][CPU_KEY_BLOCK]. Columns up to the next multiple of
+ * CPU_KEY_ROWS become 0: they are computed with, and ignored. */
 static void cpu_cache_transposed(const moe_queue *q, const moe_cache *c, uint32_t head,
                                  uint32_t first, uint32_t n, float *rows, float *dst)
 {
     const size_t stride = (size_t)align_up(c->dim, 32);
     for (uint32_t i = 0; i < n; i += CPU_KEY_ROWS) {
         const uint32_t n_row = MOE_MIN(CPU_KEY_ROWS, n - i);
+        if (c->type == MOE_CACHE_F16 && cpu_cache_run(c, first + i, n_row) == CPU_KEY_ROWS) {
+            q->device->outer->transpose_f16(dst + i, CPU_KEY_BLOCK,
+                                            cpu_cache_row(c, head, first + i), c->dim,
+                                            CPU_KEY_ROWS, c->dim);
+            continue;
+        }
         cpu_cache_floats(q, c, head, first + i, n_row, CPU_KEY_BLOCK, rows);
         memset(rows + n_row * stride, 0, (CPU_KEY_ROWS - n_row) * stride * sizeof *rows);
         q->device->outer->transpose(dst + i, CPU_KEY_BLOCK, rows, stride, CPU_KEY_ROWS, c->dim);
@@ -113,6 +126,8 @@ typedef struct cpu_queries {
     uint32_t kv_head, tok, n_tok;
     uint32_t head, group; // heads [head, head + group)
     uint32_t n_query;     // n_tok * group
+    uintptr_t next;       // keys that will be needed after those of the segment
+    size_t next_bytes;
 } cpu_queries;
 
 /* The positions of segment [start, start + CPU_SEGMENT) that token t may see: [*lo, *hi). */
@@ -174,6 +189,8 @@ static void cpu_row_scores(const moe_queue *q, const cpu_queries *a, uint32_t st
         .n_k = a->k->dim,
         .n_col = (size_t)align_up(n, CPU_KEY_ROWS),
         .fresh = true,
+        .next = (uintptr_t)cpu_cache_row(a->v, a->kv_head, first),
+        .next_bytes = n * (size_t)cache_row_bytes(a->v->type, a->v->dim),
     };
     cpu_cache_transposed(q, a->k, a->kv_head, first, n, s->rows, s->block);
     q->device->outer->outer(&o);
@@ -200,24 +217,43 @@ static void cpu_row_weights(const moe_queue *q, const cpu_queries *a, uint32_t q
     partial[dim + 1] = q->device->simd->exp_sum(score, hi - lo, partial[dim]);
 }
 
-/* Adds the values of positions [first, first + n), weighted, to the queries' partial sums. */
-static void cpu_row_values(const moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
-                           uint32_t n, const cpu_scratch *s)
+/* Sets b to the values of positions [first, first + n) or the first few of them; returns how many.
+ */
+static uint32_t cpu_set_values(const moe_queue *q, const cpu_queries *a, uint32_t first, uint32_t n,
+                               const cpu_scratch *s, cpu_outer *o)
 {
-    const size_t dim = cpu_value_dim(a->o, a->v), stride = (size_t)align_up(a->v->dim, 32);
+    if (a->v->type == MOE_CACHE_F16) {
+        o->b_f16 = cpu_cache_row(a->v, a->kv_head, first);
+        o->b_stride = a->v->dim;
+        return o->n_k = cpu_cache_run(a->v, first, n);
+    }
+    n = MOE_MIN(n, CPU_KEY_BLOCK);
     cpu_cache_floats(q, a->v, a->kv_head, first, n, CPU_KEY_BLOCK, s->block);
-    q->device->outer->outer(&(cpu_outer){
+    o->b = s->block;
+    o->b_stride = (size_t)align_up(a->v->dim, 32);
+    return o->n_k = n;
+}
+
+/* Adds the values of positions [first, end), weighted, to the queries' partial sums. */
+static void cpu_row_values(const moe_queue *q, const cpu_queries *a, uint32_t start, uint32_t first,
+                           uint32_t end, const cpu_scratch *s)
+{
+    const size_t dim = cpu_value_dim(a->o, a->v);
+    cpu_outer o = {
         .c = s->partial,
         .c_stride = cpu_sum_stride(dim),
-        .a = s->scores + (first - start),
         .a_stride = CPU_SCORES,
         .a_step = 1,
-        .b = s->block,
-        .b_stride = stride,
         .n_row = a->n_query,
-        .n_k = n,
         .n_col = dim,
-    });
+        .next = a->next,
+        .next_bytes = a->next_bytes,
+    };
+    for (uint32_t b = first; b < end; b += (uint32_t)o.n_k) {
+        o.a = s->scores + (b - start);
+        cpu_set_values(q, a, b, end - b, s, &o);
+        q->device->outer->outer(&o);
+    }
 }
 
 static void cpu_segment_rows(const moe_queue *q, const cpu_queries *a, uint32_t start,
@@ -232,8 +268,7 @@ static void cpu_segment_rows(const moe_queue *q, const cpu_queries *a, uint32_t 
         cpu_row_scores(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
     for (uint32_t i = 0; i < a->n_query; i++)
         cpu_row_weights(q, a, i, start, first, end, s);
-    for (uint32_t b = first; b < end; b += CPU_KEY_BLOCK)
-        cpu_row_values(q, a, start, b, MOE_MIN(CPU_KEY_BLOCK, end - b), s);
+    cpu_row_values(q, a, start, first, end, s);
 }
 
 /* -------------------------------------------------------------------------- many queries -- */
@@ -242,10 +277,16 @@ static void cpu_segment_rows(const moe_queue *q, const cpu_queries *a, uint32_t 
 typedef struct cpu_panel {
     uint32_t query, n, n_col; // n_col: n rounded up to whole vectors
     uint32_t start, lo, hi;   // some query sees positions [lo, hi) of the segment
-    float *queries;           // [dim][CPU_PANEL]
-    float *scores;            // [CPU_SEGMENT][CPU_PANEL]
+    size_t stride;            // CPU_PANEL, or less if all queries are one panel
+    float *queries;           // [dim][stride]
+    float *scores;            // [CPU_SEGMENT][stride]
     float *partial;           // [n][cpu_sum_stride(dim_v)]
 } cpu_panel;
+
+MOE_INLINE size_t cpu_panel_stride(const cpu_queries *a)
+{
+    return MOE_MIN(CPU_PANEL, (size_t)align_up(a->n_query, 16));
+}
 
 static cpu_panel cpu_panel_at(const cpu_queries *a, uint32_t query, uint32_t start,
                               const cpu_scratch *s)
@@ -253,6 +294,7 @@ static cpu_panel cpu_panel_at(const cpu_queries *a, uint32_t query, uint32_t sta
     cpu_panel p = {.query = query, .n = MOE_MIN(CPU_PANEL, a->n_query - query), .start = start};
     uint32_t ignored;
     p.n_col = (uint32_t)align_up(p.n, 16);
+    p.stride = cpu_panel_stride(a);
     cpu_visible(a->o, a->tok + query / a->group, start, &p.lo, &ignored);
     cpu_visible(a->o, a->tok + (query + p.n - 1) / a->group, start, &ignored, &p.hi);
     p.lo = MOE_MIN(p.lo, start + CPU_SEGMENT);
@@ -262,19 +304,19 @@ static cpu_panel cpu_panel_at(const cpu_queries *a, uint32_t query, uint32_t sta
     return p;
 }
 
-/* Panels of queries: s->queries[panel][dim][CPU_PANEL]. Columns without a query are 0. */
+/* Panels of queries: s->queries[panel][dim][cpu_panel_stride()]. Columns without a query are 0. */
 static void cpu_gather_panels(const moe_queue *q, const cpu_queries *a, const cpu_scratch *s)
 {
-    const size_t dim = a->k->dim;
+    const size_t dim = a->k->dim, stride = cpu_panel_stride(a);
     float *rows = s->partial; // [n_query][dim]
     for (uint32_t t = 0; t < a->n_tok; t++)
         cpu_scale_queries(q, a, t, rows + t * a->group * dim);
     for (uint32_t i = 0; i < a->n_query; i += CPU_PANEL) {
         const uint32_t n = MOE_MIN(CPU_PANEL, a->n_query - i);
         float *panel = s->queries + i * dim;
-        if (n < CPU_PANEL)
-            memset(panel, 0, dim * CPU_PANEL * sizeof *panel);
-        q->device->outer->transpose(panel, CPU_PANEL, rows + i * dim, dim, n, dim);
+        if (n < stride)
+            memset(panel, 0, dim * stride * sizeof *panel);
+        q->device->outer->transpose(panel, stride, rows + i * dim, dim, n, dim);
     }
 }
 
@@ -305,13 +347,13 @@ static void cpu_panel_scores(const moe_queue *q, const cpu_queries *a, const cpu
     const uint32_t lo = MOE_MAX(first, p->lo), hi = MOE_MIN(end, p->hi);
     for (size_t k = 0; lo < hi && k < dim; k += CPU_DIM_BLOCK)
         q->device->outer->outer(&(cpu_outer){
-            .c = p->scores + (lo - p->start) * CPU_PANEL,
-            .c_stride = CPU_PANEL,
+            .c = p->scores + (lo - p->start) * p->stride,
+            .c_stride = p->stride,
             .a = keys + (lo - first) * stride + k,
             .a_stride = stride,
             .a_step = 1,
-            .b = p->queries + k * CPU_PANEL,
-            .b_stride = CPU_PANEL,
+            .b = p->queries + k * p->stride,
+            .b_stride = p->stride,
             .n_row = hi - lo,
             .n_k = MOE_MIN(CPU_DIM_BLOCK, dim - k),
             .n_col = p->n_col,
@@ -327,7 +369,7 @@ static void cpu_panel_weights(const moe_queue *q, const cpu_queries *a, const cp
     const size_t dim = cpu_value_dim(a->o, a->v), stride = cpu_sum_stride(dim);
     const uint32_t n_row = p->hi > p->lo ? p->hi - p->lo : 0;
     uint32_t first[CPU_PANEL] = {0}, end[CPU_PANEL];
-    float max[CPU_PANEL], sum[CPU_PANEL], *scores = p->scores + (p->lo - p->start) * CPU_PANEL;
+    float max[CPU_PANEL], sum[CPU_PANEL], *scores = p->scores + (p->lo - p->start) * p->stride;
     for (uint32_t i = 0, lo = 0, hi = 0; i < p->n_col; i++) {
         if (i < p->n && (i == 0 || (p->query + i) % a->group == 0) &&
             !cpu_visible(a->o, a->tok + (p->query + i) / a->group, p->start, &lo, &hi))
@@ -335,8 +377,8 @@ static void cpu_panel_weights(const moe_queue *q, const cpu_queries *a, const cp
         first[i] = i < p->n ? lo - p->lo : 0;
         end[i] = i < p->n ? hi - p->lo : n_row;
     }
-    cpu_softcap_scores(q, a, scores, (size_t)n_row * CPU_PANEL);
-    q->device->simd->exp_columns(&(cpu_columns){scores, CPU_PANEL, n_row, p->n_col, first, end, max,
+    cpu_softcap_scores(q, a, scores, n_row * p->stride);
+    q->device->simd->exp_columns(&(cpu_columns){scores, p->stride, n_row, p->n_col, first, end, max,
                                                 sum});
     for (uint32_t i = 0; i < p->n; i++) {
         p->partial[i * stride + dim] = max[i];
@@ -354,9 +396,9 @@ static void cpu_panel_values(const moe_queue *q, const cpu_queries *a, const cpu
         q->device->outer->outer(&(cpu_outer){
             .c = p->partial,
             .c_stride = cpu_sum_stride(dim),
-            .a = p->scores + (lo - p->start) * CPU_PANEL,
+            .a = p->scores + (lo - p->start) * p->stride,
             .a_stride = 1,
-            .a_step = CPU_PANEL,
+            .a_step = p->stride,
             .b = values + (lo - first) * stride,
             .b_stride = stride,
             .n_row = p->n,
@@ -401,6 +443,51 @@ static void cpu_segment_panels(const moe_queue *q, const cpu_queries *a, uint32_
     }
 }
 
+/* A single panel of up to 16 queries, keys and values of F16 as they stand. What comes next is
+ * fetched meanwhile: values, unless they are parts of the keys, then the next keys. */
+static void cpu_segment_f16(const moe_queue *q, const cpu_queries *a, uint32_t start,
+                            const cpu_scratch *s)
+{
+    const cpu_panel p = cpu_panel_at(a, 0, start, s);
+    const bool latent = cpu_cache_row(a->v, 0, 0) == cpu_cache_row(a->k, 0, 0);
+    const size_t dim = cpu_value_dim(a->o, a->v), half = latent ? a->next_bytes / 2 : 0;
+    cpu_outer scores = {
+        .c_stride = p.stride,
+        .a_stride = a->k->dim,
+        .a_step = 1,
+        .b = p.queries,
+        .b_stride = p.stride,
+        .n_k = a->k->dim,
+        .n_col = p.n_col,
+        .fresh = true,
+        .next = latent ? a->next : (uintptr_t)cpu_cache_row(a->v, a->kv_head, p.lo),
+        .next_bytes = latent ? half : CPU_SEGMENT * cache_row_bytes(a->v->type, a->v->dim),
+    };
+    for (uint32_t b = p.lo; b < p.hi; b += (uint32_t)scores.n_row) {
+        scores.c = p.scores + (b - start) * p.stride;
+        scores.a_f16 = cpu_cache_row(a->k, a->kv_head, b);
+        scores.n_row = cpu_cache_run(a->k, b, p.hi - b);
+        q->device->outer->outer(&scores);
+    }
+    cpu_panel_weights(q, a, &p);
+    cpu_outer values = {
+        .c = p.partial,
+        .c_stride = cpu_sum_stride(dim),
+        .a_stride = 1,
+        .a_step = p.stride,
+        .n_row = p.n,
+        .n_col = dim,
+        .fresh = true,
+        .next = a->next + half,
+        .next_bytes = a->next_bytes - half,
+    };
+    for (uint32_t b = p.lo; b < p.hi; b += (uint32_t)values.n_k, values.fresh = false) {
+        values.a = p.scores + (b - start) * p.stride;
+        cpu_set_values(q, a, b, p.hi - b, s, &values);
+        q->device->outer->outer(&values);
+    }
+}
+
 /* ------------------------------------------------------------------------------- segments -- */
 
 static void cpu_gather_queries(const moe_queue *q, const cpu_queries *a, const cpu_scratch *s)
@@ -411,7 +498,12 @@ static void cpu_gather_queries(const moe_queue *q, const cpu_queries *a, const c
 static void cpu_segment(const moe_queue *q, const cpu_queries *a, uint32_t start,
                         const cpu_scratch *s)
 {
-    (a->n_query > CPU_FEW_QUERIES ? cpu_segment_panels : cpu_segment_rows)(q, a, start, s);
+    if (a->n_query <= CPU_FEW_QUERIES)
+        cpu_segment_rows(q, a, start, s);
+    else if (a->n_query <= CPU_F16_QUERIES && a->k->type == MOE_CACHE_F16)
+        cpu_segment_f16(q, a, start, s);
+    else
+        cpu_segment_panels(q, a, start, s);
 }
 
 /* Joins a segment to those before it, for n <= CPU_PANEL queries: both are sums relative to their
@@ -457,6 +549,15 @@ static void cpu_attend_finish(moe_queue *q, const moe_attend_op *o, size_t dim, 
                                 1.0f / total[dim + 1], NULL, dim);
 }
 
+/* The keys of the segment at `start` and how much they are; there are `end` positions. */
+static uintptr_t cpu_segment_keys(const moe_cache *k, uint32_t head, uint32_t start, uint32_t end,
+                                  size_t *bytes)
+{
+    const uint32_t n = start < end ? cpu_cache_run(k, start, MOE_MIN(CPU_SEGMENT, end - start)) : 0;
+    *bytes = n * (size_t)cache_row_bytes(k->type, k->dim);
+    return (uintptr_t)cpu_cache_row(k, head, start);
+}
+
 /* A task of prefill: a few tokens and one key/value head over the whole cache. */
 static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
@@ -466,7 +567,8 @@ static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t t
     const uint32_t group = o->n_head / op->k.n_head, kv_head = task % op->k.n_head;
     /* Later tokens see more: they come first, so that the last tasks to be taken are short. */
     const uint32_t part = cpu_ceil_div(o->n_tok, op->chunk) - 1 - task / op->k.n_head;
-    cpu_queries a = {o, &op->k, &op->v, kv_head, part * op->chunk, 0, kv_head * group, group, 0};
+    cpu_queries a = {o, &op->k, &op->v, kv_head, part * op->chunk, 0, kv_head * group, group, 0, 0,
+                     0};
     a.n_tok = MOE_MIN(op->chunk, o->n_tok - a.tok);
     a.n_query = a.n_tok * group;
     const uint32_t n_query = a.n_query, end = o->pos + a.tok + a.n_tok;
@@ -475,6 +577,7 @@ static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t t
     memset(s->total, 0, n_query * stride * sizeof(float));
     cpu_gather_queries(q, &a, s);
     for (uint32_t start = first / CPU_SEGMENT * CPU_SEGMENT; start < end; start += CPU_SEGMENT) {
+        a.next = cpu_segment_keys(&op->k, kv_head, start + CPU_SEGMENT, end, &a.next_bytes);
         cpu_segment(q, &a, start, s);
         for (uint32_t i = 0; i < n_query; i += CPU_PANEL)
             cpu_merge(q, s->total + i * stride, s->partial + i * stride, dim,
@@ -483,6 +586,15 @@ static void cpu_attend(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t t
     for (uint32_t i = 0; i < n_query; i++)
         cpu_attend_finish(q, o, dim, a.tok + i / a.group, cpu_query_head(&a, i),
                           s->total + i * stride);
+}
+
+/* Decode: the keys of a task, segment by segment, and of each all heads. */
+static uintptr_t cpu_task_keys(const cpu_op *op, uint32_t task, size_t *bytes)
+{
+    const uint32_t n_part = cpu_ceil_div(op->u.attend.n_head / op->k.n_head, op->chunk);
+    return cpu_segment_keys(&op->k, task / n_part % op->k.n_head,
+                            task / n_part / op->k.n_head * CPU_SEGMENT, op->u.attend.pos + 1,
+                            bytes);
 }
 
 /* Decode: a task is one segment and op->chunk heads of one key/value head; the next phase joins the
@@ -497,7 +609,8 @@ static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, ui
     const uint32_t segment = task / n_part / op->k.n_head;
     const uint32_t n_head = MOE_MIN(op->chunk, group - part * op->chunk);
     cpu_queries a = {o, &op->k, &op->v, kv_head, 0, 1, kv_head * group + part * op->chunk, n_head,
-                     n_head};
+                     n_head, 0, 0};
+    a.next = cpu_task_keys(op, task + 1, &a.next_bytes);
     cpu_scratch *s = &q->scratch[thread];
     uint32_t lo, hi;
     cpu_gather_queries(q, &a, s);

@@ -99,7 +99,7 @@ static void cpu_expand(const moe_queue *q, const moe_cache *latent, const cpu_ex
 static cpu_queries cpu_panel_queries(const cpu_op *op, const cpu_expanded *e, uint32_t head,
                                      uint32_t tok, uint32_t n)
 {
-    return (cpu_queries){&op->u.attend, &e->k, &e->v, 0, tok, n, head, 1, n};
+    return (cpu_queries){&op->u.attend, &e->k, &e->v, 0, tok, n, head, 1, n, 0, 0};
 }
 
 static cpu_scratch cpu_panel_scratch(const cpu_scratch *s, const cpu_expanded *e, uint32_t i)

@@ -35,6 +35,7 @@ enum {
     CPU_QUERY_BYTES = 448 << 10, /* of a task's queries with all that is theirs: in L2 */
     CPU_EXPAND_TOKENS = 2048, /* that share the keys and values expanded for a head */
     CPU_FEW_QUERIES = 15,   /* up to so many, keys are transposed instead of queries */
+    CPU_F16_QUERIES = 16,   /* up to so many, keys and values of F16 are multiplied as they stand */
     CPU_SCORES = CPU_SEGMENT + 16, /* then: from one query's scores to the next one's */
     CPU_KEY_ROWS = 16       /* and keys before they are transposed */
 };
@@ -94,10 +95,10 @@ struct cpu_op {
 /* Memory of one thread. */
 typedef struct cpu_scratch {
     float *tile;    // [CPU_TILE] results of a matrix tile; also scores of a router
-    float *queries; // [n_panel][dim_max][CPU_PANEL]; few: [n_query][dim_max]
+    float *queries; // [n_panel][dim_max][CPU_PANEL or less]; few: [n_query][dim_max]
     float *rows;    // [CPU_KEY_ROWS][dim_max rounded up to 32]: keys as they are stored
     float *block;   // [CPU_KEY_BLOCK][dim_max rounded up to 32] keys or values; few: keys turned
-    float *scores;  // [n_panel][CPU_SEGMENT][CPU_PANEL]; few: [n_query][CPU_SCORES]
+    float *scores;  // [n_panel][CPU_SEGMENT][CPU_PANEL or less]; few: [n_query][CPU_SCORES]
     float *partial; // [n_query][cpu_sum_stride(dim_max)]: a segment's values, maximum and sum
     float *total;   // the same of the segments so far
     /* Of latent attention in its expanded form, a head at a time: */

@@ -187,8 +187,8 @@ static void products_equal_c(void)
                     memcpy(c[1], c[0], sizeof c[0]);
                     /* the rows of a, or its columns, lie one after another */
                     const size_t step = n_row % 2 ? 1 : STRIDE;
-                    cpu_outer o = {c[0] + 1, a, b, STRIDE, STRIDE + 1 - step, step, STRIDE, n_row,
-                                   n_k, cols[i], i % 2, (uintptr_t)a, n_k * 100};
+                    cpu_outer o = {c[0] + 1, a, b, NULL, NULL, STRIDE, STRIDE + 1 - step, step,
+                                   STRIDE, n_row, n_k, cols[i], i % 2, (uintptr_t)a, n_k * 100};
                     outer_c(&o);
                     o.c = c[1] + 1;
                     m->outer(&o);
@@ -198,6 +198,52 @@ static void products_equal_c(void)
                     m->transpose(c[1], ROWS + 2, b, STRIDE, n_k, cols[i]);
                     CHECK(same_floats(c[0], c[1], MOE_COUNT(c[0])), "transpose, cpu %x, %zu x %zu",
                           cpu & machine, n_k, cols[i]);
+                }
+    }
+    if (!n_checked)
+        SKIP("only C runs here");
+}
+
+/* With keys or values of F16: around the sizes of tiles and strips. */
+static void f16_products_equal_c(void)
+{
+    enum { STRIDE = 67, ROWS = 35 };
+    static const size_t rows[] = {1, 2, 5, 6, 8, 15, 16, 17, 34};
+    static const size_t keys[] = {1, 15, 16, 17, 32, 50};
+    static const size_t cols[] = {5, 8, 16, 17, 32, 48, 67};
+    static float a[ROWS * STRIDE], b[50 * STRIDE], c[2][ROWS * STRIDE];
+    static uint8_t half[50 * STRIDE * 2];
+    const uint32_t machine = cpu_detect();
+    size_t n_checked = 0;
+    for (size_t i = 0; i < MOE_COUNT(half); i += 2) { // below 2, subnormal ones too
+        const uint16_t h = (uint16_t)(test_random() & 0xbbff);
+        memcpy(half + i, &h, 2);
+    }
+    for (uint32_t cpu = 1; cpu < 128; cpu++) {
+        const cpu_outer_kernels *m = cpu_outer_select(cpu & machine);
+        if (m == &cpu_outer_c || m == cpu_outer_select((cpu - 1) & machine))
+            continue;
+        n_checked++;
+        for (size_t r = 0; r < MOE_COUNT(rows); r++)
+            for (size_t k = 0; k < MOE_COUNT(keys); k++)
+                for (size_t x = 0; x < MOE_COUNT(cols); x++) {
+                    fill(a, MOE_COUNT(a), 0);
+                    fill(b, MOE_COUNT(b), 0);
+                    fill(c[0], MOE_COUNT(c[0]), 0);
+                    memcpy(c[1], c[0], sizeof c[0]);
+                    const bool in_a = cols[x] % 16 == 0;
+                    cpu_outer o = {c[0], in_a ? NULL : a, in_a ? b : NULL, in_a ? half : NULL,
+                                   in_a ? NULL : half, STRIDE, STRIDE, 1, STRIDE, rows[r], keys[k],
+                                   cols[x], k % 2, (uintptr_t)a, 1000};
+                    outer_c(&o);
+                    o.c = c[1];
+                    m->outer(&o);
+                    CHECK(same_floats(c[0], c[1], MOE_COUNT(c[0])), "cpu %x, %zu x %zu x %zu",
+                          cpu & machine, rows[r], keys[k], cols[x]);
+                    transpose_f16_c(c[0], STRIDE, half, STRIDE, rows[r], MOE_MIN(ROWS, cols[x]));
+                    m->transpose_f16(c[1], STRIDE, half, STRIDE, rows[r], MOE_MIN(ROWS, cols[x]));
+                    CHECK(same_floats(c[0], c[1], MOE_COUNT(c[0])),
+                          "transpose, cpu %x, %zu x %zu", cpu & machine, rows[r], cols[x]);
                 }
     }
     if (!n_checked)
@@ -252,5 +298,6 @@ TEST_PROGRAM(simd)
     RUN(sums_equal_c);
     RUN(columns_equal_c);
     RUN(products_equal_c);
+    RUN(f16_products_equal_c);
     RUN(exp_is_accurate);
 }

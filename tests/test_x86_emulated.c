@@ -39,6 +39,7 @@ static void emulated_program(void)
     RUN(sums_equal_c);
     RUN(columns_equal_c);
     RUN(products_equal_c);
+    RUN(f16_products_equal_c);
 }
 
 int main(int argc, char **argv)
