@@ -91,7 +91,7 @@ static moe_status rig_open(rig *r, const bench_shape *s, const bench_options *o,
     mem_init(&r->mem, NULL, 0);
     const moe_device_options device = {&r->mem, o->isa};
     const moe_queue_options queue = {
-        .n_threads = o->n_threads, .n_tok_max = o->depth, .n_in_max = 32, .n_head_max = s->n_head,
+        .n_threads = o->n_threads, .n_tok_max = o->depth, .n_head_max = s->n_head,
         .n_slot_max = o->depth, .dim_max = MOE_MAX(s->dim_k, s->dim_v)};
     moe_status status = be->device_open(&r->device, &device, error);
     if (!status)
