@@ -5,8 +5,8 @@
  * TOKENS tokens (1: decode) are attended to behind DEPTH - TOKENS others, layer after layer, each
  * with a cache of its own: together they are larger than the caches of the core, as in a model,
  * where weights pass through between one layer and the next. Per layer: milliseconds, multiply-adds
- * (two operations each) per second, and bytes of keys and values per second: the median run, and milliseconds of the
- * best, which other users of the machine disturb least. */
+ * (two operations each) per second, and bytes of keys and values per second: the median run, and
+ * milliseconds of the best, which other users of the machine disturb least. */
 #include "../tests/test.h"
 
 enum { N_RUNS = 15, RAM_BYTES = 128 << 20, MOST_LAYERS = 64 };
