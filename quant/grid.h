@@ -14,8 +14,9 @@
  *     int_sum = sum over g of scale[g] (sum over i of code q_x)
  *     acc = fma(x_scale d, int_sum, acc)   superblock after superblock; x_scale d is rounded
  *
- * |int_sum| <= 256 * 31 * 62 * 127 < 2^26. A format brings struct grid_format, three functions in
- * plain C; the kernels are here. Tiles of many tokens are those of x86_tile.h, x86_512.h, arm_k.h.
+ * |int_sum| <= 256 * 31 * 62 * 127 < 2^26. A format brings struct grid_format, functions in plain
+ * C that every kernel unpacks with; the kernels are here. Tiles of many tokens are those of
+ * x86_tile.h, x86_512.h, arm_k.h.
  *
  * Must never: read a byte outside a row, or compute a float in another order than the C kernel. */
 #ifndef MOE_QUANT_GRID_H
@@ -28,8 +29,10 @@
 
 typedef struct grid_format {
     size_t block_bytes;
-    /* The codes of weights 128 half .. 128 half + 127. */
-    void (*codes)(const uint8_t *block, size_t half, int8_t code[128]);
+    bool has_signs;
+    /* The codes of weights 128 half .. 128 half + 127. With signs, their magnitudes, and a bit for
+     * each that says whether it is negative; without, `sign` is left as it is. */
+    void (*codes)(const uint8_t *block, size_t half, uint8_t code[128], uint64_t sign[2]);
     void (*scales)(const uint8_t *block, int8_t scale[16]);
     float (*d)(const uint8_t *block);
 } grid_format;
@@ -76,42 +79,74 @@ MOE_INLINE uint32_t grid_u32(const uint8_t *p)
     return v;
 }
 
-/* 8 codes from their magnitudes, at most 127, and a bit for each: whether it is negative. */
-MOE_INLINE void grid_put_signed(int8_t code[8], uint64_t magnitude, uint32_t negative)
+MOE_INLINE void grid_put8(uint8_t *code, uint64_t point)
 {
-    const uint64_t bit = negative * GRID_ONES & 0x8040201008040201u;
-    const uint64_t one = (bit + 0x7f * GRID_ONES) >> 7 & GRID_ONES; /* for each that is negative */
-    const uint64_t v = (magnitude ^ 255 * one) + one; /* no byte of ~magnitude is 255 */
-    memcpy(code, &v, 8);
+    memcpy(code, &point, 8);
 }
 
-/* 8 signs of which 7 bits are stored: the number of negative ones is even. */
-MOE_INLINE uint32_t grid_even_signs(uint32_t seven)
+/* Signs of 8 x 8 weights of which 7 bits are stored: the number of negative ones is even. */
+MOE_INLINE uint64_t grid_even_signs(uint64_t sevens)
 {
-    const uint32_t s = seven & 127, four = (s ^ s >> 4) & 15;
-    return s | (0x6996u >> four & 1) << 7;
+    uint64_t parity = sevens ^ sevens >> 4;
+    parity ^= parity >> 2;
+    parity ^= parity >> 1;
+    return sevens | (parity & GRID_ONES) << 7;
+}
+
+/* Four numbers of 7 bits, the first one lowest, of each half: a byte each. */
+MOE_INLINE uint64_t grid_sevens(uint64_t v)
+{
+    const uint64_t seven = 0x0000007f0000007f;
+    return (v & seven) | (v << 1 & seven << 8) | (v << 2 & seven << 16) | (v << 3 & seven << 24);
 }
 
 /* 8 codes of IQ1, from a point of bytes 0, 8, 16: 8 less, and then 1 less or 1 more. With 128 more
  * nothing is borrowed between bytes. */
-MOE_INLINE void grid_put_iq1(int8_t code[8], uint64_t point, bool less)
+MOE_INLINE void grid_put_iq1(uint8_t code[8], uint64_t point, uint32_t less)
 {
-    const uint64_t v = (point + (less ? 119 : 121) * GRID_ONES) ^ 128 * GRID_ONES;
-    memcpy(code, &v, 8);
+    grid_put8(code, (point + (121 - 2 * (uint64_t)less) * GRID_ONES) ^ 128 * GRID_ONES);
 }
 
-MOE_INLINE int8_t grid_odd(uint32_t nibble)
+/* 8 nibbles as bytes, the low ones first, times two and one more. */
+MOE_INLINE uint64_t grid_odd8(uint32_t nibbles)
 {
-    return (int8_t)(2 * (nibble & 15) + 1);
+    uint64_t v = (nibbles | (uint64_t)nibbles << 16) & 0x0000ffff0000ffff;
+    v = (v | v << 8) & 0x00ff00ff00ff00ff;
+    v = (v | v << 4) & 0x0f0f0f0f0f0f0f0f;
+    return 2 * v + GRID_ONES;
 }
 
-/* Scales of 16 groups from nibbles, the low one first. */
-MOE_INLINE void grid_nibble_scales(const uint8_t *nibbles, int8_t scale[16])
+/* Scales of 16 groups from 16 nibbles; of 8 groups of 32 from 8. */
+MOE_INLINE void grid_scales16(const uint8_t nibbles[8], int8_t scale[16])
 {
-    for (size_t i = 0; i < 8; i++) {
-        scale[2 * i] = grid_odd(nibbles[i]);
-        scale[2 * i + 1] = grid_odd(nibbles[i] >> 4);
+    MOE_UNROLL
+    for (size_t i = 0; i < 2; i++) {
+        const uint64_t v = grid_odd8(grid_u32(nibbles + 4 * i));
+        memcpy(scale + 8 * i, &v, 8);
     }
+}
+
+MOE_INLINE void grid_scales8(uint32_t nibbles, int8_t scale[16])
+{
+    const uint64_t all = grid_odd8(nibbles);
+    MOE_UNROLL
+    for (size_t i = 0; i < 2; i++) { /* each byte twice */
+        uint64_t v = all >> 32 * i & 0xffffffff;
+        v = (v | v << 16) & 0x0000ffff0000ffff;
+        v = (v | v << 8) & 0x00ff00ff00ff00ff;
+        v |= v << 8;
+        memcpy(scale + 8 * i, &v, 8);
+    }
+}
+
+/* The highest nibbles of 8 words that stand `step` bytes apart. */
+MOE_INLINE uint32_t grid_top_nibbles(const uint8_t *words, size_t step)
+{
+    uint32_t v = 0;
+    MOE_UNROLL
+    for (size_t i = 0; i < 8; i++)
+        v |= (uint32_t)(words[i * step + 3] >> 4) << 4 * i;
+    return v;
 }
 
 /* ------------------------------------------------------------------------------ quantizing -- */
@@ -249,13 +284,25 @@ MOE_INLINE void grid_quantize(const float *src, uint8_t *blocks, size_t n, const
     }
 }
 
+/* The codes of a superblock. */
+static void grid_codes(const grid_format *f, const uint8_t *block, int8_t code[K_LEN])
+{
+    uint8_t magnitude[K_LEN];
+    uint64_t sign[4] = {0};
+    for (size_t half = 0; half < 2; half++)
+        f->codes(block, half, magnitude + 128 * half, sign + 2 * half);
+    for (size_t k = 0; k < K_LEN; k++) {
+        const int8_t v = (int8_t)magnitude[k];
+        code[k] = sign[k / 64] >> k % 64 & 1 ? (int8_t)-v : v;
+    }
+}
+
 static void grid_dequantize(const grid_format *f, const uint8_t *block, float *dst, size_t n)
 {
     for (size_t b = 0; b < n / K_LEN; b++, block += f->block_bytes) {
         const float d = f->d(block);
         int8_t code[K_LEN], scale[16];
-        f->codes(block, 0, code);
-        f->codes(block, 1, code + K_LEN / 2);
+        grid_codes(f, block, code);
         f->scales(block, scale);
         for (int k = 0; k < K_LEN; k++)
             *dst++ = d * (float)scale[k / 16] * (float)code[k];
@@ -273,8 +320,7 @@ static float grid_dot_c(const grid_format *f, const uint8_t *block, const uint8_
         const int8_t *q = x.q + b * K_LEN;
         int8_t code[K_LEN], scale[16];
         int32_t int_sum = 0;
-        f->codes(block, 0, code);
-        f->codes(block, 1, code + K_LEN / 2);
+        grid_codes(f, block, code);
         f->scales(block, scale);
         for (int g = 0; g < 16; g++) {
             int32_t dot = 0;
@@ -301,17 +347,33 @@ static void grid_mm_c(const moe_mm *mm, const grid_format *f)
 /* Superblocks of some rows, unpacked into memory: what is written for one is read much later, when
  * it has reached the cache. */
 typedef struct grid_blocks {
-    int8_t code[16][K_LEN];
+    uint8_t code[16][K_LEN]; // or magnitudes
+    uint64_t sign[16][4];
     int8_t scale[16][16];
     float d[16];
 } grid_blocks;
 
 MOE_INLINE void grid_unpack(const grid_format *f, const uint8_t *block, size_t i, grid_blocks *out)
 {
-    f->codes(block, 0, out->code[i]);
-    f->codes(block, 1, out->code[i] + K_LEN / 2);
+    f->codes(block, 0, out->code[i], out->sign[i]);
+    f->codes(block, 1, out->code[i] + K_LEN / 2, out->sign[i] + 2);
     f->scales(block, out->scale[i]);
     out->d[i] = f->d(block);
+}
+
+/* 32 codes from number 32 part on. */
+MOE_AVX2_INLINE __m256i grid_signed_avx2(const grid_format *f, const grid_blocks *blocks, size_t i,
+                                         size_t part)
+{
+    const __m256i code = x86_k_load(blocks->code[i] + 32 * part);
+    if (!f->has_signs)
+        return code;
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
+    const __m256i byte = _mm256_setr_epi64x(0, GRID_ONES, 2 * GRID_ONES, 3 * GRID_ONES);
+    const int32_t signs = (int32_t)(blocks->sign[i][part / 2] >> part % 2 * 32);
+    const __m256i v = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(signs), byte), bit);
+    const __m256i mask = _mm256_cmpeq_epi8(v, bit);
+    return _mm256_sub_epi8(_mm256_xor_si256(code, mask), mask);
 }
 
 /* Signed codes, groups of 16; `scales` as x86_k_half16_avx2() wants them. 2 * 62 * 127 = 15748 fits
@@ -353,7 +415,7 @@ MOE_AVX2_INLINE void grid_dot8_avx2(const grid_format *f, const uint8_t *w, cons
         for (size_t k = 0; k < 2; k++) {
             MOE_UNROLL
             for (size_t j = 0; j < 4; j++)
-                code[j] = x86_k_load(blocks.code[i] + 128 * k + 32 * j);
+                code[j] = grid_signed_avx2(f, &blocks, i, 4 * k + j);
             half(code, scale[k], x, x->at[b + i] + 128 * k, n_tok, sum);
         }
         MOE_UNROLL
@@ -376,15 +438,17 @@ MOE_AVX2 static void grid_load_avx2(const grid_format *f, int offset, const uint
     __m256i scales[4];
     for (size_t r = 0; r < 8; r++) {
         grid_unpack(f, row[r] + at, r, &blocks);
-        code[r] = (const uint8_t *)blocks.code[r];
+        code[r] = blocks.code[r];
         scale[r] = (const uint8_t *)blocks.scale[r];
     }
-    for (size_t i = 0; i < K_LEN / 4; i += 4) {
-        x86_load_transposed(code, 4 * i, tile->code + i);
+    for (size_t r = 0; r < 8; r++)
         MOE_UNROLL
-        for (size_t j = i; j < i + 4; j++)
-            tile->code[j] = _mm256_add_epi8(tile->code[j], _mm256_set1_epi8((char)offset));
-    }
+        for (size_t part = 0; part < 8; part++)
+            _mm256_storeu_si256((__m256i *)(blocks.code[r] + 32 * part),
+                                _mm256_add_epi8(grid_signed_avx2(f, &blocks, r, part),
+                                                _mm256_set1_epi8((char)offset)));
+    for (size_t i = 0; i < K_LEN / 4; i += 4)
+        x86_load_transposed(code, 4 * i, tile->code + i);
     x86_load_transposed(scale, 0, scales);
     x86_k_spread_pairs(scales, tile->scale);
     tile->d[0] = _mm256_loadu_ps(blocks.d);
@@ -408,7 +472,7 @@ MOE_AVX2 static void grid_load_avx2(const grid_format *f, int offset, const uint
     static const x86_format type##_x86 = {K_LEN, sizeof(type##_block), offset, type##_load_avx2};  \
     static void type##_gemm_avx2(const moe_mm *mm)                                                 \
     {                                                                                              \
-        x86_k_gemm(mm, &type##_x86, x86_k##group##_##size##_avx2, type##_gemv_avx2,          \
+        x86_k_gemm(mm, &type##_x86, x86_k##group##_##size##_avx2, type##_gemv_avx2,                \
                    type##_gemv2_avx2);                                                             \
     }                                                                                              \
     static void type##_gemm_avxvnni(const moe_mm *mm)                                              \
@@ -417,6 +481,17 @@ MOE_AVX2 static void grid_load_avx2(const grid_format *f, int offset, const uint
     }
 
 /* -- AVX-512 VNNI -- */
+
+/* 64 codes from number 64 part on, and `offset`. */
+MOE_VNNI512_INLINE __m512i grid_code_512(const grid_format *f, int offset,
+                                         const grid_blocks *blocks, size_t i, size_t part)
+{
+    const __m512i code = x86_512_load64(blocks->code[i] + 64 * part);
+    const __m512i base = _mm512_set1_epi8((char)offset), sum = _mm512_add_epi8(base, code);
+    return f->has_signs
+               ? _mm512_mask_sub_epi8(sum, (__mmask64)blocks->sign[i][part], base, code)
+               : sum;
+}
 
 MOE_VNNI512 static void grid_load_vnni512(const grid_format *f, int offset, size_t group,
                                           x86_512_rows *rows, size_t at, x86_512_tile *tile)
@@ -427,15 +502,16 @@ MOE_VNNI512 static void grid_load_vnni512(const grid_format *f, int offset, size
     x86_512_next(rows, 16 * f->block_bytes);
     for (size_t r = 0; r < 16; r++) {
         grid_unpack(f, rows->row[r] + at, r, &blocks);
-        code.row[r] = (const uint8_t *)blocks.code[r];
+        code.row[r] = blocks.code[r];
         scale.row[r] = (const uint8_t *)blocks.scale[r];
     }
-    for (size_t i = 0; i < K_LEN / 4; i += 8) {
-        x86_512_load32(&code, 4 * i, tile->code + i);
+    for (size_t r = 0; r < 16; r++)
         MOE_UNROLL
-        for (size_t j = i; j < i + 8; j++)
-            tile->code[j] = _mm512_add_epi8(tile->code[j], _mm512_set1_epi8((char)offset));
-    }
+        for (size_t part = 0; part < 4; part++)
+            _mm512_storeu_si512(blocks.code[r] + 64 * part,
+                                grid_code_512(f, offset, &blocks, r, part));
+    for (size_t i = 0; i < K_LEN / 4; i += 8)
+        x86_512_load32(&code, 4 * i, tile->code + i);
     x86_512_load16(&scale, 0, scales);
     MOE_UNROLL
     for (size_t g = 0; g < 16; g++)
@@ -468,8 +544,7 @@ MOE_VNNI512_INLINE void grid_dot8_vnni512(const grid_format *f, int offset,
         x86_512_row w;
         MOE_UNROLL
         for (size_t i = 0; i < 4; i++)
-            w.code[i] = _mm512_add_epi8(x86_512_load64(blocks.code[r] + 64 * i),
-                                        _mm512_set1_epi8((char)offset));
+            w.code[i] = grid_code_512(f, offset, &blocks, r, i);
         MOE_UNROLL
         for (size_t i = 0; i < 2; i++)
             w.scale[i] = x86_512_spread16(scales, groups[i]);
@@ -515,11 +590,21 @@ MOE_VNNI512_INLINE void grid_dot8_vnni512(const grid_format *f, int offset,
 MOE_INLINE void grid_codes_arm(const grid_format *f, const uint8_t *block, size_t half,
                                int8x16_t code[8])
 {
-    int8_t byte[128];
-    f->codes(block, half, byte);
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    uint8_t byte[128];
+    uint64_t sign[2];
+    f->codes(block, half, byte, sign);
     MOE_UNROLL
-    for (size_t i = 0; i < 8; i++)
-        code[i] = vld1q_s8(byte + 16 * i);
+    for (size_t i = 0; i < 8; i++) {
+        const uint8x16_t v = vld1q_u8(byte + 16 * i);
+        code[i] = vreinterpretq_s8_u8(v);
+        if (!f->has_signs)
+            continue;
+        const uint64_t two = sign[i / 4] >> i % 4 * 16;
+        const uint8x16_t mask = vtstq_u8(
+            vcombine_u8(vdup_n_u8((uint8_t)two), vdup_n_u8((uint8_t)(two >> 8))), bit);
+        code[i] = vreinterpretq_s8_u8(vsubq_u8(veorq_u8(v, mask), mask));
+    }
 }
 
 /* One scale for each group. */
@@ -562,9 +647,10 @@ MOE_INLINE void grid_scales_arm(const grid_format *f, const uint8_t *block, size
 
 /* -- what a type's file ends with -- */
 
-#define GRID_KERNELS(type, group, offset, size)                                                    \
-    static const grid_format type##_grid = {sizeof(type##_block), type##_codes, type##_scales,     \
-                                            type##_d};                                             \
+/* has_signs as in grid_format; the rest as in GRID_X86. */
+#define GRID_KERNELS(type, has_signs, group, offset, size)                                         \
+    static const grid_format type##_grid = {sizeof(type##_block), has_signs, type##_codes,         \
+                                            type##_scales, type##_d};                              \
     static void type##_dequantize(const void *blocks, float *dst, size_t n)                        \
     {                                                                                              \
         grid_dequantize(&type##_grid, blocks, dst, n);                                             \

@@ -45,20 +45,24 @@ static void iq1_m_quantize(const float *src, void *blocks, size_t n)
     grid_quantize(src, blocks, n, &iq1_m_list, sizeof(iq1_m_block), iq1_m_pack);
 }
 
-static void iq1_m_codes(const uint8_t *from, size_t half, int8_t code[128])
+static void iq1_m_codes(const uint8_t *from, size_t half, uint8_t code[128],
+                        uint64_t sign[2])
 {
     const iq1_m_block *block = (const iq1_m_block *)from;
+    (void)sign;
+    MOE_UNROLL
     for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
         const uint32_t high = block->qh[i / 2] >> i % 2 * 4;
-        grid_put_iq1(code, grid_iq1[block->qs[i] | (high & 7) << 8], high & 8);
+        grid_put_iq1(code, grid_iq1[block->qs[i] | (high & 7) << 8], high >> 3 & 1);
     }
 }
 
 static void iq1_m_scales(const uint8_t *block, int8_t scale[16])
 {
     const uint8_t *scales = ((const iq1_m_block *)block)->scales;
+    MOE_UNROLL
     for (size_t g = 0; g < 16; g++)
-        scale[g] = grid_odd(load_u16(scales + g / 4 * 2) >> g % 4 * 3 & 7);
+        scale[g] = (int8_t)(2 * (load_u16(scales + g / 4 * 2) >> g % 4 * 3 & 7) + 1);
 }
 
 static float iq1_m_d(const uint8_t *block)
@@ -68,7 +72,7 @@ static float iq1_m_d(const uint8_t *block)
     return f32_of_f16((uint16_t)d) * 0.125f;
 }
 
-GRID_KERNELS(iq1_m, 16, 9, u6)
+GRID_KERNELS(iq1_m, false, 16, 9, u6)
 GRID_QUANT(iq1_m, "IQ1_M", 29, 32, 16, 8)
 
 #endif

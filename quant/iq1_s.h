@@ -42,9 +42,12 @@ static void iq1_s_quantize(const float *src, void *blocks, size_t n)
     grid_quantize(src, blocks, n, &iq1_s_list, sizeof(iq1_s_block), iq1_s_pack);
 }
 
-static void iq1_s_codes(const uint8_t *from, size_t half, int8_t code[128])
+static void iq1_s_codes(const uint8_t *from, size_t half, uint8_t code[128],
+                        uint64_t sign[2])
 {
     const iq1_s_block *block = (const iq1_s_block *)from;
+    (void)sign;
+    MOE_UNROLL
     for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
         const uint32_t high = load_u16(block->qh + i / 4 * 2);
         const uint32_t index = block->qs[i] | (high >> i % 4 * 3 & 7) << 8;
@@ -54,8 +57,10 @@ static void iq1_s_codes(const uint8_t *from, size_t half, int8_t code[128])
 
 static void iq1_s_scales(const uint8_t *block, int8_t scale[16])
 {
-    for (size_t g = 0; g < 16; g++)
-        scale[g] = grid_odd(((const iq1_s_block *)block)->qh[g / 2 * 2 + 1] >> 4 & 7);
+    const uint8_t *qh = ((const iq1_s_block *)block)->qh;
+    MOE_UNROLL
+    for (size_t g = 0; g < 16; g += 2)
+        scale[g] = scale[g + 1] = (int8_t)((qh[g + 1] >> 3 & 14) + 1);
 }
 
 static float iq1_s_d(const uint8_t *block)
@@ -63,7 +68,7 @@ static float iq1_s_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.125f;
 }
 
-GRID_KERNELS(iq1_s, 32, 9, u6)
+GRID_KERNELS(iq1_s, false, 32, 9, u6)
 GRID_QUANT(iq1_s, "IQ1_S", 19, 1, 1, 32, 16)
 
 #endif

@@ -43,18 +43,19 @@ static void iq2_s_quantize(const float *src, void *blocks, size_t n)
     grid_quantize(src, blocks, n, &iq2_s_list, sizeof(iq2_s_block), iq2_s_pack);
 }
 
-static void iq2_s_codes(const uint8_t *from, size_t half, int8_t code[128])
+static void iq2_s_codes(const uint8_t *from, size_t half, uint8_t code[128],
+                        uint64_t sign[2])
 {
     const iq2_s_block *block = (const iq2_s_block *)from;
-    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
-        const uint32_t high = block->qh[i / 4] >> i % 4 * 2 & 3;
-        grid_put_signed(code, grid_iq2_s[block->qs[i] | high << 8], block->signs[i]);
-    }
+    memcpy(sign, block->signs + 16 * half, 16);
+    MOE_UNROLL
+    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8)
+        grid_put8(code, grid_iq2_s[block->qs[i] | (block->qh[i / 4] >> i % 4 * 2 & 3u) << 8]);
 }
 
 static void iq2_s_scales(const uint8_t *block, int8_t scale[16])
 {
-    grid_nibble_scales(((const iq2_s_block *)block)->scales, scale);
+    grid_scales16(((const iq2_s_block *)block)->scales, scale);
 }
 
 static float iq2_s_d(const uint8_t *block)
@@ -62,7 +63,7 @@ static float iq2_s_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.125f;
 }
 
-GRID_KERNELS(iq2_s, 16, 43, u7)
+GRID_KERNELS(iq2_s, true, 16, 43, u7)
 GRID_QUANT(iq2_s, "IQ2_S", 22, 1, 1, 32, 32, 8, 8)
 
 #endif

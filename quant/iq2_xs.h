@@ -39,18 +39,26 @@ static void iq2_xs_quantize(const float *src, void *blocks, size_t n)
     grid_quantize(src, blocks, n, &iq2_xs_list, sizeof(iq2_xs_block), iq2_xs_pack);
 }
 
-static void iq2_xs_codes(const uint8_t *block, size_t half, int8_t code[128])
+static void iq2_xs_codes(const uint8_t *from, size_t half, uint8_t code[128],
+                         uint64_t sign[2])
 {
-    const uint8_t *qs = ((const iq2_xs_block *)block)->qs + 32 * half;
-    for (size_t i = 0; i < 16; i++) {
-        const uint32_t v = load_u16(qs + 2 * i);
-        grid_put_signed(code + 8 * i, grid_iq2_xs[v & 511], grid_even_signs(v >> 9));
+    const uint8_t *qs = ((const iq2_xs_block *)from)->qs + 32 * half;
+    MOE_UNROLL
+    for (size_t i = 0; i < 2; i++) {
+        uint64_t sevens = 0;
+        MOE_UNROLL
+        for (size_t j = 0; j < 8; j++, code += 8, qs += 2) {
+            const uint32_t v = load_u16(qs);
+            grid_put8(code, grid_iq2_xs[v & 511]);
+            sevens |= (uint64_t)(v >> 9) << 8 * j;
+        }
+        sign[i] = grid_even_signs(sevens);
     }
 }
 
 static void iq2_xs_scales(const uint8_t *block, int8_t scale[16])
 {
-    grid_nibble_scales(((const iq2_xs_block *)block)->scales, scale);
+    grid_scales16(((const iq2_xs_block *)block)->scales, scale);
 }
 
 static float iq2_xs_d(const uint8_t *block)
@@ -58,7 +66,7 @@ static float iq2_xs_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.125f;
 }
 
-GRID_KERNELS(iq2_xs, 16, 43, u7)
+GRID_KERNELS(iq2_xs, true, 16, 43, u7)
 GRID_QUANT(iq2_xs, "IQ2_XS", 17, 1, 1, 64, 8)
 
 #endif

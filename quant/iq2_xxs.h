@@ -41,19 +41,23 @@ static void iq2_xxs_quantize(const float *src, void *blocks, size_t n)
     grid_quantize(src, blocks, n, &iq2_xxs_list, sizeof(iq2_xxs_block), iq2_xxs_pack);
 }
 
-static void iq2_xxs_codes(const uint8_t *block, size_t half, int8_t code[128])
+static void iq2_xxs_codes(const uint8_t *from, size_t half, uint8_t code[128],
+                          uint64_t sign[2])
 {
-    const uint8_t *qs = ((const iq2_xxs_block *)block)->qs + 32 * half;
-    for (size_t g = 0; g < 4; g++, qs += 8)
-        for (size_t j = 0; j < 4; j++)
-            grid_put_signed(code + 32 * g + 8 * j, grid_iq2_xxs[qs[j]],
-                            grid_even_signs(grid_u32(qs + 4) >> 7 * j));
+    const uint8_t *qs = ((const iq2_xxs_block *)from)->qs + 32 * half;
+    MOE_UNROLL
+    for (size_t i = 0; i < 2; i++, qs += 16) {
+        const uint64_t rest = grid_u32(qs + 4) | (uint64_t)grid_u32(qs + 12) << 32;
+        sign[i] = grid_even_signs(grid_sevens(rest));
+        MOE_UNROLL
+        for (size_t j = 0; j < 8; j++, code += 8)
+            grid_put8(code, grid_iq2_xxs[qs[j / 4 * 8 + j % 4]]);
+    }
 }
 
 static void iq2_xxs_scales(const uint8_t *block, int8_t scale[16])
 {
-    for (size_t g = 0; g < 16; g++)
-        scale[g] = grid_odd(((const iq2_xxs_block *)block)->qs[g / 2 * 8 + 7] >> 4);
+    grid_scales8(grid_top_nibbles(((const iq2_xxs_block *)block)->qs + 4, 8), scale);
 }
 
 static float iq2_xxs_d(const uint8_t *block)
@@ -61,7 +65,7 @@ static float iq2_xxs_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.125f;
 }
 
-GRID_KERNELS(iq2_xxs, 32, 43, u7)
+GRID_KERNELS(iq2_xxs, true, 32, 43, u7)
 GRID_QUANT(iq2_xxs, "IQ2_XXS", 16, 1, 1, 64)
 
 #endif

@@ -43,23 +43,19 @@ static void iq3_s_quantize(const float *src, void *blocks, size_t n)
     grid_quantize(src, blocks, n, &iq3_s_list, sizeof(iq3_s_block), iq3_s_pack);
 }
 
-MOE_INLINE uint64_t iq3_s_point(const iq3_s_block *block, size_t i)
-{
-    return grid_iq3_s[block->qs[i] | (block->qh[i / 8] >> i % 8 & 1u) << 8];
-}
-
-static void iq3_s_codes(const uint8_t *from, size_t half, int8_t code[128])
+static void iq3_s_codes(const uint8_t *from, size_t half, uint8_t code[128],
+                        uint64_t sign[2])
 {
     const iq3_s_block *block = (const iq3_s_block *)from;
-    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8)
-        grid_put_signed(code, iq3_s_point(block, 2 * i) | iq3_s_point(block, 2 * i + 1) << 32,
-                        block->signs[i]);
+    memcpy(sign, block->signs + 16 * half, 16);
+    MOE_UNROLL
+    for (size_t i = 32 * half; i < 32 * half + 32; i++, code += 4)
+        memcpy(code, &grid_iq3_s[block->qs[i] | (block->qh[i / 8] >> i % 8 & 1u) << 8], 4);
 }
 
 static void iq3_s_scales(const uint8_t *block, int8_t scale[16])
 {
-    for (size_t g = 0; g < 16; g++)
-        scale[g] = grid_odd(((const iq3_s_block *)block)->scales[g / 4] >> g / 2 % 2 * 4);
+    grid_scales8(grid_u32(((const iq3_s_block *)block)->scales), scale);
 }
 
 static float iq3_s_d(const uint8_t *block)
@@ -67,7 +63,7 @@ static float iq3_s_d(const uint8_t *block)
     return f32_of_f16(load_u16(block));
 }
 
-GRID_KERNELS(iq3_s, 32, 15, u6)
+GRID_KERNELS(iq3_s, true, 32, 15, u6)
 GRID_QUANT(iq3_s, "IQ3_S", 21, 1, 1, 64, 8, 32, 4)
 
 #endif

@@ -42,20 +42,24 @@ static void iq3_xxs_quantize(const float *src, void *blocks, size_t n)
     grid_quantize(src, blocks, n, &iq3_xxs_list, sizeof(iq3_xxs_block), iq3_xxs_pack);
 }
 
-static void iq3_xxs_codes(const uint8_t *from, size_t half, int8_t code[128])
+static void iq3_xxs_codes(const uint8_t *from, size_t half, uint8_t code[128],
+                          uint64_t sign[2])
 {
     const iq3_xxs_block *block = (const iq3_xxs_block *)from;
-    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
-        const uint64_t high = grid_iq3_xxs[block->qs[2 * i + 1]];
-        grid_put_signed(code, grid_iq3_xxs[block->qs[2 * i]] | high << 32,
-                        grid_even_signs(grid_u32(block->rest + i / 4 * 4) >> i % 4 * 7));
+    MOE_UNROLL
+    for (size_t i = 0; i < 2; i++) {
+        uint64_t rest;
+        memcpy(&rest, block->rest + 16 * half + 8 * i, 8);
+        sign[i] = grid_even_signs(grid_sevens(rest));
     }
+    MOE_UNROLL
+    for (size_t i = 32 * half; i < 32 * half + 32; i++, code += 4)
+        memcpy(code, &grid_iq3_xxs[block->qs[i]], 4);
 }
 
 static void iq3_xxs_scales(const uint8_t *block, int8_t scale[16])
 {
-    for (size_t g = 0; g < 16; g++)
-        scale[g] = grid_odd(((const iq3_xxs_block *)block)->rest[g / 2 * 4 + 3] >> 4);
+    grid_scales8(grid_top_nibbles(((const iq3_xxs_block *)block)->rest, 4), scale);
 }
 
 static float iq3_xxs_d(const uint8_t *block)
@@ -63,7 +67,7 @@ static float iq3_xxs_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.25f;
 }
 
-GRID_KERNELS(iq3_xxs, 32, 62, u7)
+GRID_KERNELS(iq3_xxs, true, 32, 62, u7)
 GRID_QUANT(iq3_xxs, "IQ3_XXS", 18, 1, 1, 64, 32)
 
 #endif

@@ -165,9 +165,9 @@ typedef struct moe_quant {
      * format. */
     uint8_t fields[QUANT_MAX_FIELDS];
     /* Codes of 5 bits have their highest in a field of its own. Planes hold them rotated to the
-     * right by one, so that the four leading bits, which are skewed, are in one plane, and the last,
-     * which is not, in the other. Changes n blocks in place; with `back`, to what they were. NULL:
-     * the type has no such codes. */
+     * right by one, so that the four leading bits, which are skewed, are in one plane, and the
+     * last, which is not, in the other. Changes n blocks in place; with `back`, to what they were.
+     * NULL: the type has no such codes. */
     void (*rotate)(void *blocks, size_t n, bool back);
     /* Weights come in it as they are; moe-convert does not quantize to it, since its own types are
      * better at the same size. */

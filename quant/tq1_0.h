@@ -50,8 +50,9 @@ static void tq1_0_quantize(const float *src, void *blocks, size_t n)
     }
 }
 
-static void tq1_0_codes(const uint8_t *block, size_t half, int8_t code[128])
+static void tq1_0_codes(const uint8_t *block, size_t half, uint8_t code[128], uint64_t sign[2])
 {
+    (void)sign;
     for (size_t a = 0; a < 3; a++)
         for (size_t k = 0; k < tq1_0_areas[a].n_digit; k++) {
             const size_t n = tq1_0_areas[a].n_byte, at = tq1_0_areas[a].weight + k * n;
@@ -59,7 +60,7 @@ static void tq1_0_codes(const uint8_t *block, size_t half, int8_t code[128])
                 continue;
             for (size_t i = 0; i < n; i++) {
                 const uint8_t v = (uint8_t)(block[tq1_0_areas[a].byte + i] * tq1_0_power[k]);
-                code[at % 128 + i] = (int8_t)((v * 3 >> 8) - 1);
+                code[at % 128 + i] = (uint8_t)((v * 3 >> 8) - 1);
             }
         }
 }
@@ -75,7 +76,7 @@ static float tq1_0_d(const uint8_t *block)
     return f32_of_f16(load_u16(((const tq1_0_block *)block)->d));
 }
 
-GRID_KERNELS(tq1_0, 32, 1, u6)
+GRID_KERNELS(tq1_0, false, 32, 1, u6)
 GRID_QUANT(tq1_0, "TQ1_0", 34, 48, 4, 1, 1)
 
 #endif

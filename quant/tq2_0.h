@@ -34,11 +34,13 @@ static void tq2_0_quantize(const float *src, void *blocks, size_t n)
     }
 }
 
-static void tq2_0_codes(const uint8_t *block, size_t half, int8_t code[128])
+static void tq2_0_codes(const uint8_t *block, size_t half, uint8_t code[128], uint64_t sign[2])
 {
     const uint8_t *qs = ((const tq2_0_block *)block)->qs + 32 * half;
-    for (size_t k = 0; k < 128; k++)
-        code[k] = (int8_t)((qs[k % 32] >> k / 32 * 2 & 3) - 1);
+    (void)sign;
+    for (size_t j = 0; j < 4; j++)
+        for (size_t i = 0; i < 32; i++)
+            code[32 * j + i] = (uint8_t)((qs[i] >> 2 * j & 3) - 1);
 }
 
 static void tq2_0_scales(const uint8_t *block, int8_t scale[16])
@@ -52,7 +54,7 @@ static float tq2_0_d(const uint8_t *block)
     return f32_of_f16(load_u16(((const tq2_0_block *)block)->d));
 }
 
-GRID_KERNELS(tq2_0, 32, 1, u6)
+GRID_KERNELS(tq2_0, false, 32, 1, u6)
 GRID_QUANT(tq2_0, "TQ2_0", 35, 64, 1, 1)
 
 #endif

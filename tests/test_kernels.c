@@ -321,8 +321,8 @@ static void bf16_conversion_rounds_to_even(void)
  *         in MXFP4. Plus the rounding of scales and offsets to 11 bits. 0: not bounded (searches
  *         for the least squares may give up single weights).
  * A state of TCQ4, TCQ5 and TCQ8 offers 16, 32 and 128 values; the largest weight may be a step
- * beyond the range. Which points are in the lists of IQ1 to IQ3 follows no rule: their bounds are 1.04
- * times what was measured. */
+ * beyond the range. Which points are in the lists of IQ1 to IQ3 follows no rule: their bounds are
+ * 1.04 times what was measured. */
 static const struct {
     const char *name;
     double rms, max;
