@@ -49,11 +49,12 @@ static void iq1_m_codes(const uint8_t *from, size_t half, uint8_t code[128],
                         uint64_t sign[2])
 {
     const iq1_m_block *block = (const iq1_m_block *)from;
+    const uint8_t *qs = block->qs + 16 * half, *qh = block->qh + 8 * half;
     (void)sign;
     MOE_UNROLL
-    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
-        const uint32_t high = block->qh[i / 2] >> i % 2 * 4;
-        grid_put_iq1(code, grid_iq1[block->qs[i] | (high & 7) << 8], high >> 3 & 1);
+    for (size_t i = 0; i < 16; i++, code += 8) {
+        const uint32_t high = qh[i / 2] >> i % 2 * 4;
+        grid_put_iq1(code, grid_iq1[qs[i] | (high & 7) << 8], high >> 3 & 1);
     }
 }
 

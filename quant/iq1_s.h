@@ -46,11 +46,12 @@ static void iq1_s_codes(const uint8_t *from, size_t half, uint8_t code[128],
                         uint64_t sign[2])
 {
     const iq1_s_block *block = (const iq1_s_block *)from;
+    const uint8_t *qs = block->qs + 16 * half, *qh = block->qh + 8 * half;
     (void)sign;
     MOE_UNROLL
-    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8) {
-        const uint32_t high = load_u16(block->qh + i / 4 * 2);
-        const uint32_t index = block->qs[i] | (high >> i % 4 * 3 & 7) << 8;
+    for (size_t i = 0; i < 16; i++, code += 8) {
+        const uint32_t high = load_u16(qh + i / 4 * 2);
+        const uint32_t index = qs[i] | (high >> i % 4 * 3 & 7) << 8;
         grid_put_iq1(code, grid_iq1[index], high >> 15);
     }
 }

@@ -47,10 +47,11 @@ static void iq2_s_codes(const uint8_t *from, size_t half, uint8_t code[128],
                         uint64_t sign[2])
 {
     const iq2_s_block *block = (const iq2_s_block *)from;
+    const uint8_t *qs = block->qs + 16 * half, *qh = block->qh + 4 * half;
     memcpy(sign, block->signs + 16 * half, 16);
     MOE_UNROLL
-    for (size_t i = 16 * half; i < 16 * half + 16; i++, code += 8)
-        grid_put8(code, grid_iq2_s[block->qs[i] | (block->qh[i / 4] >> i % 4 * 2 & 3u) << 8]);
+    for (size_t i = 0; i < 16; i++, code += 8)
+        grid_put8(code, grid_iq2_s[qs[i] | (qh[i / 4] >> i % 4 * 2 & 3u) << 8]);
 }
 
 static void iq2_s_scales(const uint8_t *block, int8_t scale[16])

@@ -47,10 +47,13 @@ static void iq3_s_codes(const uint8_t *from, size_t half, uint8_t code[128],
                         uint64_t sign[2])
 {
     const iq3_s_block *block = (const iq3_s_block *)from;
+    const uint8_t *qs = block->qs + 32 * half, *qh = block->qh + 4 * half;
     memcpy(sign, block->signs + 16 * half, 16);
     MOE_UNROLL
-    for (size_t i = 32 * half; i < 32 * half + 32; i++, code += 4)
-        memcpy(code, &grid_iq3_s[block->qs[i] | (block->qh[i / 8] >> i % 8 & 1u) << 8], 4);
+    for (size_t i = 0; i < 4; i++)
+        MOE_UNROLL
+        for (size_t j = 0; j < 8; j++, code += 4)
+            memcpy(code, &grid_iq3_s[*qs++ | (qh[i] >> j & 1u) << 8], 4);
 }
 
 static void iq3_s_scales(const uint8_t *block, int8_t scale[16])

@@ -52,9 +52,12 @@ static void iq3_xxs_codes(const uint8_t *from, size_t half, uint8_t code[128],
         memcpy(&rest, block->rest + 16 * half + 8 * i, 8);
         sign[i] = grid_even_signs(grid_sevens(rest));
     }
+    const uint8_t *qs = block->qs + 32 * half;
     MOE_UNROLL
-    for (size_t i = 32 * half; i < 32 * half + 32; i++, code += 4)
-        memcpy(code, &grid_iq3_xxs[block->qs[i]], 4);
+    for (size_t i = 0; i < 2; i++)
+        MOE_UNROLL
+        for (size_t j = 0; j < 16; j++, code += 4)
+            memcpy(code, &grid_iq3_xxs[*qs++], 4);
 }
 
 static void iq3_xxs_scales(const uint8_t *block, int8_t scale[16])
