@@ -5,6 +5,7 @@
  * $TMPDIR holds them: /dev/shm is a good place. See fuzz.h. */
 #include "checkpoint_make.h"
 
+#define FUZZ_FRONT_BYTES 4096
 #include "fuzz.h"
 
 enum { FUZZ_VOCAB = 490 };
@@ -82,11 +83,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     fuzz_with(folder, part, data + 2, bytes - 2);
     return 0;
 }
-
-#ifndef MOE_FUZZ
-static size_t fuzz_front(const uint8_t *data, size_t bytes)
-{
-    (void)data;
-    return MOE_MIN(bytes, 4096);
-}
-#endif

@@ -1,4 +1,5 @@
 /* tests/fuzz_gguf.c - any bytes into the GGUF loader, through each kind of source. See fuzz.h. */
+#define FUZZ_FRONT_BYTES 4096
 #include "fuzz.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
@@ -13,11 +14,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     }
     return 0;
 }
-
-#ifndef MOE_FUZZ
-static size_t fuzz_front(const uint8_t *data, size_t bytes)
-{
-    (void)data;
-    return MOE_MIN(bytes, 4096);
-}
-#endif
