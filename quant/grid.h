@@ -15,8 +15,8 @@
  *     acc = fma(x_scale d, int_sum, acc)   superblock after superblock; x_scale d is rounded
  *
  * |int_sum| <= 256 * 31 * 62 * 127 < 2^26. A format brings struct grid_format, functions in plain
- * C that every kernel unpacks with; the kernels are here. Tiles of many tokens are those of
- * x86_tile.h, x86_512.h, arm_k.h.
+ * C that the C kernel, the tiles of many tokens (x86_tile.h, x86_512.h) and NEON unpack with; few
+ * tokens on x86 have functions of their own (x86_grid.h).
  *
  * Must never: read a byte outside a row, or compute a float in another order than the C kernel. */
 #ifndef MOE_QUANT_GRID_H
@@ -25,7 +25,7 @@
 #include "arm_k.h"
 #include "grid_data.h"
 #include "k.h"
-#include "x86_512_k.h"
+#include "x86_grid.h"
 
 typedef struct grid_format {
     size_t block_bytes;
@@ -376,59 +376,6 @@ MOE_AVX2_INLINE __m256i grid_signed_avx2(const grid_format *f, const grid_blocks
     return _mm256_sub_epi8(_mm256_xor_si256(code, mask), mask);
 }
 
-/* Signed codes, groups of 16; `scales` as x86_k_half16_avx2() wants them. 2 * 62 * 127 = 15748 fits
- * into 16 bits. */
-MOE_AVX2_INLINE void grid_half_avx2(const __m256i code[4], __m256i scales, const x86_k_tokens *x,
-                                    size_t at, size_t n_tok, __m256i *sum)
-{
-    const __m256i scale[4] = {
-        _mm256_shuffle_epi32(scales, 0x00), _mm256_shuffle_epi32(scales, 0x55),
-        _mm256_shuffle_epi32(scales, 0xaa), _mm256_shuffle_epi32(scales, 0xff)};
-    MOE_UNROLL
-    for (size_t j = 0; j < 4; j++) {
-        const __m256i magnitude = _mm256_abs_epi8(code[j]);
-        MOE_UNROLL
-        for (size_t t = 0; t < n_tok; t++) {
-            const __m256i q = x86_k_load(x->tok[t].q + at + 32 * j);
-            const __m256i v = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(q, code[j]));
-            sum[t] = _mm256_add_epi32(sum[t], _mm256_madd_epi16(v, scale[j]));
-        }
-    }
-}
-
-MOE_AVX2_INLINE void grid_dot8_avx2(const grid_format *f, const uint8_t *w, const x86_k_tokens *x,
-                                    size_t b, size_t n_tok, x86_k_half_fn *half, x86_k_sums *out)
-{
-    grid_blocks blocks;
-    __m256i dot[X86_K_FEWEST][8];
-    for (size_t i = 0; i < 8; i++, w += f->block_bytes) {
-        x86_k_fetch(w, f->block_bytes);
-        grid_unpack(f, w, i, &blocks);
-    }
-    for (size_t i = 0; i < 8; i++) {
-        __m256i sum[X86_K_FEWEST], code[4], scale[2];
-        x86_k_spread16(_mm_loadu_si128((const __m128i *)blocks.scale[i]), false, scale);
-        MOE_UNROLL
-        for (size_t t = 0; t < n_tok; t++)
-            sum[t] = _mm256_setzero_si256();
-        MOE_UNROLL
-        for (size_t k = 0; k < 2; k++) {
-            MOE_UNROLL
-            for (size_t j = 0; j < 4; j++)
-                code[j] = grid_signed_avx2(f, &blocks, i, 4 * k + j);
-            half(code, scale[k], x, x->at[b + i] + 128 * k, n_tok, sum);
-        }
-        MOE_UNROLL
-        for (size_t t = 0; t < n_tok; t++)
-            dot[t][i] = sum[t];
-    }
-    MOE_UNROLL
-    for (size_t t = 0; t < n_tok; t++) {
-        out[t].dot = x86_sum8_i32(dot[t]);
-        out[t].d = _mm256_loadu_ps(blocks.d);
-    }
-}
-
 /* The tile has code + offset. */
 MOE_AVX2 static void grid_load_avx2(const grid_format *f, int offset, const uint8_t *const row[8],
                                     size_t at, x86_tile *tile)
@@ -457,12 +404,6 @@ MOE_AVX2 static void grid_load_avx2(const grid_format *f, int offset, const uint
 /* group: weights that share a scale; offset: the least code, negated; size: of code + offset, in
  * bits. */
 #define GRID_X86(type, group, offset, size)                                                        \
-    MOE_AVX2_INLINE void type##_dot8_avx2(const uint8_t *w, const x86_k_tokens *x, size_t b,       \
-                                          size_t n_tok, x86_k_half_fn *half, x86_k_sums *out)      \
-    {                                                                                              \
-        grid_dot8_avx2(&type##_grid, w, x, b, n_tok, half, out);                                   \
-    }                                                                                              \
-    X86_K_GEMV(type, avx2, MOE_AVX2, X86_K_NO_MIN, grid_half_avx2)                                 \
     static void type##_load_avx2(const uint8_t *const row[8], size_t at, size_t n_block,           \
                                  x86_tile *tile)                                                   \
     {                                                                                              \
@@ -520,43 +461,6 @@ MOE_VNNI512 static void grid_load_vnni512(const grid_format *f, int offset, size
     tile->d[0] = _mm512_loadu_ps(blocks.d);
 }
 
-/* 4 * 62 * 127 = 31496: sums of four products fit into 16 bits. */
-MOE_VNNI512_INLINE void grid_dot8_vnni512(const grid_format *f, int offset,
-                                          const uint8_t *const row[8], size_t at, const moe_q8 *x,
-                                          size_t n_tok, x86_k_sums *out)
-{
-    const __m512i groups[2] = {X86_512_GROUPS(0, 4, 1, 5, 2, 6, 3, 7),
-                               X86_512_GROUPS(8, 12, 9, 13, 10, 14, 11, 15)};
-    grid_blocks blocks;
-    x86_512_order order[X86_512_FEWEST];
-    __m512i dot[X86_512_FEWEST][8];
-    for (size_t r = 0; r < 8; r++)
-        grid_unpack(f, row[r] + at, r, &blocks);
-    MOE_UNROLL
-    for (size_t t = 0; t < n_tok; t++) {
-        MOE_UNROLL
-        for (size_t i = 0; i < 4; i++)
-            order[t].q[i] = x86_512_load64(x[t].q + 64 * i);
-        x86_512_begin(&order[t], offset);
-    }
-    for (size_t r = 0; r < 8; r++) {
-        const __m128i scales = _mm_loadu_si128((const __m128i *)blocks.scale[r]);
-        x86_512_row w;
-        MOE_UNROLL
-        for (size_t i = 0; i < 4; i++)
-            w.code[i] = grid_code_512(f, offset, &blocks, r, i);
-        MOE_UNROLL
-        for (size_t i = 0; i < 2; i++)
-            w.scale[i] = x86_512_spread16(scales, groups[i]);
-        x86_512_multiply(&w, order, n_tok, r, dot);
-    }
-    MOE_UNROLL
-    for (size_t t = 0; t < n_tok; t++) {
-        out[t].dot = x86_512_sum8(dot[t]);
-        out[t].d = _mm256_loadu_ps(blocks.d);
-    }
-}
-
 #define GRID_512(type, group, offset)                                                              \
     MOE_VNNI512 static void type##_load_vnni512(x86_512_rows *rows, size_t at, x86_512_tile *tile) \
     {                                                                                              \
@@ -564,11 +468,6 @@ MOE_VNNI512_INLINE void grid_dot8_vnni512(const grid_format *f, int offset,
     }                                                                                              \
     static const x86_512_format type##_vnni512 = {                                                 \
         K_LEN, sizeof(type##_block), offset, type##_load_vnni512, &x86_512_k##group};              \
-    MOE_VNNI512_INLINE void type##_dot8_vnni512(const uint8_t *const row[8], size_t at,            \
-                                                const moe_q8 *x, size_t n_tok, x86_k_sums *out)    \
-    {                                                                                              \
-        grid_dot8_vnni512(&type##_grid, offset, row, at, x, n_tok, out);                           \
-    }                                                                                              \
     X86_512_KERNELS(type, X86_K_NO_MIN)                                                            \
     static moe_kernels type##_select_isa(uint32_t cpu, moe_kernels best)                           \
     {                                                                                              \

@@ -64,6 +64,45 @@ static float iq2_s_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.125f;
 }
 
+#if MOE_X86
+static const x86_grid_shape iq2_s_shape = X86_GRID_SIGNED(43, 2);
+
+MOE_AVX2_INLINE __m256 iq2_s_d8_avx2(const uint8_t *const row[8], size_t at)
+{
+    return _mm256_mul_ps(x86_f16x8(row, at + offsetof(iq2_s_block, d)),
+                         _mm256_set1_ps(0.125f));
+}
+
+MOE_AVX2_INLINE void iq2_s_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+{
+    const __m256i bits = x86_grid_bits_avx2(block + offsetof(iq2_s_block, qh) + 4 * half);
+    const __m256i high = _mm256_and_si256(
+        _mm256_mullo_epi16(bits, _mm256_set1_epi64x(0x0004001000400100)), _mm256_set1_epi16(0x300));
+    const __m256i index = _mm256_or_si256(
+        _mm256_cvtepu8_epi16(x86_grid_load16(block + offsetof(iq2_s_block, qs) + 16 * half)), high);
+    x86_grid_codes2_avx2(x86_grid_find_avx2(x86_grid_top_iq2_s, index), 8, 25, 43, w->code);
+    w->signs = _mm256_cvtepu8_epi16(
+        x86_grid_load16(block + offsetof(iq2_s_block, signs) + 16 * half));
+    w->scale = x86_grid_scales_avx2(block + offsetof(iq2_s_block, scales) + 4 * half);
+}
+
+MOE_VNNI512_INLINE void iq2_s_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+{
+    const __m512i qs = _mm512_cvtepu8_epi16(
+        _mm256_loadu_si256((const __m256i *)(block + offsetof(iq2_s_block, qs))));
+    const __m512i qh = x86_grid_bits_512(block + offsetof(iq2_s_block, qh));
+    const __mmask32 bit8 = _mm512_test_epi16_mask(qh, _mm512_set1_epi64(0x0040001000040001));
+    const __mmask32 bit9 = _mm512_test_epi16_mask(qh, _mm512_set1_epi64(0x0080002000080002));
+    const __m512i points =
+        _mm512_mask_mov_epi16(x86_512_pick512(x86_grid_iq2_s, qs, bit8), bit9,
+                              x86_512_pick512(x86_grid_iq2_s + 512, qs, bit8));
+    x86_grid_iq2_512(points, x86_grid_all_signs_512(block + offsetof(iq2_s_block, signs)), w);
+    w->scale = x86_grid_scales16_512(block + offsetof(iq2_s_block, scales));
+}
+
+X86_GRID_FEW(iq2_s, x86_grid_order)
+#endif
+
 GRID_KERNELS(iq2_s, true, 16, 43, u7)
 GRID_QUANT(iq2_s, "IQ2_S", 22, 1, 1, 32, 32, 8, 8)
 

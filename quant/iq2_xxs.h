@@ -65,6 +65,42 @@ static float iq2_xxs_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.125f;
 }
 
+#if MOE_X86
+static const x86_grid_shape iq2_xxs_shape = X86_GRID_SIGNED(43, 2);
+
+MOE_AVX2_INLINE __m256 iq2_xxs_d8_avx2(const uint8_t *const row[8], size_t at)
+{
+    return _mm256_mul_ps(x86_f16x8(row, at + offsetof(iq2_xxs_block, d)),
+                         _mm256_set1_ps(0.125f));
+}
+
+MOE_AVX2_INLINE void iq2_xxs_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+{
+    const uint8_t *qs = block + offsetof(iq2_xxs_block, qs) + 32 * half;
+    const uint64_t *tops = x86_grid_top_iq2_xxs;
+    const __m256i points =
+        _mm256_setr_epi64x(x86_grid_bytes(tops, qs, 1), x86_grid_bytes(tops, qs + 8, 1),
+                           x86_grid_bytes(tops, qs + 16, 1), x86_grid_bytes(tops, qs + 24, 1));
+    x86_grid_codes2_avx2(points, 8, 25, 43, w->code);
+    x86_grid_rest_avx2(_mm256_shuffle_epi32(x86_k_load(qs), 0xf5), w);
+}
+
+/* A group's two words, indices and the rest, side by side. */
+MOE_VNNI512_INLINE void iq2_xxs_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+    const __m512i odd = _mm512_setr_epi32(1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
+    const __m512i qs = x86_512_load64(block + offsetof(iq2_xxs_block, qs));
+    const __m512i rest = _mm512_permutexvar_epi32(odd, qs);
+    const __m512i index = _mm512_cvtepu8_epi16(
+        _mm512_castsi512_si256(_mm512_permutexvar_epi32(even, qs)));
+    x86_grid_iq2_512(x86_512_pick256(x86_grid_iq2_xxs, index), x86_grid_word_signs_512(rest), w);
+    w->scale = x86_grid_word_scales_512(rest);
+}
+
+X86_GRID_FEW(iq2_xxs, x86_grid_order)
+#endif
+
 GRID_KERNELS(iq2_xxs, true, 32, 43, u7)
 GRID_QUANT(iq2_xxs, "IQ2_XXS", 16, 1, 1, 64)
 

@@ -70,6 +70,50 @@ static float iq3_xxs_d(const uint8_t *block)
     return f32_of_f16(load_u16(block)) * 0.25f;
 }
 
+#if MOE_X86
+static const x86_grid_shape iq3_xxs_shape = X86_GRID_SIGNED(62, 2);
+
+MOE_AVX2_INLINE __m256 iq3_xxs_d8_avx2(const uint8_t *const row[8], size_t at)
+{
+    return _mm256_mul_ps(x86_f16x8(row, at + offsetof(iq3_xxs_block, d)),
+                         _mm256_set1_ps(0.25f));
+}
+
+MOE_AVX2_INLINE void iq3_xxs_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+{
+    const __m128i values = _mm_setr_epi8(4, 12, 20, 28, 36, 44, 52, 62, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    const uint8_t *qs = block + offsetof(iq3_xxs_block, qs) + 32 * half;
+    const uint64_t *tops = x86_grid_top_iq3_xxs;
+    const __m256i even =
+        _mm256_setr_epi64x(x86_grid_bytes(tops, qs, 2), x86_grid_bytes(tops, qs + 8, 2),
+                           x86_grid_bytes(tops, qs + 16, 2), x86_grid_bytes(tops, qs + 24, 2));
+    const __m256i odd =
+        _mm256_setr_epi64x(x86_grid_bytes(tops, qs + 1, 2), x86_grid_bytes(tops, qs + 9, 2),
+                           x86_grid_bytes(tops, qs + 17, 2), x86_grid_bytes(tops, qs + 25, 2));
+    const __m128i rest = x86_grid_load16(block + offsetof(iq3_xxs_block, rest) + 16 * half);
+    x86_grid_codes4_avx2(even, odd, values, w->code);
+    x86_grid_rest_avx2(_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(rest), twice), w);
+}
+
+MOE_VNNI512_INLINE void iq3_xxs_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+{
+    const __m128i values = _mm_setr_epi8(66, 74, 82, 90, 98, 106, 114, 124, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const __m512i qs = x86_512_load64(block + offsetof(iq3_xxs_block, qs));
+    const __m512i rest = _mm512_permutexvar_epi32(
+        twice, _mm512_castsi256_si512(_mm256_loadu_si256(
+                   (const __m256i *)(block + offsetof(iq3_xxs_block, rest)))));
+    x86_grid_codes4_512(x86_512_pick256(x86_grid_iq3_xxs, qs),
+                        x86_512_pick256(x86_grid_iq3_xxs, _mm512_srli_epi16(qs, 8)), values,
+                        w->code);
+    x86_grid_sign_512(x86_grid_word_signs_512(rest), 62, w->code);
+    w->scale = x86_grid_word_scales_512(rest);
+}
+
+X86_GRID_FEW(iq3_xxs, x86_grid_order)
+#endif
+
 GRID_KERNELS(iq3_xxs, true, 32, 62, u7)
 GRID_QUANT(iq3_xxs, "IQ3_XXS", 18, 1, 1, 64, 32)
 

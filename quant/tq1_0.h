@@ -76,6 +76,74 @@ static float tq1_0_d(const uint8_t *block)
     return f32_of_f16(load_u16(((const tq1_0_block *)block)->d));
 }
 
+#if MOE_X86
+static const x86_grid_shape tq1_0_shape = X86_GRID_TERNARY(5);
+
+MOE_AVX2_INLINE __m256 tq1_0_d8_avx2(const uint8_t *const row[8], size_t at)
+{
+    return x86_f16x8(row, at + offsetof(tq1_0_block, d));
+}
+
+/* By digits: in the place of each byte of qs and qh the weight of that digit. */
+MOE_AVX2 static void tq1_0_order_avx2(const int8_t *q, int8_t *out)
+{
+    memset(out, 0, X86_K_ORDERED);
+    for (size_t n = 0; n < 5; n++, out += 32) {
+        memcpy(out, q + 32 * n, 32);
+        memcpy(out + X86_K_ORDERED / 2, q + 160 + 16 * n, 16);
+        if (n < 4)
+            memcpy(out + X86_K_ORDERED / 2 + 16, q + 240 + 4 * n, 4);
+    }
+}
+
+MOE_AVX2_INLINE void tq1_0_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+{
+    const __m256i ones = _mm256_set1_epi8(-1), two = _mm256_set1_epi8(2);
+    const __m256i rest = _mm256_inserti128_si256(
+        _mm256_castsi128_si256(x86_grid_load16(block + 32)),
+        _mm_cvtsi32_si128(x86_load_i32(block + 48)), 1);
+    __m256i u = _mm256_xor_si256(half ? rest : x86_k_load(block), ones);
+    MOE_UNROLL
+    for (size_t n = 0; n < 5; n++) {
+        const __m256i v = _mm256_avg_epu8(u, _mm256_avg_epu8(u, ones));
+        w->code[n] = _mm256_andnot_si256(_mm256_srli_epi16(v, 6), _mm256_set1_epi8(3));
+        u = _mm256_add_epi8(_mm256_add_epi8(u, u), _mm256_add_epi8(u, two));
+    }
+}
+
+/* By digits: in the place of each byte of qs and qh the weight of that digit. */
+MOE_VNNI512_INLINE void tq1_0_order_512(const int8_t *q, __m512i out[X86_GRID_MOST])
+{
+    MOE_UNROLL
+    for (size_t n = 0; n < 5; n++) {
+        int32_t last = 0;
+        if (n < 4)
+            memcpy(&last, q + 240 + 4 * n, 4);
+        const __m256i rest = _mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(q + 160 + 16 * n))),
+            _mm_cvtsi32_si128(last), 1);
+        out[n] = _mm512_inserti64x4(
+            _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(q + 32 * n))), rest, 1);
+    }
+}
+
+/* With u = 255 - byte, vpavgb rounds down what it halves: of u and of half of it, 255 - 3/4 byte,
+ * whose upper two bits are 3 - digit. */
+MOE_VNNI512_INLINE void tq1_0_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+{
+    const __m512i ones = _mm512_set1_epi8(-1), two = _mm512_set1_epi8(2);
+    __m512i u = _mm512_xor_si512(_mm512_maskz_loadu_epi8(0x000fffffffffffff, block), ones);
+    MOE_UNROLL
+    for (size_t n = 0; n < 5; n++) {
+        const __m512i v = _mm512_avg_epu8(u, _mm512_avg_epu8(u, ones));
+        w->code[n] = _mm512_andnot_si512(_mm512_srli_epi16(v, 6), _mm512_set1_epi8(3));
+        u = _mm512_add_epi8(_mm512_add_epi8(u, u), _mm512_add_epi8(u, two));
+    }
+}
+
+X86_GRID_FEW(tq1_0, tq1_0_order)
+#endif
+
 GRID_KERNELS(tq1_0, false, 32, 1, u6)
 GRID_QUANT(tq1_0, "TQ1_0", 34, 48, 4, 1, 1)
 

@@ -54,6 +54,47 @@ static float tq2_0_d(const uint8_t *block)
     return f32_of_f16(load_u16(((const tq2_0_block *)block)->d));
 }
 
+#if MOE_X86
+static const x86_grid_shape tq2_0_shape = X86_GRID_TERNARY(4);
+
+MOE_AVX2_INLINE __m256 tq2_0_d8_avx2(const uint8_t *const row[8], size_t at)
+{
+    return x86_f16x8(row, at + offsetof(tq2_0_block, d));
+}
+
+/* Half after half. */
+MOE_AVX2 static void tq2_0_order_avx2(const int8_t *q, int8_t *out)
+{
+    memcpy(out, q, 128);
+    memcpy(out + X86_K_ORDERED / 2, q + 128, 128);
+}
+
+MOE_AVX2_INLINE void tq2_0_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+{
+    const __m256i qs = x86_k_load(block + 32 * half);
+    MOE_UNROLL
+    for (int j = 0; j < 4; j++)
+        w->code[j] = _mm256_and_si256(_mm256_srli_epi16(qs, 2 * j), _mm256_set1_epi8(3));
+}
+
+MOE_VNNI512_INLINE void tq2_0_order_512(const int8_t *q, __m512i out[X86_GRID_MOST])
+{
+    MOE_UNROLL
+    for (size_t j = 0; j < 4; j++)
+        out[j] = x86_512_pair(q + 32 * j, 128);
+}
+
+MOE_VNNI512_INLINE void tq2_0_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+{
+    const __m512i qs = x86_512_load64(block);
+    MOE_UNROLL
+    for (unsigned j = 0; j < 4; j++)
+        w->code[j] = _mm512_and_si512(_mm512_srli_epi16(qs, 2 * j), _mm512_set1_epi8(3));
+}
+
+X86_GRID_FEW(tq2_0, tq2_0_order)
+#endif
+
 GRID_KERNELS(tq2_0, false, 32, 1, u6)
 GRID_QUANT(tq2_0, "TQ2_0", 35, 64, 1, 1)
 

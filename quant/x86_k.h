@@ -421,8 +421,15 @@ MOE_AVX2_INLINE void x86_k_rows(x86_k_run *run, const x86_k_tokens *x, size_t n_
         x86_k_join(&part[t], x->tok[t].scale, run->n, run->n_row, kind, acc[t]);
 }
 
+/* Brings the activations of a superblock, and what a format wants with them, into its own order: at
+ * most X86_K_ORDERED bytes. NULL: as they are. */
+typedef void x86_k_order_fn(const int8_t *q, int8_t *out);
+
+enum { X86_K_ORDERED = 320 };
+
 /* The activations of superblocks b .. b + n - 1 of a row. */
 MOE_AVX2_INLINE void x86_k_meet(const moe_mm *mm, size_t b, size_t n, size_t n_tok,
+                                x86_k_order_fn *order, int8_t ordered[][X86_K_RUN * X86_K_ORDERED],
                                 x86_k_tokens *x)
 {
     for (size_t i = 0; i < n + 7; i++)
@@ -434,6 +441,10 @@ MOE_AVX2_INLINE void x86_k_meet(const moe_mm *mm, size_t b, size_t n, size_t n_t
         to->scale = q8.scale + b;
         to->sum = q8.sum + K_LEN / 16 * b;
         to->q = q8.q + K_LEN * b;
+        for (size_t i = 0; i < n && order; i++)
+            order(q8.q + K_LEN * (b + i), ordered[t] + X86_K_ORDERED * i);
+        if (order)
+            to->q = ordered[t];
         for (size_t i = 0; i < n + 7; i++) {
             const __m128i *sum = (const __m128i *)(to->sum + x->at[i] / 16);
             int32_t four[4];
@@ -446,15 +457,16 @@ MOE_AVX2_INLINE void x86_k_meet(const moe_mm *mm, size_t b, size_t n, size_t n_t
 }
 
 MOE_AVX2_INLINE void x86_k_few_tokens(const moe_mm *mm, size_t block_bytes, x86_kind kind,
-                                      x86_k_dot8_fn *dot8, size_t n_tok)
+                                      x86_k_order_fn *order, x86_k_dot8_fn *dot8, size_t n_tok)
 {
     const size_t n_block = mm->n_in / K_LEN;
+    int8_t ordered[X86_K_FEWEST][X86_K_RUN * X86_K_ORDERED];
     x86_k_tokens x;
     x86_k_run run;
     for (size_t b = 0; b < n_block; b += run.n) {
         run.n = MOE_MIN(n_block - b, (size_t)X86_K_RUN);
         run.joined = mm->w_stride == run.n * block_bytes;
-        x86_k_meet(mm, b, run.n, n_tok, &x);
+        x86_k_meet(mm, b, run.n, n_tok, order, ordered, &x);
         for (size_t r = 0; r < mm->n_row; r += 8) {
             run.n_row = MOE_MIN(mm->n_row - r, (size_t)8);
             for (size_t i = 0; i < run.n_row; i++)
@@ -480,7 +492,8 @@ MOE_AVX2_INLINE void x86_k_few_tokens(const moe_mm *mm, size_t block_bytes, x86_
     }                                                                                              \
     target static void type##_gemv##number##_##isa(const moe_mm *mm)                               \
     {                                                                                              \
-        x86_k_few_tokens(mm, sizeof(type##_block), kind, type##_dot8_##number##_##isa, n_tok);     \
+        x86_k_few_tokens(mm, sizeof(type##_block), kind, NULL, type##_dot8_##number##_##isa,       \
+                         n_tok);                                                                   \
     }
 #define X86_K_GEMV(type, isa, target, kind, half)                                                  \
     X86_K_GEMV_OF(type, isa, target, kind, half, , 1)                                              \

@@ -18,6 +18,7 @@
 #define _mm256_dpwssd_avx_epi32 simde_mm256_dpwssd_epi32
 
 #define __mmask16 simde__mmask16
+#define __mmask32 simde__mmask32
 #define __mmask64 simde__mmask64
 
 /* Lanes in and out of a vector. */
@@ -122,12 +123,32 @@ static inline __m512i emulated_cvtepu16_epi32(__m256i a)
     return emulated_from_i32(r);
 }
 
+static inline __m512i emulated_cvtepu8_epi32(__m128i a)
+{
+    LANES(uint8_t, 16, v, a);
+    int32_t r[16];
+    for (int i = 0; i < 16; i++)
+        r[i] = v[i];
+    return emulated_from_i32(r);
+}
+
+static inline __m512i emulated_cvtepu8_epi16(__m256i a)
+{
+    LANES(uint8_t, 32, v, a);
+    int16_t r[32];
+    for (int i = 0; i < 32; i++)
+        r[i] = v[i];
+    return simde_mm512_loadu_si512(r);
+}
+
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtepi32_epi16 emulated_cvtepi32_epi16
 #define _mm256_cvtepi32_epi16 emulated_cvtepi32_epi16_256
 #define _mm512_cvtepi16_epi32 emulated_cvtepi16_epi32
 #define _mm512_cvtepu16_epi32 emulated_cvtepu16_epi32
+#define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
+#define _mm512_cvtepu8_epi16 emulated_cvtepu8_epi16
 
 /* ------------------------------------------------------------- shifts, masks, halves -- */
 
@@ -167,6 +188,14 @@ static inline __m512 emulated_mask_loadu_ps(__m512 src, uint16_t mask, const flo
         if (mask >> i & 1)
             v[i] = p[i];
     return emulated_from_f32(v);
+}
+
+static inline __m512i emulated_maskz_loadu_epi8(uint64_t mask, const uint8_t *p)
+{
+    uint8_t v[64];
+    for (int i = 0; i < 64; i++)
+        v[i] = mask >> i & 1 ? p[i] : 0;
+    return simde_mm512_loadu_si512(v);
 }
 
 static inline void emulated_mask_storeu_ps(float *p, uint16_t mask, __m512 a)
@@ -278,6 +307,7 @@ static inline __m256i emulated_sign_epi16(__m256i a, __m256i b)
 #define _mm512_cmplt_epi32_mask emulated_cmplt_epi32_mask
 #define _mm512_mask_loadu_ps emulated_mask_loadu_ps
 #define _mm512_maskz_loadu_ps(mask, p) emulated_mask_loadu_ps(simde_mm512_setzero_ps(), mask, p)
+#define _mm512_maskz_loadu_epi8 emulated_maskz_loadu_epi8
 #define _mm512_mask_storeu_ps emulated_mask_storeu_ps
 #define _mm512_extractf32x8_ps emulated_extractf32x8_ps
 
