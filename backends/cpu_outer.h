@@ -118,6 +118,15 @@ MOE_INLINE void outer_fetch(uintptr_t address, size_t bytes)
 #endif
 }
 
+MOE_INLINE void outer_fetch_near(uintptr_t address)
+{
+#ifdef __GNUC__
+    __builtin_prefetch((const void *)address, 0, 3);
+#else
+    (void)address;
+#endif
+}
+
 /* What is left of a transposition after blocks of `block` rows and columns. */
 MOE_UNUSED static void transpose_rest(float *dst, size_t dst_stride, const float *src,
                                       size_t src_stride, size_t n_row, size_t n_col, size_t block)
@@ -139,14 +148,23 @@ MOE_UNUSED static void transpose_f16_rest(float *dst, size_t dst_stride, const u
 }
 
 /* Keys of F16 in rows, which a tile takes `n` elements of at a time as floats: strip[row][n]. The
- * last tile repeats the last row. */
-enum { OUTER_KEYS = 16, OUTER_STRIP = 16 };
+ * last tile repeats the last row. A strip is a line of the cache; no prefetcher follows so many
+ * rows, so the lines of a later one are fetched by hand. */
+enum { OUTER_KEYS = 16, OUTER_STRIP = 32, OUTER_STRIPS_AHEAD = 2 };
 
 MOE_UNUSED static void outer_key_rows(const cpu_outer *o, size_t row, size_t n,
                                       const uint8_t **rows)
 {
     for (size_t i = 0; i < n; i++)
         rows[i] = o->a_f16 + 2 * MOE_MIN(row + i, o->n_row - 1) * o->a_stride;
+}
+
+/* From element k of a row to what is fetched meanwhile: further on in the row, or in that of the
+ * next tile of `n_key` rows. */
+MOE_UNUSED static size_t outer_keys_ahead(const cpu_outer *o, size_t k, size_t n_key)
+{
+    const size_t ahead = OUTER_STRIPS_AHEAD * OUTER_STRIP;
+    return 2 * (k + ahead < o->n_k ? ahead : ahead + n_key * o->a_stride - o->n_k);
 }
 
 /* What is left of the rows after whole strips. */
@@ -242,16 +260,19 @@ AVX2 MOE_INLINE void outer_columns_avx2(const cpu_outer *o, bool f16)
         outer_c(&rest);
 }
 
-AVX2 MOE_INLINE void outer_strip_avx2(const uint8_t *const *rows, size_t k, size_t n_k,
+AVX2 MOE_INLINE void outer_strip_avx2(const cpu_outer *o, const uint8_t *const *rows, size_t k,
                                       float *strip)
 {
-    if (n_k - k < OUTER_STRIP) {
-        outer_key_rest(rows, OUTER_ROWS, k, n_k - k, strip);
+    const size_t ahead = outer_keys_ahead(o, k, OUTER_ROWS);
+    if (o->n_k - k < OUTER_STRIP) {
+        outer_key_rest(rows, OUTER_ROWS, k, o->n_k - k, strip);
         return;
     }
     for (size_t i = 0; i < OUTER_ROWS; i++) {
-        _mm256_storeu_ps(strip + i * OUTER_STRIP, outer_f16_avx2(rows[i] + 2 * k));
-        _mm256_storeu_ps(strip + i * OUTER_STRIP + 8, outer_f16_avx2(rows[i] + 2 * k + 16));
+        const uint8_t *key = rows[i] + 2 * k;
+        for (size_t j = 0; j < OUTER_STRIP; j += 8, strip += 8)
+            _mm256_storeu_ps(strip, outer_f16_avx2(key + 2 * j));
+        outer_fetch_near((uintptr_t)key + ahead);
     }
 }
 
@@ -268,14 +289,14 @@ AVX2 MOE_INLINE void outer_keys_tile_avx2(const cpu_outer *o, const uint8_t *con
             c[i][v] = o->fresh || i >= o->n_row ? _mm256_setzero_ps()
                                                 : _mm256_loadu_ps(o->c + i * o->c_stride + 8 * v);
     const float *row = o->b;
-    uintptr_t next = o->next;
-    outer_strip_avx2(rows, 0, o->n_k, strips[0]);
+    outer_strip_avx2(o, rows, 0, strips[0]);
     for (size_t k = 0; k < o->n_k; k += OUTER_STRIP) {
         const float *strip = strips[k / OUTER_STRIP % 2];
         const size_t n = MOE_MIN(OUTER_STRIP, o->n_k - k);
         if (n == OUTER_STRIP)
-            outer_strip_avx2(rows, k + n, o->n_k, strips[(k / OUTER_STRIP + 1) % 2]);
-        for (size_t j = 0; j < n; j++, row += o->b_stride, next += o->next_bytes) {
+            outer_strip_avx2(o, rows, k + n, strips[(k / OUTER_STRIP + 1) % 2]);
+        outer_fetch(o->next + k * o->next_bytes, n * o->next_bytes);
+        for (size_t j = 0; j < n; j++, row += o->b_stride) {
             const __m256 b[2] = {_mm256_loadu_ps(row), _mm256_loadu_ps(row + 8)};
             MOE_UNROLL
             for (size_t i = 0; i < OUTER_ROWS; i++) {
@@ -284,7 +305,6 @@ AVX2 MOE_INLINE void outer_keys_tile_avx2(const cpu_outer *o, const uint8_t *con
                 for (size_t v = 0; v < 2; v++)
                     c[i][v] = _mm256_fmadd_ps(a, b[v], c[i][v]);
             }
-            outer_fetch(next, o->next_bytes);
         }
     }
     MOE_UNROLL
@@ -460,15 +480,20 @@ AVX512 MOE_INLINE void outer_all_columns_avx512(const cpu_outer *o, bool f16)
         outer_avx2(&rest);
 }
 
-AVX512 MOE_INLINE void outer_strip_avx512(const uint8_t *const *rows, size_t k, size_t n_k,
+AVX512 MOE_INLINE void outer_strip_avx512(const cpu_outer *o, const uint8_t *const *rows, size_t k,
                                           float *strip)
 {
-    if (n_k - k < OUTER_STRIP) {
-        outer_key_rest(rows, OUTER_KEYS, k, n_k - k, strip);
+    const size_t ahead = outer_keys_ahead(o, k, OUTER_KEYS);
+    if (o->n_k - k < OUTER_STRIP) {
+        outer_key_rest(rows, OUTER_KEYS, k, o->n_k - k, strip);
         return;
     }
-    for (size_t i = 0; i < OUTER_KEYS; i++)
-        _mm512_storeu_ps(strip + i * OUTER_STRIP, outer_f16_avx512(rows[i] + 2 * k));
+    for (size_t i = 0; i < OUTER_KEYS; i++, strip += OUTER_STRIP) {
+        const uint8_t *key = rows[i] + 2 * k;
+        _mm512_storeu_ps(strip, outer_f16_avx512(key));
+        _mm512_storeu_ps(strip + 16, outer_f16_avx512(key + 32));
+        outer_fetch_near((uintptr_t)key + ahead);
+    }
 }
 
 /* OUTER_KEYS rows, of which the first n_row are stored, and 16 columns. While a strip is multiplied
@@ -482,19 +507,18 @@ AVX512 MOE_INLINE void outer_keys_tile_avx512(const cpu_outer *o, const uint8_t 
         c[i] = o->fresh || i >= o->n_row ? _mm512_setzero_ps()
                                          : _mm512_loadu_ps(o->c + i * o->c_stride);
     const float *row = o->b;
-    uintptr_t next = o->next;
-    outer_strip_avx512(rows, 0, o->n_k, strips[0]);
+    outer_strip_avx512(o, rows, 0, strips[0]);
     for (size_t k = 0; k < o->n_k; k += OUTER_STRIP) {
         const float *strip = strips[k / OUTER_STRIP % 2];
         const size_t n = MOE_MIN(OUTER_STRIP, o->n_k - k);
         if (n == OUTER_STRIP)
-            outer_strip_avx512(rows, k + n, o->n_k, strips[(k / OUTER_STRIP + 1) % 2]);
-        for (size_t j = 0; j < n; j++, row += o->b_stride, next += o->next_bytes) {
+            outer_strip_avx512(o, rows, k + n, strips[(k / OUTER_STRIP + 1) % 2]);
+        outer_fetch(o->next + k * o->next_bytes, n * o->next_bytes);
+        for (size_t j = 0; j < n; j++, row += o->b_stride) {
             const __m512 b = _mm512_loadu_ps(row);
             MOE_UNROLL
             for (size_t i = 0; i < OUTER_KEYS; i++)
                 c[i] = _mm512_fmadd_ps(_mm512_set1_ps(strip[i * OUTER_STRIP + j]), b, c[i]);
-            outer_fetch(next, o->next_bytes);
         }
     }
     MOE_UNROLL
@@ -597,15 +621,20 @@ MOE_INLINE void outer_columns_neon(const cpu_outer *o, bool f16)
         outer_c(&rest);
 }
 
-MOE_INLINE void outer_strip_neon(const uint8_t *const *rows, size_t k, size_t n_k, float *strip)
+MOE_INLINE void outer_strip_neon(const cpu_outer *o, const uint8_t *const *rows, size_t k,
+                                 float *strip)
 {
-    if (n_k - k < OUTER_STRIP) {
-        outer_key_rest(rows, OUTER_ROWS, k, n_k - k, strip);
+    const size_t ahead = outer_keys_ahead(o, k, OUTER_ROWS);
+    if (o->n_k - k < OUTER_STRIP) {
+        outer_key_rest(rows, OUTER_ROWS, k, o->n_k - k, strip);
         return;
     }
-    for (size_t i = 0; i < OUTER_ROWS; i++)
-        for (size_t j = 0; j < OUTER_STRIP; j += 4)
-            vst1q_f32(strip + i * OUTER_STRIP + j, outer_f16_neon(rows[i] + 2 * (k + j)));
+    for (size_t i = 0; i < OUTER_ROWS; i++) {
+        const uint8_t *key = rows[i] + 2 * k;
+        for (size_t j = 0; j < OUTER_STRIP; j += 4, strip += 4)
+            vst1q_f32(strip, outer_f16_neon(key + 2 * j));
+        outer_fetch_near((uintptr_t)key + ahead);
+    }
 }
 
 /* OUTER_ROWS rows, of which the first n_row are stored, and 16 columns. While a strip is multiplied
@@ -621,14 +650,14 @@ MOE_INLINE void outer_keys_tile_neon(const cpu_outer *o, const uint8_t *const *r
             c[i][v] = o->fresh || i >= o->n_row ? vdupq_n_f32(0)
                                                 : vld1q_f32(o->c + i * o->c_stride + 4 * v);
     const float *row = o->b;
-    uintptr_t next = o->next;
-    outer_strip_neon(rows, 0, o->n_k, strips[0]);
+    outer_strip_neon(o, rows, 0, strips[0]);
     for (size_t k = 0; k < o->n_k; k += OUTER_STRIP) {
         const float *strip = strips[k / OUTER_STRIP % 2];
         const size_t n = MOE_MIN(OUTER_STRIP, o->n_k - k);
         if (n == OUTER_STRIP)
-            outer_strip_neon(rows, k + n, o->n_k, strips[(k / OUTER_STRIP + 1) % 2]);
-        for (size_t j = 0; j < n; j++, row += o->b_stride, next += o->next_bytes) {
+            outer_strip_neon(o, rows, k + n, strips[(k / OUTER_STRIP + 1) % 2]);
+        outer_fetch(o->next + k * o->next_bytes, n * o->next_bytes);
+        for (size_t j = 0; j < n; j++, row += o->b_stride) {
             float32x4_t b[4];
             MOE_UNROLL
             for (size_t v = 0; v < 4; v++)
@@ -640,7 +669,6 @@ MOE_INLINE void outer_keys_tile_neon(const cpu_outer *o, const uint8_t *const *r
                 for (size_t v = 0; v < 4; v++)
                     c[i][v] = vfmaq_f32(c[i][v], a, b[v]);
             }
-            outer_fetch(next, o->next_bytes);
         }
     }
     MOE_UNROLL

@@ -209,10 +209,10 @@ static void f16_products_equal_c(void)
 {
     enum { STRIDE = 67, ROWS = 35 };
     static const size_t rows[] = {1, 2, 5, 6, 8, 15, 16, 17, 34};
-    static const size_t keys[] = {1, 15, 16, 17, 32, 50};
+    static const size_t keys[] = {1, 16, 31, 32, 33, 64};
     static const size_t cols[] = {5, 8, 16, 17, 32, 48, 67};
-    static float a[ROWS * STRIDE], b[50 * STRIDE], c[2][ROWS * STRIDE];
-    static uint8_t half[50 * STRIDE * 2];
+    static float a[ROWS * STRIDE], b[64 * STRIDE], c[2][ROWS * STRIDE];
+    static uint8_t half[64 * STRIDE * 2];
     const uint32_t machine = cpu_detect();
     size_t n_checked = 0;
     for (size_t i = 0; i < MOE_COUNT(half); i += 2) { // below 2, subnormal ones too
