@@ -87,13 +87,19 @@ MOE_INLINE float32x4_t arm_f32_of_f16(uint16x4_t h)
     return vcvt_f32_f16(vreinterpret_f16_u16(h));
 }
 
-/* The half-precision number at `offset` of each of 4 rows. */
-MOE_INLINE float32x4_t arm_f16x4(const uint8_t *const row[4], size_t offset)
+/* The 16-bit word at `offset` of each of 4 rows. */
+MOE_INLINE uint16x4_t arm_u16x4(const uint8_t *const row[4], size_t offset)
 {
     uint16x4_t h = vdup_n_u16(load_u16(row[0] + offset));
     h = vset_lane_u16(load_u16(row[1] + offset), h, 1);
     h = vset_lane_u16(load_u16(row[2] + offset), h, 2);
-    return arm_f32_of_f16(vset_lane_u16(load_u16(row[3] + offset), h, 3));
+    return vset_lane_u16(load_u16(row[3] + offset), h, 3);
+}
+
+/* The half-precision number there. */
+MOE_INLINE float32x4_t arm_f16x4(const uint8_t *const row[4], size_t offset)
+{
+    return arm_f32_of_f16(arm_u16x4(row, offset));
 }
 
 /* Writes the results of n rows, 4 at most. */
@@ -342,13 +348,53 @@ typedef struct arm32_format {
     void (*codes)(const uint8_t *block, int8x16_t code[2]);
     /* The scales of the blocks at `offset` of 4 rows. */
     float32x4_t (*scales)(const uint8_t *const row[4], size_t offset);
+    /* Longer blocks consist of n_part times 32 weights, and the format has these functions instead:
+     * pair says that k 0..15 and 16..31 have a scale each, d[0] and d[1]; else d[0] is that of
+     * all. */
+    size_t n_part;
+    bool pair;
+    void (*part_codes)(const uint8_t *block, size_t part, int8x16_t code[2]);
+    void (*part_scales)(const uint8_t *const row[4], size_t offset, size_t part, float32x4_t d[2]);
 } arm32_format;
 
-/* acc + the part of one block of 4 rows: the expression of the formats. */
-MOE_INLINE float32x4_t arm32_add(const arm32_format *f, int32x4_t dot, float32x4_t d, float32x4_t m,
-                                 const moe_q8 *x, size_t b, float32x4_t acc)
+/* Where the 32 weights number b of a row stand. */
+MOE_INLINE size_t arm32_at(const arm32_format *f, size_t b)
+{
+    return (f->n_part ? b / f->n_part : b) * f->block_bytes;
+}
+
+MOE_INLINE void arm32_codes(const arm32_format *f, const uint8_t *row, size_t b, int8x16_t code[2])
+{
+    if (f->n_part)
+        f->part_codes(row + arm32_at(f, b), b % f->n_part, code);
+    else
+        f->codes(row + arm32_at(f, b), code);
+}
+
+/* d, and m or what stands in its place. */
+MOE_INLINE void arm32_scales(const arm32_format *f, const uint8_t *const row[4], size_t b,
+                             float32x4_t d[2])
+{
+    const size_t at = arm32_at(f, b);
+    if (f->n_part) {
+        f->part_scales(row, at, b % f->n_part, d);
+        return;
+    }
+    d[0] = f->scales(row, at);
+    d[1] = f->affine ? arm_f16x4(row, at + 2) : d[0];
+}
+
+/* acc + the part of 32 weights of 4 rows: the expression of the formats. dot2 is that of k 16..31
+ * of a pair. */
+MOE_INLINE float32x4_t arm32_add(const arm32_format *f, int32x4_t dot, int32x4_t dot2,
+                                 float32x4_t d, float32x4_t m, const moe_q8 *x, size_t b,
+                                 float32x4_t acc)
 {
     const float32x4_t x_scale = vld1q_dup_f32(x->scale + b);
+    if (f->pair) {
+        const float32x4_t first = vmulq_f32(d, vcvtq_f32_s32(dot));
+        return vfmaq_f32(acc, x_scale, vfmaq_f32(first, m, vcvtq_f32_s32(dot2)));
+    }
     acc = vfmaq_f32(acc, vmulq_f32(d, x_scale), vcvtq_f32_s32(dot));
     if (!f->affine)
         return acc;
@@ -368,47 +414,49 @@ MOE_INLINE void arm32_gemv(const moe_mm *mm, const arm32_format *f, arm_dot_fn *
         float32x4_t acc = vdupq_n_f32(0);
         const uintptr_t next = (uintptr_t)row[0] + 4 * mm->w_stride;
         for (size_t b = 0; b < n_block; b++) {
-            const size_t at = b * f->block_bytes;
             const int8x16_t x0 = vld1q_s8(x.q + 32 * b), x1 = vld1q_s8(x.q + 32 * b + 16);
-            int32x4_t sum[4];
-            arm_prefetch(next + 4 * at, 4 * f->block_bytes);
+            int32x4_t sum[4], sum2[4];
+            if (!f->n_part || b % f->n_part == 0)
+                arm_prefetch(next + 4 * arm32_at(f, b), 4 * f->block_bytes);
             MOE_UNROLL
             for (size_t i = 0; i < 4; i++) {
                 int8x16_t code[2];
-                f->codes(row[i] + at, code);
-                sum[i] = dot(dot(vdupq_n_s32(0), code[0], x0), code[1], x1);
+                arm32_codes(f, row[i], b, code);
+                sum[i] = dot(vdupq_n_s32(0), code[0], x0);
+                sum2[i] = dot(f->pair ? vdupq_n_s32(0) : sum[i], code[1], x1);
             }
-            const float32x4_t d = f->scales(row, at), m = f->affine ? arm_f16x4(row, at + 2) : d;
-            acc = arm32_add(f, arm_sum4(sum[0], sum[1], sum[2], sum[3]), d, m, &x, b, acc);
+            float32x4_t d[2];
+            arm32_scales(f, row, b, d);
+            const int32x4_t dot2 = arm_sum4(sum2[0], sum2[1], sum2[2], sum2[3]);
+            const int32x4_t dot1 = f->pair ? arm_sum4(sum[0], sum[1], sum[2], sum[3]) : dot2;
+            acc = arm32_add(f, dot1, dot2, d[0], d[1], &x, b, acc);
         }
         arm_store_rows(mm->y + r, acc, mm->n_row - r);
     }
 }
 
-/* One block of 8 rows. */
+/* 32 weights of 8 rows. */
 typedef struct arm32_tile {
     int8x16_t code[16];     // two slices
-    float32x4_t d[2], m[2]; // [row]
+    float32x4_t d[2][2];    // [row / 4] as arm32_scales() has them
 } arm32_tile;
 
-MOE_INLINE void arm32_load(const uint8_t *const row[8], size_t at, const arm32_format *f,
+MOE_INLINE void arm32_load(const uint8_t *const row[8], size_t b, const arm32_format *f,
                            const arm_engine *e, arm32_tile *tile)
 {
     int8x16_t low[8], high[8];
     MOE_UNROLL
     for (size_t r = 0; r < 8; r++) {
         int8x16_t code[2];
-        f->codes(row[r] + at, code);
+        arm32_codes(f, row[r], b, code);
         low[r] = code[0];
         high[r] = code[1];
     }
     e->pack(low, tile->code);
     e->pack(high, tile->code + 8);
     MOE_UNROLL
-    for (size_t h = 0; h < 2; h++) {
-        tile->d[h] = f->scales(row + 4 * h, at);
-        tile->m[h] = f->affine ? arm_f16x4(row + 4 * h, at + 2) : tile->d[h];
-    }
+    for (size_t h = 0; h < 2; h++)
+        arm32_scales(f, row + 4 * h, b, tile->d[h]);
 }
 
 /* acc[t] += tile * block b of token t, for n_tok (constant, <= 4) tokens. */
@@ -416,7 +464,7 @@ MOE_INLINE void arm32_step(const arm32_tile *tile, const moe_q8 *x, size_t b, si
                            const arm32_format *f, const arm_engine *e, float32x4_t (*acc)[2])
 {
     const int8_t *q[4];
-    int32x4_t sum[8], dot[4][2];
+    int32x4_t sum[8], dot[4][2], dot2[4][2];
     MOE_UNROLL
     for (size_t t = 0; t < n_tok; t++)
         q[t] = x[t].q + 32 * b;
@@ -424,12 +472,20 @@ MOE_INLINE void arm32_step(const arm32_tile *tile, const moe_q8 *x, size_t b, si
     for (size_t i = 0; i < n_tok * e->n_sum; i++)
         sum[i] = vdupq_n_s32(0);
     e->dot(tile->code, q, 0, n_tok, sum);
+    if (f->pair) {
+        e->finish(sum, n_tok, dot);
+        MOE_UNROLL
+        for (size_t i = 0; i < n_tok * e->n_sum; i++)
+            sum[i] = vdupq_n_s32(0);
+    }
     e->dot(tile->code + 8, q, 16, n_tok, sum);
-    e->finish(sum, n_tok, dot);
+    e->finish(sum, n_tok, f->pair ? dot2 : dot);
     MOE_UNROLL
-    for (size_t t = 0; t < n_tok; t++) {
-        acc[t][0] = arm32_add(f, dot[t][0], tile->d[0], tile->m[0], &x[t], b, acc[t][0]);
-        acc[t][1] = arm32_add(f, dot[t][1], tile->d[1], tile->m[1], &x[t], b, acc[t][1]);
+    for (size_t i = 0; i < 2 * n_tok; i++) {
+        const size_t t = i / 2, h = i % 2;
+        const float32x4_t *d = tile->d[h];
+        acc[t][h] = arm32_add(f, dot[t][h], f->pair ? dot2[t][h] : dot[t][h], d[0], d[1], &x[t], b,
+                              acc[t][h]);
     }
 }
 
@@ -485,8 +541,9 @@ MOE_INLINE void arm32_gemm_tokens(const moe_mm *mm, size_t t0, size_t n_tok, con
         const uintptr_t next = (uintptr_t)row[0] + 8 * mm->w_stride;
         for (size_t b = 0; b < mm->n_in / 32; b++) {
             arm32_tile tile;
-            arm_prefetch(next + b * 8 * f->block_bytes, 8 * f->block_bytes);
-            arm32_load(row, b * f->block_bytes, f, e, &tile);
+            if (!f->n_part || b % f->n_part == 0)
+                arm_prefetch(next + 8 * arm32_at(f, b), 8 * f->block_bytes);
+            arm32_load(row, b, f, e, &tile);
             size_t t = 0;
             for (; t + e->n_tok <= n_tok; t += e->n_tok)
                 arm32_step(&tile, x + t, b, e->n_tok, f, e, acc + t);

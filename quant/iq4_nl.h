@@ -155,7 +155,8 @@ MOE_INLINE void iq4_nl_codes_arm(const uint8_t *block, int8x16_t code[2])
     arm_look_up(code, 2, iq4_value);
 }
 
-static const arm32_format iq4_nl_arm = {sizeof(iq4_nl_block), false, iq4_nl_codes_arm, arm_f16x4};
+static const arm32_format iq4_nl_arm = {.block_bytes = sizeof(iq4_nl_block),
+                                        .codes = iq4_nl_codes_arm, .scales = arm_f16x4};
 ARM_KERNELS(iq4_nl, arm32)
 #endif
 

@@ -210,8 +210,8 @@ MOE_INLINE void mxfp4_codes_arm(const uint8_t *block, int8x16_t code[2])
     arm_look_up(code, 2, mxfp4_value);
 }
 
-static const arm32_format mxfp4_arm = {sizeof(mxfp4_block), false, mxfp4_codes_arm,
-                                        mxfp4_scales_arm};
+static const arm32_format mxfp4_arm = {.block_bytes = sizeof(mxfp4_block),
+                                       .codes = mxfp4_codes_arm, .scales = mxfp4_scales_arm};
 ARM_KERNELS(mxfp4, arm32)
 #endif
 

@@ -146,7 +146,8 @@ MOE_INLINE void q4_0_codes_arm(const uint8_t *block, int8x16_t code[2])
     arm_subtract(code, 2, 8);
 }
 
-static const arm32_format q4_0_arm = {sizeof(q4_0_block), false, q4_0_codes_arm, arm_f16x4};
+static const arm32_format q4_0_arm = {.block_bytes = sizeof(q4_0_block),
+                                      .codes = q4_0_codes_arm, .scales = arm_f16x4};
 ARM_KERNELS(q4_0, arm32)
 #endif
 

@@ -149,7 +149,8 @@ MOE_INLINE void q4_1_codes_arm(const uint8_t *block, int8x16_t code[2])
     arm_nibbles(block + offsetof(q4_1_block, q), code);
 }
 
-static const arm32_format q4_1_arm = {sizeof(q4_1_block), true, q4_1_codes_arm, arm_f16x4};
+static const arm32_format q4_1_arm = {.block_bytes = sizeof(q4_1_block), .affine = true,
+                                      .codes = q4_1_codes_arm, .scales = arm_f16x4};
 ARM_KERNELS(q4_1, arm32)
 #endif
 

@@ -156,7 +156,8 @@ MOE_INLINE void q5_0_codes_arm(const uint8_t *block, int8x16_t code[2])
     arm_subtract(code, 2, 16);
 }
 
-static const arm32_format q5_0_arm = {sizeof(q5_0_block), false, q5_0_codes_arm, arm_f16x4};
+static const arm32_format q5_0_arm = {.block_bytes = sizeof(q5_0_block),
+                                      .codes = q5_0_codes_arm, .scales = arm_f16x4};
 ARM_KERNELS(q5_0, arm32)
 #endif
 

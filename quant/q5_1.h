@@ -157,7 +157,8 @@ MOE_INLINE void q5_1_codes_arm(const uint8_t *block, int8x16_t code[2])
     arm_fifth_bits(block + offsetof(q5_1_block, qh), code);
 }
 
-static const arm32_format q5_1_arm = {sizeof(q5_1_block), true, q5_1_codes_arm, arm_f16x4};
+static const arm32_format q5_1_arm = {.block_bytes = sizeof(q5_1_block), .affine = true,
+                                      .codes = q5_1_codes_arm, .scales = arm_f16x4};
 ARM_KERNELS(q5_1, arm32)
 #endif
 

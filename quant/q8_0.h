@@ -148,7 +148,8 @@ MOE_INLINE void q8_0_codes_arm(const uint8_t *block, int8x16_t code[2])
     code[1] = vld1q_s8(q + 16);
 }
 
-static const arm32_format q8_0_arm = {sizeof(q8_0_block), false, q8_0_codes_arm, arm_f16x4};
+static const arm32_format q8_0_arm = {.block_bytes = sizeof(q8_0_block),
+                                      .codes = q8_0_codes_arm, .scales = arm_f16x4};
 ARM_KERNELS(q8_0, arm32)
 #endif
 

@@ -22,6 +22,7 @@
 #include "iq4_nl.h"
 #include "iq4_xs.h"
 #include "mxfp4.h"
+#include "nvfp4.h"
 #include "tcq4.h"
 #include "tcq5.h"
 #include "tcq8.h"

@@ -256,6 +256,13 @@ MOE_AVX2_INLINE __m256i x86_sum_times(const x86_x32 *x, int16_t factor)
     return _mm256_madd_epi16(x->sum, _mm256_set1_epi16(factor));
 }
 
+/* Where the 4 bytes of a transposed block of 32 in two groups of 16 stand, of which each has k 0..7
+ * in low and k 8..15 in high nibbles. */
+MOE_INLINE size_t x86_pair_place(size_t j)
+{
+    return j / 4 * 2 + j / 2 % 2 * 4 + j % 2;
+}
+
 /* acc + (d * x_scale) * sum, as fmaf. */
 MOE_AVX2_INLINE __m256 x86_add_scaled(const x86_block *w, const x86_x32 *x, __m256i sum, __m256 acc)
 {

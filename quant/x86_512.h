@@ -414,6 +414,46 @@ MOE_VNNI512_INLINE void x86_512_step_32(const x86_512_tile *tile, const x86_512_
         _mm512_storeu_ps(x86_512_at(acc, t0, i, n_tile), total[i]);
 }
 
+/* The products of 16 weights, first .. of the tile's codes, as floats. */
+MOE_VNNI512_INLINE void x86_512_group(const x86_512_tile *tile, const x86_512_token *token,
+                                      size_t group, const int8_t *q, size_t stride, __m512 dot[16],
+                                      size_t n_tile, size_t n_tok)
+{
+    __m512i sum[16];
+    MOE_UNROLL
+    for (size_t i = 0; i < n_tile * n_tok; i++)
+        sum[i] = _mm512_set1_epi32(token[i / n_tile].init[group]);
+    x86_512_dot(tile, 4 * group, 4, q + 16 * group, stride, sum, n_tile, n_tok);
+    MOE_UNROLL
+    for (size_t i = 0; i < n_tile * n_tok; i++)
+        dot[i] = _mm512_cvtepi32_ps(sum[i]);
+}
+
+/* Blocks of 32 weights in two groups: acc = fma(x_scale, fma(m, sum1, d sum0), acc). */
+MOE_VNNI512_INLINE void x86_512_step_pair(const x86_512_tile *tile, const x86_512_x *x, size_t t0,
+                                          float *acc, size_t n_tile, size_t n_tok, size_t group)
+{
+    const int8_t *q = x->q + t0 * x->stride;
+    const char *scale = (const char *)x->scale + t0 * x->stride;
+    x86_512_token token[4];
+    x86_512_prepare(x, t0, n_tok, group, token);
+    for (size_t b = x->first_block; b < x->n_block; b++) {
+        __m512 first[16], second[16];
+        x86_512_group(tile, token, 2 * b, q, x->stride, first, n_tile, n_tok);
+        MOE_UNROLL
+        for (size_t i = 0; i < n_tile * n_tok; i++)
+            first[i] = _mm512_mul_ps(tile[i % n_tile].d[b], first[i]);
+        x86_512_group(tile, token, 2 * b + 1, q, x->stride, second, n_tile, n_tok);
+        MOE_UNROLL
+        for (size_t i = 0; i < n_tile * n_tok; i++) {
+            float one, *to = x86_512_at(acc, t0, i, n_tile);
+            memcpy(&one, scale + 4 * b + i / n_tile * x->stride, sizeof one);
+            const __m512 term = _mm512_fmadd_ps(tile[i % n_tile].m[b], second[i], first[i]);
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(one), term, _mm512_loadu_ps(to)));
+        }
+    }
+}
+
 /* A superblock's part of a sum of 16 rows; `min` is NULL for formats without minima. */
 MOE_VNNI512_INLINE void x86_512_add(const x86_512_tile *tile, __m512i dot, const __m512i *min,
                                     float scale, float *acc)
@@ -519,6 +559,7 @@ MOE_VNNI512_INLINE void x86_512_fetch_tokens(const x86_512_x *x, size_t t)
 
 X86_512_STEPS(x86_512_block, x86_512_step_32, false)
 X86_512_STEPS(x86_512_affine, x86_512_step_32, true)
+X86_512_STEPS(x86_512_pairs, x86_512_step_pair, 16)
 X86_512_STEPS(x86_512_k16, x86_512_step_k, 16, 0)
 X86_512_STEPS(x86_512_k32, x86_512_step_k, 32, 0)
 X86_512_STEPS(x86_512_k32_min, x86_512_step_k, 32, 4)

@@ -50,6 +50,7 @@ typedef struct x86_tile {
 typedef enum x86_kind {
     X86_BLOCK,       /* fma(d x_scale, dot, acc) for each block of 32 */
     X86_AFFINE,      /* then fma(m x_scale, sum of x, acc) */
+    X86_PAIR,        /* fma(x_scale, fma(m, dot of k 16.., d dot of k 0..), acc) for blocks of 32 */
     X86_K_NO_MIN,    /* fma(x_scale d, dot, acc) for superblocks, dot = sum of scale * products */
     X86_K_FLOAT_MIN  /* fma(x_scale, fma(-dmin, sum of min * sum of x, d dot), acc) */
 } x86_kind;
@@ -196,7 +197,7 @@ MOE_AVX2_INLINE __m256i x86_broadcast4(const void *p)
 
 MOE_INLINE bool x86_is_block(const x86_shape *s)
 {
-    return s->kind == X86_BLOCK || s->kind == X86_AFFINE;
+    return s->kind == X86_BLOCK || s->kind == X86_AFFINE || s->kind == X86_PAIR;
 }
 
 /* What up to 4 tokens bring to the tiles. */
@@ -278,7 +279,8 @@ MOE_AVX2_INLINE void x86_ready(const int8_t *q, const int16_t *sum, int offset, 
 }
 
 /* sum[j] += the (scaled) products of k 32 p .. 32 p + 31 of tile j % n_tile with token j / n_tile.
- * n_tile and n_tok are constants, n_tile * n_tok <= 8. */
+ * X86_PAIR: those of k 16 .. are added to sum[8 + j]. n_tile and n_tok are constants and n_tile *
+ * n_tok <= 8. */
 typedef void x86_dot32_fn(const x86_tile *tile, size_t p, const x86_part *x, __m256i *sum,
                           size_t n_tile, size_t n_tok, const x86_shape *s);
 
@@ -322,8 +324,9 @@ MOE_AVX2_INLINE void x86_dot32_avx2(const x86_tile *tile, size_t p, const x86_pa
         MOE_UNROLL
         for (size_t j = 0; j < n_tile * n_tok; j++) {
             const __m256i factor = x86_factor(&tile[j % n_tile], p, g, s);
-            sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(part[j], factor));
-            x86_pin(&sum[j]);
+            const size_t to = s->kind == X86_PAIR ? 8 * g + j : j;
+            sum[to] = _mm256_add_epi32(sum[to], _mm256_madd_epi16(part[j], factor));
+            x86_pin(&sum[to]);
         }
     }
 }
@@ -383,7 +386,7 @@ MOE_AVX_VNNI_INLINE void x86_dot32_avxvnni(const x86_tile *tile, size_t p, const
         MOE_UNROLL
         for (size_t j = 0; j < n_tile * n_tok; j++)
             if (x86_is_block(s))
-                part[j] = sum[j];
+                part[j] = sum[8 * i + j];
             else if (s->start == X86_OFFSET)
                 part[j] = x86_broadcast4(x->ready[j / n_tile] + n_part * p + i);
             else
@@ -399,9 +402,10 @@ MOE_AVX_VNNI_INLINE void x86_dot32_avxvnni(const x86_tile *tile, size_t p, const
         MOE_UNROLL
         for (size_t j = 0; j < n_tile * n_tok; j++) {
             const __m256i scale = tile[j % n_tile].scale[n_part * p + i];
-            sum[j] = x86_is_block(s)
-                         ? part[j]
-                         : _mm256_add_epi32(sum[j], _mm256_mullo_epi32(part[j], scale));
+            if (x86_is_block(s))
+                sum[8 * i + j] = part[j];
+            else
+                sum[j] = _mm256_add_epi32(sum[j], _mm256_mullo_epi32(part[j], scale));
         }
     }
 }
@@ -454,6 +458,28 @@ MOE_AVX2_INLINE void x86_block_step(const x86_tile *tile, const x86_part *x, siz
                                     _mm256_castsi256_ps(x86_broadcast4(x->ready[i] + b)), y);
             acc[i][r] = y;
         }
+    }
+    x86_keep_in_memory(acc);
+}
+
+/* The same of groups of 16 with a scale each. */
+MOE_AVX2_INLINE void x86_pair_step(const x86_tile *tile, const x86_part *x, size_t b, x86_acc *acc,
+                                   size_t n_tile, size_t n_tok, const x86_shape *s,
+                                   x86_dot32_fn *dot32)
+{
+    __m256i sum[16];
+    MOE_UNROLL
+    for (size_t j = 0; j < n_tile * n_tok; j++) {
+        sum[j] = x86_broadcast4(x->ready[j / n_tile] + 2 * b);
+        sum[8 + j] = x86_broadcast4(x->ready[j / n_tile] + 2 * b + 1);
+    }
+    dot32(tile, b, x, sum, n_tile, n_tok, s);
+    MOE_UNROLL
+    for (size_t j = 0; j < n_tile * n_tok; j++) {
+        const size_t i = j / n_tile, r = j % n_tile;
+        const __m256 first = _mm256_mul_ps(tile[r].d[b], _mm256_cvtepi32_ps(sum[j]));
+        const __m256 term = _mm256_fmadd_ps(tile[r].m[b], _mm256_cvtepi32_ps(sum[8 + j]), first);
+        acc[i][r] = _mm256_fmadd_ps(_mm256_broadcast_ss(x->scale[i] + b), term, acc[i][r]);
     }
     x86_keep_in_memory(acc);
 }
@@ -520,7 +546,10 @@ MOE_AVX2_INLINE void x86_tiles_part(const x86_tile *tile, const x86_tokens *x, s
         part.scale[i] = x->scale + at / sizeof(float);
         x86_ready(part.q[i], part.sum[i], x->offset, s, ready[i]);
     }
-    if (x86_is_block(s))
+    if (s->kind == X86_PAIR)
+        for (size_t b = 0; b < x->n_block; b++)
+            x86_pair_step(tile, &part, b, acc + t, n_tile, n_tok, s, dot32);
+    else if (x86_is_block(s))
         for (size_t b = 0; b < x->n_block; b++)
             x86_block_step(tile, &part, b, acc + t, n_tile, n_tok, s, dot32);
     else
@@ -597,6 +626,7 @@ X86_STEPS_AVX2(block_u6, X86_BLOCK, 32, 2, X86_OFFSET)
 X86_STEPS_SIGNED_AVX2(block_i8, X86_BLOCK, 32, 1, X86_SIGNS)
 X86_STEPS_AVX2(affine_u4, X86_AFFINE, 32, 8, X86_ZERO)
 X86_STEPS_AVX2(affine_u5, X86_AFFINE, 32, 4, X86_ZERO)
+X86_STEPS_AVX2(pair_u5, X86_PAIR, 16, 4, X86_OFFSET)
 X86_STEPS_AVX2(k32_u4_min, X86_K_FLOAT_MIN, 32, 8, X86_ZERO)
 X86_STEPS_AVX2(k32_u5_min, X86_K_FLOAT_MIN, 32, 4, X86_ZERO)
 X86_STEPS_SIGNED_AVX2(k32_i8, X86_K_NO_MIN, 32, 1, X86_SIGNS)
@@ -609,6 +639,7 @@ X86_STEPS_AVX2(k32_u7, X86_K_NO_MIN, 32, 2, X86_CENTRE8)
 X86_STEPS_AVXVNNI(block_u8, X86_BLOCK, 32, 8, X86_OFFSET)
 X86_STEPS_SIGNED_AVXVNNI(block_i8, X86_BLOCK, 32, 8, X86_OFFSET)
 X86_STEPS_AVXVNNI(affine, X86_AFFINE, 32, 8, X86_ZERO)
+X86_STEPS_AVXVNNI(pair, X86_PAIR, 16, 8, X86_OFFSET)
 X86_STEPS_AVXVNNI(k32_min, X86_K_FLOAT_MIN, 32, 8, X86_ZERO)
 X86_STEPS_SIGNED_AVXVNNI(k32_i8, X86_K_NO_MIN, 32, 8, X86_OFFSET)
 X86_STEPS_AVXVNNI(k16_min, X86_K_FLOAT_MIN, 16, 8, X86_ZERO)

@@ -352,6 +352,7 @@ static const struct {
     {"IQ1_M", 0.223, 0},
     {"TQ1_0", 1.02 / 3.4641, 0.5 + 0x1p-11},
     {"TQ2_0", 1.02 / 3.4641, 0.5 + 0x1p-11},
+    {"NVFP4", 0.12, 1.0 / 4},
     {"TCQ4", 1.3 * 2 / 15 / 3.4641, 2.0 / 15 + 0x1p-11},
     {"TCQ5", 1.3 * 2 / 31 / 3.4641, 2.0 / 31 + 0x1p-11},
     {"TCQ8", 1.3 * 2 / 127 / 3.4641, 2.0 / 127 + 0x1p-11},
@@ -370,7 +371,9 @@ static void quantizers_stay_within_their_error(void)
         for (int round = 0; round < 200; round++) {
             float src[256], dst[256];
             uint8_t blocks[4 * 256];
-            const float size = ldexpf(1.0f, (int)(test_random() % 12) - 8);
+            // NVFP4's scales, without another, are good for 2^-5 to 2^11
+            const int exponent = (int)(test_random() % 12) - (q->id == 40 ? 0 : 8);
+            const float size = ldexpf(1.0f, exponent);
             float amax = 0;
             for (size_t k = 0; k < n; k++) {
                 src[k] = test_random_float() * size;
@@ -400,6 +403,17 @@ static void scales_of_mxfp4_are_powers_of_two(void)
     for (int e = 0; e < 256; e++)
         CHECK(mxfp4_scale((uint8_t)e) == ldexpf(1.0f, e - 128), "%d: %g", e,
               (double)mxfp4_scale((uint8_t)e));
+}
+
+/* Every scale of NVFP4 against its definition. */
+static void scales_of_nvfp4_are_ue4m3(void)
+{
+    for (int s = 0; s < 256; s++) {
+        const int e = s >> 3 & 15, m = s & 7;
+        const float number = e ? ldexpf((float)(8 + m), e - 10) : ldexpf((float)m, -9);
+        CHECK(nvfp4_scale((uint8_t)s) == (s == 127 ? 0 : number / 2), "%d: %g", s,
+              (double)nvfp4_scale((uint8_t)s));
+    }
 }
 
 static void quantizers_take_odd_blocks(void)
@@ -887,6 +901,7 @@ TEST_PROGRAM(kernels)
     RUN(bf16_conversion_rounds_to_even);
     RUN(quantizers_stay_within_their_error);
     RUN(scales_of_mxfp4_are_powers_of_two);
+    RUN(scales_of_nvfp4_are_ue4m3);
     RUN(quantizers_take_odd_blocks);
     RUN(activations_are_packed_as_documented);
     RUN(float_activations_are_copied);
