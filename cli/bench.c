@@ -99,7 +99,8 @@ static int bench_measure(bench_state *b, const bench_options *o)
 }
 
 /* Operations per token of a prompt: two for each weight that takes part. The matrix of the logits
- * does so for the last token only. */
+ * does so for the last token only, and so does the last layer, taken to be like the others, but for
+ * keys and values, which are not counted. */
 static double bench_ops_per_token(moe_model *model, const moe_model_info *info)
 {
     uint64_t output = 0; /* elements; the token embedding where the two are tied */
@@ -113,7 +114,8 @@ static double bench_ops_per_token(moe_model *model, const moe_model_info *info)
         if (own)
             break;
     }
-    return 2.0 * (double)(info->n_param_active - (output < info->n_param_active ? output : 0));
+    const uint64_t n = info->n_param_active - (output < info->n_param_active ? output : 0);
+    return 2.0 * (double)n * (info->n_layer > 1 ? 1 - 1.0 / info->n_layer : 1);
 }
 
 /* ---------------------------------------------------------------------------------- report -- */

@@ -22,6 +22,7 @@ struct moe_pass {
      * tokens can be had without computing them anew */
     moe_view journal;
     uint32_t n_tok, pos;
+    uint32_t n_out;          // the last tokens, >= 1, whose outputs are wanted of the layers
     bool expanded;           // latent attention makes each head's keys and values
     uint32_t layer;          // whose work is being recorded
     moe_observe *observe;    // NULL: nobody looks on
@@ -96,6 +97,41 @@ static void layer_linear(moe_pass *p, moe_view dst, const moe_weight *w, moe_vie
         .out = {{w, bias ? bias->data : (moe_view){0}, dst, add}},
     };
     layer_matmul(p, &op);
+}
+
+/* Whether the rest of the layer is of no use for most of the batch's tokens: in the last one only
+ * keys and values of all are wanted, and the outputs of the last n_out. The rows of these move to
+ * the front, which copies in any order: they must not overlap. */
+static bool layer_narrows(const moe_pass *p)
+{
+    return p->layer + 1 == p->model->hp.n_layer && p->n_out <= p->n_tok / 2;
+}
+
+/* rows: [n_tok][n] */
+static void layer_move_rows(moe_pass *p, moe_view rows, uint32_t n)
+{
+    const uint64_t first = p->n_tok - p->n_out;
+    const moe_copy_op op = {rows, view_at(rows, first * n * sizeof(float)), p->n_out, n, n, n};
+    p->be->copy(p->queue, &op);
+}
+
+/* What follows is computed for the last n_out tokens, from the residual stream and src,
+ * [n_tok][n]. */
+static void layer_narrow(moe_pass *p, moe_view src, uint32_t n)
+{
+    layer_move_rows(p, src, n);
+    layer_move_rows(p, p->x, p->model->hp.n_embd);
+    p->pos += p->n_tok - p->n_out;
+    p->n_tok = p->n_out;
+}
+
+/* The projection behind what mixes tokens. dst may be p->x, but not src. */
+static void layer_linear_behind(moe_pass *p, moe_view dst, const moe_weight *w, moe_view src,
+                                const moe_weight *bias, bool add)
+{
+    if (layer_narrows(p))
+        layer_narrow(p, src, (uint32_t)w->dims[0]);
+    layer_linear(p, dst, w, src, bias, add);
 }
 
 /* ----------------------------------------------------------------------- recurrent layers -- */
@@ -224,7 +260,7 @@ static void layer_short_conv(moe_pass *p, uint32_t index, moe_view dst)
     uint64_t capacity;
     layer_linear(p, layer_inputs(p, index, &capacity), &l->conv_in, p->h, NULL, false);
     layer_recur(p, index);
-    layer_linear(p, dst, &l->conv_out, p->h, NULL, true);
+    layer_linear_behind(p, dst, &l->conv_out, p->h, NULL, true);
 }
 
 /* Linear attention by a gated delta rule: p->h in, added to dst. */
@@ -251,7 +287,7 @@ static void layer_delta(moe_pass *p, uint32_t index, moe_view dst)
     const moe_glu_op gate = {.dst = p->attn, .gate = p->delta_z, .up = p->attn,
                              .n = (uint64_t)p->n_tok * n_head * dim, .kind = MOE_GLU_SILU};
     p->be->glu(p->queue, &gate);
-    layer_linear(p, dst, &l->conv_out, p->attn, NULL, true);
+    layer_linear_behind(p, dst, &l->conv_out, p->attn, NULL, true);
 }
 
 /* ------------------------------------------------------------------------------ attention -- */
@@ -309,42 +345,74 @@ static moe_attend_op layer_attend_op(const moe_pass *p, moe_view dst, moe_view q
                            .n_head = hp->n_head, .scale = hp->attn_scale};
 }
 
-/* Grouped-query attention: p->h in; the output projection is written to dst, or added to it.
- * Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245. */
-static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
+/* Keys and values, projected, into the caches. Without values these are the keys, before their
+ * norm. */
+static void layer_store_keys(moe_pass *p, uint32_t index)
 {
     static const moe_weight no_weight = {0};
     const moe_hparams *hp = &p->model->hp;
     const moe_layer *l = &p->model->layers[index];
-    const moe_cache *k = &p->k_cache[index], *v = &p->v_cache[index];
-    const bool local = layer_is_local(hp, index);
+    const bool local = layer_is_local(hp, index), values = weight_present(&l->wv);
     const moe_head_shape heads = hparams_heads(hp, local);
-    const bool values = weight_present(&l->wv); /* else they are the keys, before their norm */
-    const moe_matmul_op project = {
-        .src = p->h,
-        .n_tok = p->n_tok,
-        .n_out = values ? 3 : 2,
-        .out = {{&l->wq, l->bq.data, hp->q_gated ? p->q_gated : p->q, false},
-                {&l->wk, l->bk.data, p->k, false},
-                {&l->wv, l->bv.data, p->v, false}},
-    };
-    layer_matmul(p, &project);
-    if (hp->q_gated)
-        layer_copy_gated(p, p->q, 0);
     if (hp->v_norm)
         layer_norm(p, p->v, values ? p->v : p->k, &no_weight, p->n_tok * heads.n_kv, heads.dim_v);
-    layer_qk_norm(p, p->q, &l->q_norm, hp->n_head, heads.dim);
     layer_qk_norm(p, p->k, &l->k_norm, heads.n_kv, heads.dim);
-    layer_rope(p, p->q, hp->n_head, local);
     layer_rope(p, p->k, heads.n_kv, local);
-    layer_store(p, k, p->k);
-    layer_store(p, v, p->v);
-    moe_attend_op attend = layer_attend_op(p, p->attn, p->q, k, v);
+    layer_store(p, &p->k_cache[index], p->k);
+    layer_store(p, &p->v_cache[index], p->v);
+}
+
+/* Queries, projected, on the keys and values of the caches: to p->attn. */
+static void layer_attend(moe_pass *p, uint32_t index)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_layer *l = &p->model->layers[index];
+    const bool local = layer_is_local(hp, index);
+    if (hp->q_gated)
+        layer_copy_gated(p, p->q, 0);
+    layer_qk_norm(p, p->q, &l->q_norm, hp->n_head, hparams_heads(hp, local).dim);
+    layer_rope(p, p->q, hp->n_head, local);
+    moe_attend_op attend = layer_attend_op(p, p->attn, p->q, &p->k_cache[index],
+                                           &p->v_cache[index]);
     attend.sink = l->sinks.data;
     attend.window = local ? hp->window : 0;
     p->be->attend(p->queue, &attend);
     if (hp->q_gated)
         layer_gate_heads(p);
+}
+
+/* One more matrix that has op's input. */
+static void layer_add_matrix(moe_matmul_op *op, moe_view dst, const moe_weight *w,
+                             const moe_weight *bias)
+{
+    const uint32_t i = op->n_out++;
+    op->out[i].w = w;
+    op->out[i].bias = bias->data;
+    op->out[i].dst = dst;
+}
+
+/* Grouped-query attention: p->h in; the output projection is written to dst, or added to it.
+ * Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023, arXiv:2305.13245. */
+static void layer_attention(moe_pass *p, uint32_t index, moe_view dst, bool add)
+{
+    const moe_hparams *hp = &p->model->hp;
+    const moe_layer *l = &p->model->layers[index];
+    const bool narrows = layer_narrows(p), local = layer_is_local(hp, index);
+    const moe_view q = hp->q_gated ? p->q_gated : p->q;
+    moe_matmul_op project = {.src = p->h, .n_tok = p->n_tok};
+    if (!narrows)
+        layer_add_matrix(&project, q, &l->wq, &l->bq);
+    layer_add_matrix(&project, p->k, &l->wk, &l->bk);
+    if (weight_present(&l->wv))
+        layer_add_matrix(&project, p->v, &l->wv, &l->bv);
+    layer_matmul(p, &project);
+    layer_store_keys(p, index);
+    if (narrows) {
+        layer_move_rows(p, p->rope[local], hparams_heads(hp, local).n_rot);
+        layer_narrow(p, p->h, hp->n_embd);
+        layer_linear(p, q, &l->wq, p->h, &l->bq, false);
+    }
+    layer_attend(p, index);
     layer_linear(p, dst, &l->wo, p->attn, &l->bo, add);
 }
 
@@ -431,7 +499,7 @@ static void layer_latent_attention(moe_pass *p, uint32_t index, moe_view dst, bo
         observe_source(p->observe, p->be, p->queue, &l->wkv_b, p->k, p->n_tok, row);
     layer_store(p, cache, p->k);
     (p->expanded ? layer_attend_expanded : layer_attend_absorbed)(p, l, cache);
-    layer_linear(p, dst, &l->wo, p->attn, &l->bo, add);
+    layer_linear_behind(p, dst, &l->wo, p->attn, &l->bo, add);
 }
 
 static void layer_glu(moe_pass *p, uint64_t n)

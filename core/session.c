@@ -697,6 +697,7 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
     mtp_prepare(s, pos, n_tok);
     p->pos = pos;
     p->n_tok = n_tok;
+    p->n_out = p->observe || s->mtp.on ? n_tok : MOE_MAX(n_logits, 1);
     if (p->observe)
         p->observe->status = MOE_OK;
     session_choose_states(s, pos, n_tok);
@@ -713,7 +714,7 @@ static moe_status session_forward(moe_session *s, const moe_token *tokens, uint3
     mtp_keep(s, n_tok);
     for (uint32_t done = 0; done < n_logits;) {
         const uint32_t n = MOE_MIN(s->options.n_logits, n_logits - done);
-        moe_status status = session_logits(s, n_tok - n_logits + done, n,
+        moe_status status = session_logits(s, p->n_tok - n_logits + done, n,
                                            logits + (size_t)done * m->hp.n_vocab);
         if (status)
             return status;
