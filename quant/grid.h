@@ -107,6 +107,12 @@ MOE_INLINE void grid_put_iq1(uint8_t code[8], uint64_t point, uint32_t less)
     grid_put8(code, (point + (121 - 2 * (uint64_t)less) * GRID_ONES) ^ 128 * GRID_ONES);
 }
 
+/* The lower 2 bits of 8 bytes, 1 less: 127 more carries nothing, and 128 of it is taken away. */
+MOE_INLINE uint64_t grid_ternary(uint64_t v)
+{
+    return ((v & 3 * GRID_ONES) + 127 * GRID_ONES) ^ 128 * GRID_ONES;
+}
+
 /* 8 nibbles as bytes, the low ones first, times two and one more. */
 MOE_INLINE uint64_t grid_odd8(uint32_t nibbles)
 {

@@ -89,36 +89,49 @@ MOE_AVX2_INLINE __m256 iq1_m_d8_avx2(const uint8_t *const row[8], size_t at)
                          _mm256_set1_ps(0.125f));
 }
 
-MOE_AVX2_INLINE void iq1_m_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+/* The nibbles of half of qh, lowest in words. */
+MOE_AVX2_INLINE __m256i iq1_m_high_avx2(const uint8_t *block, size_t half)
 {
     const __m256i two = _mm256_cvtepu8_epi32(
         x86_grid_load8(block + offsetof(iq1_m_block, qh) + 8 * half));
-    const __m256i qh = _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
-    const __m256i index = _mm256_or_si256(
-        _mm256_cvtepu8_epi16(x86_grid_load16(block + offsetof(iq1_m_block, qs) + 16 * half)),
-        _mm256_and_si256(_mm256_slli_epi16(qh, 8), _mm256_set1_epi16(0x700)));
-    x86_grid_codes2_avx2(x86_grid_find_avx2(x86_grid_top_iq1, index), 0, 8, 16, w->code);
-    w->shift = _mm256_sub_epi16(
-        _mm256_set1_epi16(-7),
-        _mm256_srli_epi16(_mm256_and_si256(qh, _mm256_set1_epi16(8)), 2));
+    return _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
+}
+
+MOE_AVX2_INLINE void iq1_m_index_avx2(const uint8_t *block, uint16_t index[X86_GRID_INDICES])
+{
+    MOE_UNROLL
+    for (size_t half = 0; half < 2; half++) {
+        const __m256i high = _mm256_slli_epi16(iq1_m_high_avx2(block, half), 8);
+        const __m256i low = _mm256_cvtepu8_epi16(
+            x86_grid_load16(block + offsetof(iq1_m_block, qs) + 16 * half));
+        x86_grid_put_index_avx2(
+            index + 16 * half,
+            _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi16(0x700))));
+    }
+}
+
+MOE_AVX2_INLINE void iq1_m_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                     x86_grid_half *w)
+{
+    const __m256i bit3 = _mm256_and_si256(iq1_m_high_avx2(block, half), _mm256_set1_epi16(8));
+    const __m256i points = x86_grid_find_avx2(x86_grid_top_iq1, index + 16 * half);
     const __m256i v = _mm256_srlv_epi32(
         x86_grid_load4(block + offsetof(iq1_m_block, scales) + 4 * half),
         _mm256_setr_epi32(0, 3, 6, 9, 16, 19, 22, 25));
+    x86_grid_codes2_avx2(points, 0, 8, 16, w->code);
+    w->shift = _mm256_sub_epi16(_mm256_set1_epi16(-7), _mm256_srli_epi16(bit3, 2));
     w->scale = x86_grid_odd_avx2(_mm256_add_epi32(v, v), 14);
 }
 
-MOE_VNNI512_INLINE void iq1_m_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void iq1_m_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                             x86_grid_row_512 *w)
 {
     const __m512i four = _mm512_set_epi64(
         0x0706070607060706, 0x0706070607060706, 0x0504050405040504, 0x0504050405040504,
         0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
-    const __m512i qs = _mm512_cvtepu8_epi16(
-        _mm256_loadu_si256((const __m256i *)(block + offsetof(iq1_m_block, qs))));
     const __m512i two = _mm512_cvtepu8_epi32(
         _mm_loadu_si128((const __m128i *)(block + offsetof(iq1_m_block, qh))));
     const __m512i qh = _mm512_or_si512(two, _mm512_slli_epi32(two, 12));
-    const __m512i index = _mm512_ternarylogic_epi32(_mm512_slli_epi16(qh, 8),
-                                                    _mm512_set1_epi16(0x700), qs, 0xea);
     int64_t scales;
     memcpy(&scales, block + offsetof(iq1_m_block, scales), 8);
     x86_grid_iq1_512(index, _mm512_test_epi16_mask(qh, _mm512_set1_epi16(8)), w);
@@ -127,7 +140,7 @@ MOE_VNNI512_INLINE void iq1_m_unpack_vnni512(const uint8_t *block, x86_grid_row_
                           _mm512_broadcast_i32x4(_mm_setr_epi32(31, 2, 5, 8))), 7);
 }
 
-X86_GRID_FEW(iq1_m, x86_grid_order)
+X86_GRID_FEW(iq1_m, x86_grid_order, iq1_m_index)
 #endif
 
 GRID_KERNELS(iq1_m, false, 16, 9, u6)

@@ -77,42 +77,56 @@ MOE_AVX2_INLINE __m256 iq1_s_d8_avx2(const uint8_t *const row[8], size_t at)
     return _mm256_mul_ps(x86_f16x8(row, at), _mm256_set1_ps(0.125f));
 }
 
-MOE_AVX2_INLINE void iq1_s_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+/* Each qh of half the groups four times. */
+MOE_AVX2_INLINE __m256i iq1_s_groups_avx2(const uint8_t *block, size_t half)
 {
     const __m256i four = _mm256_setr_epi64x(0x0100010001000100, 0x0302030203020302,
                                             0x0504050405040504, 0x0706070607060706);
-    const __m256i qh = _mm256_shuffle_epi8(
+    return _mm256_shuffle_epi8(
         x86_k_twice(x86_grid_load8(block + offsetof(iq1_s_block, qh) + 8 * half)), four);
-    const __m256i high =
-        _mm256_blend_epi16(_mm256_mullo_epi16(qh, _mm256_set1_epi64x(0x0000000400200100)),
-                           _mm256_srli_epi16(qh, 1), 0x88);
-    const __m256i index = _mm256_or_si256(
-        _mm256_cvtepu8_epi16(x86_grid_load16(block + offsetof(iq1_s_block, qs) + 16 * half)),
-        _mm256_and_si256(high, _mm256_set1_epi16(0x700)));
-    x86_grid_codes2_avx2(x86_grid_find_avx2(x86_grid_top_iq1, index), 0, 8, 16, w->code);
-    w->shift = _mm256_sub_epi16(_mm256_set1_epi16(-7),
-                                _mm256_and_si256(_mm256_srai_epi16(qh, 15), _mm256_set1_epi16(2)));
+}
+
+MOE_AVX2_INLINE void iq1_s_index_avx2(const uint8_t *block, uint16_t index[X86_GRID_INDICES])
+{
+    MOE_UNROLL
+    for (size_t half = 0; half < 2; half++) {
+        const __m256i qh = iq1_s_groups_avx2(block, half);
+        const __m256i high =
+            _mm256_blend_epi16(_mm256_mullo_epi16(qh, _mm256_set1_epi64x(0x0000000400200100)),
+                               _mm256_srli_epi16(qh, 1), 0x88);
+        const __m256i low = _mm256_cvtepu8_epi16(
+            x86_grid_load16(block + offsetof(iq1_s_block, qs) + 16 * half));
+        x86_grid_put_index_avx2(
+            index + 16 * half,
+            _mm256_or_si256(low, _mm256_and_si256(high, _mm256_set1_epi16(0x700))));
+    }
+}
+
+MOE_AVX2_INLINE void iq1_s_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                     x86_grid_half *w)
+{
+    const __m256i qh = iq1_s_groups_avx2(block, half);
+    const __m256i down = _mm256_and_si256(_mm256_srai_epi16(qh, 15), _mm256_set1_epi16(2));
+    const __m256i points = x86_grid_find_avx2(x86_grid_top_iq1, index + 16 * half);
+    x86_grid_codes2_avx2(points, 0, 8, 16, w->code);
+    w->shift = _mm256_sub_epi16(_mm256_set1_epi16(-7), down);
     w->scale = x86_grid_odd_avx2(_mm256_srli_epi32(qh, 27), 14);
 }
 
-MOE_VNNI512_INLINE void iq1_s_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void iq1_s_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                             x86_grid_row_512 *w)
 {
     const __m512i four = _mm512_set_epi64(
         0x0f0e0f0e0f0e0f0e, 0x0d0c0d0c0d0c0d0c, 0x0b0a0b0a0b0a0b0a, 0x0908090809080908,
         0x0706070607060706, 0x0504050405040504, 0x0302030203020302, 0x0100010001000100);
-    const __m512i qs = _mm512_cvtepu8_epi16(
-        _mm256_loadu_si256((const __m256i *)(block + offsetof(iq1_s_block, qs))));
     const __m512i qh = _mm512_shuffle_epi8(
         _mm512_broadcast_i32x4(
             _mm_loadu_si128((const __m128i *)(block + offsetof(iq1_s_block, qh)))), four);
-    const __m512i high = _mm512_slli_epi16(
-        _mm512_srlv_epi16(qh, _mm512_set1_epi64(0x0009000600030000)), 8);
-    const __m512i index = _mm512_ternarylogic_epi32(high, _mm512_set1_epi16(0x700), qs, 0xea);
     x86_grid_iq1_512(index, _mm512_movepi16_mask(qh), w);
     w->scale = x86_grid_odd_512(_mm512_srli_epi32(qh, 27), 7);
 }
 
-X86_GRID_FEW(iq1_s, x86_grid_order)
+X86_GRID_FEW(iq1_s, x86_grid_order, iq1_s_index)
 #endif
 
 GRID_KERNELS(iq1_s, false, 32, 9, u6)

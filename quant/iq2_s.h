@@ -73,21 +73,34 @@ MOE_AVX2_INLINE __m256 iq2_s_d8_avx2(const uint8_t *const row[8], size_t at)
                          _mm256_set1_ps(0.125f));
 }
 
-MOE_AVX2_INLINE void iq2_s_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+MOE_AVX2_INLINE void iq2_s_index_avx2(const uint8_t *block, uint16_t index[X86_GRID_INDICES])
 {
-    const __m256i bits = x86_grid_bits_avx2(block + offsetof(iq2_s_block, qh) + 4 * half);
-    const __m256i high = _mm256_and_si256(
-        _mm256_mullo_epi16(bits, _mm256_set1_epi64x(0x0004001000400100)), _mm256_set1_epi16(0x300));
-    const __m256i index = _mm256_or_si256(
-        _mm256_cvtepu8_epi16(x86_grid_load16(block + offsetof(iq2_s_block, qs) + 16 * half)), high);
-    x86_grid_codes2_avx2(x86_grid_find_avx2(x86_grid_top_iq2_s, index), 8, 25, 43, w->code);
+    MOE_UNROLL
+    for (size_t half = 0; half < 2; half++) {
+        const __m256i bits = x86_grid_bits_avx2(block + offsetof(iq2_s_block, qh) + 4 * half);
+        const __m256i high =
+            _mm256_and_si256(_mm256_mullo_epi16(bits, _mm256_set1_epi64x(0x0004001000400100)),
+                             _mm256_set1_epi16(0x300));
+        const __m256i low = _mm256_cvtepu8_epi16(
+            x86_grid_load16(block + offsetof(iq2_s_block, qs) + 16 * half));
+        x86_grid_put_index_avx2(index + 16 * half, _mm256_or_si256(low, high));
+    }
+}
+
+MOE_AVX2_INLINE void iq2_s_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                     x86_grid_half *w)
+{
+    const __m256i points = x86_grid_find_avx2(x86_grid_top_iq2_s, index + 16 * half);
+    x86_grid_codes2_avx2(points, 8, 25, 43, w->code);
     w->signs = _mm256_cvtepu8_epi16(
         x86_grid_load16(block + offsetof(iq2_s_block, signs) + 16 * half));
     w->scale = x86_grid_scales_avx2(block + offsetof(iq2_s_block, scales) + 4 * half);
 }
 
-MOE_VNNI512_INLINE void iq2_s_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void iq2_s_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                             x86_grid_row_512 *w)
 {
+    (void)index;
     const __m512i qs = _mm512_cvtepu8_epi16(
         _mm256_loadu_si256((const __m256i *)(block + offsetof(iq2_s_block, qs))));
     const __m512i qh = x86_grid_bits_512(block + offsetof(iq2_s_block, qh));
@@ -100,7 +113,7 @@ MOE_VNNI512_INLINE void iq2_s_unpack_vnni512(const uint8_t *block, x86_grid_row_
     w->scale = x86_grid_scales16_512(block + offsetof(iq2_s_block, scales));
 }
 
-X86_GRID_FEW(iq2_s, x86_grid_order)
+X86_GRID_FEW(iq2_s, x86_grid_order, iq2_s_index)
 #endif
 
 GRID_KERNELS(iq2_s, true, 16, 43, u7)

@@ -75,17 +75,29 @@ MOE_AVX2_INLINE __m256 iq2_xs_d8_avx2(const uint8_t *const row[8], size_t at)
                          _mm256_set1_ps(0.125f));
 }
 
-MOE_AVX2_INLINE void iq2_xs_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+MOE_AVX2_INLINE void iq2_xs_index_avx2(const uint8_t *block, uint16_t index[X86_GRID_INDICES])
+{
+    MOE_UNROLL
+    for (size_t half = 0; half < 2; half++) {
+        const __m256i qs = x86_k_load(block + offsetof(iq2_xs_block, qs) + 32 * half);
+        x86_grid_put_index_avx2(index + 16 * half, _mm256_and_si256(qs, _mm256_set1_epi16(511)));
+    }
+}
+
+MOE_AVX2_INLINE void iq2_xs_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                      x86_grid_half *w)
 {
     const __m256i qs = x86_k_load(block + offsetof(iq2_xs_block, qs) + 32 * half);
-    const __m256i index = _mm256_and_si256(qs, _mm256_set1_epi16(511));
-    x86_grid_codes2_avx2(x86_grid_find_avx2(x86_grid_top_iq2_xs, index), 8, 25, 43, w->code);
+    const __m256i points = x86_grid_find_avx2(x86_grid_top_iq2_xs, index + 16 * half);
+    x86_grid_codes2_avx2(points, 8, 25, 43, w->code);
     w->signs = x86_grid_even_avx2(_mm256_srli_epi16(qs, 9));
     w->scale = x86_grid_scales_avx2(block + offsetof(iq2_xs_block, scales) + 4 * half);
 }
 
-MOE_VNNI512_INLINE void iq2_xs_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void iq2_xs_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                              x86_grid_row_512 *w)
 {
+    (void)index;
     const __m512i qs = x86_512_load64(block + offsetof(iq2_xs_block, qs));
     const __mmask32 bit8 = _mm512_test_epi16_mask(qs, _mm512_set1_epi16(1 << 8));
     x86_grid_iq2_512(x86_512_pick512(x86_grid_iq2_xs, qs, bit8),
@@ -93,7 +105,7 @@ MOE_VNNI512_INLINE void iq2_xs_unpack_vnni512(const uint8_t *block, x86_grid_row
     w->scale = x86_grid_scales16_512(block + offsetof(iq2_xs_block, scales));
 }
 
-X86_GRID_FEW(iq2_xs, x86_grid_order)
+X86_GRID_FEW(iq2_xs, x86_grid_order, iq2_xs_index)
 #endif
 
 GRID_KERNELS(iq2_xs, true, 16, 43, u7)

@@ -74,8 +74,10 @@ MOE_AVX2_INLINE __m256 iq2_xxs_d8_avx2(const uint8_t *const row[8], size_t at)
                          _mm256_set1_ps(0.125f));
 }
 
-MOE_AVX2_INLINE void iq2_xxs_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+MOE_AVX2_INLINE void iq2_xxs_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                       x86_grid_half *w)
 {
+    (void)index;
     const uint8_t *qs = block + offsetof(iq2_xxs_block, qs) + 32 * half;
     const uint64_t *tops = x86_grid_top_iq2_xxs;
     const __m256i points =
@@ -86,19 +88,21 @@ MOE_AVX2_INLINE void iq2_xxs_half_avx2(const uint8_t *block, size_t half, x86_gr
 }
 
 /* A group's two words, indices and the rest, side by side. */
-MOE_VNNI512_INLINE void iq2_xxs_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void iq2_xxs_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                               x86_grid_row_512 *w)
 {
+    (void)index;
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
     const __m512i odd = _mm512_setr_epi32(1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
     const __m512i qs = x86_512_load64(block + offsetof(iq2_xxs_block, qs));
     const __m512i rest = _mm512_permutexvar_epi32(odd, qs);
-    const __m512i index = _mm512_cvtepu8_epi16(
+    const __m512i places = _mm512_cvtepu8_epi16(
         _mm512_castsi512_si256(_mm512_permutexvar_epi32(even, qs)));
-    x86_grid_iq2_512(x86_512_pick256(x86_grid_iq2_xxs, index), x86_grid_word_signs_512(rest), w);
+    x86_grid_iq2_512(x86_512_pick256(x86_grid_iq2_xxs, places), x86_grid_word_signs_512(rest), w);
     w->scale = x86_grid_word_scales_512(rest);
 }
 
-X86_GRID_FEW(iq2_xxs, x86_grid_order)
+X86_GRID_FEW(iq2_xxs, x86_grid_order, x86_grid_no_index)
 #endif
 
 GRID_KERNELS(iq2_xxs, true, 32, 43, u7)

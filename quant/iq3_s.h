@@ -74,32 +74,43 @@ MOE_AVX2_INLINE __m256 iq3_s_d8_avx2(const uint8_t *const row[8], size_t at)
     return x86_f16x8(row, at + offsetof(iq3_s_block, d));
 }
 
-MOE_AVX2_INLINE void iq3_s_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+MOE_AVX2_INLINE void iq3_s_index_avx2(const uint8_t *block, uint16_t index[X86_GRID_INDICES])
+{
+    MOE_UNROLL
+    for (size_t half = 0; half < 2; half++) {
+        const __m256i bit8 = _mm256_set1_epi16(256), low = _mm256_set1_epi16(255);
+        const __m256i qs = x86_k_load(block + offsetof(iq3_s_block, qs) + 32 * half);
+        const __m256i bits = x86_grid_bits_avx2(block + offsetof(iq3_s_block, qh) + 4 * half);
+        const __m256i even = _mm256_mullo_epi16(bits, _mm256_set1_epi64x(0x0004001000400100));
+        const __m256i odd = _mm256_mullo_epi16(bits, _mm256_set1_epi64x(0x0002000800200080));
+        x86_grid_put_index_avx2(index + 32 * half, _mm256_or_si256(_mm256_and_si256(even, bit8),
+                                                                   _mm256_and_si256(qs, low)));
+        x86_grid_put_index_avx2(index + 32 * half + 16,
+                                _mm256_or_si256(_mm256_and_si256(odd, bit8),
+                                                _mm256_srli_epi16(qs, 8)));
+    }
+}
+
+MOE_AVX2_INLINE void iq3_s_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                     x86_grid_half *w)
 {
     const __m128i values = _mm_setr_epi8(1, 3, 5, 7, 9, 11, 13, 15, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m256i bit8 = _mm256_set1_epi16(256), low = _mm256_set1_epi16(255);
-    const __m256i qs = x86_k_load(block + offsetof(iq3_s_block, qs) + 32 * half);
-    const __m256i bits = x86_grid_bits_avx2(block + offsetof(iq3_s_block, qh) + 4 * half);
-    const __m256i even = _mm256_mullo_epi16(bits, _mm256_set1_epi64x(0x0004001000400100));
-    const __m256i odd = _mm256_mullo_epi16(bits, _mm256_set1_epi64x(0x0002000800200080));
-    x86_grid_codes4_avx2(
-        x86_grid_find_avx2(x86_grid_top_iq3_s, _mm256_or_si256(_mm256_and_si256(even, bit8),
-                                                               _mm256_and_si256(qs, low))),
-        x86_grid_find_avx2(x86_grid_top_iq3_s, _mm256_or_si256(_mm256_and_si256(odd, bit8),
-                                                               _mm256_srli_epi16(qs, 8))),
-        values, w->code);
+    const __m256i shift = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12),
+                                           _mm256_set1_epi32(16 * (int)half));
+    const __m256i v =
+        _mm256_srlv_epi32(x86_grid_load4(block + offsetof(iq3_s_block, scales)), shift);
+    x86_grid_codes4_avx2(x86_grid_find_avx2(x86_grid_top_iq3_s, index + 32 * half),
+                         x86_grid_find_avx2(x86_grid_top_iq3_s, index + 32 * half + 16), values,
+                         w->code);
     w->signs = _mm256_cvtepu8_epi16(
         x86_grid_load16(block + offsetof(iq3_s_block, signs) + 16 * half));
-    const __m256i scales = x86_grid_load4(block + offsetof(iq3_s_block, scales));
-    const int first = 16 * (int)half;
-    const __m256i shift = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12),
-                                           _mm256_set1_epi32(first));
-    const __m256i v = _mm256_srlv_epi32(scales, shift);
     w->scale = x86_grid_odd_avx2(_mm256_add_epi32(v, v), 30);
 }
 
-MOE_VNNI512_INLINE void iq3_s_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void iq3_s_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                             x86_grid_row_512 *w)
 {
+    (void)index;
     const __m128i values = _mm_setr_epi8(16, 18, 20, 22, 24, 26, 28, 30, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m512i rotate = _mm512_setr_epi32(31, 31, 3, 3, 7, 7, 11, 11, 15, 15, 19, 19, 23, 23, 27,
                                              27);
@@ -116,7 +127,7 @@ MOE_VNNI512_INLINE void iq3_s_unpack_vnni512(const uint8_t *block, x86_grid_row_
     w->scale = x86_grid_odd_512(_mm512_rorv_epi32(scales, rotate), 15);
 }
 
-X86_GRID_FEW(iq3_s, x86_grid_order)
+X86_GRID_FEW(iq3_s, x86_grid_order, iq3_s_index)
 #endif
 
 GRID_KERNELS(iq3_s, true, 32, 15, u6)

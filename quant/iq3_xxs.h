@@ -79,8 +79,10 @@ MOE_AVX2_INLINE __m256 iq3_xxs_d8_avx2(const uint8_t *const row[8], size_t at)
                          _mm256_set1_ps(0.25f));
 }
 
-MOE_AVX2_INLINE void iq3_xxs_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+MOE_AVX2_INLINE void iq3_xxs_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                       x86_grid_half *w)
 {
+    (void)index;
     const __m128i values = _mm_setr_epi8(4, 12, 20, 28, 36, 44, 52, 62, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
     const uint8_t *qs = block + offsetof(iq3_xxs_block, qs) + 32 * half;
@@ -96,8 +98,10 @@ MOE_AVX2_INLINE void iq3_xxs_half_avx2(const uint8_t *block, size_t half, x86_gr
     x86_grid_rest_avx2(_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(rest), twice), w);
 }
 
-MOE_VNNI512_INLINE void iq3_xxs_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void iq3_xxs_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                               x86_grid_row_512 *w)
 {
+    (void)index;
     const __m128i values = _mm_setr_epi8(66, 74, 82, 90, 98, 106, 114, 124, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     const __m512i qs = x86_512_load64(block + offsetof(iq3_xxs_block, qs));
@@ -111,7 +115,7 @@ MOE_VNNI512_INLINE void iq3_xxs_unpack_vnni512(const uint8_t *block, x86_grid_ro
     w->scale = x86_grid_word_scales_512(rest);
 }
 
-X86_GRID_FEW(iq3_xxs, x86_grid_order)
+X86_GRID_FEW(iq3_xxs, x86_grid_order, x86_grid_no_index)
 #endif
 
 GRID_KERNELS(iq3_xxs, true, 32, 62, u7)

@@ -82,9 +82,11 @@ static void q5_0_mm_c(const moe_mm *mm)
 #if MOE_X86
 MOE_AVX2_INLINE void q5_0_unpack_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
 {
+    __m256i head[2];
     x86_nibbles(row, offset + offsetof(q5_0_block, q), w);
-    x86_fifth_bits(row, offset + offsetof(q5_0_block, qh), w);
-    w->d = x86_f16x8(row, offset);
+    x86_heads(row, offset, head);
+    x86_fifth_bits(head, offsetof(q5_0_block, qh), w);
+    w->d = x86_head_f16(head, offsetof(q5_0_block, d));
 }
 
 /* sum((code - 16) * q) = sum(code * q) - 16 * sum(q): the codes stay unsigned. */

@@ -87,10 +87,12 @@ static void q5_1_mm_c(const moe_mm *mm)
 #if MOE_X86
 MOE_AVX2_INLINE void q5_1_unpack_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
 {
+    __m256i head[2];
     x86_nibbles(row, offset + offsetof(q5_1_block, q), w);
-    x86_fifth_bits(row, offset + offsetof(q5_1_block, qh), w);
-    w->d = x86_f16x8(row, offset);
-    w->m = x86_f16x8(row, offset + offsetof(q5_1_block, m));
+    x86_heads(row, offset, head);
+    x86_fifth_bits(head, offsetof(q5_1_block, qh), w);
+    w->d = x86_head_f16(head, offsetof(q5_1_block, d));
+    w->m = x86_head_f16(head, offsetof(q5_1_block, m));
 }
 
 MOE_AVX2_INLINE __m256 q5_1_step_avx2(const x86_block *w, const x86_x32 *x, __m256 acc)

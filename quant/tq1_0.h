@@ -50,6 +50,15 @@ static void tq1_0_quantize(const float *src, void *blocks, size_t n)
     }
 }
 
+/* The codes of one digit of 8 bytes: 16 bits have room for a product. */
+MOE_INLINE uint64_t tq1_0_digits(uint64_t bytes, uint64_t power)
+{
+    const uint64_t low = 0x00ff00ff00ff00ff;
+    const uint64_t even = ((bytes & low) * power & low) * 3 >> 8 & low;
+    const uint64_t odd = ((bytes >> 8 & low) * power & low) * 3 & ~low;
+    return grid_ternary(even | odd);
+}
+
 static void tq1_0_codes(const uint8_t *block, size_t half, uint8_t code[128], uint64_t sign[2])
 {
     (void)sign;
@@ -58,9 +67,11 @@ static void tq1_0_codes(const uint8_t *block, size_t half, uint8_t code[128], ui
             const size_t n = tq1_0_areas[a].n_byte, at = tq1_0_areas[a].weight + k * n;
             if (at / 128 != half)
                 continue;
-            for (size_t i = 0; i < n; i++) {
-                const uint8_t v = (uint8_t)(block[tq1_0_areas[a].byte + i] * tq1_0_power[k]);
-                code[at % 128 + i] = (uint8_t)((v * 3 >> 8) - 1);
+            for (size_t i = 0; i < n; i += 8) {
+                uint64_t v = 0;
+                memcpy(&v, block + tq1_0_areas[a].byte + i, MOE_MIN(n, (size_t)8));
+                v = tq1_0_digits(v, tq1_0_power[k]);
+                memcpy(code + at % 128 + i, &v, MOE_MIN(n, (size_t)8));
             }
         }
 }
@@ -96,8 +107,10 @@ MOE_AVX2 static void tq1_0_order_avx2(const int8_t *q, int8_t *out)
     }
 }
 
-MOE_AVX2_INLINE void tq1_0_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+MOE_AVX2_INLINE void tq1_0_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                     x86_grid_half *w)
 {
+    (void)index;
     const __m256i ones = _mm256_set1_epi8(-1), two = _mm256_set1_epi8(2);
     const __m256i rest = _mm256_inserti128_si256(
         _mm256_castsi128_si256(x86_grid_load16(block + 32)),
@@ -129,8 +142,10 @@ MOE_VNNI512_INLINE void tq1_0_order_512(const int8_t *q, __m512i out[X86_GRID_MO
 
 /* With u = 255 - byte, vpavgb rounds down what it halves: of u and of half of it, 255 - 3/4 byte,
  * whose upper two bits are 3 - digit. */
-MOE_VNNI512_INLINE void tq1_0_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void tq1_0_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                             x86_grid_row_512 *w)
 {
+    (void)index;
     const __m512i ones = _mm512_set1_epi8(-1), two = _mm512_set1_epi8(2);
     __m512i u = _mm512_xor_si512(_mm512_maskz_loadu_epi8(0x000fffffffffffff, block), ones);
     MOE_UNROLL
@@ -141,7 +156,7 @@ MOE_VNNI512_INLINE void tq1_0_unpack_vnni512(const uint8_t *block, x86_grid_row_
     }
 }
 
-X86_GRID_FEW(tq1_0, tq1_0_order)
+X86_GRID_FEW(tq1_0, tq1_0_order, x86_grid_no_index)
 #endif
 
 GRID_KERNELS(tq1_0, false, 32, 1, u6)

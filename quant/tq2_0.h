@@ -38,9 +38,11 @@ static void tq2_0_codes(const uint8_t *block, size_t half, uint8_t code[128], ui
 {
     const uint8_t *qs = ((const tq2_0_block *)block)->qs + 32 * half;
     (void)sign;
-    for (size_t j = 0; j < 4; j++)
-        for (size_t i = 0; i < 32; i++)
-            code[32 * j + i] = (uint8_t)((qs[i] >> 2 * j & 3) - 1);
+    for (size_t i = 0; i < 32; i += 8) {
+        const uint64_t v = quant_codes8(qs + i);
+        for (size_t j = 0; j < 4; j++)
+            grid_put8(code + 32 * j + i, grid_ternary(v >> 2 * j));
+    }
 }
 
 static void tq2_0_scales(const uint8_t *block, int8_t scale[16])
@@ -69,8 +71,10 @@ MOE_AVX2 static void tq2_0_order_avx2(const int8_t *q, int8_t *out)
     memcpy(out + X86_K_ORDERED / 2, q + 128, 128);
 }
 
-MOE_AVX2_INLINE void tq2_0_half_avx2(const uint8_t *block, size_t half, x86_grid_half *w)
+MOE_AVX2_INLINE void tq2_0_half_avx2(const uint8_t *block, size_t half, const uint16_t *index,
+                                     x86_grid_half *w)
 {
+    (void)index;
     const __m256i qs = x86_k_load(block + 32 * half);
     MOE_UNROLL
     for (int j = 0; j < 4; j++)
@@ -84,15 +88,17 @@ MOE_VNNI512_INLINE void tq2_0_order_512(const int8_t *q, __m512i out[X86_GRID_MO
         out[j] = x86_512_pair(q + 32 * j, 128);
 }
 
-MOE_VNNI512_INLINE void tq2_0_unpack_vnni512(const uint8_t *block, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void tq2_0_unpack_vnni512(const uint8_t *block, const uint16_t *index,
+                                             x86_grid_row_512 *w)
 {
+    (void)index;
     const __m512i qs = x86_512_load64(block);
     MOE_UNROLL
     for (unsigned j = 0; j < 4; j++)
         w->code[j] = _mm512_and_si512(_mm512_srli_epi16(qs, 2 * j), _mm512_set1_epi8(3));
 }
 
-X86_GRID_FEW(tq2_0, tq2_0_order)
+X86_GRID_FEW(tq2_0, tq2_0_order, x86_grid_no_index)
 #endif
 
 GRID_KERNELS(tq2_0, false, 32, 1, u6)

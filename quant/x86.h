@@ -188,18 +188,56 @@ MOE_AVX2_INLINE __m256i x86_bits_to_16(__m256i words, int at)
     return _mm256_and_si256(v, _mm256_set1_epi8(16));
 }
 
-/* Adds 16 to the code k of a row whose 32-bit word at `offset` has the bit k set. */
-MOE_AVX2_INLINE void x86_fifth_bits(const uint8_t *const row[8], size_t offset, x86_block *w)
+/* The 8 bytes at `offset` of rows 0, 1 | 4, 5 and of rows 2, 3 | 6, 7. */
+MOE_AVX2_INLINE void x86_heads(const uint8_t *const row[8], size_t offset, __m256i head[2])
 {
-    const __m256i words = x86_u32x8(row, offset);
-    w->lo[0] = _mm256_or_si256(w->lo[0], x86_bits_to_16(words, 0));
-    w->lo[1] = _mm256_or_si256(w->lo[1], x86_bits_to_16(words, 4));
-    w->lo[2] = _mm256_or_si256(w->lo[2], x86_bits_to_16(words, 8));
-    w->lo[3] = _mm256_or_si256(w->lo[3], x86_bits_to_16(words, 12));
-    w->hi[0] = _mm256_or_si256(w->hi[0], x86_bits_to_16(words, 2));
-    w->hi[1] = _mm256_or_si256(w->hi[1], x86_bits_to_16(words, 6));
-    w->hi[2] = _mm256_or_si256(w->hi[2], x86_bits_to_16(words, 10));
-    w->hi[3] = _mm256_or_si256(w->hi[3], x86_bits_to_16(words, 14));
+    MOE_UNROLL
+    for (size_t i = 0; i < 2; i++) {
+        __m128i two[2];
+        MOE_UNROLL
+        for (size_t k = 0; k < 2; k++)
+            two[k] = _mm_unpacklo_epi64(
+                _mm_loadl_epi64((const __m128i *)(row[4 * k + 2 * i] + offset)),
+                _mm_loadl_epi64((const __m128i *)(row[4 * k + 2 * i + 1] + offset)));
+        head[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(two[0]), two[1], 1);
+    }
+}
+
+/* The half-precision number `at` bytes into each of these, in row order. */
+MOE_AVX2_INLINE __m256 x86_head_f16(const __m256i head[2], int at)
+{
+    const __m256i pick = _mm256_add_epi8(
+        _mm256_broadcastsi128_si256(
+            _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 0, 1, 4, 5, 8, 9, 12, 13)),
+        _mm256_set1_epi8((char)at));
+    const __m256i v = _mm256_castps_si256(_mm256_shuffle_ps(
+        _mm256_castsi256_ps(head[0]), _mm256_castsi256_ps(head[1]), 0x88));
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(
+        _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, pick), 0x08)));
+}
+
+/* Adds 16 to the code k of a row if bit k is set of the 32 that begin `at` bytes into its 8. Bytes
+ * and, four bits further to the left, the same once more: so each bit can be found in the upper
+ * half of a byte, and what is left of it there is 16 at least. */
+MOE_AVX2_INLINE void x86_fifth_bits(const __m256i head[2], int at, x86_block *w)
+{
+    const __m256i bit = _mm256_set1_epi32((int)0x80402010), most = _mm256_set1_epi8(16);
+    const __m256i from =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(4, 4, 4, 4, 0, 0, 0, 0, 5, 5, 5, 5, 1, 1, 1, 1));
+    __m256i both[2];
+    MOE_UNROLL
+    for (size_t i = 0; i < 2; i++)
+        both[i] = _mm256_blend_epi32(_mm256_srli_epi64(head[i], 8 * at),
+                                     _mm256_slli_epi64(head[i], 36 - 8 * at), 0xaa);
+    MOE_UNROLL
+    for (size_t r = 0; r < 4; r++) {
+        const __m256i place = _mm256_add_epi8(from, _mm256_set1_epi8((char)(r % 2 * 8)));
+        const __m256i lo = _mm256_shuffle_epi8(both[r / 2], place);
+        const __m256i hi =
+            _mm256_shuffle_epi8(both[r / 2], _mm256_add_epi8(place, _mm256_set1_epi8(2)));
+        w->lo[r] = _mm256_or_si256(w->lo[r], _mm256_min_epu8(_mm256_and_si256(lo, bit), most));
+        w->hi[r] = _mm256_or_si256(w->hi[r], _mm256_min_epu8(_mm256_and_si256(hi, bit), most));
+    }
 }
 
 /* Replaces codes 0..15 by the table's values. */

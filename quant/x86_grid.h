@@ -108,8 +108,27 @@ typedef struct x86_grid_half {
     __m256i shift;               // words, what is added to 8 codes
 } x86_grid_half;
 
-/* Unpacks half a superblock. */
-typedef void x86_grid_half_fn(const uint8_t *block, size_t half, x86_grid_half *w);
+enum { X86_GRID_INDICES = 64 }; /* of a superblock, at most */
+
+/* The numbers of a superblock's points, of formats that have them in pieces. Reading one of a
+ * vector that has just been written takes long: those of 8 superblocks are written first. */
+typedef void x86_grid_index_fn(const uint8_t *block, uint16_t index[X86_GRID_INDICES]);
+
+/* Unpacks half a superblock, whose points have these numbers. */
+typedef void x86_grid_half_fn(const uint8_t *block, size_t half, const uint16_t *index,
+                              x86_grid_half *w);
+
+MOE_AVX2_INLINE void x86_grid_no_index_avx2(const uint8_t *block,
+                                            uint16_t index[X86_GRID_INDICES])
+{
+    (void)block;
+    (void)index;
+}
+
+MOE_AVX2_INLINE void x86_grid_put_index_avx2(uint16_t *to, __m256i index)
+{
+    _mm256_storeu_si256((__m256i *)to, index);
+}
 
 MOE_AVX2_INLINE __m128i x86_grid_load16(const uint8_t *p)
 {
@@ -127,11 +146,9 @@ MOE_AVX2_INLINE __m256i x86_grid_load4(const uint8_t *p)
     return _mm256_set1_epi32(x86_load_i32(p));
 }
 
-/* Points whose numbers are 16 words. */
-MOE_AVX2_INLINE __m256i x86_grid_find_avx2(const uint64_t *tops, __m256i index)
+/* 16 points. */
+MOE_AVX2_INLINE __m256i x86_grid_find_avx2(const uint64_t *tops, const uint16_t *i)
 {
-    uint16_t i[16];
-    _mm256_storeu_si256((__m256i *)i, index);
     return _mm256_setr_epi64x(x86_grid_words(tops, i), x86_grid_words(tops, i + 4),
                               x86_grid_words(tops, i + 8), x86_grid_words(tops, i + 12));
 }
@@ -279,14 +296,18 @@ MOE_AVX2_INLINE __m256i x86_grid_multiply_avx2(const x86_grid_half *w, const x86
 /* 8 superblocks one behind the other. */
 MOE_AVX2_INLINE void x86_grid_dot8_avx2(const uint8_t *w, size_t block_bytes,
                                         const x86_k_tokens *x, size_t b, size_t n_tok,
-                                        const x86_grid_shape *s, x86_grid_half_fn *half,
-                                        x86_k_sums *out)
+                                        const x86_grid_shape *s, x86_grid_index_fn *find,
+                                        x86_grid_half_fn *half, x86_k_sums *out)
 {
     __m256i dot[X86_K_FEWEST][8];
+    uint16_t index[8][X86_GRID_INDICES];
+    for (size_t i = 0; i < 8; i++) {
+        x86_k_fetch(w + i * block_bytes, block_bytes);
+        find(w + i * block_bytes, index[i]);
+    }
     for (size_t i = 0; i < 8; i++, w += block_bytes) {
         const size_t at = x->at[b + i] / K_LEN * X86_K_ORDERED;
         __m256i sum[X86_K_FEWEST];
-        x86_k_fetch(w, block_bytes);
         MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++)
             sum[t] = s->has_scales ? _mm256_setzero_si256()
@@ -296,7 +317,7 @@ MOE_AVX2_INLINE void x86_grid_dot8_avx2(const uint8_t *w, size_t block_bytes,
         MOE_UNROLL
         for (size_t h = 0; h < 2; h++) {
             x86_grid_half v;
-            half(w, h, &v);
+            half(w, h, index[i], &v);
             MOE_UNROLL
             for (size_t t = 0; t < n_tok; t++)
                 sum[t] = x86_grid_multiply_avx2(&v, s,
@@ -312,14 +333,14 @@ MOE_AVX2_INLINE void x86_grid_dot8_avx2(const uint8_t *w, size_t block_bytes,
 }
 
 /* A format's kernels for one token and for two. */
-#define X86_GRID_GEMV_OF(type, order, number, n_tok)                                               \
+#define X86_GRID_GEMV_OF(type, order, index, number, n_tok)                                        \
     MOE_AVX2 static void type##_dot8_##number##_avx2(const uint8_t *w, const x86_k_tokens *x,      \
                                                      size_t b, x86_k_sums *out)                    \
     {                                                                                              \
         const uint8_t *block[8];                                                                   \
         x86_k_blocks(w, sizeof(type##_block), block);                                              \
-        x86_grid_dot8_avx2(w, sizeof(type##_block), x, b, n_tok, &type##_shape, type##_half_avx2,  \
-                           out);                                                                   \
+        x86_grid_dot8_avx2(w, sizeof(type##_block), x, b, n_tok, &type##_shape, index##_avx2,      \
+                           type##_half_avx2, out);                                                 \
         const __m256 d = type##_d8_avx2(block, 0);                                                 \
         MOE_UNROLL                                                                                 \
         for (size_t t = 0; t < n_tok; t++)                                                         \
@@ -476,11 +497,9 @@ MOE_VNNI512_INLINE __m512i x86_grid_bits_512(const uint8_t *bytes)
     return _mm512_shuffle_epi8(_mm512_set1_epi64(v), each);
 }
 
-/* Points whose numbers are 32 words. */
-MOE_VNNI512_INLINE __m512i x86_grid_find_512(const uint64_t *tops, __m512i index)
+/* 32 points. */
+MOE_VNNI512_INLINE __m512i x86_grid_find_512(const uint64_t *tops, const uint16_t *i)
 {
-    uint16_t i[32];
-    _mm512_storeu_si512(i, index);
     return _mm512_setr_epi64(x86_grid_words(tops, i), x86_grid_words(tops, i + 4),
                              x86_grid_words(tops, i + 8), x86_grid_words(tops, i + 12),
                              x86_grid_words(tops, i + 16), x86_grid_words(tops, i + 20),
@@ -488,7 +507,8 @@ MOE_VNNI512_INLINE __m512i x86_grid_find_512(const uint64_t *tops, __m512i index
 }
 
 /* IQ1: 8 point + 8; what is left is a shift by 7 or 9 less. */
-MOE_VNNI512_INLINE void x86_grid_iq1_512(__m512i index, __mmask32 down, x86_grid_row_512 *w)
+MOE_VNNI512_INLINE void x86_grid_iq1_512(const uint16_t *index, __mmask32 down,
+                                         x86_grid_row_512 *w)
 {
     x86_grid_codes2_512(x86_grid_find_512(x86_grid_top_iq1, index), 0, 8, 16, w->code);
     w->shift = _mm512_mask_mov_epi16(_mm512_set1_epi16(-7), down, _mm512_set1_epi16(-9));
@@ -573,12 +593,16 @@ MOE_VNNI512_INLINE void x86_grid_sums_512(__m512i dot[][8], __m256 d, size_t n_t
     }
 }
 
-#define X86_GRID_DOT8_512(type, order)                                                             \
+/* IQ1 has too many points for registers: `index` is for it. */
+#define X86_GRID_DOT8_512(type, order, index)                                                      \
     MOE_VNNI512_INLINE void type##_dot8_vnni512(const uint8_t *const row[8], size_t at,            \
                                                 const moe_q8 *x, size_t n_tok, x86_k_sums *out)    \
     {                                                                                              \
         x86_grid_x_512 own[X86_512_FEWEST];                                                        \
         __m512i dot[X86_512_FEWEST][8];                                                            \
+        uint16_t found[8][X86_GRID_INDICES];                                                       \
+        for (size_t r = 0; r < 8 && type##_shape.shifted; r++)                                     \
+            index##_avx2(row[r] + at, found[r]);                                                   \
         MOE_UNROLL                                                                                 \
         for (size_t t = 0; t < n_tok; t++) {                                                       \
             order##_512(x[t].q, own[t].q);                                                         \
@@ -586,18 +610,18 @@ MOE_VNNI512_INLINE void x86_grid_sums_512(__m512i dot[][8], __m256 d, size_t n_t
         }                                                                                          \
         for (size_t r = 0; r < 8; r++) {                                                           \
             x86_grid_row_512 w;                                                                    \
-            type##_unpack_vnni512(row[r] + at, &w);                                                \
+            type##_unpack_vnni512(row[r] + at, found[r], &w);                                      \
             x86_grid_multiply_512(&w, &type##_shape, own, n_tok, r, dot);                          \
         }                                                                                          \
         x86_grid_sums_512(dot, type##_d8_avx2(row, at), n_tok, out);                               \
     }
 
 /* A format brings type_shape, type_d8_avx2(), type_half_avx2() and type_unpack_vnni512(); order is
- * x86_grid_order, or its own. */
-#define X86_GRID_FEW(type, order)                                                                  \
-    X86_GRID_GEMV_OF(type, order, , 1)                                                             \
-    X86_GRID_GEMV_OF(type, order, 2, 2)                                                            \
-    X86_GRID_DOT8_512(type, order)
+ * x86_grid_order, index is x86_grid_no_index, or its own. */
+#define X86_GRID_FEW(type, order, index)                                                           \
+    X86_GRID_GEMV_OF(type, order, index, , 1)                                                      \
+    X86_GRID_GEMV_OF(type, order, index, 2, 2)                                                     \
+    X86_GRID_DOT8_512(type, order, index)
 
 #endif
 #endif
