@@ -53,6 +53,7 @@ typedef struct moe_weight {
     moe_view data;
     const moe_matrix *matrices; // [dims[2]]; NULL: one after another at `data`, all of type `quant`
     uint32_t act_mask;          // with `matrices`: bit i: one of them wants moe_act i
+    moe_view scale;             // [dims[2]] what each one's products are multiplied with; absent: 1
 } moe_weight;
 
 MOE_INLINE moe_view view_at(moe_view v, uint64_t bytes)
@@ -104,7 +105,7 @@ typedef struct moe_norm_op {
 enum { MOE_MATMUL_MAX = 4 };
 
 /* Up to 4 matrices that share their input: dst_i[t][:] = (add_i ? dst_i[t][:] : 0) + w_i src[t] +
- * bias_i. dst_i must not overlap src. */
+ * bias_i. dst_i must not overlap src. w_i src[t] includes w_i's scale, a rounded product. */
 typedef struct moe_matmul_op {
     moe_view src;        // [n_tok][n_in]
     uint32_t n_tok;

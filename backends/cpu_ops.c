@@ -220,10 +220,18 @@ static void cpu_matmul_quantize(moe_queue *q, const cpu_op *op, uint32_t task, u
     }
 }
 
-/* dst = (add ? dst : 0) + (tile + bias), n_row elements of one token. */
-static void cpu_finish_row(const cpu_simd *simd, float *dst, float *tile, const float *bias,
-                           bool add, size_t n_row)
+/* A matrix's factor, of a stack's the one of number i; NULL: none. */
+MOE_INLINE const float *cpu_scale(const moe_weight *w, size_t i)
 {
+    return w->scale.buffer ? cpu_floats(w->scale) + i : NULL;
+}
+
+/* dst = (add ? dst : 0) + (scale tile + bias), n_row elements of one token. */
+static void cpu_finish_row(const cpu_simd *simd, float *dst, float *tile, const float *scale,
+                           const float *bias, bool add, size_t n_row)
+{
+    for (size_t i = 0; scale && i < n_row; i++)
+        tile[i] *= *scale;
     if (bias)
         simd->add(add ? tile : dst, tile, bias, 1.0f, n_row);
     if (add)
@@ -240,7 +248,8 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
     const moe_act act = w->quant->act;
     const moe_kernels *kernels = &q->device->kernels[quant_index(w->quant)];
     const size_t n_out = (size_t)w->dims[1];
-    const bool direct = !o->out[i].bias.buffer && !o->out[i].add;
+    const float *scale = cpu_scale(w, 0);
+    const bool direct = !o->out[i].bias.buffer && !o->out[i].add && !scale;
     const size_t tok_tile = o->n_tok == 1 ? 1 : MOE_MIN(CPU_TOK_TILE, CPU_TILE / n_row);
     float *dst = cpu_floats(o->out[i].dst) + row;
     const float *bias = o->out[i].bias.buffer ? cpu_floats(o->out[i].bias) + row : NULL;
@@ -261,7 +270,7 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
             cpu_fetch((uintptr_t)(dst + (t + k) * n_out), n_row * sizeof *dst);
         (o->n_tok == 1 ? kernels->gemv : kernels->gemm)(&mm);
         for (size_t k = 0; !direct && k < mm.n_tok; k++)
-            cpu_finish_row(q->device->simd, dst + (t + k) * n_out, tile + k * n_row, bias,
+            cpu_finish_row(q->device->simd, dst + (t + k) * n_out, tile + k * n_row, scale, bias,
                            o->out[i].add, n_row);
     }
 }
@@ -642,7 +651,7 @@ static void cpu_experts(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t 
         for (size_t k = 0; k < mm.n_tok; k++)
             cpu_finish_row(q->device->simd,
                            cpu_floats(o->out[i].dst) + q->expert_slot[t + k] * n_out + row,
-                           mm.y + k * n_row, bias, false, n_row);
+                           mm.y + k * n_row, cpu_scale(w, expert), bias, false, n_row);
     }
 }
 

@@ -441,6 +441,32 @@ static moe_status binding_check(const moe_model *m, const moe_binding *b, uint32
     return MOE_OK;
 }
 
+/* A matrix "x.weight" may come with "x.scale", the factor of its products, of experts one for each:
+ * a format's own scales may have too little range (quant/nvfp4.h). Where a family has a tensor of
+ * that name itself, it means that. "x.input_scale" is for activations in FP4, which these are not.
+ *
+ * Returns the matrix's name with another end; NULL: it has none. */
+static const char *binding_scale(const moe_model *m, const moe_binding *b, uint32_t layer,
+                                 const char *end, char *buf, size_t buf_bytes)
+{
+    char other[96];
+    const bool global = b->flags & BIND_GLOBAL;
+    const bool output = global && b->field == offsetof(moe_globals, output);
+    const bool table = b->dims[1] == DIM_VOCAB && !output;
+    const bool split = !global && b->field == offsetof(moe_layer, wkv_b);
+    binding_name(b, layer, buf, buf_bytes);
+    char *dot = strrchr(buf, '.');
+    if (b->flags & BIND_VECTOR || table || split || !dot || strcmp(dot, ".weight") ||
+        (b->dims[2] != DIM_NONE && b->dims[2] != DIM_EXPERT))
+        return NULL;
+    snprintf(dot, buf_bytes - (size_t)(dot - buf), "%s", end);
+    for (uint32_t i = 0; m->family->bindings[i]; i++)
+        for (const moe_binding *of = m->family->bindings[i]; of->gguf; of++)
+            if (!strcmp(buf, binding_name(of, layer, other, sizeof other)))
+                return NULL;
+    return buf;
+}
+
 /* One walk over all bindings: what to do with each tensor, and where the walk has got to. */
 typedef struct bind_walk {
     moe_model *m;
@@ -450,6 +476,27 @@ typedef struct bind_walk {
     uint64_t n_vector_floats;
     uint32_t layer, n_tensor, n_buffer, n_matrix;
 } bind_walk;
+
+/* The tensors that belong to a matrix, which has had its visit. */
+static moe_status bind_scale(bind_walk *walk, const moe_binding *b, uint32_t layer, moe_weight *w)
+{
+    char name[96];
+    const moe_directory *dir = walk->m->dir;
+    const moe_binding as = {.flags = BIND_VECTOR | (b->flags & BIND_GLOBAL),
+                            .field = UINT16_MAX,
+                            .dims = {b->dims[2] == DIM_EXPERT ? DIM_EXPERT : DIM_ONE}};
+    if (binding_scale(walk->m, b, layer, ".input_scale", name, sizeof name))
+        walk->n_tensor += directory_tensor(dir, name) != NULL;
+    const moe_tensor *t = binding_scale(walk->m, b, layer, ".scale", name, sizeof name)
+                              ? directory_tensor(dir, name) : NULL;
+    if (!t)
+        return MOE_OK;
+    moe_weight scale = {0};
+    walk->n_tensor++;
+    const moe_status status = walk->visit(walk, &as, t, &scale);
+    w->scale = scale.data;
+    return status;
+}
 
 static moe_status bind_one(bind_walk *walk, const moe_binding *b, uint32_t layer, void *base)
 {
@@ -463,7 +510,9 @@ static moe_status bind_one(bind_walk *walk, const moe_binding *b, uint32_t layer
                     walk->m->family->arch);
     walk->layer = layer;
     walk->n_tensor++;
-    return walk->visit(walk, b, t, (moe_weight *)(void *)((char *)base + b->field));
+    moe_weight *w = (moe_weight *)(void *)((char *)base + b->field);
+    const moe_status status = walk->visit(walk, b, t, w);
+    return status ? status : bind_scale(walk, b, layer, w);
 }
 
 /* Visits each tensor that the family binds. */
@@ -613,10 +662,21 @@ static bool tensor_is_draft(const moe_model *m, const moe_tensor *t)
            layer >= m->hp.n_layer && layer - m->hp.n_layer < m->hp.n_layer_draft;
 }
 
+/* Whether a tensor is the one of a binding, or belongs to it. */
+static bool binding_takes(const moe_model *m, const moe_binding *b, uint32_t layer,
+                          const char *tensor)
+{
+    static const char *const ends[] = {".scale", ".input_scale"};
+    char name[96];
+    bool takes = !strcmp(tensor, binding_name(b, layer, name, sizeof name));
+    for (size_t i = 0; i < MOE_COUNT(ends) && !takes; i++)
+        takes = binding_scale(m, b, layer, ends[i], name, sizeof name) && !strcmp(tensor, name);
+    return takes;
+}
+
 /* A tensor that no binding asks for would be computed without: the results would be wrong. */
 static moe_status bind_find_unused(const moe_model *m, moe_error *error)
 {
-    char name[96];
     for (size_t i = 0; i < directory_n_tensors(m->dir); i++) {
         const moe_tensor *t = directory_tensor_at(m->dir, i);
         bool used = tensor_is_draft(m, t);
@@ -626,7 +686,7 @@ static moe_status bind_find_unused(const moe_model *m, moe_error *error)
                 if (!(b->flags & BIND_GLOBAL) && !tensor_layer(t->name, &layer))
                     continue;
                 used = layer < m->hp.n_layer_all && binding_applies(&m->hp, b, layer) &&
-                       !strcmp(t->name, binding_name(b, layer, name, sizeof name));
+                       binding_takes(m, b, layer, t->name);
             }
         }
         if (!used)

@@ -334,6 +334,8 @@ static bool fenced_weight(fenced_queue *q, const char *op, const moe_weight **w,
         return fenced_fault(q, op, "missing weights", 0, 1);
     *place = **w;
     *w = place;
+    if (!fenced_view(q, op, "scale", &place->scale, place->dims[2], 4, FENCED_MAYBE))
+        return false;
     if (place->matrices)
         return fenced_at_most(q, op, "matrices that stand apart", strcmp(op, "experts") != 0, 0) &&
                fenced_matrices(q, op, place, limit);

@@ -7,6 +7,8 @@
  * With -DMOE_TEST_BACKEND_FENCED everything runs on the backend of tests/fenced_backend.h. */
 #include "test.h"
 
+#include "gguf_edit.h"
+
 #include <dirent.h>
 #include <pthread.h>
 
@@ -948,6 +950,119 @@ static void any_number_of_logits_gives_the_same_rows(void)
     }
 }
 
+/* Gives matrices of floats a scale, 2^-k with a k for each and for each expert, and the matrices
+ * the inverse: nothing is rounded differently. */
+static size_t scale_matrices(gguf_edit *e)
+{
+    static const char *const names[] = {
+        "attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "attn_gate", "attn_q_a",
+        "attn_q_b", "attn_kv_a_mqa", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_shexp",
+        "ffn_up_shexp", "ffn_down_shexp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps",
+        "ffn_gate_up_exps", "ssm_out"};
+    size_t n = 0;
+    for (size_t i = 0, end = e->n_tensors; i < end; i++) {
+        edit_tensor *t = &e->tensor[i];
+        char part[64] = "output", name[64];
+        sscanf(t->name, "blk.%*u.%63[^.].weight", part);
+        bool known = !strcmp(t->name, "output.weight");
+        for (size_t k = 0; k < MOE_COUNT(names); k++)
+            known |= !strcmp(part, names[k]) && strstr(t->name, ".weight");
+        snprintf(name, sizeof name, "%.*s.scale", (int)(strlen(t->name) - 7), t->name);
+        if (!known || t->type != 0 || edit_find_tensor(e, name))
+            continue;
+        const uint64_t one = 1;
+        edit_tensor *s = edit_add_tensor(e, name, "F32", 1, t->n_dims > 2 ? &t->dims[2] : &one);
+        const size_t n_matrix = t->n_dims > 2 ? (size_t)t->dims[2] : 1;
+        for (size_t m = 0; m < n_matrix; m++) {
+            const int k = (int)((n++ + m) % 9) - 4;
+            float *w = (float *)(void *)t->data + m * (size_t)(t->dims[0] * t->dims[1]);
+            for (size_t j = 0; j < t->dims[0] * t->dims[1]; j++)
+                w[j] = ldexpf(w[j], k);
+            ((float *)(void *)s->data)[m] = ldexpf(1.0f, -k);
+        }
+        snprintf(name, sizeof name, "%.*s.input_scale", (int)(strlen(t->name) - 7), t->name);
+        ((float *)(void *)edit_add_tensor(e, name, "F32", 1, s->dims)->data)[0] = 3;
+    }
+    return n;
+}
+
+static moe_model *model_open_edited(const gguf_edit *e, uint8_t **data, moe_error *error)
+{
+    moe_model_options o;
+    moe_model_options_init(&o);
+    o.backend = TEST_BACKEND;
+    o.data = *data = edit_write(e, &o.data_bytes);
+    moe_model *model = NULL;
+    CHECK((moe_model_open(&model, &o, error) == MOE_OK) == (model != NULL), "a model or an error");
+    return model;
+}
+
+static void scales_of_matrices_are_factors_of_their_products(void)
+{
+    static const char *const names[] = {"llama-llama3", "mixtral", "qwen2moe", "gpt-oss", "gemma4",
+                                        "deepseek3", "qwen35moe", "gemma3"};
+    for (size_t i = 0; i < n_fixtures; i++) {
+        const fixture *f = &fixtures[i];
+        bool taken = false;
+        for (size_t k = 0; k < MOE_COUNT(names); k++)
+            taken |= !strcmp(f->name, names[k]);
+        gguf_edit *e = taken ? edit_read(f->path) : NULL;
+        if (!e)
+            continue;
+        CHECK(scale_matrices(e) > 8, "%s: too few matrices", f->name);
+        moe_error error = {0};
+        uint8_t *data;
+        moe_model *plain = model_open_isa(f, MOE_ISA_AUTO);
+        moe_model *scaled = model_open_edited(e, &data, &error);
+        CHECK(scaled, "%s: %s: %s", f->name, error.subject, error.message);
+        for (size_t chunk = 0; chunk < 2 && scaled; chunk++) {
+            const run_options h = {.chunk = chunk};
+            float *want = run(plain, &h, f->tok, f->n_tok, f->n_vocab);
+            check_same_logits(f, "scales", run(scaled, &h, f->tok, f->n_tok, f->n_vocab), want,
+                              f->n_tok);
+            free(want);
+        }
+        moe_model_close(plain);
+        moe_model_close(scaled);
+        free(data);
+        edit_free(e);
+    }
+}
+
+/* A scale that has no place, or not the shape, or is no number, is an error. */
+static void scales_are_not_left_out(void)
+{
+    static const struct {
+        const char *name;
+        uint64_t n;
+        float value;
+        moe_status status;
+    } cases[] = {{"blk.0.attn_q.scale", 2, 1, MOE_ERR_MODEL},
+                 {"blk.0.ffn_up_exps.scale", 1, 1, MOE_ERR_MODEL},
+                 {"blk.1.attn_q.scale", 1, INFINITY, MOE_ERR_MODEL},
+                 {"token_embd.scale", 1, 1, MOE_ERR_UNSUPPORTED},
+                 {"blk.0.attn_norm.scale", 1, 1, MOE_ERR_UNSUPPORTED},
+                 {"blk.9.attn_q.scale", 1, 1, MOE_ERR_UNSUPPORTED}};
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        char path[512];
+        snprintf(path, sizeof path, "%s/mixtral.gguf", fixture_folder());
+        gguf_edit *e = edit_read(path);
+        if (!e)
+            SKIP("this folder of fixtures has no mixtral");
+        edit_tensor *t = edit_add_tensor(e, cases[i].name, "F32", 1, &cases[i].n);
+        for (size_t k = 0; k < cases[i].n; k++)
+            ((float *)(void *)t->data)[k] = cases[i].value;
+        moe_error error = {0};
+        uint8_t *data;
+        moe_model *model = model_open_edited(e, &data, &error);
+        CHECK(!model && error.status == cases[i].status && !strcmp(error.subject, cases[i].name),
+              "%s: %s: %s", cases[i].name, moe_status_name(error.status), error.message);
+        moe_model_close(model);
+        free(data);
+        edit_free(e);
+    }
+}
+
 /* The experts of a token: the best first, ties to the lower index, each once, also where scores are
  * no numbers. */
 static void an_expert_is_chosen_once(void)
@@ -1056,6 +1171,8 @@ TEST_PROGRAM(forward)
     RUN(same_bits_on_any_instruction_set);
     RUN(expanded_latents_depend_on_the_length_of_calls_alone);
     RUN(same_bits_for_any_way_of_opening);
+    RUN(scales_of_matrices_are_factors_of_their_products);
+    RUN(scales_are_not_left_out);
     RUN(same_bits_with_the_hosts_threads);
     RUN(rewound_session_equals_a_fresh_one);
     RUN(going_back_a_little_computes_nothing_anew);
