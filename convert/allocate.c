@@ -599,7 +599,7 @@ static moe_status alloc_fit(alloc_state *a, uint64_t most, moe_error *error)
         const double got = (double)(job->file_bytes - header);
         const double want = (double)most * (1 - 0.002 * (1 - job->sampled));
         if (!glance && got <= want &&
-            (got + MOEFILE_RECORD_ALIGN >= want * 0.997 || alloc_is_full(a))) {
+            (got + MOEFILE_PAGE >= want * 0.997 || alloc_is_full(a))) {
             a->got = got;
             return MOE_OK;
         }

@@ -92,7 +92,7 @@ static void size_sum(const size_state *s)
     const moew_sink *m = s->m;
     conv_job *job = m->job;
     double by_type[MOE_COUNT(quant_table)][2] = {{0}};
-    uint64_t at = m->header.data_offset, n_tried = 0;
+    uint64_t at = m->header.data_offset, start = at, n_tried = 0;
     for (size_t i = 0; i < job->source.n_tensors; i++)
         job->source.tensors[i].stored_bytes = 0;
     for (uint32_t i = 0; i < m->n_slices; i++) {
@@ -107,11 +107,13 @@ static void size_sum(const size_state *s)
         sums[1] += part * (double)size_of_slice(s, i, by_type);
     }
     for (uint32_t i = 0, record = UINT32_MAX; i < m->n_slices; i++) {
+        const moew_slice *slice = &m->slices[i];
         const uint64_t bytes = size_of_slice(s, i, by_type);
-        const bool same = m->slices[i].record == record;
-        at = align_up(at, same ? MOEFILE_SLICE_ALIGN : MOEFILE_RECORD_ALIGN);
-        record = m->slices[i].record;
-        at += bytes;
+        const bool raw = bytes == slice->n_rows * slice->row_bytes;
+        if (slice->record != record)
+            at = start = moew_record_start(at, raw, bytes);
+        record = slice->record;
+        at = start + moefile_slice_start(at - start, raw ? MOEFILE_RAW : MOEFILE_PLANES) + bytes;
         job->source.tensors[m->tables[i].tensor].stored_bytes += bytes;
     }
     job->file_bytes = at;

@@ -292,7 +292,7 @@ static moe_status moew_make_front(moew_sink *m, moe_error *error)
     h->n_tensors = (uint32_t)s->n_tensors;
     h->n_records = m->n_records;
     h->n_slices = m->n_slices;
-    h->data_offset = align_up(end, MOEFILE_RECORD_ALIGN);
+    h->data_offset = align_up(end, MOEFILE_PAGE);
     m->at = h->data_offset;
     if (end - sizeof *h > MOEFILE_MAX_DIRECTORY_BYTES)
         return fail(error, MOE_ERR_LIMIT, "directory", "expected at most %u bytes, got %llu",
@@ -300,12 +300,19 @@ static moe_status moew_make_front(moew_sink *m, moe_error *error)
     return w.failed ? fail_memory(error, s->mem, "directory", end) : MOE_OK;
 }
 
-/* The bytes of the file if nothing were compressed. */
+/* Where a record begins that follows what ends at `at`, by its first slice: at a page if that is
+ * mapped, as far as that can matter. */
+static uint64_t moew_record_start(uint64_t at, bool raw, uint64_t slice_bytes)
+{
+    return align_up(at, raw && slice_bytes >= MOEFILE_PAGE ? MOEFILE_PAGE : MOEFILE_SLICE_ALIGN);
+}
+
+/* The bytes of the file if nothing were compressed, and all records began with a page. */
 static uint64_t moew_raw_bytes(const moew_sink *m)
 {
     uint64_t at = m->header.data_offset;
     for (uint32_t i = 0; i < m->n_records; i++) {
-        at = align_up(at, MOEFILE_RECORD_ALIGN) + m->records[i].decoded_bytes +
+        at = align_up(at, MOEFILE_PAGE) + m->records[i].decoded_bytes +
              m->records[i].n_slices * (uint64_t)MOEFILE_SLICE_ALIGN;
     }
     return at;
@@ -458,14 +465,14 @@ static moe_status moew_begin_slice(moew_sink *m, uint32_t index, moew_choice cho
     const moew_slice *s = &m->slices[index];
     moefile_record *r = &m->records[s->record];
     if (index == r->first_slice) {
-        m->at = r->offset = align_up(m->at, MOEFILE_RECORD_ALIGN);
+        m->at = r->offset = moew_record_start(m->at, choice == MOEW_RAW, s->n_rows * s->row_bytes);
         xxh64_begin(&m->hash);
     }
     const uint64_t used = m->at - r->offset;
-    moe_status status = moew_append(m, NULL, align_up(used, MOEFILE_SLICE_ALIGN) - used, error);
-    table->offset = m->at - r->offset;
-    table->first_segment = m->n_segments;
     table->encoding = choice == MOEW_PLANES ? MOEFILE_PLANES : MOEFILE_RAW;
+    table->offset = moefile_slice_start(used, table->encoding);
+    moe_status status = moew_append(m, NULL, table->offset - used, error);
+    table->first_segment = m->n_segments;
     if (choice == MOEW_PLANES)
         table->segment_blocks = (uint32_t)(s->segment_rows * s->row_bytes / s->type->block_bytes);
     return status;
@@ -565,13 +572,13 @@ static bool moew_resume_record(moew_sink *m, uint32_t index, uint8_t *room)
     xxh64_state state;
     if (plat_read(&file, m->records_at + index * sizeof r, &r, sizeof r, path, NULL) ||
         r.first_slice != planned->first_slice || r.n_slices != planned->n_slices ||
-        r.decoded_bytes != planned->decoded_bytes ||
-        r.offset != align_up(m->at, MOEFILE_RECORD_ALIGN))
+        r.decoded_bytes != planned->decoded_bytes)
         return false;
     moefile_slice *slices = m->tables + r.first_slice;
     const size_t slice_bytes = r.n_slices * sizeof *slices;
     if (plat_read(&file, m->slices_at + r.first_slice * sizeof *slices, slices, slice_bytes, path,
-                  NULL))
+                  NULL) ||
+        r.offset != moew_record_start(m->at, slices->encoding == MOEFILE_RAW, slices->stored_bytes))
         return false;
     const uint32_t n = moew_count_segments(m, &r, slices);
     uint32_t *segments = m->segments + m->n_segments;
@@ -587,7 +594,7 @@ static bool moew_resume_record(moew_sink *m, uint32_t index, uint8_t *room)
         xxh64_add(&state, room, some);
         at += some;
     }
-    static const uint8_t zeros[MOEFILE_RECORD_ALIGN];
+    static const uint8_t zeros[MOEFILE_PAGE];
     if (xxh64_end(&state) != r.hash ||
         writer_put(&m->writer, zeros, r.offset - m->at, m->at, NULL)) // the padding has no hash
         return false;

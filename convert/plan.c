@@ -323,7 +323,18 @@ static void plan_tensor(const plan *p, const conv_source *s, conv_tensor *t)
         t->part_types = t->source_types;
 }
 
-/* Gives each tensor its type. */
+static uint64_t plan_bytes(const conv_source *s, const conv_tensor *t)
+{
+    const uint32_t n_parts = t->part_types ? s->n_expert : 1;
+    uint64_t bytes = 0;
+    for (uint32_t k = 0; k < n_parts; k++) {
+        const moe_quant *type = conv_part_type(t, k);
+        bytes += t->row_len * t->n_rows / n_parts / type->block_len * type->block_bytes;
+    }
+    return bytes;
+}
+
+/* Gives each tensor its type and size. */
 static moe_status plan_types(plan *p, conv_source *s, const conv_options *options, moe_error *error)
 {
     moe_status status = plan_find(p, options->quant, error);
@@ -336,25 +347,14 @@ static moe_status plan_types(plan *p, conv_source *s, const conv_options *option
     }
     for (uint32_t i = 0; i < options->n_keeps && !status; i++)
         status = plan_keep(s, &options->keeps[i], error);
+    for (size_t i = 0; i < s->n_tensors && !status; i++)
+        s->tensors[i].bytes = plan_bytes(s, &s->tensors[i]);
     return status;
 }
 
-static uint64_t plan_bytes(const conv_source *s, const conv_tensor *t)
-{
-    const uint32_t n_parts = t->part_types ? s->n_expert : 1;
-    uint64_t bytes = 0;
-    for (uint32_t k = 0; k < n_parts; k++) {
-        const moe_quant *type = conv_part_type(t, k);
-        bytes += t->row_len * t->n_rows / n_parts / type->block_len * type->block_bytes;
-    }
-    return bytes;
-}
-
-/* Once the types are final: sizes, and the keys that tell of them. */
+/* Once the types are final: the keys that tell of them. */
 static moe_status plan_finish(const plan *p, conv_source *s, moe_error *error)
 {
-    for (size_t i = 0; i < s->n_tensors; i++)
-        s->tensors[i].bytes = plan_bytes(s, &s->tensors[i]);
     if (s->has_file_type || (s->dir && !plan_changes(s)))
         return MOE_OK;
     meta_writer w = {&s->kv, &s->n_kv, false};

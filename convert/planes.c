@@ -1,70 +1,63 @@
 /* convert/planes.c - blocks -> planes -> frames of zstd, most of which hold literals only.
  *
- * The bytes of quantized weights have a skewed distribution but do not repeat: what a match saves
- * is less than what it costs. So zstd is told, through its interface for sequence producers, that
- * there are none, and codes each plane's bytes with Huffman codes. Those are a bit long at least;
- * planes that would need little more, such as scales that are nearly all alike, are also compressed
- * as usual, and the shorter frame is taken. Any zstd decoder reads both. */
+ * A segment's planes stand in one frame, in blocks by convert/literals.c. Codes are a bit long at
+ * least; planes that would need little more, such as scales that are nearly all alike,
+ * are also compressed by zstd as usual, and become a frame of their own where that is shorter. */
 #ifndef MOE_CONVERT_PLANES_C
 #define MOE_CONVERT_PLANES_C
 
 #include "convert.h"
+#include "literals.c"
 
 #ifdef MOE_NO_ZSTD
 #error "the converter needs libzstd"
 #endif
-#if ZSTD_VERSION_NUMBER < 10504
-#error "the converter needs libzstd 1.5.4 or later, for ZSTD_registerSequenceProducer"
-#endif
 
 enum {
-    PLANES_BLOCK_BYTES = 128 << 10,  // the largest block of a frame
-    PLANES_FRAME_EXTRA = 64,         // a stored frame: header, headers of blocks, checksum
+    PLANES_FRAME_HEAD = 9,           // of a frame of literals
+    PLANES_FRAME_TAIL = 4,
     PLANES_MAX_SEGMENTS = 4096       // in one task
 };
+
+/* A frame that planes are added to. */
+typedef struct planes_frame {
+    size_t at;          // where it begins in the output; SIZE_MAX: there is none
+    size_t last_block;  // where its last block does
+    size_t n;           // bytes in it
+    xxh64_state hash;
+    lit_codes codes;    // of its last coded block
+} planes_frame;
 
 /* One thread's compressors. */
 typedef struct planes_packer {
     moe_mem *mem;
-    ZSTD_CCtx *literals, *matches;
-    uint8_t *plane;     // [MOEFILE_SEGMENT_BYTES]
+    ZSTD_CCtx *matches;
+    uint8_t *planes;    // [MOEFILE_SEGMENT_BYTES]
     uint8_t *rotated;   // [MOEFILE_SEGMENT_BYTES]: blocks, of types that are
+    planes_frame frame;
     text_buf out;       // segments
     uint32_t *sizes;    // [PLANES_MAX_SEGMENTS] of each
     size_t n_segments;
 } planes_packer;
 
-/* The sequence producer: the whole block is literals. */
-static size_t planes_literals(void *state, ZSTD_Sequence *out, size_t capacity, const void *src,
-                              size_t src_bytes, const void *dict, size_t dict_bytes, int level,
-                              size_t window)
-{
-    (void)state, (void)src, (void)dict, (void)dict_bytes, (void)level, (void)window;
-    if (!capacity)
-        return ZSTD_SEQUENCE_PRODUCER_ERROR;
-    out[0] = (ZSTD_Sequence){.litLength = (unsigned)src_bytes};
-    return 1;
-}
-
 static void planes_close(planes_packer *p)
 {
     if (!p)
         return;
-    ZSTD_freeCCtx(p->literals);
     ZSTD_freeCCtx(p->matches);
-    mem_free(p->mem, p->plane);
+    mem_free(p->mem, p->planes);
     mem_free(p->mem, p->rotated);
     mem_free(p->mem, p->sizes);
     buf_free(&p->out);
     mem_free(p->mem, p);
 }
 
-/* A compressor with the settings of a strategy, or NULL. Frames are of 1 MiB at most. */
-static ZSTD_CCtx *planes_compressor(int strategy, int hash_log, int chain_log, int search_log)
+/* For planes that repeat, or NULL. Frames are of 1 MiB at most. */
+static ZSTD_CCtx *planes_compressor(void)
 {
     const struct { ZSTD_cParameter name; int value; } params[] = {
-        {ZSTD_c_strategy, strategy}, {ZSTD_c_windowLog, 20}, {ZSTD_c_hashLog, hash_log},
-        {ZSTD_c_chainLog, chain_log}, {ZSTD_c_searchLog, search_log}, {ZSTD_c_minMatch, 4},
+        {ZSTD_c_strategy, ZSTD_btopt}, {ZSTD_c_windowLog, 20}, {ZSTD_c_hashLog, 14},
+        {ZSTD_c_chainLog, 14}, {ZSTD_c_searchLog, 4}, {ZSTD_c_minMatch, 4},
         {ZSTD_c_targetLength, 0}, {ZSTD_c_checksumFlag, 1}, {ZSTD_c_contentSizeFlag, 1},
         {ZSTD_c_dictIDFlag, 0}};
     ZSTD_CCtx *zstd = ZSTD_createCCtx();
@@ -83,70 +76,87 @@ static planes_packer *planes_open(moe_mem *mem)
     if (!p)
         return NULL;
     p->mem = p->out.mem = mem;
-    p->plane = mem_alloc_uncleared(mem, MOEFILE_SEGMENT_BYTES, 1);
+    p->planes = mem_alloc_uncleared(mem, MOEFILE_SEGMENT_BYTES, 1);
     p->rotated = mem_alloc_uncleared(mem, MOEFILE_SEGMENT_BYTES, 1);
     p->sizes = mem_alloc(mem, PLANES_MAX_SEGMENTS, sizeof *p->sizes);
-    // Without matches the strategy only decides what is worth coding: this one wants the least. The
-    // tables of the finders that are not used are made small.
-    p->literals = planes_compressor(ZSTD_btultra2, 6, 6, 1);
-    p->matches = planes_compressor(ZSTD_btopt, 14, 14, 4);
-    if (!p->plane || !p->rotated || !p->sizes || !p->literals || !p->matches) {
+    p->matches = planes_compressor();
+    if (!p->planes || !p->rotated || !p->sizes || !p->matches) {
         planes_close(p);
         return NULL;
     }
-    ZSTD_registerSequenceProducer(p->literals, NULL, planes_literals);
     return p;
 }
 
-/* A frame of n bytes as they are, in blocks of zstd's type for that (RFC 8878, section 3.1.1). */
-static size_t planes_store(uint8_t *dst, const uint8_t *src, size_t n)
+/* ------------------------------------------------------------------------------- frames -- */
+
+static void planes_begin_frame(planes_packer *p)
 {
-    uint8_t *p = dst;
-    const uint64_t hash = xxh64(src, n);
-    const uint32_t magic = 0xfd2fb528;
-    memcpy(p, &magic, 4);
-    p[4] = 2 << 6 | 1 << 5 | 1 << 2; // the size in 4 bytes, a single segment, a checksum
-    memcpy(p + 5, &(uint32_t){(uint32_t)n}, 4);
-    p += 9;
-    for (size_t at = 0; at < n;) {
-        const size_t some = MOE_MIN(n - at, PLANES_BLOCK_BYTES);
-        const uint32_t header = (uint32_t)(some << 3) | (at + some == n);
-        memcpy(p, &header, 3);
-        memcpy(p + 3, src + at, some);
-        p += 3 + some;
-        at += some;
+    p->frame = (planes_frame){.at = p->out.n};
+    xxh64_begin(&p->frame.hash);
+    p->out.n += PLANES_FRAME_HEAD;
+}
+
+/* Writes what is only known at a frame's end (RFC 8878, section 3.1.1). */
+static void planes_end_frame(planes_packer *p)
+{
+    const uint32_t magic = 0xfd2fb528, bytes = (uint32_t)p->frame.n;
+    const uint64_t hash = xxh64_end(&p->frame.hash);
+    uint8_t *head = p->out.data + p->frame.at;
+    memcpy(head, &magic, 4);
+    head[4] = 2 << 6 | 1 << 5 | 1 << 2; // the size in 4 bytes, a single segment, a checksum
+    memcpy(head + 5, &bytes, 4);
+    p->out.data[p->frame.last_block] |= 1;
+    memcpy(p->out.data + p->out.n, &hash, PLANES_FRAME_TAIL);
+    p->out.n += PLANES_FRAME_TAIL;
+    p->frame.at = SIZE_MAX;
+}
+
+/* Adds a plane of n bytes to the frame. */
+static void planes_add_literals(planes_packer *p, const uint8_t *plane, size_t n)
+{
+    for (size_t at = 0, some; at < n; at += some) {
+        some = MOE_MIN(n - at, LIT_BLOCK_BYTES);
+        p->frame.last_block = p->out.n;
+        p->out.n += lit_put_block(&p->frame.codes, p->out.data + p->out.n, plane + at, some);
     }
-    memcpy(p, &hash, 4);
-    return (size_t)(p + 4 - dst);
+    p->frame.n += n;
+    xxh64_add(&p->frame.hash, plane, n);
 }
 
-/* The frame of n bytes; 0 if zstd fails. */
-static size_t planes_compress(planes_packer *p, uint8_t *dst, size_t room, const uint8_t *src,
-                              size_t n)
+/* Puts the frame of zstd's own at `from` in the place of what was added from `start` on. */
+static void planes_replace(planes_packer *p, const planes_frame *before, size_t start, size_t from,
+                           size_t bytes)
 {
-    const size_t bytes = ZSTD_compress2(p->literals, dst, room, src, n);
-    if (ZSTD_isError(bytes) || bytes > n / 4)
-        return ZSTD_isError(bytes) ? 0 : bytes;
-    const size_t other = ZSTD_compress2(p->matches, dst, room, src, n);
-    if (ZSTD_isError(other) || other <= bytes)
-        return ZSTD_isError(other) ? 0 : other;
-    return ZSTD_compress2(p->literals, dst, room, src, n);
+    p->frame = *before;
+    p->out.n = start;
+    if (p->frame.at != SIZE_MAX)
+        planes_end_frame(p);
+    memmove(p->out.data + p->out.n, p->out.data + from, bytes);
+    p->out.n += bytes;
 }
 
-/* Appends the frame of a plane of n bytes: coded if that saves 1 %, else stored. */
-static moe_status planes_frame(planes_packer *p, const uint8_t *plane, size_t n, const char *name,
-                               moe_error *error)
+/* Appends a plane of n bytes. */
+static moe_status planes_add(planes_packer *p, const uint8_t *plane, size_t n, const char *name,
+                             moe_error *error)
 {
-    const size_t room = MOE_MAX(ZSTD_compressBound(n), n + PLANES_FRAME_EXTRA);
+    const size_t ends = PLANES_FRAME_HEAD + PLANES_FRAME_TAIL, start = p->out.n;
+    const size_t literals = n + (n / LIT_BLOCK_BYTES + 1) * LIT_BLOCK_EXTRA + ends;
+    const size_t room = literals + ZSTD_compressBound(n);
+    const planes_frame before = p->frame;
     if (!buf_reserve(&p->out, room))
         return fail_memory(error, p->mem, name, room);
-    uint8_t *dst = p->out.data + p->out.n;
-    size_t bytes = planes_compress(p, dst, room, plane, n);
-    if (!bytes)
+    if (p->frame.at == SIZE_MAX)
+        planes_begin_frame(p);
+    planes_add_literals(p, plane, n);
+    const size_t bytes = p->out.n - start, from = start + literals;
+    if (bytes <= ends || bytes > n / 4)
+        return MOE_OK;
+    const size_t other =
+        ZSTD_compress2(p->matches, p->out.data + from, ZSTD_compressBound(n), plane, n);
+    if (ZSTD_isError(other))
         return fail(error, MOE_ERR_MEMORY, name, "cannot compress %zu bytes", n);
-    if (bytes > n - n / 100)
-        bytes = planes_store(dst, plane, n);
-    p->out.n += bytes;
+    if (other + ends < bytes) // planes behind it need a frame again
+        planes_replace(p, &before, start, from, other);
     return MOE_OK;
 }
 
@@ -163,30 +173,63 @@ static moe_status planes_form(uint8_t *plane, size_t width, const moefile_blocks
     return MOE_OK;
 }
 
-/* Appends a segment: the planes of blocks. */
-static moe_status planes_pack(planes_packer *p, const moefile_blocks *b, const uint8_t *blocks,
-                              const char *name, moe_error *error)
+/* Moves blocks into planes, one behind another. */
+static moe_status planes_split(planes_packer *p, const moefile_blocks *b, const uint8_t *blocks,
+                               const char *name, moe_error *error)
 {
     const moe_quant *type = b->quant;
-    const size_t start = p->out.n;
-    size_t offset = 0;
-    moe_status status = MOE_OK;
-    if (p->n_segments == PLANES_MAX_SEGMENTS)
-        return fail(error, MOE_ERR_LIMIT, name, "expected at most %d segments in a head",
-                    PLANES_MAX_SEGMENTS);
+    size_t width = 0;
+    uint8_t *plane = p->planes;
     if (type->rotate) {
         blocks = memcpy(p->rotated, blocks, b->n * type->block_bytes);
         type->rotate(p->rotated, b->n, false);
     }
-    for (size_t i = 0; i < QUANT_MAX_FIELDS && type->fields[i] && !status; i++) {
-        const size_t width = type->fields[i];
-        moefile_move_field(p->plane, width, blocks + offset, type->block_bytes, b->n, width);
-        offset += width;
-        if (offset == type->block_bytes)
-            status = planes_form(p->plane, width, b, name, error);
-        if (!status)
-            status = planes_frame(p, p->plane, b->n * width, name, error);
+    for (size_t i = 0, offset = 0; offset < type->block_bytes; i++, offset += width) {
+        width = type->fields[i];
+        plane = p->planes + offset * b->n;
+        moefile_move_field(plane, width, blocks + offset, type->block_bytes, b->n, width);
     }
+    return planes_form(plane, width, b, name, error);
+}
+
+/* How many fields from this one on are coded as if they were one: small planes of parts of scales,
+ * if they are alike enough that a tree less is worth more. *width: of all of them. */
+static size_t planes_join(const planes_packer *p, const moefile_blocks *b, size_t field,
+                          size_t offset, size_t *width)
+{
+    const uint8_t *fields = b->quant->fields, *plane = p->planes + offset * b->n;
+    size_t n = 1;
+    *width = fields[field];
+    for (; offset + *width < b->quant->block_bytes; n++) {
+        const size_t next = fields[field + n], both = *width + next;
+        if (next == 1 || next != fields[field] || next * b->n < LIT_MIN_BYTES ||
+            both * b->n > LIT_SMALL_BYTES ||
+            lit_estimate(plane, both * b->n) >=
+                lit_estimate(plane, *width * b->n) +
+                    lit_estimate(plane + *width * b->n, next * b->n))
+            break;
+        *width = both;
+    }
+    return n;
+}
+
+/* Appends a segment: the planes of blocks. */
+static moe_status planes_pack(planes_packer *p, const moefile_blocks *b, const uint8_t *blocks,
+                              const char *name, moe_error *error)
+{
+    const size_t start = p->out.n;
+    if (p->n_segments == PLANES_MAX_SEGMENTS)
+        return fail(error, MOE_ERR_LIMIT, name, "expected at most %d segments in a head",
+                    PLANES_MAX_SEGMENTS);
+    p->frame.at = SIZE_MAX;
+    moe_status status = planes_split(p, b, blocks, name, error);
+    for (size_t i = 0, offset = 0, width; !status && offset < b->quant->block_bytes;
+         offset += width) {
+        i += planes_join(p, b, i, offset, &width);
+        status = planes_add(p, p->planes + offset * b->n, b->n * width, name, error);
+    }
+    if (p->frame.at != SIZE_MAX && !status)
+        planes_end_frame(p);
     p->sizes[p->n_segments++] = (uint32_t)(p->out.n - start);
     return status;
 }

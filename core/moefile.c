@@ -166,10 +166,10 @@ static moe_status moefile_check_sizes(const moefile_header *h, uint64_t file_byt
                     "expected the sum of the directory's sections, got %llu",
                     (unsigned long long)h->directory_bytes);
     if (h->data_offset < sizeof *h + h->directory_bytes || h->data_offset > file_bytes ||
-        h->data_offset % MOEFILE_RECORD_ALIGN)
+        h->data_offset % MOEFILE_SLICE_ALIGN)
         return fail(error, MOE_ERR_FORMAT, "data_offset",
                     "expected a multiple of %d behind the directory, got %llu",
-                    MOEFILE_RECORD_ALIGN, (unsigned long long)h->data_offset);
+                    MOEFILE_SLICE_ALIGN, (unsigned long long)h->data_offset);
     return MOE_OK;
 }
 
@@ -380,7 +380,7 @@ static moe_status moefile_take_slice(moefile_walk *w, const moefile_record *r)
     if (status)
         return status;
     moefile_slice_name(w->dir, &s, name);
-    if (s.offset != align_up(w->at, MOEFILE_SLICE_ALIGN) || s.offset > r->stored_bytes ||
+    if (s.offset != moefile_slice_start(w->at, s.encoding) || s.offset > r->stored_bytes ||
         s.stored_bytes > r->stored_bytes - s.offset)
         return fail(w->error, MOE_ERR_FORMAT, name,
                     "expected it behind the %llu bytes before it in a record of %llu, got %llu "
@@ -411,12 +411,15 @@ static moe_status moefile_take_record(moefile_walk *w, uint32_t index)
     const moefile *f = w->dir->moe;
     const moefile_record r = moefile_record_at(f, index);
     snprintf(name, sizeof name, "record %u", index);
-    uint64_t end = 0, start = 0;
-    if (!checked_align(w->at, MOEFILE_RECORD_ALIGN, &start) || r.offset != start ||
-        !checked_add(r.offset, r.stored_bytes, &end) || end > f->header.file_bytes)
+    uint64_t end = 0;
+    const bool near = index ? r.offset >= w->at && r.offset - w->at < MOEFILE_PAGE
+                            : r.offset == w->at;
+    if (!near || r.offset % MOEFILE_SLICE_ALIGN || !checked_add(r.offset, r.stored_bytes, &end) ||
+        end > f->header.file_bytes)
         return fail(w->error, MOE_ERR_FORMAT, name,
-                    "expected it at %llu in a file of %llu bytes, got %llu bytes at %llu",
-                    (unsigned long long)start, (unsigned long long)f->header.file_bytes,
+                    "expected it less than a page behind %llu, at a multiple of %d, in a file of "
+                    "%llu bytes, got %llu bytes at %llu", (unsigned long long)w->at,
+                    MOEFILE_SLICE_ALIGN, (unsigned long long)f->header.file_bytes,
                     (unsigned long long)r.stored_bytes, (unsigned long long)r.offset);
     if (r.first_slice != w->slice || r.n_slices > f->header.n_slices - w->slice)
         return fail(w->error, MOE_ERR_FORMAT, name, "expected slices from %u on, got %u from %u",
@@ -537,10 +540,10 @@ static void moefile_from_plane(uint8_t *plane, size_t width, const moefile_block
         blocks->quant->from_plane(plane + at, row);
 }
 
-/* One frame that holds one plane, neither more nor less. Returns the bytes it took, 0 if it is not
- * right; *why says what. */
-static size_t moefile_decode_plane(const moefile_decoder *d, const uint8_t *src, size_t src_bytes,
-                                   uint8_t *dst, size_t dst_bytes, const char **why)
+/* One frame, of at most dst_bytes, at the front of src. Returns the bytes it took, 0 if it is not
+ * right: *why says what. *got: the bytes in it. */
+static size_t moefile_decode_frame(const moefile_decoder *d, const uint8_t *src, size_t src_bytes,
+                                   uint8_t *dst, size_t dst_bytes, size_t *got, const char **why)
 {
     static const uint8_t magic[4] = {0x28, 0xb5, 0x2f, 0xfd};
     *why = "a frame of zstd";
@@ -549,12 +552,35 @@ static size_t moefile_decode_plane(const moefile_decoder *d, const uint8_t *src,
     const size_t bytes = ZSTD_findFrameCompressedSize(src, src_bytes);
     if (ZSTD_isError(bytes) || ZSTD_getDictID_fromFrame(src, src_bytes))
         return 0;
-    *why = "a frame that tells the size of its plane";
-    if (ZSTD_getFrameContentSize(src, src_bytes) != dst_bytes)
+    *why = "a frame that tells its size, no more than what is missing";
+    const unsigned long long n = ZSTD_getFrameContentSize(src, src_bytes);
+    if (n == 0 || n > dst_bytes) // unknown is more than any
         return 0;
-    const size_t got = ZSTD_decompressDCtx(d->zstd, dst, dst_bytes, src, bytes);
-    *why = ZSTD_isError(got) ? ZSTD_getErrorName(got) : "a whole plane";
-    return got == dst_bytes ? bytes : 0;
+    *got = ZSTD_decompressDCtx(d->zstd, dst, dst_bytes, src, bytes);
+    *why = ZSTD_isError(*got) ? ZSTD_getErrorName(*got) : "as many bytes as it tells";
+    return *got == n ? bytes : 0;
+}
+
+/* All frames of a segment, to its planes one after another. */
+static moe_status moefile_decode_frames(const moefile_decoder *d, const uint8_t *src,
+                                        size_t src_bytes, size_t planes_bytes, const char *name,
+                                        moe_error *error)
+{
+    size_t at = 0;
+    for (size_t done = 0, got = 0; done < planes_bytes; done += got) {
+        const char *why = NULL;
+        const size_t bytes = moefile_decode_frame(d, src + at, src_bytes - at, d->planes + done,
+                                                  planes_bytes - done, &got, &why);
+        if (!bytes)
+            return fail(error, MOE_ERR_FORMAT, name,
+                        "expected frames of its planes, got a bad one behind %zu of %zu bytes "
+                        "(%s): the file is damaged", done, planes_bytes, why);
+        at += bytes;
+    }
+    if (at != src_bytes)
+        return fail(error, MOE_ERR_FORMAT, name, "expected a segment of %zu bytes, got %zu", at,
+                    src_bytes);
+    return MOE_OK;
 }
 #endif
 
@@ -570,29 +596,19 @@ static moe_status moefile_decode_segment(const moefile_decoder *d, const moefile
                 "(MOE_NO_ZSTD); convert the model with --store raw");
 #else
     const moe_quant *quant = blocks->quant;
-    size_t at = 0, offset = 0;
-    for (size_t i = 0; i < QUANT_MAX_FIELDS && quant->fields[i]; i++) {
+    const moe_status status = moefile_decode_frames(d, src, src_bytes,
+                                                    blocks->n * quant->block_bytes, name, error);
+    for (size_t i = 0, offset = 0; !status && offset < quant->block_bytes; i++) {
         const size_t width = quant->fields[i];
-        const char *why = NULL;
-        const size_t bytes = moefile_decode_plane(d, src + at, src_bytes - at, d->planes,
-                                                  blocks->n * width, &why);
-        if (!bytes)
-            return fail(error, MOE_ERR_FORMAT, name,
-                        "expected frames of its planes, got a bad one for plane %zu (%s): the file "
-                        "is damaged", i, why);
+        uint8_t *plane = d->planes + offset * blocks->n;
+        if (offset + width == quant->block_bytes)
+            moefile_from_plane(plane, width, blocks);
+        moefile_move_field(dst + offset, quant->block_bytes, plane, width, blocks->n, width);
         offset += width;
-        if (offset == quant->block_bytes)
-            moefile_from_plane(d->planes, width, blocks);
-        moefile_move_field(dst + offset - width, quant->block_bytes, d->planes, width, blocks->n,
-                           width);
-        at += bytes;
     }
-    if (quant->rotate)
+    if (!status && quant->rotate)
         quant->rotate(dst, blocks->n, true);
-    if (at != src_bytes)
-        return fail(error, MOE_ERR_FORMAT, name, "expected a segment of %zu bytes, got %zu", at,
-                    src_bytes);
-    return MOE_OK;
+    return status;
 #endif
 }
 

@@ -2,7 +2,7 @@
  * and its writer (convert/moe_write.c). docs/format.md is the specification.
  *
  *     header | directory: keys, receipt, tensors, records, slices, segments |
- *     records, at multiples of 4096
+ *     records, at multiples of 64, or of 4096 to be mapped
  *
  * All numbers are little-endian. Owns nothing. */
 #ifndef MOE_CORE_MOEFORMAT_H
@@ -15,8 +15,8 @@
 enum {
     MOEFILE_MAJOR = 1,
     MOEFILE_MINOR = 0,
-    MOEFILE_RECORD_ALIGN = 4096, // so that a record can be mapped, read past the cache, punched out
-    MOEFILE_SLICE_ALIGN = 64,
+    MOEFILE_PAGE = 4096,             // records that are used where they are begin with one
+    MOEFILE_SLICE_ALIGN = 64,        // all others, and slices in a record
     MOEFILE_TABLE_ALIGN = 8,
     MOEFILE_SEGMENT_BYTES = 1 << 20, // of blocks, at most
     MOEFILE_SEGMENT_EXTRA = 4096,    // that a segment's frames may take more than its blocks
@@ -81,6 +81,12 @@ typedef struct moefile_slice {
     uint32_t reserved2;       // 0
 } moefile_slice;
 _Static_assert(sizeof(moefile_slice) == 48, "as in the file");
+
+/* Where a slice begins behind what ends at `at` in its record: raw ones at a line of the cache. */
+MOE_UNUSED static uint64_t moefile_slice_start(uint64_t at, uint8_t encoding)
+{
+    return encoding == MOEFILE_RAW ? align_up(at, MOEFILE_SLICE_ALIGN) : at;
+}
 
 /* ------------------------------------------------------------------------------- checksum -- */
 
@@ -195,8 +201,9 @@ MOE_UNUSED static uint64_t moefile_root(const moefile_header *header, const void
 
 /* ------------------------------------------------------------------------------- segments -- */
 
-/* A segment is a run of blocks, stored as one frame for each field of the type: a plane, which is
- * the field's bytes of all the blocks. This moves a field of n blocks into a plane or back. */
+/* A segment is a run of blocks, stored as frames of its planes: for each field of the type a plane,
+ * which is the field's bytes of all the blocks. This moves a field of n blocks into a plane or
+ * back. */
 MOE_INLINE void moefile_copy_field(uint8_t *dst, size_t dst_step, const uint8_t *src,
                                    size_t src_step, size_t n, const size_t width)
 {

@@ -313,11 +313,120 @@ static void every_type_comes_back_from_moe(void)
     }
 }
 
+/* Bytes that a Huffman code is tried with: n of them, by kind. */
+static void literals_fill(uint8_t *x, size_t n, int kind)
+{
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t r = test_random(), q = test_random();
+        switch (kind) {
+        case 0: x[i] = 7; break;
+        case 1: x[i] = r & 1 ? 255 : 0; break;
+        case 2: x[i] = (uint8_t)(r % 7 ? 9 : 200 + r % 3); break;
+        case 3: x[i] = (uint8_t)__builtin_ctz(r | 1u << 31); break; // longer codes than are allowed
+        case 4: x[i] = (uint8_t)(r % 251 * (q % 1000) / 1000); break;
+        case 5: x[i] = (uint8_t)(r % 13 * 16 + q % 13); break; // even, but not all
+        case 6: x[i] = (uint8_t)((r & 255) + (r >> 8 & 255) + (q & 255)); break;
+        case 7: x[i] = (uint8_t)(r % 9 + 120); break;
+        default: x[i] = (uint8_t)r;
+        }
+    }
+}
+
+/* What the best code of whole bits cannot be better than, in bytes. */
+static double literals_entropy(const uint8_t *x, size_t n)
+{
+    size_t counts[256] = {0};
+    double bits = 0;
+    for (size_t i = 0; i < n; i++)
+        counts[x[i]]++;
+    for (size_t i = 0; i < 256; i++)
+        bits -= counts[i] ? (double)counts[i] * log2((double)counts[i] / (double)n) : 0;
+    return bits / 8;
+}
+
+/* Blocks of literals, of any length and distribution, are read by zstd, and are about as short as
+ * codes of whole bits can be; those of a second block like the first have no tree. */
+static void literals_are_read_by_zstd(void)
+{
+    static const size_t sizes[] = {1, 2, 15, 16, 17, 100, 257, 1000, 1023, 1024, 1025, 5000, 16383,
+                                   16384, 40001, LIT_BLOCK_BYTES - 1, LIT_BLOCK_BYTES};
+    // the most that whole bits, and 11 of them, cost of the entropy, by kind
+    static const double spare[] = {0, 1, 1.55, 1.02, 1.02, 1.02, 1.02, 1.04, 1};
+    moe_mem mem;
+    mem_init(&mem, NULL, 0);
+    planes_packer *p = planes_open(&mem);
+    uint8_t *x = mem_alloc(&mem, 2, LIT_BLOCK_BYTES), *y = mem_alloc(&mem, 2, LIT_BLOCK_BYTES);
+    REQUIRE(p && x && y && buf_reserve(&p->out, 3 * LIT_BLOCK_BYTES), "no memory");
+    for (int kind = 0; kind < (int)MOE_COUNT(spare); kind++)
+        for (size_t i = 0; i < MOE_COUNT(sizes); i++) {
+            const size_t n = sizes[i];
+            literals_fill(x, 2 * n, kind);
+            p->out.n = 0;
+            planes_begin_frame(p);
+            planes_add_literals(p, x, n);
+            const size_t first = p->out.n;
+            planes_add_literals(p, x + n, n);
+            const size_t second = p->out.n - first;
+            planes_end_frame(p);
+            memset(y, 0xee, 2 * n);
+            CHECK(ZSTD_decompress(y, 2 * n, p->out.data, p->out.n) == 2 * n && !memcmp(x, y, 2 * n),
+                  "kind %d, %zu bytes", kind, n);
+            const double least = literals_entropy(x, n);
+            const double most = least * spare[kind] + 3 + 5 + 6 + 4 + 1;
+            CHECK((double)second <= (double)n + 3 && (kind || second == 4), "kind %d, %zu: %zu",
+                  kind, n, second);
+            if (n >= 5000)
+                CHECK((double)(first - PLANES_FRAME_HEAD) <= most + 128 &&
+                          (kind == 4 || kind == 6 || (double)second <= most * 1.01),
+                      "kind %d, %zu: %zu and %zu bytes, entropy %.0f", kind, n, first, second,
+                      least);
+        }
+    planes_close(p);
+    mem_free(&mem, x);
+    mem_free(&mem, y);
+}
+
+/* No code of at most so many bits is better: weights of all lengths that fill a tree, against all
+ * counts of few symbols. */
+static void lengths_are_the_best(void)
+{
+    for (int round = 0; round < 300; round++) {
+        enum { N = 5, BITS = 3 };
+        lit_item items[N];
+        uint8_t bits[256], least[N] = {1, 1, 1, 1, 1}, k = 0;
+        uint64_t got = 0, best = UINT64_MAX;
+        for (size_t i = 0; i < N; i++)
+            items[i] = (lit_item){1 + (test_random() % 64 >> test_random() % 7), (uint8_t)i};
+        qsort(items, N, sizeof *items, lit_compare);
+        lit_lengths(items, N, BITS, bits);
+        unsigned kraft = 0;
+        for (size_t i = 0; i < N; i++) {
+            got += (uint64_t)items[i].count * bits[items[i].symbol];
+            kraft += 1u << (BITS - bits[items[i].symbol]);
+        }
+        CHECK(kraft == 1u << BITS, "round %d: the tree is not full", round);
+        while (k < N) { // all lengths
+            uint64_t cost = 0;
+            unsigned sum = 0;
+            for (size_t i = 0; i < N; i++) {
+                cost += (uint64_t)items[i].count * least[i];
+                sum += 1u << (BITS - least[i]);
+            }
+            best = sum <= 1u << BITS ? MOE_MIN(best, cost) : best;
+            for (k = 0; k < N && ++least[k] > BITS; k++)
+                least[k] = 1;
+        }
+        CHECK(got == best, "round %d: %llu bits, the best are %llu", round,
+              (unsigned long long)got, (unsigned long long)best);
+    }
+}
+
 /* Compression loses nothing and pays, by type, on what looks like weights. */
 static void planes_pay(void)
 {
     static const struct { const char *type; double at_most; } pays[] = {
-        {"BF16", 0.70}, {"F16", 0.88}, {"Q8_0", 0.97}, {"Q4_0", 0.955}, {"Q4_K", 0.975}};
+        {"BF16", 0.70}, {"F16", 0.88}, {"Q8_0", 0.97}, {"Q4_0", 0.955}, {"Q4_K", 0.975},
+        {"MXFP4", 0.956}};
     enum { N = 1 << 18 };
     moe_mem mem;
     mem_init(&mem, NULL, 0);
@@ -687,7 +796,7 @@ static void flip_is_found(const image *m, size_t at, uint8_t bit)
     CHECK(image_open_verified(m, &error), "byte %zu, bit %u: opened", at, bit);
     if (at >= front) {
         CHECK(f.n == 1 && report.n_damaged == 1, "byte %zu: %u parts", at, f.n);
-        CHECK(at >= f.offset && at < align_up(f.offset + f.bytes, MOEFILE_RECORD_ALIGN),
+        CHECK(at >= f.offset && at < f.offset + f.bytes + MOEFILE_PAGE,
               "byte %zu is not in %s", at, f.what);
     } else if (at >= sizeof h.magic) {
         CHECK(image_open(m, &error), "byte %zu: the directory was used", at);
@@ -1063,35 +1172,56 @@ static void frames_that_lie_are_refused(void)
     free(m.data);
 }
 
-/* Optional records of kinds that nobody knows yet are skipped; others are not. */
+/* Puts an optional record of an unknown kind behind all others, `gap` bytes further than it has to
+ * be. */
+static void add_later_record(image *m, size_t gap)
+{
+    enum { SIZE = sizeof(moefile_record) };
+    const size_t tables = image_tables(m), at = m->bytes + SIZE + gap, bytes = at + 10;
+    uint8_t *data = calloc(1, bytes);
+    const moefile_header h = *image_header(m);
+    memcpy(data, m->data, tables + SIZE);
+    memcpy(data + tables + 2 * SIZE, m->data + tables + SIZE,
+           h.n_slices * sizeof(moefile_slice) + h.n_segments * sizeof(uint32_t));
+    memcpy(data + h.data_offset + SIZE, m->data + h.data_offset, m->bytes - h.data_offset);
+    memcpy(data + at, "from later", 10);
+    free(m->data);
+    *m = (image){data, bytes};
+    moefile_header *now = image_header(m);
+    now->n_records = 2;
+    now->directory_bytes += SIZE;
+    now->data_offset += SIZE;
+    now->file_bytes = bytes;
+    image_record(m, 0)->offset += SIZE;
+    *image_record(m, 1) = (moefile_record){.kind = 77, .flags = MOEFILE_OPTIONAL, .first_slice = 1,
+                                           .offset = at, .stored_bytes = 10};
+    image_seal(m);
+}
+
+/* Optional records of kinds that nobody knows yet are skipped; others are not. A record may be up
+ * to a page further than where it could be, at a multiple of 64. */
 static void unknown_records_are_skipped_if_they_may(void)
 {
-    image m = {0};
     uint8_t *frames = NULL;
     moe_error error = {0};
-    REQUIRE(one_segment_image(&m, &frames), "no image");
-    const size_t at = (size_t)align_up(m.bytes, MOEFILE_RECORD_ALIGN);
-    const size_t tables = image_tables(&m), data_offset = (size_t)image_header(&m)->data_offset;
-    m.data = realloc(m.data, at + 10);
-    memset(m.data + m.bytes, 0, at + 10 - m.bytes);
-    memcpy(m.data + at, "from later", 10);
-    m.bytes = at + 10;
-    moefile_header *h = image_header(&m);
-    REQUIRE(sizeof *h + h->directory_bytes + sizeof(moefile_record) <= data_offset, "no room");
-    memmove(m.data + tables + 2 * sizeof(moefile_record), m.data + tables + sizeof(moefile_record),
-            h->n_slices * sizeof(moefile_slice) + h->n_segments * sizeof(uint32_t));
-    h->n_records = 2;
-    h->directory_bytes += sizeof(moefile_record);
-    h->file_bytes = m.bytes;
-    *image_record(&m, 1) = (moefile_record){.kind = 77, .flags = MOEFILE_OPTIONAL, .first_slice = 1,
-                                            .offset = at, .stored_bytes = 10};
-    image_seal(&m);
-    CHECK(!image_open(&m, &error), "%s", error.message);
-    CHECK(!image_verify(&m, NULL, NULL, NULL, &error), "%s", error.message);
-    image_record(&m, 1)->flags = 0;
-    image_seal(&m);
-    CHECK(image_open(&m, &error) == MOE_ERR_UNSUPPORTED, "%s", error.message);
-    free(m.data);
+    for (size_t gap = 0; gap <= MOEFILE_PAGE + 64; gap += 32) {
+        image m = {0};
+        REQUIRE(one_segment_image(&m, &frames), "no image");
+        const size_t least = (size_t)align_up(m.bytes, MOEFILE_SLICE_ALIGN) - m.bytes;
+        const bool right = gap % MOEFILE_SLICE_ALIGN == 0 && least + gap < MOEFILE_PAGE;
+        add_later_record(&m, least + gap);
+        moe_status status = image_open(&m, &error);
+        CHECK(status == (right ? MOE_OK : MOE_ERR_FORMAT), "gap %zu: %s", gap, error.message);
+        if (right)
+            CHECK(!image_verify(&m, NULL, NULL, NULL, &error), "%s", error.message);
+        image_record(&m, 1)->flags = 0;
+        image_seal(&m);
+        status = image_open(&m, &error);
+        CHECK(status == (right ? MOE_ERR_UNSUPPORTED : MOE_ERR_FORMAT), "%s", error.message);
+        free(m.data);
+        if (gap >= 128 && gap < MOEFILE_PAGE - 256)
+            gap += MOEFILE_PAGE / 4;
+    }
 }
 
 /* ------------------------------------------------------------------------------ going on -- */
@@ -1258,6 +1388,8 @@ TEST_PROGRAM(moefile)
     RUN(fields_cover_the_block);
     RUN(codes_are_rotated);
     RUN(every_type_comes_back_from_moe);
+    RUN(literals_are_read_by_zstd);
+    RUN(lengths_are_the_best);
     RUN(planes_pay);
     RUN(parities_come_back);
     RUN(logits_are_those_of_gguf);

@@ -850,7 +850,7 @@ static void compressed_files_have_their_size(void)
         REQUIRE(conv_run(&job, &o, &error) == MOE_OK, "%s", error.message);
         CHECK(!stat(o.out, &info) && (uint64_t)info.st_size == job.file_bytes, "%s", o.out);
         CHECK(job.file_bytes <= size &&
-              job.file_bytes + 2 * MOEFILE_RECORD_ALIGN + size / 200 > size,
+              job.file_bytes + 2 * MOEFILE_PAGE + size / 200 > size,
               "%llu bytes asked for, got %llu", (unsigned long long)size,
               (unsigned long long)job.file_bytes);
         conv_close(&job);
