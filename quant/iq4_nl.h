@@ -169,7 +169,7 @@ static moe_kernels iq4_nl_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = iq4_nl_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best = (moe_kernels){iq4_nl_gemm_vnni512, iq4_nl_gemm_vnni512};
+        best.gemm = iq4_nl_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = iq4_nl_select_arm(cpu, best);

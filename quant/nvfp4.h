@@ -281,7 +281,7 @@ static moe_kernels nvfp4_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = nvfp4_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best = (moe_kernels){nvfp4_gemm_vnni512, nvfp4_gemm_vnni512};
+        best.gemm = nvfp4_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = nvfp4_select_arm(cpu, best);
