@@ -67,11 +67,13 @@ static void tq1_0_codes(const uint8_t *block, size_t half, uint8_t code[128], ui
             const size_t n = tq1_0_areas[a].n_byte, at = tq1_0_areas[a].weight + k * n;
             if (at / 128 != half)
                 continue;
-            for (size_t i = 0; i < n; i += 8) {
-                uint64_t v = 0;
-                memcpy(&v, block + tq1_0_areas[a].byte + i, MOE_MIN(n, (size_t)8));
-                v = tq1_0_digits(v, tq1_0_power[k]);
-                memcpy(code + at % 128 + i, &v, MOE_MIN(n, (size_t)8));
+            const uint8_t *from = block + tq1_0_areas[a].byte;
+            uint8_t *to = code + at % 128;
+            for (size_t i = 0; i + 8 <= n; i += 8)
+                grid_put8(to + i, tq1_0_digits(quant_codes8(from + i), tq1_0_power[k]));
+            if (n == 4) {
+                const uint64_t v = tq1_0_digits(grid_u32(from), tq1_0_power[k]);
+                memcpy(to, &v, 4);
             }
         }
 }
