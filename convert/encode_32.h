@@ -9,7 +9,7 @@ typedef struct encode_32 encode_32;
 struct encode_32 {
     const moe_quant *quant;
     fit_levels levels;
-    fit_search plain, weighted; // without and with importance
+    fit_search plain, weighted; // without and with importance; plain.n = 0: encode_plain.h
     void (*fit)(const fit_ops *ops, const encode_32 *type, const fit_tile *t, fit_lanes *scale,
                 fit_lanes *offset);
     /* x [32] */
@@ -138,19 +138,19 @@ static void encode_put_q5_1(const fit_ops *ops, const encode_32 *type, const flo
 /* Searches are as wide as it pays on normal weights and on those of real models. Each contains the
  * end of the codes, so that weights which the type can represent come back as they were. */
 static const encode_32 encode_q4_0 = {
-    &quant_q4_0, {-8, 7, false}, {-9.5f, 0.5f, 6, false, 1}, {-10.5f, 0.5f, 9, true, 1},
+    &quant_q4_0, {-8, 7, false}, {.n = 0}, {-10.5f, 0.5f, 9, true, 1},
     encode_fit_linear, encode_put_q4_0};
 static const encode_32 encode_q5_0 = {
-    &quant_q5_0, {-16, 15, false}, {-18, 0.5f, 6, false, 1}, {-19, 0.5f, 10, false, 1},
+    &quant_q5_0, {-16, 15, false}, {.n = 0}, {-19, 0.5f, 10, false, 1},
     encode_fit_linear, encode_put_q5_0};
 static const encode_32 encode_q8_0 = {
     &quant_q8_0, {-127, 127, false}, {-129, 2, 4, false, 0}, {-131, 2, 5, false, 0},
     encode_fit_linear, encode_put_q8_0};
 static const encode_32 encode_q4_1 = {
-    &quant_q4_1, {0, 15, false}, {13, 0.5f, 6, false, 1}, {12.5f, 0.25f, 14, false, 2},
+    &quant_q4_1, {0, 15, false}, {.n = 0}, {12.5f, 0.25f, 14, false, 2},
     encode_fit_affine, encode_put_q4_1};
 static const encode_32 encode_q5_1 = {
-    &quant_q5_1, {0, 31, false}, {28.5f, 0.5f, 7, false, 1}, {28, 0.5f, 10, false, 1},
+    &quant_q5_1, {0, 31, false}, {.n = 0}, {28, 0.5f, 10, false, 1},
     encode_fit_affine, encode_put_q5_1};
 static const encode_32 encode_iq4_nl = {
     &quant_iq4_nl, {0, 15, true}, {-155, 7, 9, true, 1}, {-155, 7, 9, true, 1},

@@ -10,6 +10,7 @@
 #include "encode_32.h"
 #include "encode_fit_avx2.h"
 #include "encode_k.h"
+#include "encode_plain_x86.h"
 
 /* src [n_row][n_in], finite; importance [n_in], >= 0, what a squared error in that column costs, or
  * NULL: all columns alike. dst [n_row][n_in / block_len blocks]. n_in is a multiple of the type's
@@ -43,10 +44,6 @@ typedef void encode_fn(const float *src, const float *importance, uint8_t *dst, 
 #define ENCODERS(name, body) ENCODER(name, body, c)
 #define ENCODER_AVX2(name) NULL
 #endif
-ENCODERS(q4_0, encode_blocks32)
-ENCODERS(q4_1, encode_blocks32)
-ENCODERS(q5_0, encode_blocks32)
-ENCODERS(q5_1, encode_blocks32)
 ENCODERS(q8_0, encode_blocks32)
 ENCODERS(iq4_nl, encode_blocks32)
 ENCODERS(mxfp4, encode_blocks32)
@@ -57,13 +54,40 @@ ENCODERS(q5_k, encode_superblocks)
 ENCODERS(q6_k, encode_superblocks)
 ENCODERS(iq4_xs, encode_superblocks)
 
+/* Those that have a form of their own without importance. */
+#define ENCODER_PLAIN(name, isa, blocks, fit)                                                      \
+    static void encoder_##name##isa(const float *src, const float *importance, uint8_t *dst,       \
+                                    size_t n_row, size_t n_in)                                     \
+    {                                                                                              \
+        if (importance)                                                                            \
+            encode_blocks32(&fit, &encode_##name, src, importance, dst, n_row, n_in);              \
+        else                                                                                       \
+            blocks(src, dst, n_row * n_in / 32);                                                   \
+    }
+#if MOE_X86
+#define ENCODERS_PLAIN(name)                                                                       \
+    ENCODER_PLAIN(name, _c, plain_blocks_##name##_c, fit_ops_c)                                    \
+    ENCODER_PLAIN(name, _avx2, plain_blocks_##name##_avx2, fit_ops_avx2)                           \
+    ENCODER_PLAIN(name, 512, plain_blocks_##name##512, fit_ops_avx2)
+#define ENCODER_512(name) encoder_##name##512
+#else
+#define ENCODERS_PLAIN(name) ENCODER_PLAIN(name, _c, plain_blocks_##name##_c, fit_ops_c)
+#define ENCODER_512(name) NULL
+#endif
+ENCODERS_PLAIN(q4_0)
+ENCODERS_PLAIN(q4_1)
+ENCODERS_PLAIN(q5_0)
+ENCODERS_PLAIN(q5_1)
+
 /* The quantizer of a type, for a machine with these moe_cpu bits. */
 static encode_fn *encoder_select(const moe_quant *quant, uint32_t cpu)
 {
-#define ROW(name) {&quant_##name, encoder_##name##_c, ENCODER_AVX2(name)}
-    static const struct { const moe_quant *quant; encode_fn *c, *avx2; } searching[] = {
-        ROW(q4_0), ROW(q4_1), ROW(q5_0), ROW(q5_1), ROW(q8_0), ROW(iq4_nl), ROW(mxfp4),
-        ROW(q2_k), ROW(q3_k), ROW(q4_k), ROW(q5_k), ROW(q6_k), ROW(iq4_xs)};
+#define ROW(name) {&quant_##name, encoder_##name##_c, ENCODER_AVX2(name), NULL}
+#define ROW_512(name) {&quant_##name, encoder_##name##_c, ENCODER_AVX2(name), ENCODER_512(name)}
+    static const struct { const moe_quant *quant; encode_fn *c, *avx2, *avx512; } searching[] = {
+        ROW_512(q4_0), ROW_512(q4_1), ROW_512(q5_0), ROW_512(q5_1), ROW(q8_0), ROW(iq4_nl),
+        ROW(mxfp4), ROW(q2_k), ROW(q3_k), ROW(q4_k), ROW(q5_k), ROW(q6_k), ROW(iq4_xs)};
+#undef ROW_512
 #undef ROW
     static const struct { uint32_t id; encode_fn *encode; } reference[] = {
 #define X(NAME, name, id) {id, encoder_##name},
@@ -71,8 +95,11 @@ static encode_fn *encoder_select(const moe_quant *quant, uint32_t cpu)
 #undef X
     };
     for (size_t i = 0; i < MOE_COUNT(searching); i++)
-        if (searching[i].quant == quant)
-            return searching[i].avx2 && cpu & MOE_CPU_AVX2 ? searching[i].avx2 : searching[i].c;
+        if (searching[i].quant == quant && searching[i].avx2 && cpu & MOE_CPU_AVX2)
+            return searching[i].avx512 && cpu & MOE_CPU_AVX512 ? searching[i].avx512
+                                                               : searching[i].avx2;
+        else if (searching[i].quant == quant)
+            return searching[i].c;
     for (size_t i = 0; i < MOE_COUNT(reference); i++)
         if (reference[i].id == quant->id)
             return reference[i].encode;

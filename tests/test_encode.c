@@ -90,29 +90,38 @@ static void fill_importance(float *w, size_t n)
 
 /* ---------------------------------------------------------------------------------- tests -- */
 
+static void check_vectors(const moe_quant *quant, uint32_t cpu, const float *x, const float *w,
+                          const char *what)
+{
+    const size_t bytes = blocks_bytes(quant, ENCODE_N);
+    uint8_t *a = malloc(bytes), *b = malloc(bytes);
+    encoder_select(quant, 0)(x, w, a, ENCODE_ROW, ENCODE_IN);
+    encoder_select(quant, cpu)(x, w, b, ENCODE_ROW, ENCODE_IN);
+    size_t k = 0;
+    while (k < bytes && a[k] == b[k])
+        k++;
+    CHECK(k == bytes, "%s, cpu %x, %s: byte %zu", quant->name, (unsigned)cpu, what, k);
+    free(a);
+    free(b);
+}
+
 static void vectors_give_the_bytes_of_plain_c(void)
 {
     static float x[ENCODE_N], w[ENCODE_IN];
-    if (!(cpu_detect() & MOE_CPU_AVX2))
+    const uint32_t machine = cpu_detect();
+    const uint32_t sets[] = {MOE_CPU_AVX2, MOE_CPU_AVX2 | MOE_CPU_AVX512};
+    if (!(machine & MOE_CPU_AVX2))
         SKIP("needs AVX2");
-    for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
-        for (int kind = 0; kind < N_DATA && has_own_encoder(quant_table[i]); kind++)
-            for (int mode = 0; mode < 3; mode++) {
-                const moe_quant *quant = quant_table[i];
-                const size_t bytes = blocks_bytes(quant, ENCODE_N);
-                uint8_t *a = malloc(bytes), *b = malloc(bytes);
+    for (size_t i = 0; i < MOE_COUNT(quant_table) * MOE_COUNT(sets); i++)
+        for (int kind = 0; kind < N_DATA && has_own_encoder(quant_table[i / 2]); kind++)
+            for (int mode = 0; mode < 3 && (sets[i % 2] & machine) == sets[i % 2]; mode++) {
+                char what[32];
+                snprintf(what, sizeof what, "data %d, mode %d", kind, mode);
                 encode_fill(x, ENCODE_N, kind);
                 fill_importance(w, ENCODE_IN);
                 for (size_t k = 0; k < ENCODE_IN / 2 && mode == 2; k++)
                     w[k] = 0; // whole groups that do not matter
-                encoder_select(quant, 0)(x, mode ? w : NULL, a, ENCODE_ROW, ENCODE_IN);
-                encoder_select(quant, MOE_CPU_AVX2)(x, mode ? w : NULL, b, ENCODE_ROW, ENCODE_IN);
-                size_t k = 0;
-                while (k < bytes && a[k] == b[k])
-                    k++;
-                CHECK(k == bytes, "%s, data %d, mode %d: byte %zu", quant->name, kind, mode, k);
-                free(a);
-                free(b);
+                check_vectors(quant_table[i / 2], sets[i % 2], x, mode ? w : NULL, what);
             }
 }
 
@@ -144,7 +153,7 @@ static void cutting_rows_changes_nothing(void)
 static void error_is_below_the_reference(void)
 {
     static const struct { const char *name; double part; } bounds[] = {
-        {"Q4_0", 0.95}, {"Q4_1", 0.92}, {"Q5_0", 0.97}, {"Q5_1", 0.92}, {"Q8_0", 0.98},
+        {"Q4_0", 0.91}, {"Q4_1", 0.82}, {"Q5_0", 0.91}, {"Q5_1", 0.80}, {"Q8_0", 0.98},
         {"Q2_K", 0.99}, {"Q3_K", 1.001}, {"Q4_K", 0.99}, {"Q5_K", 0.99}, {"Q6_K", 1.001},
         {"IQ4_NL", 0.95}, {"IQ4_XS", 1.001}, {"MXFP4", 0.999}};
     static float x[ENCODE_N];
@@ -198,10 +207,10 @@ static void importance_lowers_the_weighted_error(void)
         const double aware = encoded_error(quant, encoder_for(quant), x, w, w);
         CHECK(aware < 0.99 * blind, "%s: %.4f of the error without importance", quant->name,
               aware / blind);
-        // importance that is the same everywhere says nothing; a wider search may find more
+        // importance that is the same everywhere says nothing; only the searches differ
         const double plain = encoded_error(quant, encoder_for(quant), x, NULL, NULL);
         const double even = encoded_error(quant, encoder_for(quant), x, ones, NULL);
-        CHECK(even <= 1.001 * plain, "%s: %.4f", quant->name, even / plain);
+        CHECK(even <= 1.005 * plain, "%s: %.4f", quant->name, even / plain);
     }
 }
 
@@ -260,10 +269,10 @@ static void fill_recorded(void)
 static void bytes_are_the_recorded_ones(void)
 {
     static const struct { const char *name; uint64_t hash[3]; } recorded[] = {
-        {"Q4_0", {0x00ba8e3926d62887, 0xee4dd57ce01e8ac2, 0x00fdff9368ca8919}},
-        {"Q4_1", {0xf70be4935063b566, 0x2d1ef8819e7c0f54, 0x0c64d2c117f93252}},
-        {"Q5_0", {0x87975895e481ad5c, 0xce8b2b7e4c672bc9, 0xe3869cd797ad447d}},
-        {"Q5_1", {0x2426f8a48092154f, 0x17d8f768fb983688, 0x3434f4f9a48ecda1}},
+        {"Q4_0", {0xddf1119a82c89651, 0xee4dd57ce01e8ac2, 0x00fdff9368ca8919}},
+        {"Q4_1", {0x5e5cc227086cfbc4, 0x2d1ef8819e7c0f54, 0x0c64d2c117f93252}},
+        {"Q5_0", {0x473bd0f9ebac30a9, 0xce8b2b7e4c672bc9, 0xe3869cd797ad447d}},
+        {"Q5_1", {0x515d0a3c0bb6376b, 0x17d8f768fb983688, 0x3434f4f9a48ecda1}},
         {"Q8_0", {0xc17b8ac6ec4f74fc, 0x8616d18117aca267, 0xcafbd5edebd64d9b}},
         {"Q2_K", {0xad522ab00a4adbf9, 0xca7474dfc10cbb08, 0x587fd22272025b43}},
         {"Q3_K", {0xc1f68a6936922c34, 0x29929e1ba516d94b, 0xd7ff495a5e836e9b}},
