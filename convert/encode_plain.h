@@ -61,7 +61,7 @@ static void plain_load_c(const plain_type *type, const float *x, plain_fit *fit)
     const float inverse = fit_inverse(fit->unit);
     for (int i = 0; i < 32; i++) {
         fit->x[i] = (x[i] - fit->low) * inverse;
-        half[i / 16] += fit->x[i];
+        half[i / 16] = fmaf(x[i] - fit->low, inverse, half[i / 16]);
     }
     fit->sum = half[0] + half[1];
 }

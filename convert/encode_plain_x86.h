@@ -45,7 +45,7 @@ MOE_AVX2_INLINE void plain_load_avx2(const plain_type *type, const float *const 
     const __m256 none = _mm256_setzero_ps();
     for (int i = 0; i < 32; i += 8)
         fit_transpose_avx2(fit->x, x, i);
-    __m256 low = _mm256_load_ps(fit->x[0]), high = low, sum = none, sum2 = none;
+    __m256 low = _mm256_load_ps(fit->x[0]), high = low, front = none, back = none;
     for (int i = 1; i < 32; i++) {
         low = _mm256_min_ps(_mm256_load_ps(fit->x[i]), low);
         high = _mm256_max_ps(_mm256_load_ps(fit->x[i]), high);
@@ -57,15 +57,14 @@ MOE_AVX2_INLINE void plain_load_avx2(const plain_type *type, const float *const 
                                                                 _CMP_GE_OQ));
     const __m256 inverse = fit_inverse_avx2(fit->unit);
     for (int i = 0; i < 16; i++) {
-        const __m256 a = _mm256_load_ps(fit->x[i]), b = _mm256_load_ps(fit->x[i + 16]);
-        const __m256 u = _mm256_mul_ps(_mm256_sub_ps(a, fit->low), inverse);
-        const __m256 v = _mm256_mul_ps(_mm256_sub_ps(b, fit->low), inverse);
-        _mm256_store_ps(fit->x[i], u);
-        _mm256_store_ps(fit->x[i + 16], v);
-        sum = _mm256_add_ps(sum, u);
-        sum2 = _mm256_add_ps(sum2, v);
+        const __m256 u = _mm256_sub_ps(_mm256_load_ps(fit->x[i]), fit->low);
+        const __m256 v = _mm256_sub_ps(_mm256_load_ps(fit->x[i + 16]), fit->low);
+        _mm256_store_ps(fit->x[i], _mm256_mul_ps(u, inverse));
+        _mm256_store_ps(fit->x[i + 16], _mm256_mul_ps(v, inverse));
+        front = _mm256_fmadd_ps(u, inverse, front);
+        back = _mm256_fmadd_ps(v, inverse, back);
     }
-    fit->sum = _mm256_add_ps(sum, sum2);
+    fit->sum = _mm256_add_ps(front, back);
     fit->scale = fit->offset = fit->gain = none;
 }
 
@@ -204,7 +203,7 @@ MOE_AVX512_INLINE void plain_load512(const plain_type *type, const float *const 
     const __m512 none = _mm512_setzero_ps();
     for (int i = 0; i < 32; i += 4)
         plain_transpose512(fit->x + i, x, i);
-    __m512 low = _mm512_load_ps(fit->x[0]), high = low, sum = none, sum2 = none;
+    __m512 low = _mm512_load_ps(fit->x[0]), high = low, front = none, back = none;
     for (int i = 1; i < 32; i++) {
         low = _mm512_min_ps(_mm512_load_ps(fit->x[i]), low);
         high = _mm512_max_ps(_mm512_load_ps(fit->x[i]), high);
@@ -216,15 +215,14 @@ MOE_AVX512_INLINE void plain_load512(const plain_type *type, const float *const 
                                                                  _CMP_GE_OQ), high);
     const __m512 inverse = plain_inverse512(fit->unit);
     for (int i = 0; i < 16; i++) {
-        const __m512 a = _mm512_load_ps(fit->x[i]), b = _mm512_load_ps(fit->x[i + 16]);
-        const __m512 u = _mm512_mul_ps(_mm512_sub_ps(a, fit->low), inverse);
-        const __m512 v = _mm512_mul_ps(_mm512_sub_ps(b, fit->low), inverse);
-        _mm512_store_ps(fit->x[i], u);
-        _mm512_store_ps(fit->x[i + 16], v);
-        sum = _mm512_add_ps(sum, u);
-        sum2 = _mm512_add_ps(sum2, v);
+        const __m512 u = _mm512_sub_ps(_mm512_load_ps(fit->x[i]), fit->low);
+        const __m512 v = _mm512_sub_ps(_mm512_load_ps(fit->x[i + 16]), fit->low);
+        _mm512_store_ps(fit->x[i], _mm512_mul_ps(u, inverse));
+        _mm512_store_ps(fit->x[i + 16], _mm512_mul_ps(v, inverse));
+        front = _mm512_fmadd_ps(u, inverse, front);
+        back = _mm512_fmadd_ps(v, inverse, back);
     }
-    fit->sum = _mm512_add_ps(sum, sum2);
+    fit->sum = _mm512_add_ps(front, back);
     fit->scale = fit->offset = fit->gain = none;
 }
 
@@ -303,21 +301,21 @@ MOE_AVX512_INLINE void plain_tile512(const plain_type *type, const float *x, uin
 /* ----------------------------------------------------------------------------------- types -- */
 
 #define PLAIN_BLOCKS(name, isa, target, tile, lanes)                                               \
-    target static void plain_blocks_##name##isa(const float *x, uint8_t *dst, size_t n)            \
+    target static void plain_blocks_##name##_##isa(const float *x, uint8_t *dst, size_t n)         \
     {                                                                                              \
         const plain_type *type = &plain_##name;                                                    \
         for (size_t b = 0; b < n; b += lanes)                                                      \
             tile(type, x + 32 * b, dst + b * type->type->quant->block_bytes,                       \
                  MOE_MIN(n - b, (size_t)lanes));                                                   \
     }
-PLAIN_BLOCKS(q4_0, _avx2, MOE_AVX2, plain_tile_avx2, 8)
-PLAIN_BLOCKS(q4_1, _avx2, MOE_AVX2, plain_tile_avx2, 8)
-PLAIN_BLOCKS(q5_0, _avx2, MOE_AVX2, plain_tile_avx2, 8)
-PLAIN_BLOCKS(q5_1, _avx2, MOE_AVX2, plain_tile_avx2, 8)
-PLAIN_BLOCKS(q4_0, 512, MOE_AVX512, plain_tile512, 16)
-PLAIN_BLOCKS(q4_1, 512, MOE_AVX512, plain_tile512, 16)
-PLAIN_BLOCKS(q5_0, 512, MOE_AVX512, plain_tile512, 16)
-PLAIN_BLOCKS(q5_1, 512, MOE_AVX512, plain_tile512, 16)
+PLAIN_BLOCKS(q4_0, avx2, MOE_AVX2, plain_tile_avx2, 8)
+PLAIN_BLOCKS(q4_1, avx2, MOE_AVX2, plain_tile_avx2, 8)
+PLAIN_BLOCKS(q5_0, avx2, MOE_AVX2, plain_tile_avx2, 8)
+PLAIN_BLOCKS(q5_1, avx2, MOE_AVX2, plain_tile_avx2, 8)
+PLAIN_BLOCKS(q4_0, avx512, MOE_AVX512, plain_tile512, 16)
+PLAIN_BLOCKS(q4_1, avx512, MOE_AVX512, plain_tile512, 16)
+PLAIN_BLOCKS(q5_0, avx512, MOE_AVX512, plain_tile512, 16)
+PLAIN_BLOCKS(q5_1, avx512, MOE_AVX512, plain_tile512, 16)
 #undef PLAIN_BLOCKS
 
 #endif

@@ -55,24 +55,22 @@ ENCODERS(q6_k, encode_superblocks)
 ENCODERS(iq4_xs, encode_superblocks)
 
 /* Those that have a form of their own without importance. */
-#define ENCODER_PLAIN(name, isa, blocks, fit)                                                      \
-    static void encoder_##name##isa(const float *src, const float *importance, uint8_t *dst,       \
-                                    size_t n_row, size_t n_in)                                     \
+#define ENCODER_PLAIN(name, isa, ops)                                                              \
+    static void encoder_##name##_##isa(const float *src, const float *importance, uint8_t *dst,    \
+                                       size_t n_row, size_t n_in)                                  \
     {                                                                                              \
         if (importance)                                                                            \
-            encode_blocks32(&fit, &encode_##name, src, importance, dst, n_row, n_in);              \
+            encode_blocks32(&fit_ops_##ops, &encode_##name, src, importance, dst, n_row, n_in);    \
         else                                                                                       \
-            blocks(src, dst, n_row * n_in / 32);                                                   \
+            plain_blocks_##name##_##isa(src, dst, n_row * n_in / 32);                              \
     }
 #if MOE_X86
 #define ENCODERS_PLAIN(name)                                                                       \
-    ENCODER_PLAIN(name, _c, plain_blocks_##name##_c, fit_ops_c)                                    \
-    ENCODER_PLAIN(name, _avx2, plain_blocks_##name##_avx2, fit_ops_avx2)                           \
-    ENCODER_PLAIN(name, 512, plain_blocks_##name##512, fit_ops_avx2)
-#define ENCODER_512(name) encoder_##name##512
+    ENCODER_PLAIN(name, c, c) ENCODER_PLAIN(name, avx2, avx2) ENCODER_PLAIN(name, avx512, avx2)
+#define ENCODER_AVX512(name) encoder_##name##_avx512
 #else
-#define ENCODERS_PLAIN(name) ENCODER_PLAIN(name, _c, plain_blocks_##name##_c, fit_ops_c)
-#define ENCODER_512(name) NULL
+#define ENCODERS_PLAIN(name) ENCODER_PLAIN(name, c, c)
+#define ENCODER_AVX512(name) NULL
 #endif
 ENCODERS_PLAIN(q4_0)
 ENCODERS_PLAIN(q4_1)
@@ -83,7 +81,7 @@ ENCODERS_PLAIN(q5_1)
 static encode_fn *encoder_select(const moe_quant *quant, uint32_t cpu)
 {
 #define ROW(name) {&quant_##name, encoder_##name##_c, ENCODER_AVX2(name), NULL}
-#define ROW_512(name) {&quant_##name, encoder_##name##_c, ENCODER_AVX2(name), ENCODER_512(name)}
+#define ROW_512(name) {&quant_##name, encoder_##name##_c, ENCODER_AVX2(name), ENCODER_AVX512(name)}
     static const struct { const moe_quant *quant; encode_fn *c, *avx2, *avx512; } searching[] = {
         ROW_512(q4_0), ROW_512(q4_1), ROW_512(q5_0), ROW_512(q5_1), ROW(q8_0), ROW(iq4_nl),
         ROW(mxfp4), ROW(q2_k), ROW(q3_k), ROW(q4_k), ROW(q5_k), ROW(q6_k), ROW(iq4_xs)};

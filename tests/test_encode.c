@@ -272,7 +272,7 @@ static void bytes_are_the_recorded_ones(void)
         {"Q4_0", {0xddf1119a82c89651, 0xee4dd57ce01e8ac2, 0x00fdff9368ca8919}},
         {"Q4_1", {0x5e5cc227086cfbc4, 0x2d1ef8819e7c0f54, 0x0c64d2c117f93252}},
         {"Q5_0", {0x473bd0f9ebac30a9, 0xce8b2b7e4c672bc9, 0xe3869cd797ad447d}},
-        {"Q5_1", {0x515d0a3c0bb6376b, 0x17d8f768fb983688, 0x3434f4f9a48ecda1}},
+        {"Q5_1", {0xe8f09e8526e49711, 0x17d8f768fb983688, 0x3434f4f9a48ecda1}},
         {"Q8_0", {0xc17b8ac6ec4f74fc, 0x8616d18117aca267, 0xcafbd5edebd64d9b}},
         {"Q2_K", {0xad522ab00a4adbf9, 0xca7474dfc10cbb08, 0x587fd22272025b43}},
         {"Q3_K", {0xc1f68a6936922c34, 0x29929e1ba516d94b, 0xd7ff495a5e836e9b}},
