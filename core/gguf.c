@@ -329,7 +329,6 @@ static const char *gguf_foreign_type(uint32_t id, bool *removed)
         {24, "I8", false}, {25, "I16", false}, {26, "I32", false}, {27, "I64", false},
         {28, "F64", false}, {31, "Q4_0_4_4", true}, {32, "Q4_0_4_8", true}, {33, "Q4_0_8_8", true},
         {36, "IQ4_NL_4_4", true}, {37, "IQ4_NL_4_8", true}, {38, "IQ4_NL_8_8", true},
-        {41, "Q1_0", false}, {42, "Q2_0", false},
     };
     for (size_t i = 0; i < MOE_COUNT(types); i++)
         if (types[i].id == id) {

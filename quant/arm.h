@@ -128,7 +128,7 @@ MOE_INLINE void arm_prefetch(uintptr_t address, size_t bytes)
         __builtin_prefetch((const void *)(address + i));
 }
 
-/* ------------------------------------------------------------------- 4-bit, 5-bit codes -- */
+/* ------------------------------------------------------------------ codes of 1 to 5 bits -- */
 
 /* 16 bytes: low nibbles are k 0..15, high nibbles k 16..31. */
 MOE_INLINE void arm_nibbles(const uint8_t *p, int8x16_t code[2])
@@ -138,17 +138,23 @@ MOE_INLINE void arm_nibbles(const uint8_t *p, int8x16_t code[2])
     code[1] = vreinterpretq_s8_u8(vshrq_n_u8(v, 4));
 }
 
-/* Adds 16 to code k of a block if bit k of the 4 bytes at p is set. */
-MOE_INLINE void arm_fifth_bits(const uint8_t *p, int8x16_t code[2])
+/* Adds `value`, a bit that it does not have, to code k of a block if bit k of the 4 bytes at p is
+ * set. */
+MOE_INLINE void arm_bits(const uint8_t *p, uint8_t value, int8x16_t code[2])
 {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
     const uint8x16_t v[2] = {vcombine_u8(vdup_n_u8(p[0]), vdup_n_u8(p[1])),
                              vcombine_u8(vdup_n_u8(p[2]), vdup_n_u8(p[3]))};
     MOE_UNROLL
     for (int i = 0; i < 2; i++) {
-        const uint8x16_t set = vandq_u8(vtstq_u8(v[i], bit), vdupq_n_u8(16));
+        const uint8x16_t set = vandq_u8(vtstq_u8(v[i], bit), vdupq_n_u8(value));
         code[i] = vorrq_s8(code[i], vreinterpretq_s8_u8(set));
     }
+}
+
+MOE_INLINE void arm_fifth_bits(const uint8_t *p, int8x16_t code[2])
+{
+    arm_bits(p, 16, code);
 }
 
 MOE_INLINE void arm_subtract(int8x16_t *code, size_t n, int8_t bias)
@@ -356,6 +362,14 @@ typedef struct arm32_format {
     void (*part_codes)(const uint8_t *block, size_t part, int8x16_t code[2]);
     void (*part_scales)(const uint8_t *const row[4], size_t offset, size_t part, float32x4_t d[2]);
 } arm32_format;
+
+/* The part_scales of blocks that begin with one, a half-precision number, for all parts. */
+MOE_INLINE void arm32_common_scale(const uint8_t *const row[4], size_t offset, size_t part,
+                                   float32x4_t d[2])
+{
+    (void)part;
+    d[0] = d[1] = arm_f16x4(row, offset);
+}
 
 /* Where the 32 weights number b of a row stand. */
 MOE_INLINE size_t arm32_at(const arm32_format *f, size_t b)

@@ -27,9 +27,6 @@ typedef struct nvfp4_block {
 } nvfp4_block;
 _Static_assert(sizeof(nvfp4_block) == 36, "as in GGUF");
 
-/* Blocks of 64 are walked in halves of 32. */
-enum { NVFP4_HALF = sizeof(nvfp4_block) / 2 };
-
 /* Half the number: 2^8 for the biases, 15 and 7, of the exponents. */
 MOE_INLINE float nvfp4_scale(uint8_t s)
 {
@@ -126,14 +123,13 @@ MOE_AVX2_INLINE void nvfp4_pair_avx2(const uint8_t *const row[8], size_t offset,
     *m = nvfp4_scales_avx2(_mm_srli_epi16(s, 8));
 }
 
-/* `offset` counts NVFP4_HALF bytes for 32 weights. lo has k 0..7 | 16..23, hi k 8..15 | 24..31, as
- * the nibbles stand: the activations are brought into that order instead. */
+/* lo has k 0..7 | 16..23, hi k 8..15 | 24..31, as the nibbles stand: the activations are brought
+ * into that order instead. */
 MOE_AVX2_INLINE void nvfp4_unpack_avx2(const uint8_t *const row[8], size_t offset, x86_block *w)
 {
-    const size_t half = offset / NVFP4_HALF % 2, block = offset - half * NVFP4_HALF;
-    x86_nibbles(row, block + offsetof(nvfp4_block, q) + 16 * half, w);
+    x86_nibbles(row, offset + offsetof(nvfp4_block, q) + 16 * w->part, w);
     x86_look_up(w, mxfp4_code);
-    nvfp4_pair_avx2(row, block, half, &w->d, &w->m);
+    nvfp4_pair_avx2(row, offset, w->part, &w->d, &w->m);
 }
 
 /* dot + `factors` times the two sums of activations. */
@@ -168,7 +164,7 @@ MOE_AVX2_INLINE __m256 nvfp4_step_avx2(const x86_block *w, const x86_x32 *x, __m
 
 MOE_AVX2 static void nvfp4_few_avx2(const moe_mm *mm)
 {
-    x86_few32(mm, NVFP4_HALF, nvfp4_unpack_avx2, nvfp4_step_avx2);
+    x86_few32_parts(mm, sizeof(nvfp4_block), 2, nvfp4_unpack_avx2, nvfp4_step_avx2);
 }
 
 MOE_AVX2 static void nvfp4_load_avx2(const uint8_t *const row[8], size_t offset, size_t n_block,

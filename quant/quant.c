@@ -23,6 +23,8 @@
 #include "iq4_xs.h"
 #include "mxfp4.h"
 #include "nvfp4.h"
+#include "q1_0.h"
+#include "q2_0.h"
 #include "tcq4.h"
 #include "tcq5.h"
 #include "tcq8.h"

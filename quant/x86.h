@@ -145,10 +145,12 @@ MOE_AVX2_INLINE float x86_reduce8(__m256 v)
 
 /* -------------------------------------------------------------------- blocks of 32 weights -- */
 
-/* One block of 8 rows, unpacked. d and m are the rows' scales and offsets. */
+/* One block of 8 rows, unpacked. d and m are the rows' scales and offsets. `part` is given: which
+ * 32 weights of a longer block are meant. */
 typedef struct x86_block {
     __m256i lo[4], hi[4];
     __m256 d, m;
+    size_t part;
 } x86_block;
 
 /* One block of one token. */
@@ -176,16 +178,16 @@ MOE_AVX2_INLINE void x86_nibbles(const uint8_t *const row[8], size_t offset, x86
     w->hi[3] = _mm256_and_si256(_mm256_srli_epi16(v3, 4), mask);
 }
 
-/* 16 where the bit k of a 32-bit word is set that `words` holds for each half, else 0: for bytes k
- * = 0 to 15 of each half, or 16 to 31. `at` is the place of the word in its half, plus 2 for the
- * latter. */
-MOE_AVX2_INLINE __m256i x86_bits_to_16(__m256i words, int at)
+/* `value` where the bit k of a 32-bit word is set that `words` holds for each half, else 0: for
+ * bytes k = 0 to 15 of each half, or 16 to 31. `at` is the place of the word in its half, plus 2
+ * for the latter. */
+MOE_AVX2_INLINE __m256i x86_bits_to(__m256i words, size_t at, char value)
 {
     const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
     const __m256i copy = _mm256_setr_epi64x(0, 0x0101010101010101, 0, 0x0101010101010101);
     __m256i v = _mm256_shuffle_epi8(words, _mm256_add_epi8(copy, _mm256_set1_epi8((char)at)));
     v = _mm256_cmpeq_epi8(_mm256_and_si256(v, bit), bit);
-    return _mm256_and_si256(v, _mm256_set1_epi8(16));
+    return _mm256_and_si256(v, _mm256_set1_epi8(value));
 }
 
 /* The 8 bytes at `offset` of rows 0, 1 | 4, 5 and of rows 2, 3 | 6, 7. */
@@ -375,7 +377,8 @@ MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)
  * fetched as one. Zen 5, one thread, Q4_0 from memory with rows of 2048: 21 GB/s (all that reading
  * gives) instead of 8. */
 MOE_AVX2_INLINE void x86_few32_rows(const moe_mm *mm, size_t r, size_t t0, size_t n_tok,
-                                    size_t block_bytes, x86_unpack_fn *unpack, x86_step_fn *step)
+                                    size_t block_bytes, size_t n_part, x86_unpack_fn *unpack,
+                                    x86_step_fn *step)
 {
     const uint8_t *row[8];
     const uintptr_t next = t0 == 0 ? x86_ahead(mm, r) : 0;
@@ -388,10 +391,12 @@ MOE_AVX2_INLINE void x86_few32_rows(const moe_mm *mm, size_t r, size_t t0, size_
     }
     x86_rows(mm, r, row);
     for (size_t b = 0; b < mm->n_in / 32; b++) {
-        if (next)
-            x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
+        const size_t at = b / n_part * block_bytes;
+        if (next && b % n_part == 0)
+            x86_prefetch(next + 8 * at, 8 * block_bytes);
         x86_block w;
-        unpack(row, b * block_bytes, &w);
+        w.part = b % n_part;
+        unpack(row, at, &w);
         MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++) {
             const x86_x32 xb = x86_load_x32(&x[t], b);
@@ -404,21 +409,27 @@ MOE_AVX2_INLINE void x86_few32_rows(const moe_mm *mm, size_t r, size_t t0, size_
 }
 
 /* The kernel of a format for one token and for few, which meet 8 rows while these are in the
- * cache. */
-MOE_AVX2_INLINE void x86_few32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
-                               x86_step_fn *step)
+ * cache. Blocks are n_part (constant) times 32 weights, which are walked part by part. */
+MOE_AVX2_INLINE void x86_few32_parts(const moe_mm *mm, size_t block_bytes, size_t n_part,
+                                     x86_unpack_fn *unpack, x86_step_fn *step)
 {
     for (size_t r = 0; r < mm->n_row; r += 8) {
         size_t t = 0;
         for (; t + X86_FEW_STEP <= mm->n_tok; t += X86_FEW_STEP)
-            x86_few32_rows(mm, r, t, X86_FEW_STEP, block_bytes, unpack, step);
+            x86_few32_rows(mm, r, t, X86_FEW_STEP, block_bytes, n_part, unpack, step);
         if (mm->n_tok - t == 3)
-            x86_few32_rows(mm, r, t, 3, block_bytes, unpack, step);
+            x86_few32_rows(mm, r, t, 3, block_bytes, n_part, unpack, step);
         else if (mm->n_tok - t == 2)
-            x86_few32_rows(mm, r, t, 2, block_bytes, unpack, step);
+            x86_few32_rows(mm, r, t, 2, block_bytes, n_part, unpack, step);
         else if (mm->n_tok - t == 1)
-            x86_few32_rows(mm, r, t, 1, block_bytes, unpack, step);
+            x86_few32_rows(mm, r, t, 1, block_bytes, n_part, unpack, step);
     }
+}
+
+MOE_AVX2_INLINE void x86_few32(const moe_mm *mm, size_t block_bytes, x86_unpack_fn *unpack,
+                               x86_step_fn *step)
+{
+    x86_few32_parts(mm, block_bytes, 1, unpack, step);
 }
 
 #endif

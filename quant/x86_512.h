@@ -250,10 +250,9 @@ MOE_VNNI512_INLINE void x86_512_block_nibbles(const __m512i *words, size_t at, _
         x86_512_nibbles(x86_512_word(words, at + 4 * j), &code[j], &code[j + 4]);
 }
 
-/* Adds 16 to the code k of a row whose 32-bit word has the bit k set. */
-MOE_VNNI512_INLINE void x86_512_fifth_bits(__m512i word, __m512i code[8])
+/* Adds `value` to the code k of a row whose 32-bit word has the bit k set. */
+MOE_VNNI512_INLINE void x86_512_bits(__m512i word, char value, __m512i code[8])
 {
-    const __m512i sixteen = _mm512_set1_epi8(16);
     const __m512i first = _mm512_broadcast_i32x4(
         _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
     MOE_UNROLL
@@ -261,8 +260,13 @@ MOE_VNNI512_INLINE void x86_512_fifth_bits(__m512i word, __m512i code[8])
         const __m512i at = _mm512_add_epi8(first, _mm512_set1_epi8((char)(j / 2)));
         const __m512i bit = _mm512_set1_epi32(j % 2 ? (int)0x80402010 : 0x08040201);
         const __mmask64 set = _mm512_test_epi8_mask(_mm512_shuffle_epi8(word, at), bit);
-        code[j] = _mm512_mask_add_epi8(code[j], set, code[j], sixteen);
+        code[j] = _mm512_mask_add_epi8(code[j], set, code[j], _mm512_set1_epi8(value));
     }
+}
+
+MOE_VNNI512_INLINE void x86_512_fifth_bits(__m512i word, __m512i code[8])
+{
+    x86_512_bits(word, 16, code);
 }
 
 /* Replaces codes 0..15 by the table's values. */

@@ -144,11 +144,10 @@ MOE_AVX2_INLINE void x86_tile_nibbles(const uint8_t *const row[8], size_t offset
     }
 }
 
-/* Adds 16 to the code k of a row whose 32-bit word at `offset` has the bit k set. */
-MOE_AVX2_INLINE void x86_tile_fifth_bits(const uint8_t *const row[8], size_t offset,
-                                         __m256i code[8])
+/* Adds `value`, a bit that it does not have, to the code k of a row whose 32-bit word has the bit k
+ * set. */
+MOE_AVX2_INLINE void x86_tile_bits(__m256i words, char value, __m256i code[8])
 {
-    const __m256i words = x86_u32x8(row, offset);
     const __m256i first = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
     MOE_UNROLL
@@ -156,9 +155,16 @@ MOE_AVX2_INLINE void x86_tile_fifth_bits(const uint8_t *const row[8], size_t off
         const __m256i at = _mm256_add_epi8(first, _mm256_set1_epi8((char)(j / 2)));
         const __m256i bit = _mm256_set1_epi32(j % 2 ? (int)0x80402010 : 0x08040201);
         __m256i v = _mm256_and_si256(_mm256_shuffle_epi8(words, at), bit);
-        v = _mm256_and_si256(_mm256_cmpeq_epi8(v, bit), _mm256_set1_epi8(16));
+        v = _mm256_and_si256(_mm256_cmpeq_epi8(v, bit), _mm256_set1_epi8(value));
         code[j] = _mm256_or_si256(code[j], v);
     }
+}
+
+/* The same with 16 and the words at `offset` of the rows. */
+MOE_AVX2_INLINE void x86_tile_fifth_bits(const uint8_t *const row[8], size_t offset,
+                                         __m256i code[8])
+{
+    x86_tile_bits(x86_u32x8(row, offset), 16, code);
 }
 
 /* Replaces codes 0..15 of a block by the table's values. */

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/data/quant_vectors.bin: random blocks of every tensor type and what the public gguf
-package makes of them. TCQ4, TCQ5 and TCQ8 are dequantized here, one row, as quant/tcq.h says.
+package makes of them. Q1_0 and Q2_0, which it does not compute, are dequantized here, and so are TCQ4,
+TCQ5 and TCQ8, one row, as quant/tcq.h says.
 Needs: pip install gguf numpy.
 
     file    "MQV1", u32 number of types, then for each type:
@@ -38,6 +39,18 @@ def blocks_of(block_bytes, n, rng):
 TCQ = {4099: (34, 32), 4100: (42, 64), 4101: (66, 0)}
 
 
+# Bytes of a block of Q1_0 and Q2_0, and bits of a weight.
+FEW_BITS = {41: (18, 1), 42: (18, 2)}
+
+
+def few_bits_dequantize(id, rows):
+    bits = FEW_BITS[id][1]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (rows[:, 2:, None] >> shifts & (1 << bits) - 1).reshape(len(rows), -1).astype("<f4")
+    d = rows[:, :2].copy().view("<f2").astype("<f4")
+    return (d * (2 * codes - 1 if bits == 1 else codes - 1)).reshape(-1)
+
+
 def tcq_codes(id, block):
     """The codes of 64 weights."""
     codes = []
@@ -72,6 +85,9 @@ def main():
     for id in types():
         if id in TCQ:
             block_len, block_bytes = 64, TCQ[id][0]
+        elif id in FEW_BITS:
+            block_bytes, bits = FEW_BITS[id]
+            block_len = (block_bytes - 2) * 8 // bits
         else:
             quant = gguf.GGMLQuantizationType(id)
             block_len, block_bytes = gguf.GGML_QUANT_SIZES[quant]
@@ -82,6 +98,8 @@ def main():
             warnings.simplefilter("ignore")
             if id in TCQ:
                 floats = tcq_dequantize(id, rows)
+            elif id in FEW_BITS:
+                floats = few_bits_dequantize(id, rows)
             else:
                 floats = gguf.quants.dequantize(rows, quant).astype("<f4").reshape(-1)
         assert floats.size == n * block_len

@@ -150,7 +150,16 @@ static inline __m512i emulated_cvtepu8_epi16(__m256i a)
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
 #define _mm512_cvtepu8_epi16 emulated_cvtepu8_epi16
 
-/* ------------------------------------------------------------- shifts, masks, halves -- */
+/* --------------------------------------------------- products, shifts, masks, halves -- */
+
+static inline __m512i emulated_mulhi_epu16(__m512i a, __m512i b)
+{
+    LANES(uint16_t, 32, x, a);
+    LANES(uint16_t, 32, y, b);
+    for (int i = 0; i < 32; i++)
+        x[i] = (uint16_t)((uint32_t)x[i] * y[i] >> 16);
+    return simde_mm512_loadu_si512(x);
+}
 
 static inline __m512i emulated_srai_epi32(__m512i a, unsigned bits)
 {
@@ -302,6 +311,7 @@ static inline __m256i emulated_sign_epi16(__m256i a, __m256i b)
 #undef _mm256_maskload_ps
 #define _mm512_shuffle_f32x4 emulated_shuffle_f32x4
 #define _mm256_maskload_ps emulated_maskload_ps
+#define _mm512_mulhi_epu16 emulated_mulhi_epu16
 #define _mm512_srai_epi32 emulated_srai_epi32
 #define _mm512_mask_sllv_epi32 emulated_mask_sllv_epi32
 #define _mm512_cmplt_epi32_mask emulated_cmplt_epi32_mask
