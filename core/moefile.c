@@ -412,10 +412,10 @@ static moe_status moefile_take_record(moefile_walk *w, uint32_t index)
     const moefile_record r = moefile_record_at(f, index);
     snprintf(name, sizeof name, "record %u", index);
     uint64_t end = 0;
-    const bool near = index ? r.offset >= w->at && r.offset - w->at < MOEFILE_PAGE
-                            : r.offset == w->at;
-    if (!near || r.offset % MOEFILE_SLICE_ALIGN || !checked_add(r.offset, r.stored_bytes, &end) ||
-        end > f->header.file_bytes)
+    const bool in_place = index ? r.offset >= w->at && r.offset - w->at < MOEFILE_PAGE
+                                : r.offset == w->at;
+    if (!in_place || r.offset % MOEFILE_SLICE_ALIGN ||
+        !checked_add(r.offset, r.stored_bytes, &end) || end > f->header.file_bytes)
         return fail(w->error, MOE_ERR_FORMAT, name,
                     "expected it less than a page behind %llu, at a multiple of %d, in a file of "
                     "%llu bytes, got %llu bytes at %llu", (unsigned long long)w->at,
