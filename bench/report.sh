@@ -77,7 +77,8 @@ limit() {
     } END { print best + 0 }' "$limits"
 }
 value() { # KEY, of the last measurement
-    sed -n "s/.*\"$1\":\"\{0,1\}\([^,\"}]*\).*/\1/p" "$dir/json"
+    sed -n -e "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p" -e "s/.*\"$1\":\([^,\"}][^,\"}]*\).*/\1/p" \
+        "$dir/json"
 }
 median() {
     sed -n "s/.*\"$1\":{[^}]*\"median\":\([0-9.e+-]*\).*/\1/p" "$dir/json"
