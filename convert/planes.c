@@ -1,8 +1,8 @@
 /* convert/planes.c - blocks -> planes -> frames of zstd, most of which hold literals only.
  *
  * A segment's planes stand in one frame, in blocks by convert/literals.c. Codes are a bit long at
- * least; planes that would need little more, such as scales that are nearly all alike,
- * are also compressed by zstd as usual, and become a frame of their own where that is shorter. */
+ * least; planes that would need little more, such as scales that are nearly all alike, are also
+ * compressed by zstd as usual, and become a frame of their own where that is shorter. */
 #ifndef MOE_CONVERT_PLANES_C
 #define MOE_CONVERT_PLANES_C
 

@@ -166,10 +166,10 @@ static moe_status moefile_check_sizes(const moefile_header *h, uint64_t file_byt
                     "expected the sum of the directory's sections, got %llu",
                     (unsigned long long)h->directory_bytes);
     if (h->data_offset < sizeof *h + h->directory_bytes || h->data_offset > file_bytes ||
-        h->data_offset % MOEFILE_SLICE_ALIGN)
+        h->data_offset % MOEFILE_PAGE)
         return fail(error, MOE_ERR_FORMAT, "data_offset",
                     "expected a multiple of %d behind the directory, got %llu",
-                    MOEFILE_SLICE_ALIGN, (unsigned long long)h->data_offset);
+                    MOEFILE_PAGE, (unsigned long long)h->data_offset);
     return MOE_OK;
 }
 

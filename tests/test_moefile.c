@@ -1173,26 +1173,26 @@ static void frames_that_lie_are_refused(void)
 }
 
 /* Puts an optional record of an unknown kind behind all others, `gap` bytes further than it has to
- * be. */
-static void add_later_record(image *m, size_t gap)
+ * be. The one before it moves on by `shift` bytes. */
+static void add_later_record(image *m, size_t shift, size_t gap)
 {
     enum { SIZE = sizeof(moefile_record) };
-    const size_t tables = image_tables(m), at = m->bytes + SIZE + gap, bytes = at + 10;
+    const size_t tables = image_tables(m), at = m->bytes + shift + gap, bytes = at + 10;
     uint8_t *data = calloc(1, bytes);
     const moefile_header h = *image_header(m);
     memcpy(data, m->data, tables + SIZE);
     memcpy(data + tables + 2 * SIZE, m->data + tables + SIZE,
            h.n_slices * sizeof(moefile_slice) + h.n_segments * sizeof(uint32_t));
-    memcpy(data + h.data_offset + SIZE, m->data + h.data_offset, m->bytes - h.data_offset);
+    memcpy(data + h.data_offset + shift, m->data + h.data_offset, m->bytes - h.data_offset);
     memcpy(data + at, "from later", 10);
     free(m->data);
     *m = (image){data, bytes};
     moefile_header *now = image_header(m);
     now->n_records = 2;
     now->directory_bytes += SIZE;
-    now->data_offset += SIZE;
+    now->data_offset += shift;
     now->file_bytes = bytes;
-    image_record(m, 0)->offset += SIZE;
+    image_record(m, 0)->offset += shift;
     *image_record(m, 1) = (moefile_record){.kind = 77, .flags = MOEFILE_OPTIONAL, .first_slice = 1,
                                            .offset = at, .stored_bytes = 10};
     image_seal(m);
@@ -1209,7 +1209,7 @@ static void unknown_records_are_skipped_if_they_may(void)
         REQUIRE(one_segment_image(&m, &frames), "no image");
         const size_t least = (size_t)align_up(m.bytes, MOEFILE_SLICE_ALIGN) - m.bytes;
         const bool right = gap % MOEFILE_SLICE_ALIGN == 0 && least + gap < MOEFILE_PAGE;
-        add_later_record(&m, least + gap);
+        add_later_record(&m, MOEFILE_PAGE, least + gap);
         moe_status status = image_open(&m, &error);
         CHECK(status == (right ? MOE_OK : MOE_ERR_FORMAT), "gap %zu: %s", gap, error.message);
         if (right)
@@ -1222,6 +1222,19 @@ static void unknown_records_are_skipped_if_they_may(void)
         if (gap >= 128 && gap < MOEFILE_PAGE - 256)
             gap += MOEFILE_PAGE / 4;
     }
+}
+
+/* The first record begins with a page, whatever it holds. */
+static void records_begin_with_a_page(void)
+{
+    uint8_t *frames = NULL;
+    moe_error error = {0};
+    image m = {0};
+    REQUIRE(one_segment_image(&m, &frames), "no image");
+    add_later_record(&m, MOEFILE_SLICE_ALIGN, (size_t)align_up(m.bytes, MOEFILE_PAGE) - m.bytes);
+    CHECK(image_open(&m, &error) == MOE_ERR_FORMAT && strstr(error.message, "data_offset"), "%s",
+          error.message);
+    free(m.data);
 }
 
 /* ------------------------------------------------------------------------------ going on -- */
@@ -1403,6 +1416,7 @@ TEST_PROGRAM(moefile)
     RUN(directories_that_lie_are_refused);
     RUN(frames_that_lie_are_refused);
     RUN(unknown_records_are_skipped_if_they_may);
+    RUN(records_begin_with_a_page);
     RUN(a_killed_conversion_goes_on);
     RUN(another_conversion_starts_anew);
     RUN(failures_leave_nothing);
