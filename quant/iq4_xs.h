@@ -336,7 +336,8 @@ MOE_VNNI512_INLINE x86_512_order iq4_xs_order_vnni512(const int8_t *q)
 }
 
 MOE_VNNI512_INLINE void iq4_xs_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                            const moe_q8 *x, size_t n_tok, x86_k_sums *out)
+                                            uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                            x86_k_sums *out)
 {
     const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i *)iq4_value),
                                         _mm_set1_epi8(-128));
@@ -346,6 +347,7 @@ MOE_VNNI512_INLINE void iq4_xs_dot8_vnni512(const uint8_t *const row[8], size_t 
     for (size_t t = 0; t < n_tok; t++)
         order[t] = iq4_xs_order_vnni512(x[t].q);
     for (size_t r = 0; r < 8; r++) {
+        x86_512_fetch(next, r, sizeof(iq4_xs_block));
         const iq4_xs_block *block = (const iq4_xs_block *)(row[r] + offset);
         const __m512i scale[2] = {iq4_xs_scales_vnni512(block, 0), iq4_xs_scales_vnni512(block, 1)};
         __m512i code[4];

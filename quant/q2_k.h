@@ -242,7 +242,8 @@ MOE_VNNI512_INLINE __m256i q2_k_min_sum_vnni512(const uint8_t *const row[8], siz
 }
 
 MOE_VNNI512_INLINE void q2_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
+                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_k_sums *out)
 {
     const __m512i groups[2] = {X86_512_GROUPS(0, 2, 1, 3, 8, 10, 9, 11),
                                X86_512_GROUPS(4, 6, 5, 7, 12, 14, 13, 15)};
@@ -252,6 +253,7 @@ MOE_VNNI512_INLINE void q2_k_dot8_vnni512(const uint8_t *const row[8], size_t of
     for (size_t t = 0; t < n_tok; t++)
         order[t] = x86_512_crumb_order(x[t].q, 0);
     for (size_t r = 0; r < 8; r++) {
+        x86_512_fetch(next, r, sizeof(q2_k_block));
         const q2_k_block *block = (const q2_k_block *)(row[r] + offset);
         const __m512i v = x86_512_load64(block->qs);
         __m128i scales, mins;

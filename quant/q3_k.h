@@ -285,7 +285,8 @@ static const x86_512_format q3_k_vnni512 = {K_LEN, sizeof(q3_k_block), 128,
                                              q3_k_load_vnni512, &x86_512_k256};
 
 MOE_VNNI512_INLINE void q3_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
+                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_k_sums *out)
 {
     const __m512i low2 = _mm512_set1_epi8(3), third = _mm512_set1_epi8(4);
     const __m512i turn = x86_512_halves(2, 62); /* bit 0, or bit 4, of hmask to bit 2 */
@@ -297,6 +298,7 @@ MOE_VNNI512_INLINE void q3_k_dot8_vnni512(const uint8_t *const row[8], size_t of
     for (size_t t = 0; t < n_tok; t++)
         order[t] = x86_512_crumb_order(x[t].q, 4);
     for (size_t r = 0; r < 8; r++) {
+        x86_512_fetch(next, r, sizeof(q3_k_block));
         const q3_k_block *block = (const q3_k_block *)(row[r] + offset);
         const __m128i scales = q3_k_scales_avx2(block);
         const __m512i v = x86_512_load64(block->qs);

@@ -174,7 +174,8 @@ static const x86_512_format q4_k_vnni512 = {K_LEN, sizeof(q4_k_block), 0,
                                              q4_k_load_vnni512, &x86_512_k32_min};
 
 MOE_VNNI512_INLINE void q4_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
+                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_k_sums *out)
 {
     const x86_k_header h = x86_k_load_header(row, offset);
     x86_512_order order[X86_512_FEWEST];
@@ -186,6 +187,7 @@ MOE_VNNI512_INLINE void q4_k_dot8_vnni512(const uint8_t *const row[8], size_t of
     for (size_t t = 0; t < n_tok; t++)
         order[t] = x86_512_nibble_order(x[t].q);
     for (size_t r = 0; r < 8; r++) {
+        x86_512_fetch(next, r, sizeof(q4_k_block));
         const uint8_t *qs = row[r] + offset + offsetof(q4_k_block, qs);
         x86_512_row w;
         MOE_UNROLL

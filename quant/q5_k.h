@@ -217,7 +217,8 @@ MOE_VNNI512_INLINE __m512i q5_k_join_vnni512(__m512i nibble, __m512i high, __m51
 }
 
 MOE_VNNI512_INLINE void q5_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
+                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_k_sums *out)
 {
     const x86_k_header h = x86_k_load_header(row, offset);
     /* Bit g of qh goes left by 4 - g; to the right is left by 64 less. */
@@ -232,6 +233,7 @@ MOE_VNNI512_INLINE void q5_k_dot8_vnni512(const uint8_t *const row[8], size_t of
     for (size_t t = 0; t < n_tok; t++)
         order[t] = x86_512_nibble_order(x[t].q);
     for (size_t r = 0; r < 8; r++) {
+        x86_512_fetch(next, r, sizeof(q5_k_block));
         const uint8_t *block = row[r] + offset, *qs = block + offsetof(q5_k_block, qs);
         const __m512i qh = x86_512_twice(block + offsetof(q5_k_block, qh));
         x86_512_row w;

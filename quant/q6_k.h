@@ -216,7 +216,8 @@ static const x86_512_format q6_k_vnni512 = {K_LEN, sizeof(q6_k_block), 32,
                                              q6_k_load_vnni512, &x86_512_k16};
 
 MOE_VNNI512_INLINE void q6_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          const moe_q8 *x, size_t n_tok, x86_k_sums *out)
+                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_k_sums *out)
 {
     const __m512i left = x86_512_halves(4, 2), right = x86_512_halves(0, 2);
     const __m512i groups[2] = {X86_512_GROUPS(0, 4, 1, 5, 2, 6, 3, 7),
@@ -231,6 +232,7 @@ MOE_VNNI512_INLINE void q6_k_dot8_vnni512(const uint8_t *const row[8], size_t of
         x86_512_begin(&order[t], 32);
     }
     for (size_t r = 0; r < 8; r++) {
+        x86_512_fetch(next, r, sizeof(q6_k_block));
         const q6_k_block *block = (const q6_k_block *)(row[r] + offset);
         const __m128i scales = _mm_loadu_si128((const __m128i *)block->scales);
         x86_512_row w;
