@@ -130,7 +130,7 @@ MOE_BF16_512 static void bf16_gemv_avx512_bf16(const moe_mm *mm)
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8], *x = mm->x;
         x86_rows(mm, r, row);
-        const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
+        const uintptr_t next = x86_ahead(mm, r);
         __m256 acc[8];
         MOE_UNROLL
         for (size_t i = 0; i < 8; i++)

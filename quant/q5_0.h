@@ -172,7 +172,7 @@ static moe_kernels q5_0_select(uint32_t cpu)
     if (cpu & MOE_CPU_AVX_VNNI)
         best.gemm = q5_0_gemm_avxvnni;
     if (cpu & MOE_CPU_AVX512_VNNI)
-        best = (moe_kernels){q5_0_gemm_vnni512, q5_0_gemm_vnni512};
+        best.gemm = q5_0_gemm_vnni512;
 #endif
 #if MOE_ARM64
     best = q5_0_select_arm(cpu, best);

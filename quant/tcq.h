@@ -340,7 +340,7 @@ MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
         tcq_parity_512 p[TCQ_TURNS];
         memset(p, 0, sizeof p);
         __m512 acc = _mm512_setzero_ps();
-        const uintptr_t next = (uintptr_t)mm->w + (r + 16) * mm->w_stride;
+        const uintptr_t next = x86_ahead_rows(mm, r, 16);
         for (size_t b0 = 0; b0 < n_block; b0 += TCQ_TURNS) {
             MOE_UNROLL
             for (size_t i = 0; i < TCQ_TURNS; i++) {

@@ -330,8 +330,29 @@ MOE_AVX2_INLINE x86_x32 x86_load_x32(const moe_q8 *x, size_t b)
 typedef void x86_unpack_fn(const uint8_t *const row[8], size_t offset, x86_block *w);
 typedef __m256 x86_step_fn(const x86_block *w, const x86_x32 *x, __m256 acc);
 
-/* Touches the cache lines of memory that will be needed; a hint, which no address can make fail. */
+/* What is fetched while weights are multiplied are those that follow in memory, into L2, so far
+ * ahead that memory has the time to answer. Prefetches into L1 (T0) share the few slots that L1 has
+ * for lines on their way: in a burst each takes 8 to 15 cycles on Zen 4, and a tenth of them is
+ * lost. Into L2 (T1) they take 3 to 5, and what then comes from L2 is not waited for. But T1 alone
+ * is late at pages of memory whose tables are not in a cache, so one line of each page is fetched
+ * into L1 before.
+ * Zen 4, small pages, GB/s with T0 (8 KiB ahead), T1 alone (16), T1 with pages (8, 16, 24 KiB), one
+ * thread: Q4_0, rows of 768: 17.7, 10.1, 17.8, 20.5, 22.0; Q8_0, rows of 2048: 15.2, 17.2, 20.2,
+ * 22.1, 21.7; MXFP4, rows of 4096: 12.6, 11.5, 15.6, 17.6, 14.3; two threads: Q8_0, rows of 768:
+ * 17.4, 21.8, 30.2, 39.8, 38.3. Pages 16, 32 or 64 KiB before: no difference. */
+enum { X86_AHEAD_BYTES = 16 << 10, X86_AHEAD_PAGES = 32 << 10, X86_PAGE = 4096 };
+
+/* Fetches weights. Neither a hint past the end of a matrix nor a wrong one does harm. */
 MOE_AVX2_INLINE void x86_prefetch(uintptr_t address, size_t bytes)
+{
+    for (size_t i = (size_t)-address % X86_PAGE; i < bytes; i += X86_PAGE)
+        _mm_prefetch((const char *)(address + X86_AHEAD_PAGES + i), _MM_HINT_T0);
+    for (size_t i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)(address + i), _MM_HINT_T1);
+}
+
+/* Fetches activations, which come from a cache and are needed at once. */
+MOE_AVX2_INLINE void x86_prefetch_x(uintptr_t address, size_t bytes)
 {
     for (size_t i = 0; i < bytes; i += 64)
         _mm_prefetch((const char *)(address + i), _MM_HINT_T0);
@@ -351,25 +372,16 @@ MOE_INLINE size_t x86_token_part(const moe_mm *mm)
  * pays: making one of signed bytes costs more. */
 enum { X86_FEW_STEP = 4, X86_FEW = 3, X86_FEW_SIGNED = 7 };
 
-/* What is fetched while rows r .. r + 7 are multiplied by few tokens: the next, but so far ahead
- * that memory has the time to answer. Zen 5, one thread, share of a plain read with the next 8 rows
- * alone, with 6, 8 and 12 KiB: Q8_0, rows of 576: 70, 83, 90, 90 %; Q4_K, rows of 768:
- * 76, 89, 93, 85 %.
- * The tables that say where a page of memory lies are read from memory too, once for 32 KiB: a line
- * of each page is fetched so much earlier. Pages of 4 KiB, one and two threads, GB/s: Q8_0, rows of
- * 576: 30.2 to 35.0 and 55.1 to 59.8; rows of 1536: 23.3 to 26.9 and 49.5 to 50.0; Q4_0, rows of
- * 4096: 23.1 to 24.0 and 36.5 to 39.6. */
-enum { X86_AHEAD_BYTES = 8 << 10, X86_AHEAD_PAGES = 32 << 10, X86_PAGE = 4096 };
+/* Where what is fetched while n rows from r on are multiplied by few tokens begins: the next n
+ * rows, or, where these are short, what lies X86_AHEAD_BYTES ahead. */
+MOE_INLINE uintptr_t x86_ahead_rows(const moe_mm *mm, size_t r, size_t n)
+{
+    return (uintptr_t)mm->w + r * mm->w_stride + MOE_MAX(n * mm->w_stride, (size_t)X86_AHEAD_BYTES);
+}
 
-/* Returns where that begins. */
 MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)
 {
-    const size_t bytes = 8 * mm->w_stride;
-    const uintptr_t next =
-        (uintptr_t)mm->w + r * mm->w_stride + MOE_MAX(bytes, (size_t)X86_AHEAD_BYTES);
-    for (size_t i = 0; i < bytes; i += X86_PAGE)
-        _mm_prefetch((const char *)(next + X86_AHEAD_PAGES + i), _MM_HINT_T0);
-    return next;
+    return x86_ahead_rows(mm, r, 8);
 }
 
 /* 8 rows from r on times n_tok (constant, <= X86_FEW_STEP) tokens from t0 on. Eight rows are eight

@@ -532,9 +532,9 @@ MOE_VNNI512_INLINE void x86_512_step_k(const x86_512_tile *tile, const x86_512_x
 MOE_VNNI512_INLINE void x86_512_fetch_tokens(const x86_512_x *x, size_t t)
 {
     for (size_t i = t; i < MOE_MIN(t + 4, x->n_tok); i++) {
-        x86_prefetch((uintptr_t)x->q + i * x->stride, X86_512_K);
-        x86_prefetch((uintptr_t)x->scale + i * x->stride, 1);
-        x86_prefetch((uintptr_t)x->sum + i * x->stride, 1);
+        x86_prefetch_x((uintptr_t)x->q + i * x->stride, X86_512_K);
+        x86_prefetch_x((uintptr_t)x->scale + i * x->stride, 1);
+        x86_prefetch_x((uintptr_t)x->sum + i * x->stride, 1);
     }
 }
 

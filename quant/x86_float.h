@@ -120,7 +120,7 @@ MOE_AVX2_INLINE void x86_float_fetch(const x86_float_part *p, size_t k, x86_floa
     const size_t n = f.unit * f.item_bytes * tile_rows / 64;
     for (size_t i = k / f.unit * n; i < (k / f.unit + 1) * n; i++)
         _mm_prefetch((const char *)((uintptr_t)p->row[i % tile_rows] + p->ahead +
-                                    i / tile_rows * 64), _MM_HINT_T0);
+                                    i / tile_rows * 64), _MM_HINT_T1);
 }
 
 /* The last n weights of a row, filled up to a unit with -0. */
@@ -154,7 +154,7 @@ MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, x86_float_type f, x86_load
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
         x86_rows(mm, r, row);
-        const uintptr_t next = (uintptr_t)mm->w + (r + 8) * mm->w_stride;
+        const uintptr_t next = x86_ahead(mm, r);
         const float *x = (const float *)mm->x;
         __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
         __m256 a4 = a0, a5 = a0, a6 = a0, a7 = a0, xk[2];

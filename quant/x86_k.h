@@ -83,7 +83,7 @@ MOE_AVX2_INLINE __m256i x86_k_min_sum(const x86_k_header *h, const int16_t *sum)
 enum {
     X86_K_FEWEST = 2,     /* tokens multiplied at once */
     X86_K_RUN = 64,       /* superblocks of a row that are multiplied before those of the next */
-    X86_K_AHEAD = 8 << 10 /* bytes from what is multiplied to what is fetched */
+    X86_K_AHEAD = X86_AHEAD_BYTES /* from what is multiplied to what is fetched */
 };
 
 /* What a token brings to a run of superblocks. */

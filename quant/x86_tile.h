@@ -567,8 +567,8 @@ MOE_AVX2_INLINE void x86_tiles_part(const x86_tile *tile, const x86_tokens *x, s
 MOE_AVX2_INLINE void x86_fetch_tokens(const x86_tokens *x, size_t t)
 {
     for (size_t i = t; i < MOE_MIN(t + 4, x->n_tok); i++) {
-        x86_prefetch((uintptr_t)x->q + i * x->stride, X86_K);
-        x86_prefetch((uintptr_t)x->scale + i * x->stride, 1);
+        x86_prefetch_x((uintptr_t)x->q + i * x->stride, X86_K);
+        x86_prefetch_x((uintptr_t)x->scale + i * x->stride, 1);
     }
 }
 
