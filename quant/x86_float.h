@@ -113,14 +113,21 @@ MOE_INLINE void x86_float_cut(const moe_mm *mm, x86_float_type f, size_t tile_ro
 }
 
 /* Fetches the cache lines of the next rows that take the places of a unit of k of a tile, all rows'
- * first lines first. */
+ * first lines first: into L2, the first of each page into L1 (x86.h). With AVX2 and rows in parts
+ * all go into L1: the next tile is but 6 KiB away. Zen 4, one thread, GB/s with L1 and with L2, 4
+ * tokens: F16, rows of 4096, AVX-512 9.5 and 13.7, AVX2 10.8 and 8.6; of 576, AVX2 10.2 and 15. */
 MOE_AVX2_INLINE void x86_float_fetch(const x86_float_part *p, size_t k, x86_float_type f,
                                      size_t tile_rows)
 {
     const size_t n = f.unit * f.item_bytes * tile_rows / 64;
-    for (size_t i = k / f.unit * n; i < (k / f.unit + 1) * n; i++)
-        _mm_prefetch((const char *)((uintptr_t)p->row[i % tile_rows] + p->ahead +
-                                    i / tile_rows * 64), _MM_HINT_T1);
+    const bool near = tile_rows == X86_FLOAT_ROWS && !(p->first && p->last);
+    for (size_t i = k / f.unit * n; i < (k / f.unit + 1) * n; i++) {
+        const uintptr_t line = (uintptr_t)p->row[i % tile_rows] + p->ahead + i / tile_rows * 64;
+        if (near || line % X86_PAGE < 64)
+            _mm_prefetch((const char *)line, _MM_HINT_T0);
+        else
+            _mm_prefetch((const char *)line, _MM_HINT_T1);
+    }
 }
 
 /* The last n weights of a row, filled up to a unit with -0. */
