@@ -479,7 +479,7 @@ static void alloc_add_type(alloc_choice *c, const moe_quant *q, double rate)
  * not larger. What the source has already costs nothing. */
 static void alloc_find_types(const alloc_state *a, alloc_choice *c)
 {
-    const moe_quant *own = c->t->made ? NULL : c->t->inputs[0].type;
+    const moe_quant *own = c->t->made ? NULL : conv_own_type(&c->t->inputs[0]);
     bool known = !own; // FP8 is kept in BF16
     c->trellis = alloc_has_trellis(a, c);
     for (size_t i = 0; c->trellis && i < MOE_COUNT(alloc_rates); i++)

@@ -13,6 +13,7 @@
 #include "config.c"       /* config.json -> keys, by the family's tables */
 #include "sentencepiece.c" /* tokenizer.model -> keys */
 #include "vocab.c"        /* tokenizer.json -> keys */
+#include "hf_weights.c"   /* matrices of a checkpoint, quantized ones too */
 #include "hf.c"           /* a checkpoint -> a source */
 #include "gguf_source.c"  /* a GGUF file -> a source */
 #include "moe_source.c"   /* a .moe file -> a source */
@@ -115,6 +116,21 @@ static moe_status conv_write_moe(conv_job *job, moe_error *error)
     return status;
 }
 
+/* Says of which tensors scales were rounded when their blocks were made. */
+static void conv_note_rounded(conv_source *s)
+{
+    const char *first = NULL;
+    size_t n = 0;
+    for (size_t i = 0; i < s->n_tensors; i++) {
+        n += s->tensors[i].is_rounded;
+        if (s->tensors[i].is_rounded && !first)
+            first = s->tensors[i].name;
+    }
+    if (n)
+        conv_note(s, "%zu tensors, the first of them %s, have scales that are not exact in the F16 "
+                  "of Q4_0 and Q8_0: those are rounded", n, first);
+}
+
 /* Converts, or only plans. Either way the job is to be closed; after success it says what was
  * done. */
 MOE_UNUSED static moe_status conv_run(conv_job *job, const conv_options *options,
@@ -140,9 +156,12 @@ MOE_UNUSED static moe_status conv_run(conv_job *job, const conv_options *options
         status = allocate_types(job, conv_ends(options->out, ".moe"), error);
     if (!status)
         status = plan_finish(&p, &job->source, error);
+    for (size_t i = 0; i < job->source.n_tensors; i++) // of those that were tried only
+        job->source.tensors[i].is_rounded = false;
     if (!status)
         status = conv_ends(options->out, ".moe") ? conv_write_moe(job, error)
                                                  : conv_write_gguf(job, error);
+    conv_note_rounded(&job->source);
     job->seconds = (double)(plat_time_ns() - start) * 1e-9;
     return status;
 }

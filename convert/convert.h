@@ -37,16 +37,28 @@ typedef struct conv_file {
     int64_t mtime_s, mtime_ns;
 } conv_file;
 
+/* Codes and scales that stand in two places, of which the reader makes blocks. */
+typedef enum conv_apart {
+    APART_NOT,
+    APART_MXFP4, // byte i of a row has codes 2i and 2i + 1; an exponent for each 32
+    APART_NVFP4, // the same; E4M3 for each 16
+    APART_INT    // of Q4_0 the same codes, of Q8_0 bytes, 128 above the number
+} conv_apart;
+
 /* A matrix in a file: rows one after another. */
 typedef struct conv_input {
     const conv_file *file;
     const char *name;          // as the source calls it
     uint64_t offset;
     const moe_quant *type;     // NULL: FP8 E4M3 with a scale for each block
-    const conv_file *scale_file; // of FP8; of MXFP4 whose codes and exponents stand apart
+    conv_apart apart;
+    const conv_file *scale_file; // of FP8, and of what stands apart
     uint64_t scale_offset;     // FP8: float [ceil(n_row / block)][ceil(row_len / block)]
-                               // MXFP4: byte [n_row][row_len / 32]
+                               // MXFP4, NVFP4: byte [n_row][row_len / 32 or 16]
+                               // APART_INT: scale_type [n_row][row_len / block]
     uint32_t scale_block;
+    const moe_quant *scale_type;
+    float factor;              // of all weights, which then are not kept in `type`; 0: 1
     uint32_t row_step;         // from row to row, in rows of the file; 0: 1
     uint32_t transposed;       // rows are columns of the file's matrix, which has so many; 0: rows
     uint32_t planes;           // of a .moe source: the compressed slice, from 1; 0: plain rows
@@ -82,6 +94,7 @@ typedef struct conv_tensor {
     bool is_vector;            // the runtime wants floats: norms, biases
     bool is_router;
     bool is_kept;              // --keep says what it becomes
+    bool is_rounded;           // scales were, when it was encoded
     const moe_quant *target;   // by the plan
     double bits;               // by the plan: of a trellis-coded target, per weight on disk; 0: the
                                // type's own
@@ -162,6 +175,19 @@ typedef struct conv_job {
     double sampled; // the part of the weights that were encoded to know file_bytes; 1: all
     double seconds;
 } conv_job;
+
+/* The type in which rows can be kept as they are; NULL: none, and they are floats. */
+MOE_INLINE const moe_quant *conv_own_type(const conv_input *in)
+{
+    return in->factor > 0 ? NULL : in->type;
+}
+
+/* What a matrix is kept in: its own type; FP8 in BF16, whose rounding is far below its own, and so
+ * are weights with a factor that has no place. */
+MOE_INLINE const moe_quant *conv_kept_type(const conv_input *in)
+{
+    return conv_own_type(in) ? in->type : &quant_bf16;
+}
 
 /* Whether a tensor is a stack of experts, whose matrices may have types of their own in a .moe
  * file. */

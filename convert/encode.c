@@ -10,6 +10,7 @@
 #define MOE_CONVERT_ENCODE_C
 
 #include "encode_input.h"
+#include "encode_packed.h"
 #include "encoders.h"
 #include "gguf_write.c"
 #include "imatrix.c"
@@ -44,7 +45,7 @@ typedef struct encode_sink {
 
 /* What all threads share. */
 typedef struct encode_state {
-    const conv_source *source;
+    conv_source *source;    // whose tensors only change under the lock
     const conv_options *options;
     const encode_sink *sink;
     uint64_t total;         // weights
@@ -72,6 +73,7 @@ struct encode_worker {
     double error_sum, square_sum; // of the task, if they are measured
     double cost_sum, energy_sum;  // the same, each column counting as the sink weighs it
     void *own;              // the sink's
+    bool rounded;           // a scale of the task was
     moe_error error;
 };
 
@@ -125,6 +127,12 @@ static uint64_t encode_source_row(const conv_tensor *t, uint64_t r)
         return r;
     const uint64_t in_head = r % t->interleave;
     return r - in_head + in_head / 2 + (in_head & 1) * (t->interleave / 2);
+}
+
+/* The first column, in the source, of the value head that comes at place h. */
+static uint64_t tile_column(const conv_tile *tile, uint32_t h)
+{
+    return ((uint64_t)(h % tile->head_k) * tile->each + h / tile->head_k) * tile->dim;
 }
 
 /* Rows of a compressed slice. */
@@ -209,12 +217,105 @@ static moe_status encode_read_mxfp4(encode_worker *w, const encode_chunk *c)
     return status;
 }
 
+/* The same of NVFP4, whose scales in GGUF have no sign and no NaN. */
+static moe_status encode_read_nvfp4(encode_worker *w, const encode_chunk *c)
+{
+    const uint64_t per_row = c->t->row_len / 16, n = c->n_rows * per_row / 4;
+    w->raw.n = 0;
+    if (!buf_reserve(&w->raw, (size_t)(n * sizeof(nvfp4_block))))
+        return fail_memory(&w->error, w->mem, c->t->name, n * sizeof(nvfp4_block));
+    moe_status status = encode_read_rows(w, c, c->in->file, c->in->offset, 8 * per_row, &w->packed);
+    if (!status)
+        status = encode_read_rows(w, c, c->in->scale_file, c->in->scale_offset, per_row,
+                                  &w->scales);
+    for (uint64_t i = 0; i < 4 * n && !status; i++) {
+        const int scale = packed_nvfp4_scale(w->scales.data[i]);
+        const unsigned long long row = (unsigned long long)(c->row + i / per_row);
+        if (scale == -2 || (scale == -1 && !w->state->options->allow_nonfinite))
+            status = fail(&w->error, MOE_ERR_MODEL, c->t->name,
+                          "expected finite scales that are not negative, got %s at row %llu, group "
+                          "%llu (from %s)", scale == -1 ? "NaN" : "a negative one", row,
+                          (unsigned long long)(i % per_row), c->in->name);
+        w->scales.data[i] = (uint8_t)MOE_MAX(scale, 0);
+    }
+    for (uint64_t b = 0; b < n && !status; b++)
+        packed_nvfp4(w->packed.data + 32 * b, w->scales.data + 4 * b,
+                     (nvfp4_block *)(void *)w->raw.data + b);
+    return status;
+}
+
+/* A scale as Q4_0 and Q8_0 have it. */
+static moe_status encode_block_scale(encode_worker *w, const encode_chunk *c, uint64_t row,
+                                     uint64_t group, float x, uint16_t *d)
+{
+    *d = f16_of_f32(x);
+    if (fabsf(x) < 65520.0f)
+        return MOE_OK;
+    if (!isfinite(x) && w->state->options->allow_nonfinite) {
+        *d = 0;
+        return MOE_OK;
+    }
+    return fail(&w->error, MOE_ERR_MODEL, c->t->name,
+                "expected finite scales of at most 65504, the largest number of F16, got %g at row "
+                "%llu, group %llu (from %s)%s%s%s", (double)x, (unsigned long long)(c->row + row),
+                (unsigned long long)group, c->in->name, isfinite(x) ? "; use --keep '^" : "",
+                isfinite(x) ? c->t->name : "", isfinite(x) ? "$=BF16'" : "");
+}
+
+/* Packed integers that are kept become blocks in w->raw. A scale that F16 does not have is rounded,
+ * which the user is told; it does not matter in groups of zeros. */
+static moe_status encode_keep_ints(encode_worker *w, const encode_chunk *c, uint64_t code_bytes,
+                                   uint64_t scale_bytes)
+{
+    const conv_input *in = c->in;
+    const uint64_t per_row = c->t->row_len / 32, per_group = in->scale_block / 32;
+    const uint64_t bytes = c->n_rows * encode_row_bytes(in->type, c->t->row_len);
+    moe_status status = MOE_OK;
+    w->raw.n = 0;
+    if (!buf_reserve(&w->raw, (size_t)bytes))
+        return fail_memory(&w->error, w->mem, c->t->name, bytes);
+    uint8_t *dst = w->raw.data;
+    for (uint64_t r = 0; r < c->n_rows; r++) {
+        const uint8_t *codes = w->packed.data + r * code_bytes;
+        const uint8_t *scales = w->scales.data + r * scale_bytes;
+        float x = 0;
+        uint16_t d = 0;
+        for (uint64_t b = 0; b < per_row; b++, dst += in->type->block_bytes) {
+            if (b % per_group == 0) {
+                x = packed_scale(in->scale_type, scales, b / per_group);
+                if ((status = encode_block_scale(w, c, r, b / per_group, x, &d)))
+                    return status;
+            }
+            if (packed_block(in->type, codes, 32 * b, d, dst) && isfinite(x) && f32_of_f16(d) != x)
+                w->rounded = true;
+        }
+    }
+    return MOE_OK;
+}
+
+static bool encode_is_copy(const encode_chunk *c);
+
+/* Packed integers: codes and scales, and blocks if they are kept as they are. Other types are made
+ * of the floats, so that scales are rounded to F16 for no type but Q4_0 and Q8_0. */
+static moe_status encode_read_ints(encode_worker *w, const encode_chunk *c)
+{
+    uint64_t scale_bytes;
+    const uint64_t code_bytes = packed_row_bytes(c->in, c->t->row_len, &scale_bytes);
+    moe_status status = encode_read_rows(w, c, c->in->file, c->in->offset, code_bytes, &w->packed);
+    if (!status)
+        status = encode_read_rows(w, c, c->in->scale_file, c->in->scale_offset, scale_bytes,
+                                  &w->scales);
+    return !status && encode_is_copy(c) ? encode_keep_ints(w, c, code_bytes, scale_bytes) : status;
+}
+
 static moe_status encode_read(encode_worker *w, const encode_chunk *c)
 {
     const conv_tensor *t = c->t;
     const uint64_t row_bytes = encode_row_bytes(c->in->type, t->row_len);
-    if (c->in->type && c->in->scale_file)
-        return encode_read_mxfp4(w, c);
+    if (c->in->apart)
+        return c->in->apart == APART_MXFP4   ? encode_read_mxfp4(w, c)
+               : c->in->apart == APART_NVFP4 ? encode_read_nvfp4(w, c)
+                                             : encode_read_ints(w, c);
     if (c->in->transposed)
         return encode_read_columns(w, c, row_bytes);
     if (c->in->planes) {
@@ -236,26 +337,39 @@ static moe_status encode_read(encode_worker *w, const encode_chunk *c)
                      c->in->scale_file->path, &w->error);
 }
 
+/* n weights from column `first` on of row `from` of what was read; `first` begins a block. */
+static void encode_floats(const encode_worker *w, const encode_chunk *c, uint64_t from,
+                         uint64_t first, float *dst, uint64_t n)
+{
+    const conv_input *in = c->in;
+    const uint64_t row_len = c->t->row_len;
+    if (in->apart == APART_INT) {
+        uint64_t scale_bytes;
+        const uint64_t code_bytes = packed_row_bytes(in, row_len, &scale_bytes);
+        packed_floats(in, w->packed.data + from * code_bytes, w->scales.data + from * scale_bytes,
+                      first, dst, n);
+        return;
+    }
+    const uint8_t *src = w->raw.data + from * encode_row_bytes(in->type, row_len) +
+                         encode_row_bytes(in->type, first);
+    if (in->type) {
+        input_floats(&w->state->input, in->type, src, dst, (size_t)n);
+        return;
+    }
+    const uint32_t block = in->scale_block;
+    const uint64_t line = (c->in_row + from) / block - c->in_row / block;
+    const float *scales = (const float *)(const void *)w->scales.data;
+    fp8_decode(w->state->fp8, src, scales + line * ((row_len + block - 1) / block) + first / block,
+               block, dst, n);
+}
+
 /* A row, whose columns of value heads get another order. In FP8 heads are as long as blocks. */
 static void encode_tiled_floats(const encode_worker *w, const encode_chunk *c, uint64_t from,
-                                const uint8_t *src, float *dst)
+                                float *dst)
 {
     const conv_tile *tile = &c->t->tile;
-    const uint32_t block = c->in->scale_block;
-    for (uint32_t h = 0; h < tile->head_k * tile->each; h++, dst += tile->dim) {
-        const uint64_t head = (uint64_t)(h % tile->head_k) * tile->each + h / tile->head_k;
-        const uint64_t at = head * tile->dim;
-        if (c->in->type) {
-            input_floats(&w->state->input, c->in->type, src + at * c->in->type->block_bytes, dst,
-                         tile->dim);
-            continue;
-        }
-        const uint64_t line = (c->in_row + from) / block - c->in_row / block;
-        const float *scales = (const float *)(const void *)w->scales.data;
-        fp8_decode(w->state->fp8, src + at,
-                   scales + line * ((c->t->row_len + block - 1) / block) + at / block, block, dst,
-                   tile->dim);
-    }
+    for (uint32_t h = 0; h < tile->head_k * tile->each; h++, dst += tile->dim)
+        encode_floats(w, c, from, tile_column(tile, h), dst, tile->dim);
 }
 
 /* Row r of the chunk as floats. */
@@ -267,18 +381,12 @@ static void encode_row_floats(const encode_worker *w, const encode_chunk *c, uin
         memcpy(dst, t->made + (c->row + from) * n, (size_t)n * sizeof *dst);
         return;
     }
-    const uint8_t *src = w->raw.data + from * encode_row_bytes(c->in->type, n);
-    if (t->tile.head_k) {
-        encode_tiled_floats(w, c, from, src, dst);
-    } else if (c->in->type) {
-        input_floats(&w->state->input, c->in->type, src, dst, (size_t)n);
-    } else {
-        const uint32_t block = c->in->scale_block;
-        const uint64_t in_row = c->in_row + from;
-        const uint64_t line = in_row / block - c->in_row / block;
-        const float *scales = (const float *)(const void *)w->scales.data;
-        fp8_decode(w->state->fp8, src, scales + line * ((n + block - 1) / block), block, dst, n);
-    }
+    if (t->tile.head_k)
+        encode_tiled_floats(w, c, from, dst);
+    else
+        encode_floats(w, c, from, 0, dst, n);
+    for (uint64_t i = 0; c->in->factor > 0 && i < n; i++)
+        dst[i] *= c->in->factor;
     for (uint64_t i = 0; t->plus_1 && i < n; i++)
         dst[i] += 1.0f;
     for (uint64_t i = 0; t->minus_exp && i < n; i++)
@@ -316,8 +424,21 @@ static moe_status encode_check(encode_worker *w, const encode_chunk *c, uint64_t
 /* Bytes can be copied as they are, unless they are to have another rate. */
 static bool encode_is_copy(const encode_chunk *c)
 {
-    return c->in && c->in->type == c->type && !c->t->plus_1 && !c->t->minus_exp &&
-           !c->t->tile.head_k && !(c->bits > 0 && tcq_is(c->type));
+    return c->in && conv_own_type(c->in) == c->type && !c->t->plus_1 && !c->t->minus_exp &&
+           !(c->bits > 0 && tcq_is(c->type));
+}
+
+/* Row r of the chunk, as it is but for the order of value heads. */
+static void encode_copy_row(const encode_worker *w, const encode_chunk *c, uint64_t r, uint8_t *dst)
+{
+    const conv_tile *tile = &c->t->tile;
+    const uint64_t row_bytes = encode_row_bytes(c->type, c->t->row_len);
+    const uint8_t *src = w->raw.data + encode_source_row(c->t, r) * row_bytes;
+    const uint64_t bytes = tile->head_k ? encode_row_bytes(c->type, tile->dim) : row_bytes;
+    for (uint32_t h = 0; h < MOE_MAX(tile->head_k * tile->each, 1u); h++)
+        memcpy(dst + h * bytes,
+               src + (tile->head_k ? encode_row_bytes(c->type, tile_column(tile, h)) : 0),
+               (size_t)bytes);
 }
 
 /* Rows that are worked on at once: few enough to stay in the cache, many enough for short rows. */
@@ -415,8 +536,7 @@ static moe_status encode_some(encode_worker *w, const encode_chunk *c, uint64_t 
                 status = encode_check(w, c, first + r, x + r * t->row_len);
         }
     for (uint64_t r = 0; r < n && copy; r++)
-        memcpy(dst + r * row_bytes, w->raw.data + encode_source_row(t, first + r) * row_bytes,
-               (size_t)row_bytes);
+        encode_copy_row(w, c, first + r, dst + r * row_bytes);
     if (!copy && !status) {
         const float *columns = encode_columns(w, c, first);
         if (tcq_is(c->type))
@@ -460,6 +580,7 @@ static moe_status encode_task_run(encode_worker *w, const encode_task *task)
     moe_status status = MOE_OK;
     w->error_sum = w->square_sum = w->cost_sum = w->energy_sum = 0;
     w->blocks.n = 0;
+    w->rounded = false;
     if (!buf_reserve(&w->blocks, (size_t)bytes))
         status = fail_memory(&w->error, w->mem, t->name, bytes);
     for (uint64_t at = 0; at < task->n_rows && !status;) {
@@ -496,6 +617,8 @@ static void encode_finish(encode_worker *w, const encode_task *task, moe_status 
     conv_progress progress = {task->t->name, 0, st->total};
     plat_mutex_lock(&st->lock);
     progress.done = st->done += task->n_rows * task->t->row_len;
+    if (w->rounded)
+        st->source->tensors[task->t - st->source->tensors].is_rounded = true;
     if (status && !st->status) {
         st->status = status;
         st->error = w->error;

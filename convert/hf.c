@@ -7,23 +7,8 @@
 #ifndef MOE_CONVERT_HF_C
 #define MOE_CONVERT_HF_C
 
-#include "safetensors.c"
+#include "hf_weights.c"
 #include "vocab.c"
-
-typedef struct hf_source {
-    conv_source *source;
-    const char *dir;
-    const moe_family *family;
-    json_ref root, whole;   // of config.json: the text model's part, and all of it
-    moe_hparams hp;
-    st_table table;
-    const char *prefix;     // stands for "model." at the start of names
-    const char *draft_prefix; // of the layer for multi-token prediction, if it has names of its own
-    uint32_t n_draft;       // such layers that are carried over: 0 or 1
-    uint32_t fp8_block;
-    size_t capacity;        // of source->tensors
-    moe_error *error;
-} hf_source;
 
 /* --------------------------------------------------------------------------------- config -- */
 
@@ -198,9 +183,9 @@ static void hf_count_draft(hf_source *h)
         if (!(json_double(v, 0) > 0))
             continue;
         snprintf(name, sizeof name, "%slayers.%.0f.eh_proj.weight", h->prefix, n_layer);
-        h->draft_prefix = st_find(&h->table, "mtp.fc.weight")         ? "mtp."
-                          : st_find(&h->table, "model.mtp.fc.weight") ? "model.mtp." : NULL;
-        h->n_draft = h->draft_prefix || st_find(&h->table, name);
+        h->draft_prefix = hf_find_weight(h, "mtp.fc.weight")         ? "mtp."
+                          : hf_find_weight(h, "model.mtp.fc.weight") ? "model.mtp." : NULL;
+        h->n_draft = h->draft_prefix || hf_find_weight(h, name);
         h->root.doc->nodes[v.node - h->root.doc->nodes].as.number = h->n_draft;
         if (!h->n_draft)
             conv_note(h->source, "the layer for multi-token prediction, of which config.json "
@@ -208,106 +193,7 @@ static void hf_count_draft(hf_source *h)
     }
 }
 
-/* --------------------------------------------------------------------------------- inputs -- */
-
-/* Whether a checkpoint's shape is the binding's; dimensions of 1 do not count. `extra`: an outer
- * dimension in front. */
-static bool hf_shape_is(const st_tensor *t, const uint64_t *dims, uint32_t n_dims)
-{
-    uint32_t i = 0;
-    for (uint32_t d = n_dims; d-- > 0;) { // GGUF's order is the reverse
-        if (dims[d] == 1)
-            continue;
-        while (i < t->n_dims && t->dims[i] == 1)
-            i++;
-        if (i == t->n_dims || t->dims[i++] != dims[d])
-            return false;
-    }
-    while (i < t->n_dims && t->dims[i] == 1)
-        i++;
-    return i == t->n_dims;
-}
-
-static moe_status hf_fail_shape(const hf_source *h, const st_tensor *t, const uint64_t *dims,
-                                uint32_t n_dims)
-{
-    char want[96] = "", got[200] = "";
-    size_t used = 0;
-    for (uint32_t d = n_dims; d-- > 0;)
-        used += (size_t)snprintf(want + used, sizeof want - used, "%s%llu",
-                                 d + 1 == n_dims ? "" : ", ", (unsigned long long)dims[d]);
-    used = 0;
-    for (uint32_t d = 0; d < t->n_dims; d++)
-        used += (size_t)snprintf(got + used, sizeof got - used, "%s%llu", d ? ", " : "",
-                                 (unsigned long long)t->dims[d]);
-    return fail(h->error, MOE_ERR_MODEL, t->name,
-                "expected shape [%s] by config.json, got [%s] in %s", want, got, t->file->path);
-}
-
-/* The one scale of an FP8 matrix, beside which the scale of its activations may stand. */
-static moe_status hf_find_one_scale(hf_source *h, const st_tensor *t, st_tensor *scale,
-                                    conv_input *in)
-{
-    char name[CONVERT_MAX_NAME_BYTES];
-    const char *end = strrchr(t->name, '.');
-    snprintf(name, sizeof name, "%.*s.input_scale", end ? (int)(end - t->name) : 0, t->name);
-    st_tensor *unused = st_find(&h->table, name);
-    if (unused)
-        unused->used = true;
-    scale->used = true;
-    if (scale->n_elements != 1 || strcmp(scale->dtype->name, "F32"))
-        return fail(h->error, MOE_ERR_UNSUPPORTED, scale->name,
-                    "expected one scale in F32, got %llu in %s: other ways to scale FP8 are "
-                    "not read", (unsigned long long)scale->n_elements, scale->dtype->name);
-    in->scale_file = scale->file;
-    in->scale_offset = scale->offset;
-    in->scale_block = UINT32_MAX; // all weights are one block
-    return MOE_OK;
-}
-
-/* The scales of an FP8 matrix: one for each block of fp8_block x fp8_block weights, or one. */
-static moe_status hf_find_scale(hf_source *h, const st_tensor *t, conv_input *in)
-{
-    char name[CONVERT_MAX_NAME_BYTES + 16];
-    snprintf(name, sizeof name, "%s_scale_inv", t->name);
-    st_tensor *scale = st_find(&h->table, name);
-    if (!scale) {
-        snprintf(name, sizeof name, "%s_scale", t->name);
-        if ((scale = st_find(&h->table, name)))
-            return hf_find_one_scale(h, t, scale, in);
-        snprintf(name, sizeof name, "%s_scale_inv", t->name);
-    }
-    if (!scale)
-        return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
-                    "expected FP8 weights with block scales in \"%s\", got none: other ways to "
-                    "scale FP8 are not read", name);
-    const uint64_t block = h->fp8_block;
-    const uint64_t rows = t->n_dims > 1 ? t->dims[0] : 1, len = t->dims[t->n_dims - 1];
-    const uint64_t dims[2] = {(len + block - 1) / block, (rows + block - 1) / block};
-    scale->used = true;
-    if (t->n_dims != 2 || strcmp(scale->dtype->name, "F32"))
-        return fail(h->error, MOE_ERR_UNSUPPORTED, name,
-                    "expected F32 scales of a matrix, got %s", scale->dtype->name);
-    if (!hf_shape_is(scale, dims, 2))
-        return hf_fail_shape(h, scale, dims, 2);
-    in->scale_file = scale->file;
-    in->scale_offset = scale->offset;
-    in->scale_block = h->fp8_block;
-    return MOE_OK;
-}
-
-static moe_status hf_input(hf_source *h, st_tensor *t, conv_input *in)
-{
-    t->used = true;
-    *in = (conv_input){.file = t->file, .name = t->name, .offset = t->offset};
-    if (!strcmp(t->dtype->name, "F8_E4M3"))
-        return hf_find_scale(h, t, in);
-    in->type = quant_by_id(t->dtype->quant);
-    if (!in->type)
-        return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
-                    "expected weights in F32, F16, BF16 or F8_E4M3, got %s", t->dtype->name);
-    return MOE_OK;
-}
+/* ------------------------------------------------------------------------- stacked experts -- */
 
 /* Experts that the checkpoint stacks itself: "experts.down_proj" [n][out][in], and gate and up as
  * two halves of "experts.gate_up_proj" [n][2 out][in]. */
@@ -414,20 +300,20 @@ static moe_status hf_delta_inputs(hf_source *h, const moe_binding *b, uint32_t l
     const uint64_t total = 2 * ((uint64_t)d->n_head_k * d->dim_k + (uint64_t)d->n_head * d->dim_v);
     const uint64_t dims[2] = {t->dims[0], packed ? total : t->dims[1]};
     const uint64_t unit = t->n_rows / t->n_inputs;
-    st_tensor *st = st_find(&h->table, hf_name(h, b->hf, layer, 0, name));
+    st_tensor *st = hf_find_weight(h, hf_name(h, b->hf, layer, 0, name));
     conv_input whole;
     if (!st)
         return fail(h->error, MOE_ERR_MODEL, name,
                     "expected this tensor in a checkpoint of model_type %s, got none",
                     h->family->hf);
-    if (!hf_shape_is(st, dims, t->n_dims))
-        return hf_fail_shape(h, st, dims, t->n_dims);
-    moe_status status = hf_input(h, st, &whole);
+    moe_status status = hf_matrix(h, st, dims, t->n_dims, &whole);
     for (uint64_t i = 0; i < t->n_inputs && !status; i++) {
         const uint64_t row = hf_delta_row(h, b, packed, i * unit);
+        uint64_t scales;
         t->inputs[i] = whole;
-        t->inputs[i].offset += row * t->row_len * st->dtype->bytes;
-        if (!whole.scale_block)
+        t->inputs[i].offset += row * packed_row_bytes(&whole, t->row_len, &scales);
+        t->inputs[i].scale_offset += row * scales;
+        if (whole.type) // not FP8
             continue;
         const uint64_t n_scale = (t->row_len + whole.scale_block - 1) / whole.scale_block;
         t->inputs[i].scale_offset += row / whole.scale_block * n_scale * sizeof(float);
@@ -530,7 +416,7 @@ static moe_status hf_packed_experts(hf_source *h, const moe_binding *b, uint32_t
         return status;
     *t->inputs = (conv_input){
         .file = codes->file, .name = codes->name, .offset = codes->offset + (up ? n_in / 2 : 0),
-        .type = &quant_mxfp4, .scale_file = scales->file,
+        .type = &quant_mxfp4, .apart = APART_MXFP4, .scale_file = scales->file,
         .scale_offset = scales->offset + (up ? n_in / 32 : 0), .row_step = (uint32_t)step};
     return MOE_OK;
 }
@@ -545,7 +431,7 @@ static moe_status hf_find_inputs(hf_source *h, const moe_binding *b, uint32_t la
     if (hf_is_delta(h, b))
         return hf_delta_inputs(h, b, layer, t);
     for (uint32_t e = 0; e < t->n_inputs; e++) {
-        st_tensor *st = st_find(&h->table, hf_name(h, b->hf, layer, e, name));
+        st_tensor *st = hf_find_weight(h, hf_name(h, b->hf, layer, e, name));
         moe_status status;
         if (!st && e == 0) {
             bool found;
@@ -557,9 +443,7 @@ static moe_status hf_find_inputs(hf_source *h, const moe_binding *b, uint32_t la
             return fail(h->error, MOE_ERR_MODEL, name,
                         "expected this tensor in a checkpoint of model_type %s, got none",
                         h->family->hf);
-        if (!hf_shape_is(st, t->dims, n_dims))
-            return hf_fail_shape(h, st, t->dims, n_dims);
-        if ((status = hf_input(h, st, &t->inputs[e])))
+        if ((status = hf_matrix(h, st, t->dims, n_dims, &t->inputs[e])))
             return status;
     }
     return MOE_OK;
@@ -572,7 +456,7 @@ static bool hf_present(const hf_source *h, const moe_binding *b, uint32_t layer)
 {
     char name[CONVERT_MAX_NAME_BYTES], format[CONVERT_MAX_NAME_BYTES];
     const char *mark = b->hf ? strstr(b->hf, "experts.%u.") : NULL;
-    if (b->hf && st_find(&h->table, hf_name(h, b->hf, layer, 0, name)))
+    if (b->hf && hf_find_weight(h, hf_name(h, b->hf, layer, 0, name)))
         return true;
     snprintf(format, sizeof format, "%.*sexperts.%s", mark ? (int)(mark - b->hf) : 0,
              mark ? b->hf : "",
@@ -688,7 +572,7 @@ static moe_status hf_check_tied(hf_source *h, const moe_binding *b, bool *skip)
     if (!tied.node)
         tied = config_path(h->whole, "tie_word_embeddings");
     char name[CONVERT_MAX_NAME_BYTES];
-    st_tensor *t = st_find(&h->table, hf_name(h, b->hf, 0, 0, name));
+    st_tensor *t = hf_find_weight(h, hf_name(h, b->hf, 0, 0, name));
     bool same = false;
     if (t && json_bool(tied, false)) {
         moe_status status = st_compare(t, st_find(&h->table, hf_name(h, "model.embed_tokens.weight",
@@ -710,6 +594,64 @@ static moe_status hf_check_tied(hf_source *h, const moe_binding *b, bool *skip)
     return MOE_OK;
 }
 
+/* Experts that come in several types. */
+static moe_status hf_mix_types(hf_source *h, conv_tensor *t)
+{
+    bool same = true;
+    for (uint32_t i = 1; i < t->n_inputs; i++)
+        same &= conv_own_type(&t->inputs[i]) == conv_own_type(&t->inputs[0]);
+    if (same || !conv_is_experts(h->source, t))
+        return MOE_OK;
+    t->source_types = arena_alloc(&h->source->arena, t->n_inputs, sizeof *t->source_types);
+    if (!t->source_types)
+        return fail_memory(h->error, h->source->mem, t->name,
+                           t->n_inputs * sizeof *t->source_types);
+    for (uint32_t i = 0; i < t->n_inputs; i++)
+        t->source_types[i] = conv_kept_type(&t->inputs[i]);
+    return MOE_OK;
+}
+
+/* Blocks whose columns change places go there as they are. */
+static moe_status hf_check_tile(hf_source *h, const conv_tensor *t)
+{
+    const moe_quant *type = t->inputs->type;
+    if (!t->tile.head_k || !type || t->tile.dim % type->block_len == 0)
+        return MOE_OK;
+    return fail(h->error, MOE_ERR_UNSUPPORTED, t->inputs->name,
+                "expected heads of a multiple of %u in %s, got %u", type->block_len, type->name,
+                t->tile.dim);
+}
+
+/* The factors of matrices become a tensor "x.scale" beside "x.weight", of experts one for each.
+ * Where the runtime looks for none, the weights themselves are multiplied, and kept as floats. */
+static moe_status hf_make_factors(hf_source *h, const moe_binding *b, uint32_t layer,
+                                  const conv_tensor *t)
+{
+    conv_source *s = h->source;
+    char name[96];
+    const moe_model model = {.family = h->family};
+    const bool stack = b->dims[2] == DIM_EXPERT;
+    const uint32_t n = stack ? (uint32_t)t->dims[2] : 1;
+    bool any = false;
+    for (uint32_t i = 0; i < t->n_inputs; i++)
+        any |= t->inputs[i].factor > 0;
+    if (!any || t->is_router || (stack && t->n_inputs != n) ||
+        !binding_scale(&model, b, layer, ".scale", name, sizeof name))
+        return MOE_OK;
+    float *made = arena_alloc(&s->arena, n, sizeof *made);
+    conv_tensor *f = &s->tensors[s->n_tensors++];
+    *f = (conv_tensor){.name = conv_text(s, "%s", name), .n_dims = 1, .dims = {n, 1, 1, 1},
+                       .row_len = n, .n_rows = 1, .inputs = t->inputs, .n_inputs = 1,
+                       .made = made, .is_vector = true};
+    if (!made || !f->name)
+        return fail_memory(h->error, s->mem, t->name, n * sizeof *made);
+    for (uint32_t i = 0; i < n; i++)
+        made[i] = t->inputs[i].factor > 0 ? t->inputs[i].factor : 1;
+    for (uint32_t i = 0; i < t->n_inputs; i++)
+        t->inputs[i].factor = 0;
+    return MOE_OK;
+}
+
 static moe_status hf_add(hf_source *h, const moe_binding *b, uint32_t layer)
 {
     conv_tensor *t;
@@ -726,7 +668,13 @@ static moe_status hf_add(hf_source *h, const moe_binding *b, uint32_t layer)
             return status;
     }
     moe_status status = hf_new_tensor(h, b, layer, &t);
-    return status ? status : hf_find_inputs(h, b, layer, t);
+    if (!status)
+        status = hf_find_inputs(h, b, layer, t);
+    if (!status)
+        status = hf_check_tile(h, t);
+    if (!status)
+        status = hf_make_factors(h, b, layer, t);
+    return status ? status : hf_mix_types(h, t);
 }
 
 /* All bindings of the layers (layer < n_layer), or those outside: the embedding comes first in the
@@ -752,7 +700,7 @@ static moe_status hf_reserve(hf_source *h)
     uint64_t n = 0;
     for (uint32_t i = 0; h->family->bindings[i]; i++)
         for (const moe_binding *b = h->family->bindings[i]; b->gguf; b++)
-            n += b->flags & BIND_GLOBAL ? 1 : h->hp.n_layer_all;
+            n += 2 * (b->flags & BIND_GLOBAL ? 1 : h->hp.n_layer_all); // each may have a factor
     h->source->tensors = arena_alloc(&h->source->arena, n, sizeof *h->source->tensors);
     return h->source->tensors ? MOE_OK : fail_memory(h->error, h->source->mem, "tensors", n);
 }
@@ -787,17 +735,24 @@ static bool hf_ignored(const hf_source *h, const char *name)
 
 static moe_status hf_check_unused(hf_source *h)
 {
-    size_t n_ignored = 0;
+    size_t n_ignored = 0, n_scales = 0;
     for (size_t i = 0; i < h->table.n; i++) {
         const st_tensor *t = &h->table.items[i];
         if (t->used || !t->n_elements) // shared experts of which there are none
             continue;
+        if (hf_is_activation_scale(h, t->name)) {
+            n_scales++;
+            continue;
+        }
         if (!hf_ignored(h, t->name))
             return fail(h->error, MOE_ERR_MODEL, t->name,
                         "model_type %s with %u layers has no place for this tensor; leaving it out "
                         "would give wrong results", h->family->hf, h->hp.n_layer);
         n_ignored++;
     }
+    if (n_scales)
+        conv_note(h->source, "%zu scales for activations or a cache in fewer bits are left out: "
+                  "here such scales are found while the model runs", n_scales);
     if (n_ignored)
         conv_note(h->source, "%zu tensors are not part of the text model and are left out",
                   n_ignored);
@@ -845,11 +800,11 @@ static moe_status hf_check_values(const hf_source *h)
     char name[CONVERT_MAX_NAME_BYTES];
     const bool shared = json_bool(config_path(h->root, "attention_k_eq_v"), false);
     for (uint32_t i = 0; i < h->hp.n_layer; i++) {
-        if (!st_find(&h->table, hf_name(h, "model.layers.%u.self_attn.k_proj.weight", i, 0, name)))
+        if (!hf_find_weight(h, hf_name(h, "model.layers.%u.self_attn.k_proj.weight", i, 0, name)))
             continue;
         const bool none = shared && !layer_is_local(&h->hp, i);
         hf_name(h, "model.layers.%u.self_attn.v_proj.weight", i, 0, name);
-        if (!st_find(&h->table, name) != none)
+        if (!hf_find_weight(h, name) != none)
             return fail(h->error, MOE_ERR_MODEL, name,
                         "expected %s, since config.json says attention_k_eq_v %s, got %s",
                         none ? "no such tensor" : "this tensor", shared ? "true" : "false",
@@ -889,32 +844,12 @@ static moe_status hf_find_tensors(hf_source *h)
         status = hf_add_all(h, 0, true, false);
     if (!status)
         status = hf_check_unused(h);
+    if (!status)
+        status = hf_check_quantization(h);
     return status ? status : hf_check_promises(h);
 }
 
 /* ----------------------------------------------------------------------------------- entry -- */
-
-static moe_status hf_read_quantization(hf_source *h)
-{
-    char buf[64];
-    json_ref q = config_path(h->whole, "quantization_config");
-    json_ref method = config_path(q, "quant_method"), block = config_path(q, "weight_block_size");
-    h->fp8_block = 128;
-    if (!q.node)
-        return MOE_OK;
-    if (json_is(method, "mxfp4"))
-        return MOE_OK;
-    if (!json_is(method, "fp8"))
-        return fail(h->error, MOE_ERR_UNSUPPORTED, "config.json: quantization_config.quant_method",
-                    "expected fp8 or mxfp4, got %s; convert the checkpoint that it was made from",
-                    config_text(method, buf));
-    json_ref first = json_first(block);
-    if (block.node && (json_count(block) != 2 || json_double(first, 0) != 128 ||
-                       json_double(json_next(block, first), 0) != 128))
-        return fail(h->error, MOE_ERR_UNSUPPORTED,
-                    "config.json: quantization_config.weight_block_size", "expected [128, 128]");
-    return MOE_OK;
-}
 
 static moe_status hf_convert(hf_source *h, json_ref generation, const char *pre)
 {

@@ -169,12 +169,12 @@ static bool plan_is_small(const conv_tensor *t)
            strcmp(t->name + n - 7, ".weight") != 0;
 }
 
-/* The type that the source has; FP8 is kept in BF16, whose rounding is far below its own. */
+/* The type that the source has, or one near it. */
 static const moe_quant *plan_source_type(const conv_tensor *t)
 {
     if (t->made)
         return quant_by_id(Q_F32);
-    return t->inputs[0].type ? t->inputs[0].type : quant_by_id(Q_BF16);
+    return conv_kept_type(&t->inputs[0]);
 }
 
 /* The rate of a tensor: the output matrix gets 1.5 bits more. */

@@ -14,7 +14,8 @@ Models, weights, oracle and versions are those of tests/make_fixtures.py. Each f
 checkpoint and, in NAME/expected, what make_fixtures.py writes into NAME.expected. Beside F32: one is
 saved in BF16, one in several shards, one holds FP8 (E4M3) weights with a scale for each block of
 128 x 128, made here as DeepSeek's are, one FP8 with one scale for each matrix, and one MXFP4 experts as
-gpt-oss has them, which transformers' own reader must read as the same numbers. Beside it stands one whose
+gpt-oss has them, which transformers' own reader must read as the same numbers. Four have codes of 4 and 8
+bits as tests/packed.py makes them; NAME/exact has a hash of each tensor's exact floats. Beside it stands one whose
 experts are floats, which gpt-oss transposes. One has a layer for
 multi-token prediction, named as in DeepSeek's checkpoints, one as in Qwen3.5's; NAME/drafts is what it says behind the last
 token, float32[n_vocab].
@@ -35,6 +36,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import make_fixtures as mf
+import packed
 
 DEFAULT = dict(rope_type="default", rope_theta=10000.0)
 CHECKPOINTS = {
@@ -70,6 +72,15 @@ CHECKPOINTS = {
     "qwen3next": dict(mf.MODELS["qwen3next"], tok=16, layer=2, expert=3, dim=16, rot=6,
                       delta=dict(head=4, head_k=2, dim=6, dim_v=9, period=2)),
     "gemma4": dict(mf.MODELS["gemma4"], tok=16, layer=2, window_period=2, expert=3),
+    "qwen3moe-int4": dict(mf.MODELS["qwen3moe"], vocab=61, embd=64, head=2, kv=1, dim=32, ff=64, ff_exp=32,
+                          layer=1, expert=4, used=2, tok=16, dtype="packed-int4"),
+    "qwen3moe-nvfp4": dict(mf.MODELS["qwen3moe"], vocab=61, embd=64, head=2, kv=1, dim=32, ff=64,
+                           ff_exp=64, layer=1, expert=4, used=2, tok=16, dtype="packed-nvfp4"),
+    "llama-nvfp4": dict(family="llama", vocab=61, embd=64, head=2, kv=1, dim=32, ff=128, layer=1,
+                        tied=False, tok=16, rope=DEFAULT, ctx=128, dtype="packed-modelopt"),
+    "qwen35moe-int4": dict(mf.MODELS["qwen35moe"], vocab=53, embd=32, ff_exp=32, ff_shared=32, layer=1, tok=12,
+                           expert=2, used=1, delta=dict(head=4, head_k=2, dim=16, dim_v=32, period=2),
+                           dtype="packed-int4"),
 }
 
 
@@ -196,9 +207,34 @@ def packed_mxfp4(w):
     return blocks, scales, exact.astype(np.float32)
 
 
+def pack_weights(weights, kind):
+    """Packs what packed.py names, of stacked experts each matrix by itself, and makes the weights
+    exact."""
+    stored = {}
+    for name, w in weights.items():
+        pack = packed.packers(kind, name) if w.ndim > 1 else None
+        for e in range(len(w) if pack and w.ndim == 3 else bool(pack)):
+            t = torch.tensor(w[e] if w.ndim == 3 else w)
+            halves = t.chunk(2) if "gate_up_proj" in name else [t]
+            names = ["gate_proj", "up_proj"] if len(halves) == 2 else ["down_proj"]
+            exact = []
+            for half, part in zip(halves, names):
+                start = name.rpartition(".")[0]
+                tensors, values = pack(half.contiguous())
+                start = f"{start}.{e}.{part}" if w.ndim == 3 else start
+                stored.update({f"{start}.{k}": v for k, v in tensors.items()})
+                exact.append(values)
+            (w[e] if w.ndim == 3 else w)[...] = torch.cat(exact).numpy()
+    if kind == "modelopt":
+        stored["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(0.25)
+    return stored
+
+
 def round_weights(weights, m):
     """The weights as the checkpoint will hold them, and for FP8 the tensors to store instead."""
     stored = {}
+    if m.get("dtype", "").startswith("packed-"):
+        return pack_weights(weights, m["dtype"][7:])
     for name, w in list(weights.items()):
         t = torch.tensor(w)
         if m.get("dtype") == "bf16":
@@ -229,14 +265,18 @@ def save(config, cls, weights, stored, m, folder):
     if stored:
         tensors = dict(load_file(path), **stored)
         for name in list(tensors):
-            if name + "_blocks" in tensors:
+            if name + "_blocks" in tensors or name + "_packed" in tensors:
                 del tensors[name]
         save_file(tensors, path, metadata={"format": "pt"})
         edit_config(folder, quantization_config={
             "fp8": dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
                         weight_block_size=[128, 128]),
             "fp8-tensor": dict(quant_method="fp8", activation_scheme="static"),
-            "mxfp4": dict(quant_method="mxfp4")}[m["dtype"]])
+            "mxfp4": dict(quant_method="mxfp4")}.get(m["dtype"], packed.config(m["dtype"][7:])[0]))
+        own = packed.config(m["dtype"][7:])[1]
+        if own and "packed" in m["dtype"]:
+            with open(os.path.join(folder, "hf_quant_config.json"), "w") as f:
+                json.dump(own, f)
     if m.get("stacked"):  # as the modules of transformers 5 hold experts: stacked, gate and up in one
         tied = {"lm_head.weight"} if m["tied"] else set()
         save_file({k: v.contiguous() for k, v in state.items() if k not in tied}, path,
@@ -285,16 +325,24 @@ def edit_config(folder, **changes):
         json.dump(config, f, indent=2)
 
 
-def widen(m):
-    """Rows that fill blocks of 32, so that every matrix can be quantized."""
+def widen(m, n=32):
+    """Rows that fill blocks of n, so that every matrix can be quantized."""
     lengths = ("ff", "ff_exp", "ff_shared", "dim", "dim_v", "latent", "latent_q", "nope")
-    m.update({k: -(-m[k] // 32) * 32 for k in lengths if m.get(k)})
+    m.update({k: -(-m[k] // n) * n for k in lengths if m.get(k)})
     if "embd" in m:  # some classes want a multiple of the number of heads
-        m["embd"] = math.lcm(32, m["head"]) * -(-m["embd"] // math.lcm(32, m["head"]))
+        m["embd"] = math.lcm(n, m["head"]) * -(-m["embd"] // math.lcm(n, m["head"]))
     for part in ("delta", "heads_global"):
         if part in m:
-            m[part] = widen(dict(m[part]))
+            m[part] = widen(dict(m[part]), n)
     return m
+
+
+def fnv(w):
+    """FNV-1a of the floats; 0 has no sign."""
+    h = 0xcbf29ce484222325
+    for b in (np.ascontiguousarray(w, "<f4") + np.float32(0)).tobytes():
+        h = (h ^ b) * 0x100000001b3 & 0xffffffffffffffff
+    return f"{h:016x}"
 
 
 def make(name, m, seed, wide, out):
@@ -303,8 +351,10 @@ def make(name, m, seed, wide, out):
         extra = {k: m[k] for k in ("dtype", "shards", "stacked") if k in m}
         m = {k: v for k, v in m.items() if k != "config"}  # made for other dimensions
         m = vary(dict(mf.randomize(m, rng), **extra), rng)
-    if wide:
-        m = widen(m)
+    if wide or (seed and "packed" in m.get("dtype", "")):
+        m = widen(m, 64 if "packed" in m.get("dtype", "") else 32)
+        if "delta" in m:
+            m["rot"] = int(m["dim"] * m["rope"].get("partial_rotary_factor", 1))
     if m.get("dtype") == "mxfp4":
         m["embd"], m["ff"] = -(-m["embd"] // 32) * 32, -(-m["ff"] // 32) * 32
     if m["family"] in mf.NO_HEAD_DIM:
@@ -337,6 +387,10 @@ def make(name, m, seed, wide, out):
         f.write(b"MOEX" + struct.pack("<2I3f", len(tokens), m["vocab"], *rounding))
         f.write(np.asarray(tokens, "<i4").tobytes())
         f.write(exact.astype("<f4").tobytes())
+    if "packed" in m.get("dtype", ""):
+        with open(os.path.join(folder, "exact"), "w") as f:
+            f.writelines(f"{name} {fnv(w)}\n" for name, w in mf.gguf_tensors(weights, dict(m, apart=True), arch)
+                         if not name.endswith("ssm_a"))  # exp() differs between machines
     size = sum(os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder))
     print(f"{name:16} {size / 1000:5.0f} KB  {len(os.listdir(folder))} files", flush=True)
     return weights, m, arch
@@ -352,9 +406,13 @@ def check(convert, folder, weights, m, arch):
         reader = gguf.GGUFReader(path)
         got = {t.name: t for t in reader.tensors}
         want = dict(mf.gguf_tensors(weights, dict(m, apart=True), arch))
+        factors = {n: got.pop(n).data for n in list(got) if n.endswith(".scale") and n not in want}
         assert set(got) == set(want), set(got) ^ set(want)
         for name, w in want.items():
             data = got[name].data
+            if name.replace(".weight", ".scale") in factors:
+                factor = factors[name.replace(".weight", ".scale")]
+                data = data * factor.reshape(-1, 1, 1) if data.ndim == 3 else data * factor
             same = np.array_equal(data, w) or (name.endswith("ssm_a") and np.allclose(data, w, 1e-6))
             assert data.shape == w.shape and same, name
         fixture = os.path.join(tmp, "fixture.gguf")

@@ -139,9 +139,15 @@ static double run_divergence(const char *path, const expected_logits *e)
     return median;
 }
 
+/* Whether a checkpoint's own types are multiplied with int8. */
+static bool is_packed(const char *name)
+{
+    return strstr(name, "mxfp4") || strstr(name, "int4") || strstr(name, "nvfp4");
+}
+
 /* Every checkpoint as F32 gives transformers' logits; in its own types too, but for BF16, where
  * each activation is rounded by up to 2^-8, FP8, where each weight is when it becomes BF16, and
- * MXFP4, which is multiplied with int8: these can turn a close decision of a router, so their
+ * codes of 4 bits, which are multiplied with int8: these can turn a close decision of a router, so their
  * divergence is looked at. */
 static void checkpoints_give_the_logits_of_transformers(void)
 {
@@ -161,7 +167,7 @@ static void checkpoints_give_the_logits_of_transformers(void)
             moe_status status = convert(folder, out, i ? "f32" : NULL, &error);
             CHECK(!status, "%s: %s", d->d_name, error.message);
             const bool rounded = i == 0 && (strstr(d->d_name, "bf16") ||
-                                            strstr(d->d_name, "fp8") || strstr(d->d_name, "mxfp4"));
+                                            strstr(d->d_name, "fp8") || is_packed(d->d_name));
             const double far = status ? 1e9
                                : rounded ? run_divergence(out, &e)
                                          : run_distance(out, &e);
@@ -178,7 +184,7 @@ static void checkpoints_give_the_logits_of_transformers(void)
 
 /* A bit less doubles the rounding and so makes the divergence four times as large, until routers
  * change their minds. The committed checkpoints mostly have rows that fill no block; those of
- * make_checkpoints.py --wide are all quantized. */
+ * make_checkpoints.py --wide are all quantized. Packed ones are exact in one of the types. */
 static void quantized_checkpoints_diverge_as_their_bits_say(void)
 {
     static const char *const types[3] = {"q8_0", "q5_0", "q4_0"};
@@ -189,8 +195,8 @@ static void quantized_checkpoints_diverge_as_their_bits_say(void)
         expected_logits e = {0};
         moe_error error = {0};
         double far[3];
-        if (d->d_name[0] == '.')
-            continue;
+        if (d->d_name[0] == '.' || (is_packed(d->d_name) && !strstr(d->d_name, "mxfp4")))
+            continue; /* some type is exact */
         CHECK(expected_load(&e, checkpoint(d->d_name)), "%s", d->d_name);
         for (size_t i = 0; i < 3; i++) {
             const char *out = scratch_path("out.gguf");
@@ -207,6 +213,122 @@ static void quantized_checkpoints_diverge_as_their_bits_say(void)
     }
     closedir(dir);
     CHECK(n >= 3, "only %d checkpoints were quantized", n);
+}
+
+/* The hash of a tensor's floats that make_checkpoints.py writes: 0 has no sign. Its factor, if it has
+ * one, is in the tensor "x.scale". */
+static uint64_t hash_of_floats(const moe_directory *dir, const moe_tensor *t)
+{
+    char name[128];
+    uint64_t h = 0xcbf29ce484222325u;
+    const size_t n = (size_t)t->n_elements, end = strlen(t->name) - strlen("weight");
+    snprintf(name, sizeof name, "%.*sscale", (int)end, t->name);
+    const moe_tensor *f = directory_tensor(dir, name);
+    float *x = malloc(n * sizeof *x);
+    t->quant->dequantize(t->data, x, n);
+    for (size_t i = 0; i < n; i++) {
+        float factor = 1;
+        if (f)
+            memcpy(&factor, f->data + i / (n / f->n_elements) * sizeof factor, sizeof factor);
+        const uint32_t u = bits_of_f32(x[i] * factor + 0.0f);
+        for (int k = 0; k < 32; k += 8)
+            h = (h ^ (u >> k & 255)) * 0x100000001b3u;
+    }
+    free(x);
+    return h;
+}
+
+/* Packed checkpoints: each tensor in the type that holds its codes and scales, and in F32, has
+ * exactly the floats that compressed-tensors' codes and scales stand for. */
+static void packed_weights_are_exact(void)
+{
+    static const struct {
+        const char *checkpoint, *tensor;
+        const moe_quant *type;
+    } kept[] = {{"qwen3moe-int4", "blk.0.ffn_down_exps.weight", &quant_q4_0},
+                {"qwen3moe-int4", "blk.0.attn_q.weight", &quant_q4_0},
+                {"qwen3moe-int4", "blk.0.attn_v.weight", &quant_f32},
+                {"qwen3moe-int4", "blk.0.attn_output.weight", &quant_q8_0},
+                {"qwen3moe-nvfp4", "blk.0.ffn_up_exps.weight", &quant_nvfp4},
+                {"qwen3moe-nvfp4", "blk.0.attn_output.weight", &quant_mxfp4},
+                {"llama-nvfp4", "blk.0.attn_q.weight", &quant_nvfp4},
+                {"qwen35moe-int4", "blk.0.ssm_out.weight", &quant_q4_0},
+                {"qwen35moe-int4", "blk.0.attn_qkv.weight", &quant_q4_0}};
+    const char *out = scratch_path("exact.gguf");
+    for (size_t i = 0; i < 2 * MOE_COUNT(kept); i++) {
+        const char *name = kept[i / 2].checkpoint;
+        char path[700], tensor[128];
+        size_t bytes;
+        unsigned long long want;
+        moe_error error = {0};
+        moe_mem mem;
+        int n = 0, used;
+        snprintf(path, sizeof path, "%s/exact", checkpoint(name));
+        char *text = test_read_file(path, &bytes);
+        REQUIRE(text, "%s", path);
+        REQUIRE(!convert(checkpoint(name), out, i % 2 ? "f32" : NULL, &error), "%s", error.message);
+        moe_directory *dir = open_directory(out, &mem);
+        const moe_tensor *t = directory_tensor(dir, kept[i / 2].tensor);
+        CHECK(getenv("MOE_TEST_CHECKPOINTS") ||
+                  (t && t->quant == (i % 2 ? &quant_f32 : kept[i / 2].type)),
+              "%s", t ? t->quant->name : "none");
+        for (char *p = text; sscanf(p, "%127s %16llx\n%n", tensor, &want, &used) == 2; p += used) {
+            t = directory_tensor(dir, tensor);
+            CHECK(t && hash_of_floats(dir, t) == want, "%s: %s", name, tensor);
+            n++;
+        }
+        CHECK(n >= 12, "%d tensors of %s", n, name);
+        directory_close(dir);
+        free(text);
+    }
+    unlink(out);
+}
+
+/* How many notes of a conversion say this. */
+static int notes_that_say(const conv_options *options, const char *text, moe_status *status)
+{
+    conv_job job;
+    moe_error error = {0};
+    int n = 0;
+    *status = conv_run(&job, options, &error);
+    for (uint32_t i = 0; i < job.source.n_notes; i++)
+        n += strstr(job.source.notes[i], text) != NULL;
+    conv_close(&job);
+    return n;
+}
+
+/* BF16 reaches further than the F16 of Q4_0: what is too small is rounded, which a note says; other
+ * types are made of the exact numbers. */
+static void scales_that_f16_lacks_are_rounded_and_told(void)
+{
+    static const char scale[] = "layers.0.mlp.experts.1.up_proj.weight_scale\"";
+    const char *source = edited_checkpoint("qwen3moe-int4", "config.json", "", "");
+    const uint16_t tiny = 0x3340 | 0x13; /* about 2^-24.7 */
+    conv_options o = {.source = source, .out = scratch_path("tiny.gguf"), .n_threads = 2};
+    moe_status status;
+    moe_mem mem;
+    CHECK(notes_that_say(&o, "rounded", &status) == 0 && !status, "not yet");
+    overwrite_tensor(source, scale, 0, &tiny, sizeof tiny);
+    CHECK(notes_that_say(&o, "1 tensors, the first of them blk.0.ffn_up_exps.weight", &status) == 1,
+          "no note");
+    moe_directory *dir = open_directory(o.out, &mem);
+    const moe_tensor *t = directory_tensor(dir, "blk.0.ffn_up_exps.weight");
+    CHECK(load_u16(t->data + t->bytes / 4) == f16_of_f32(f32_of_bf16(tiny)), "%#x",
+          load_u16(t->data + t->bytes / 4));
+    directory_close(dir);
+    o.quant = "f32";
+    CHECK(notes_that_say(&o, "rounded", &status) == 0 && !status, "floats are not rounded");
+    dir = open_directory(o.out, &mem);
+    t = directory_tensor(dir, "blk.0.ffn_up_exps.weight");
+    float x, largest = 0;
+    for (size_t i = 0; i < 32; i++) {
+        memcpy(&x, t->data + t->bytes / 4 + i * sizeof x, sizeof x);
+        largest = fmaxf(largest, fabsf(x));
+    }
+    CHECK(fmodf(largest, f32_of_bf16(tiny)) == 0 && largest >= 7 * f32_of_bf16(tiny), "%g",
+          (double)largest);
+    directory_close(dir);
+    unlink(o.out);
 }
 
 /* The config says that there is one matrix for both ends, but the checkpoint has two: transformers
@@ -762,6 +884,8 @@ TEST_PROGRAM(convert)
     RUN(checkpoints_give_the_logits_of_transformers);
     RUN(quantized_checkpoints_diverge_as_their_bits_say);
     RUN(fp8_codes_have_their_values);
+    RUN(packed_weights_are_exact);
+    RUN(scales_that_f16_lacks_are_rounded_and_told);
     RUN(an_output_matrix_of_its_own_is_used);
     RUN(draft_layer_is_converted);
     RUN(threads_write_the_same_bytes);

@@ -553,6 +553,170 @@ static void packed_experts_that_lie_are_refused(void)
                        "255 at row 0");
 }
 
+/* Tensors of packed codes that are missing, of another dtype or shape, or that the runtime cannot
+ * make weights of; in the header of the safetensors file. */
+static void packed_tensors_that_lie_are_refused(void)
+{
+#define EXPERT "layers.0.mlp.experts.0.up_proj."
+#define ATTN "layers.0.self_attn.q_proj."
+    static const struct { const char *checkpoint, *from, *to, *says; moe_status status; } edits[] = {
+        {"qwen3moe-int4", EXPERT "weight_packed", EXPERT "weight_pocked",
+         "experts.0.up_proj.weight: expected this tensor", MOE_ERR_MODEL},
+        {"qwen3moe-int4", EXPERT "weight_scale", EXPERT "weight_scole",
+         "expected its scales in \"model.layers.0.mlp.experts.0.up_proj.weight_scale\", got none",
+         MOE_ERR_MODEL},
+        {"qwen3moe-int4", EXPERT "weight_shape", EXPERT "weight_g_idx", "no actorder",
+         MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-int4", EXPERT "weight_shape", EXPERT "pre_quant_sc", "has no place for",
+         MOE_ERR_MODEL},
+        {"qwen3moe-int4", EXPERT "weight_shape\":{\"dtype\":\"I64\",\"shape\":[2]",
+         EXPERT "weight_shape\":{\"dtype\":\"F64\",\"shape\":[2]", "two numbers in I32 or I64",
+         MOE_ERR_MODEL},
+        {"qwen3moe-int4", EXPERT "weight_shape\":{\"dtype\":\"I64\",\"shape\":[2]",
+         EXPERT "weight_shape\":{\"dtype\":\"I32\",\"shape\":[4]", "two numbers in I32 or I64",
+         MOE_ERR_MODEL},
+        {"qwen3moe-int4", EXPERT "weight_packed\":{\"dtype\":\"I32\",\"shape\":[32,8]",
+         EXPERT "weight_packed\":{\"dtype\":\"I32\",\"shape\":[8,32]",
+         "expected shape [32, 8] by config.json, got [8, 32]", MOE_ERR_MODEL},
+        {"qwen3moe-int4", EXPERT "weight_packed\":{\"dtype\":\"I32\"",
+         EXPERT "weight_packed\":{\"dtype\":\"U32\"", "got U32", MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-int4", EXPERT "weight_scale\":{\"dtype\":\"BF16\",\"shape\":[32,2]",
+         EXPERT "weight_scale\":{\"dtype\":\"BF16\",\"shape\":[2,32]",
+         "weight_scale: expected shape [32, 1] by config.json, got [2, 32]", MOE_ERR_MODEL},
+        {"qwen3moe-int4", EXPERT "weight_scale\":{\"dtype\":\"BF16\",\"shape\":[32,2]",
+         EXPERT "weight_scale\":{\"dtype\":\"I16\", \"shape\":[32,2]",
+         "expected scales in BF16, F16 or F32, got I16", MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-nvfp4", EXPERT "weight_scale\"", EXPERT "weight_scole\"", "expected its scales in",
+         MOE_ERR_MODEL},
+        {"qwen3moe-nvfp4", EXPERT "weight_global_scale", EXPERT "weight_glubal_scale",
+         "weight_global_scale\", got none", MOE_ERR_MODEL},
+        {"qwen3moe-nvfp4", EXPERT "weight_global_scale\":{\"dtype\":\"F32\"",
+         EXPERT "weight_global_scale\":{\"dtype\":\"I32\"", "expected one number in F32",
+         MOE_ERR_MODEL},
+        {"qwen3moe-nvfp4", EXPERT "weight_scale\":{\"dtype\":\"F8_E4M3\"",
+         EXPERT "weight_scale\":{\"dtype\":\"F8_E5M2\"", "expected scales in F8_E4M3 (NVFP4)",
+         MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-nvfp4", EXPERT "weight_scale\":{\"dtype\":\"F8_E4M3\",\"shape\":[64,4]",
+         EXPERT "weight_scale\":{\"dtype\":\"F8_E4M3\",\"shape\":[4,64]",
+         "expected shape [64, 4] by config.json, got [4, 64]", MOE_ERR_MODEL},
+        {"llama-nvfp4", ATTN "weight_scale_2", ATTN "weight_scole_2", "weight_scale_2\", got none",
+         MOE_ERR_MODEL},
+        {"llama-nvfp4", ATTN "weight\":{\"dtype\":\"U8\",\"shape\":[64,32]",
+         ATTN "weight\":{\"dtype\":\"U8\",\"shape\":[32,64]",
+         "expected shape [64, 32] by config.json, got [32, 64]", MOE_ERR_MODEL},
+        {"llama-nvfp4", ATTN "weight\":{\"dtype\":\"U8\"", ATTN "weight\":{\"dtype\":\"I8\"",
+         "expected shape [64, 64]", MOE_ERR_MODEL},
+    };
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        const conv_options o = {.source = edited_checkpoint(edits[i].checkpoint, "model.safetensors",
+                                                            edits[i].from, edits[i].to),
+                                .out = scratch_path("packed.gguf")};
+        refused_conversion(&o, edits[i].status, edits[i].says);
+    }
+}
+
+/* Numbers that no weights can be made of. */
+static void packed_numbers_that_are_none_are_refused(void)
+{
+    static const struct {
+        const char *checkpoint, *tensor, *says;
+        uint32_t value;
+        uint8_t bytes;
+    } edits[] = {
+        {"qwen3moe-int4", EXPERT "weight_scale\"",
+         "blk.0.ffn_up_exps.weight: expected finite scales of at most 65504, the largest number of "
+         "F16, got nan at row 0, group 0 (from model.layers.0.mlp.experts.0.up_proj.weight_packed)",
+         0x7fc0, 2},
+        {"qwen3moe-int4", EXPERT "weight_scale\"", "got inf at row 0", 0x7f80, 2},
+        {"qwen3moe-int4", EXPERT "weight_scale\"",
+         "use --keep '^blk.0.ffn_up_exps.weight$=BF16'", 0x4780, 2},
+        {"qwen3moe-int4", EXPERT "weight_shape\"",
+         "up_proj.weight_shape: expected 32 and 64 by config.json, got 33 and 64", 33, 4},
+        {"qwen3moe-nvfp4", EXPERT "weight_scale\"",
+         "blk.0.ffn_up_exps.weight: expected finite scales that are not negative, got NaN at row 0",
+         0x7f, 1},
+        {"qwen3moe-nvfp4", EXPERT "weight_scale\"", "got a negative one at row 0, group 0", 0x81, 1},
+        {"qwen3moe-nvfp4", EXPERT "weight_global_scale\"", "expected a positive finite number, got 0",
+         0, 4},
+        {"qwen3moe-nvfp4", EXPERT "weight_global_scale\"", "expected a positive finite number",
+         0x7fc00000, 4},
+        {"qwen3moe-nvfp4", "q_proj.weight_global_scale\"", "expected a positive finite number, got -1",
+         0xbf800000, 4},
+        {"llama-nvfp4", ATTN "weight_scale_2\"", "expected a positive finite number, got inf",
+         0x7f800000, 4},
+        {"llama-nvfp4", ATTN "weight_scale\"", "got NaN at row 0", 0xff, 1},
+    };
+    conv_options o = {.out = scratch_path("packed.gguf")};
+    moe_error error;
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        o.source = edited_checkpoint(edits[i].checkpoint, "config.json", "", "");
+        overwrite_tensor(o.source, edits[i].tensor, 0, &edits[i].value, edits[i].bytes);
+        refused_conversion(&o, MOE_ERR_MODEL, edits[i].says);
+    }
+    static const conv_keep keep = {"^blk.0.ffn_up_exps.weight$", &quant_bf16};
+    const uint16_t large = 0x4780;
+    o.source = edited_checkpoint("qwen3moe-int4", "config.json", "", "");
+    overwrite_tensor(o.source, EXPERT "weight_scale\"", 0, &large, sizeof large);
+    o.keeps = &keep;
+    o.n_keeps = 1;
+    CHECK(!convert_with(&o, &error), "the advice helps: %s", error.message);
+    unlink(o.out);
+    const uint16_t nan = 0x7fc0; // in other types it is a weight like others
+    o.source = edited_checkpoint("qwen3moe-int4", "config.json", "", "");
+    overwrite_tensor(o.source, EXPERT "weight_scale\"", 0, &nan, sizeof nan);
+    refused_conversion(&o, MOE_ERR_MODEL, "expected finite weights, got nan at row 0");
+    o.n_keeps = 0;
+    o.allow_nonfinite = true;
+    CHECK(!convert_with(&o, &error), "%s", error.message);
+    unlink(o.out);
+#undef EXPERT
+#undef ATTN
+}
+
+static void quantization_configs_that_lie_are_refused(void)
+{
+    static const struct { const char *checkpoint, *from, *to, *says; moe_status status; } edits[] = {
+        {"qwen3moe-int4", "\"compressed-tensors\"", "\"gptq\"", "got gptq; convert the checkpoint "
+         "that it was made from", MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-int4", "\"compressed-tensors\"", "\"awq\"", "got awq", MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-int4", "\"group_size\": 32", "\"group_size\": 64",
+         "got 4 bits of type int in groups of 32", MOE_ERR_MODEL},
+        {"qwen3moe-int4", "\"num_bits\": 8", "\"num_bits\": 4", "got 8 bits of type int",
+         MOE_ERR_MODEL},
+        {"qwen3moe-int4", "\"symmetric\": true", "\"symmetric\": false", "config_groups",
+         MOE_ERR_MODEL},
+        {"qwen3moe-int4", "\"type\": \"int\"", "\"type\": \"float\"", "of type int", MOE_ERR_MODEL},
+        {"qwen3moe-int4", "\"kv_cache_scheme\"", "\"transform_config\": {\"config_groups\": {\"u\": "
+         "{}}}, \"k\"", "transform_config", MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-int4", "\"kv_cache_scheme\"", "\"sparsity_config\": {\"format\": "
+         "\"sparse-24-bitmask\"}, \"k\"", "expected dense, got sparse", MOE_ERR_UNSUPPORTED},
+        {"llama-nvfp4", "\"quant_algo\": \"NVFP4\"", "\"quant_algo\": \"NVFP4_AWQ\"",
+         "quant_algo: expected one of NVFP4 ", MOE_ERR_UNSUPPORTED},
+        {"llama-nvfp4", "\"quant_algo\": \"NVFP4\"", "\"quant_algo\": \"FP8\"",
+         "quant_algo tells of, FP8, got 4 bits of type float", MOE_ERR_MODEL},
+        {"llama", "\"vocab_size\"", "\"quantization_config\": {\"quant_method\": "
+         "\"compressed-tensors\", \"format\": \"pack-quantized\"}, \"vocab_size\"",
+         "expected matrices of packed codes, of which it tells, got none", MOE_ERR_MODEL},
+    };
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        const conv_options o = {.source = edited_checkpoint(edits[i].checkpoint, "config.json",
+                                                            edits[i].from, edits[i].to),
+                                .out = scratch_path("packed.gguf")};
+        refused_conversion(&o, edits[i].status, edits[i].says);
+    }
+    char path[700];
+    conv_options o = {.out = scratch_path("packed.gguf")};
+    o.source = edited_checkpoint("llama-nvfp4", "config.json", "", "");
+    snprintf(path, sizeof path, "%s/hf_quant_config.json", o.source);
+    scratch_write_text(path, "{\"quantization\": {\"quant_algo\": \"W4A8_AWQ\"}}");
+    refused_conversion(&o, MOE_ERR_UNSUPPORTED, "got W4A8_AWQ");
+    scratch_write_text(path, "{\"quantization\": {\"quant_algo\": \"FP8\"}}");
+    refused_conversion(&o, MOE_ERR_MODEL, "expected NVFP4, as in config.json, got FP8");
+    scratch_write_text(path, "[]");
+    refused_conversion(&o, MOE_ERR_FORMAT, "hf_quant_config.json");
+    unlink(path);
+}
+
 /* --------------------------------------------------------------------------- during the work -- */
 
 /* Puts a float into the embedding's row 3, column 1. */
@@ -666,6 +830,9 @@ TEST_PROGRAM(convert_refuses)
     RUN(configs_that_contradict_the_tensors_are_refused);
     RUN(missing_and_unused_tensors_are_refused);
     RUN(packed_experts_that_lie_are_refused);
+    RUN(packed_tensors_that_lie_are_refused);
+    RUN(packed_numbers_that_are_none_are_refused);
+    RUN(quantization_configs_that_lie_are_refused);
     RUN(weights_that_are_not_finite_are_named);
     RUN(a_source_that_changes_is_noticed);
     RUN(nothing_is_left_after_a_failure);
