@@ -84,8 +84,8 @@ static void packed_nvfp4(const uint8_t *codes, const uint8_t scales[4], nvfp4_bl
     }
 }
 
-/* The byte of GGUF's NVFP4 for a scale in E4M3, which has a sign; -1: it stands for a NaN, -2: it is
- * negative. */
+/* The byte of GGUF's NVFP4 for a scale in E4M3, which has a sign; -1: it stands for a NaN, -2: it
+ * is negative. */
 static int packed_nvfp4_scale(uint8_t code)
 {
     if ((code & 127) == 127)

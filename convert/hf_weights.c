@@ -1,8 +1,8 @@
 /* convert/hf_weights.c - a matrix of a checkpoint, by its name -> a place in a file and what its
  * bytes mean: floats, FP8 and its scales, codes of 4 or 8 bits and theirs.
  *
- * A quantized matrix "x.weight" is known by its dtype and by the tensors beside it. What config.json
- * says of the quantization is only compared with that:
+ * A quantized matrix "x.weight" is known by its dtype and by the tensors beside it. What
+ * config.json says of the quantization is only compared with that:
  *
  *     FP8       x.weight F8_E4M3, x.weight_scale_inv or x.weight_scale
  *     integers  x.weight_packed I32, x.weight_scale, x.weight_shape; "pack-quantized"
@@ -292,7 +292,8 @@ static moe_status hf_nvfp4_factor(hf_source *h, const st_tensor *t, conv_input *
     if (status)
         return status;
     if (one->n_elements != 1 || strcmp(one->dtype->name, "F32"))
-        return fail(h->error, MOE_ERR_MODEL, one->name, "expected one number in F32, got %llu in %s",
+        return fail(h->error, MOE_ERR_MODEL, one->name,
+                    "expected one number in F32, got %llu in %s",
                     (unsigned long long)one->n_elements, one->dtype->name);
     status = plat_read(&one->file->os, one->offset, &x, sizeof x, one->file->path, h->error);
     if (status)
@@ -362,7 +363,8 @@ static moe_status hf_matrix(hf_source *h, st_tensor *t, const uint64_t *dims, ui
         return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
                     "expected packed codes in I32 or U8, got %s", t->dtype->name);
     if (n_dims != 2 || (!words && !bytes))
-        return hf_shape_is(t, dims, n_dims) ? hf_input(h, t, in) : hf_fail_shape(h, t, dims, n_dims);
+        return hf_shape_is(t, dims, n_dims) ? hf_input(h, t, in)
+                                            : hf_fail_shape(h, t, dims, n_dims);
     t->used = true;
     *in = (conv_input){.file = t->file, .name = t->name, .offset = t->offset};
     moe_status status = hf_refuse_beside(h, t);

@@ -147,8 +147,8 @@ static bool is_packed(const char *name)
 
 /* Every checkpoint as F32 gives transformers' logits; in its own types too, but for BF16, where
  * each activation is rounded by up to 2^-8, FP8, where each weight is when it becomes BF16, and
- * codes of 4 bits, which are multiplied with int8: these can turn a close decision of a router, so their
- * divergence is looked at. */
+ * codes of 4 bits, which are multiplied with int8: these can turn a close decision of a router, so
+ * their divergence is looked at. */
 static void checkpoints_give_the_logits_of_transformers(void)
 {
     int n = 0;
@@ -215,8 +215,8 @@ static void quantized_checkpoints_diverge_as_their_bits_say(void)
     CHECK(n >= 3, "only %d checkpoints were quantized", n);
 }
 
-/* The hash of a tensor's floats that make_checkpoints.py writes: 0 has no sign. Its factor, if it has
- * one, is in the tensor "x.scale". */
+/* The hash of a tensor's floats that make_checkpoints.py writes: 0 has no sign. Its factor, if it
+ * has one, is in the tensor "x.scale". */
 static uint64_t hash_of_floats(const moe_directory *dir, const moe_tensor *t)
 {
     char name[128];

@@ -559,7 +559,10 @@ static void packed_tensors_that_lie_are_refused(void)
 {
 #define EXPERT "layers.0.mlp.experts.0.up_proj."
 #define ATTN "layers.0.self_attn.q_proj."
-    static const struct { const char *checkpoint, *from, *to, *says; moe_status status; } edits[] = {
+    static const struct {
+        const char *checkpoint, *from, *to, *says;
+        moe_status status;
+    } edits[] = {
         {"qwen3moe-int4", EXPERT "weight_packed", EXPERT "weight_pocked",
          "experts.0.up_proj.weight: expected this tensor", MOE_ERR_MODEL},
         {"qwen3moe-int4", EXPERT "weight_scale", EXPERT "weight_scole",
@@ -586,8 +589,8 @@ static void packed_tensors_that_lie_are_refused(void)
         {"qwen3moe-int4", EXPERT "weight_scale\":{\"dtype\":\"BF16\",\"shape\":[32,2]",
          EXPERT "weight_scale\":{\"dtype\":\"I16\", \"shape\":[32,2]",
          "expected scales in BF16, F16 or F32, got I16", MOE_ERR_UNSUPPORTED},
-        {"qwen3moe-nvfp4", EXPERT "weight_scale\"", EXPERT "weight_scole\"", "expected its scales in",
-         MOE_ERR_MODEL},
+        {"qwen3moe-nvfp4", EXPERT "weight_scale\"", EXPERT "weight_scole\"",
+         "expected its scales in", MOE_ERR_MODEL},
         {"qwen3moe-nvfp4", EXPERT "weight_global_scale", EXPERT "weight_glubal_scale",
          "weight_global_scale\", got none", MOE_ERR_MODEL},
         {"qwen3moe-nvfp4", EXPERT "weight_global_scale\":{\"dtype\":\"F32\"",
@@ -608,8 +611,9 @@ static void packed_tensors_that_lie_are_refused(void)
          "expected shape [64, 64]", MOE_ERR_MODEL},
     };
     for (size_t i = 0; i < MOE_COUNT(edits); i++) {
-        const conv_options o = {.source = edited_checkpoint(edits[i].checkpoint, "model.safetensors",
-                                                            edits[i].from, edits[i].to),
+        const conv_options o = {.source = edited_checkpoint(edits[i].checkpoint,
+                                                            "model.safetensors", edits[i].from,
+                                                            edits[i].to),
                                 .out = scratch_path("packed.gguf")};
         refused_conversion(&o, edits[i].status, edits[i].says);
     }
@@ -635,13 +639,14 @@ static void packed_numbers_that_are_none_are_refused(void)
         {"qwen3moe-nvfp4", EXPERT "weight_scale\"",
          "blk.0.ffn_up_exps.weight: expected finite scales that are not negative, got NaN at row 0",
          0x7f, 1},
-        {"qwen3moe-nvfp4", EXPERT "weight_scale\"", "got a negative one at row 0, group 0", 0x81, 1},
-        {"qwen3moe-nvfp4", EXPERT "weight_global_scale\"", "expected a positive finite number, got 0",
-         0, 4},
+        {"qwen3moe-nvfp4", EXPERT "weight_scale\"", "got a negative one at row 0, group 0", 0x81,
+         1},
+        {"qwen3moe-nvfp4", EXPERT "weight_global_scale\"",
+         "expected a positive finite number, got 0", 0, 4},
         {"qwen3moe-nvfp4", EXPERT "weight_global_scale\"", "expected a positive finite number",
          0x7fc00000, 4},
-        {"qwen3moe-nvfp4", "q_proj.weight_global_scale\"", "expected a positive finite number, got -1",
-         0xbf800000, 4},
+        {"qwen3moe-nvfp4", "q_proj.weight_global_scale\"",
+         "expected a positive finite number, got -1", 0xbf800000, 4},
         {"llama-nvfp4", ATTN "weight_scale_2\"", "expected a positive finite number, got inf",
          0x7f800000, 4},
         {"llama-nvfp4", ATTN "weight_scale\"", "got NaN at row 0", 0xff, 1},
@@ -675,7 +680,10 @@ static void packed_numbers_that_are_none_are_refused(void)
 
 static void quantization_configs_that_lie_are_refused(void)
 {
-    static const struct { const char *checkpoint, *from, *to, *says; moe_status status; } edits[] = {
+    static const struct {
+        const char *checkpoint, *from, *to, *says;
+        moe_status status;
+    } edits[] = {
         {"qwen3moe-int4", "\"compressed-tensors\"", "\"gptq\"", "got gptq; convert the checkpoint "
          "that it was made from", MOE_ERR_UNSUPPORTED},
         {"qwen3moe-int4", "\"compressed-tensors\"", "\"awq\"", "got awq", MOE_ERR_UNSUPPORTED},
@@ -686,8 +694,9 @@ static void quantization_configs_that_lie_are_refused(void)
         {"qwen3moe-int4", "\"symmetric\": true", "\"symmetric\": false", "config_groups",
          MOE_ERR_MODEL},
         {"qwen3moe-int4", "\"type\": \"int\"", "\"type\": \"float\"", "of type int", MOE_ERR_MODEL},
-        {"qwen3moe-int4", "\"kv_cache_scheme\"", "\"transform_config\": {\"config_groups\": {\"u\": "
-         "{}}}, \"k\"", "transform_config", MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-int4", "\"kv_cache_scheme\"",
+         "\"transform_config\": {\"config_groups\": {\"u\": {}}}, \"k\"", "transform_config",
+         MOE_ERR_UNSUPPORTED},
         {"qwen3moe-int4", "\"kv_cache_scheme\"", "\"sparsity_config\": {\"format\": "
          "\"sparse-24-bitmask\"}, \"k\"", "expected dense, got sparse", MOE_ERR_UNSUPPORTED},
         {"llama-nvfp4", "\"quant_algo\": \"NVFP4\"", "\"quant_algo\": \"NVFP4_AWQ\"",
