@@ -50,11 +50,14 @@ static void hasher_add(source_hasher *h, const conv_file *file)
     h->bytes += file->bytes;
 }
 
-/* Says that a tensor is encoded behind those of the calls before. Returns where it begins. */
+/* Says that a tensor is encoded behind those of the calls before. Returns where it begins;
+ * UINT64_MAX: it is made of no file. */
 static uint64_t hasher_expect(source_hasher *h, const conv_tensor *t)
 {
     uint64_t first = UINT64_MAX;
     for (uint32_t i = 0; i < t->n_inputs; i++) {
+        if (!t->inputs[i].file)
+            continue;
         hasher_add(h, t->inputs[i].file);
         const uint64_t base = h->base[t->inputs[i].file - h->source->files];
         first = MOE_MIN(first, base + t->inputs[i].offset);
@@ -143,7 +146,8 @@ static void hasher_follow(source_hasher *h, uint64_t from, const conv_tensor *t,
     const moe_quant *type = t->made ? NULL : t->inputs->type;
     const uint64_t row_bytes = type ? t->row_len / type->block_len * type->block_bytes : t->row_len;
     plat_mutex_lock(&h->lock);
-    h->encoded = MOE_MAX(h->encoded, from) + n_rows * row_bytes;
+    if (from != UINT64_MAX)
+        h->encoded = MOE_MAX(h->encoded, from) + n_rows * row_bytes;
     plat_cond_broadcast(&h->changed);
     while (h->encoded > h->hashed + HASH_LEAD && !h->over)
         plat_cond_wait(&h->changed, &h->lock);

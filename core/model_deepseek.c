@@ -283,14 +283,14 @@ static const moe_config_key config_deepseek[] = {
     {"model_type!=deepseek_v2?norm_topk_prob", "expert_weights_norm", CONFIG_BOOL, NULL, 0},
     {"routed_scaling_factor", "expert_weights_scale", CONFIG_F32, NULL, 0},
     {"scoring_func|model_type", "expert_gating_func", CONFIG_WORD,
-     "softmax=1 sigmoid=2 deepseek_v2=1 deepseek_v3=2 glm4_moe_lite=2", 0},
+     "softmax=1 sigmoid=2 deepseek_v2=1 deepseek_v3=2 kimi_k2=2 glm4_moe_lite=2", 0},
     {"rope_scaling.mscale_all_dim|rope_parameters.mscale_all_dim",
      "rope.scaling.yarn_log_multiplier", CONFIG_F32, NULL, 0.1},
     {0},
 };
 
 static const moe_family family_deepseek2 = {
-    "deepseek2", "deepseek_v2 deepseek_v3 glm4_moe_lite", deepseek_hparams,
+    "deepseek2", "deepseek_v2 deepseek_v3 kimi_k2 glm4_moe_lite", deepseek_hparams,
     {bindings_model, bindings_latent_attention, bindings_feed_forward, bindings_experts,
      bindings_shared_experts, bindings_draft, NULL},
     deepseek_layer, config_deepseek, 0, deepseek_derive,

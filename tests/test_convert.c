@@ -350,6 +350,22 @@ static void an_output_matrix_of_its_own_is_used(void)
     free(file);
 }
 
+/* Kimi K2 is DeepSeek-V3 under another name. */
+static void kimi_k2_is_deepseek_v3(void)
+{
+    expected_logits e = {0};
+    moe_error error = {0};
+    const char *out = scratch_path("kimi.gguf");
+    REQUIRE(expected_load(&e, checkpoint("deepseek3")), "expected");
+    const char *source = edited_checkpoint("deepseek3", "config.json",
+                                           "\"model_type\": \"deepseek_v3\"",
+                                           "\"model_type\": \"kimi_k2\"");
+    CHECK(!convert(source, out, "f32", &error), "%s", error.message);
+    CHECK(run_distance(out, &e) <= 1e-4, "other logits");
+    unlink(out);
+    free(e.data);
+}
+
 /* A layer for multi-token prediction is carried over, and says what transformers' says; through
  * GGUF, and through a .moe file to another one. */
 static void draft_layer_comes_through(const char *name, bool twice)
@@ -885,6 +901,7 @@ TEST_PROGRAM(convert)
     RUN(quantized_checkpoints_diverge_as_their_bits_say);
     RUN(fp8_codes_have_their_values);
     RUN(packed_weights_are_exact);
+    RUN(kimi_k2_is_deepseek_v3);
     RUN(scales_that_f16_lacks_are_rounded_and_told);
     RUN(an_output_matrix_of_its_own_is_used);
     RUN(draft_layer_is_converted);
