@@ -120,10 +120,10 @@ MOE_AVX2_INLINE void x86_float_fetch(const x86_float_part *p, size_t k, x86_floa
                                      size_t tile_rows)
 {
     const size_t n = f.unit * f.item_bytes * tile_rows / 64;
-    const bool near = tile_rows == X86_FLOAT_ROWS && !(p->first && p->last);
+    const bool to_l1 = tile_rows == X86_FLOAT_ROWS && !(p->first && p->last);
     for (size_t i = k / f.unit * n; i < (k / f.unit + 1) * n; i++) {
         const uintptr_t line = (uintptr_t)p->row[i % tile_rows] + p->ahead + i / tile_rows * 64;
-        if (near || line % X86_PAGE < 64)
+        if (to_l1 || line % X86_PAGE < 64)
             _mm_prefetch((const char *)line, _MM_HINT_T0);
         else
             _mm_prefetch((const char *)line, _MM_HINT_T1);
