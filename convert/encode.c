@@ -189,20 +189,12 @@ static moe_status encode_read_columns(encode_worker *w, const encode_chunk *c, u
     return status;
 }
 
-/* Codes and exponents that stand apart become blocks. Byte i of 16 has the codes 2i and 2i + 1. */
-static moe_status encode_read_mxfp4(encode_worker *w, const encode_chunk *c)
+/* Codes and exponents that were read become blocks. Byte i of 16 has the codes 2i and 2i + 1. */
+static moe_status encode_make_mxfp4(encode_worker *w, const encode_chunk *c)
 {
     const uint64_t n = c->n_rows * c->t->row_len / 32, per_row = c->t->row_len / 32;
-    w->raw.n = 0;
-    if (!buf_reserve(&w->raw, (size_t)(n * sizeof(mxfp4_block))))
-        return fail_memory(&w->error, w->mem, c->t->name, n * sizeof(mxfp4_block));
-    moe_status status =
-        encode_read_rows(w, c, c->in->file, c->in->offset, 16 * per_row, &w->packed);
-    if (!status)
-        status = encode_read_rows(w, c, c->in->scale_file, c->in->scale_offset, per_row,
-                                  &w->scales);
     mxfp4_block *block = (mxfp4_block *)w->raw.data;
-    for (uint64_t b = 0; b < n && !status; b++, block++) {
+    for (uint64_t b = 0; b < n; b++, block++) {
         const uint8_t *p = w->packed.data + 16 * b;
         block->e = w->scales.data[b];
         for (int i = 0; i < 8; i++) {
@@ -214,20 +206,14 @@ static moe_status encode_read_mxfp4(encode_worker *w, const encode_chunk *c)
                         "expected finite weights, got an exponent of 255 at row %llu (from %s)",
                         (unsigned long long)(c->row + b / per_row), c->in->name);
     }
-    return status;
+    return MOE_OK;
 }
 
 /* The same of NVFP4, whose scales in GGUF have no sign and no NaN. */
-static moe_status encode_read_nvfp4(encode_worker *w, const encode_chunk *c)
+static moe_status encode_make_nvfp4(encode_worker *w, const encode_chunk *c)
 {
     const uint64_t per_row = c->t->row_len / 16, n = c->n_rows * per_row / 4;
-    w->raw.n = 0;
-    if (!buf_reserve(&w->raw, (size_t)(n * sizeof(nvfp4_block))))
-        return fail_memory(&w->error, w->mem, c->t->name, n * sizeof(nvfp4_block));
-    moe_status status = encode_read_rows(w, c, c->in->file, c->in->offset, 8 * per_row, &w->packed);
-    if (!status)
-        status = encode_read_rows(w, c, c->in->scale_file, c->in->scale_offset, per_row,
-                                  &w->scales);
+    moe_status status = MOE_OK;
     for (uint64_t i = 0; i < 4 * n && !status; i++) {
         const int scale = packed_nvfp4_scale(w->scales.data[i]);
         const unsigned long long row = (unsigned long long)(c->row + i / per_row);
@@ -269,11 +255,7 @@ static moe_status encode_keep_ints(encode_worker *w, const encode_chunk *c, uint
 {
     const conv_input *in = c->in;
     const uint64_t per_row = c->t->row_len / 32, per_group = in->scale_block / 32;
-    const uint64_t bytes = c->n_rows * encode_row_bytes(in->type, c->t->row_len);
     moe_status status = MOE_OK;
-    w->raw.n = 0;
-    if (!buf_reserve(&w->raw, (size_t)bytes))
-        return fail_memory(&w->error, w->mem, c->t->name, bytes);
     uint8_t *dst = w->raw.data;
     for (uint64_t r = 0; r < c->n_rows; r++) {
         const uint8_t *codes = w->packed.data + r * code_bytes;
@@ -295,17 +277,26 @@ static moe_status encode_keep_ints(encode_worker *w, const encode_chunk *c, uint
 
 static bool encode_is_copy(const encode_chunk *c);
 
-/* Packed integers: codes and scales, and blocks if they are kept as they are. Other types are made
- * of the floats, so that scales are rounded to F16 for no type but Q4_0 and Q8_0. */
-static moe_status encode_read_ints(encode_worker *w, const encode_chunk *c)
+/* Codes and scales that stand apart, and the blocks made of them in w->raw. Of integers blocks are
+ * made only if they are kept: other types are made of the floats, so that scales are rounded to F16
+ * for no type but Q4_0 and Q8_0. */
+static moe_status encode_read_apart(encode_worker *w, const encode_chunk *c)
 {
+    const conv_input *in = c->in;
+    const uint64_t bytes = c->n_rows * encode_row_bytes(in->type, c->t->row_len);
     uint64_t scale_bytes;
-    const uint64_t code_bytes = packed_row_bytes(c->in, c->t->row_len, &scale_bytes);
-    moe_status status = encode_read_rows(w, c, c->in->file, c->in->offset, code_bytes, &w->packed);
+    const uint64_t code_bytes = packed_row_bytes(in, c->t->row_len, &scale_bytes);
+    moe_status status = encode_read_rows(w, c, in->file, in->offset, code_bytes, &w->packed);
     if (!status)
-        status = encode_read_rows(w, c, c->in->scale_file, c->in->scale_offset, scale_bytes,
-                                  &w->scales);
-    return !status && encode_is_copy(c) ? encode_keep_ints(w, c, code_bytes, scale_bytes) : status;
+        status = encode_read_rows(w, c, in->scale_file, in->scale_offset, scale_bytes, &w->scales);
+    if (status || (in->apart == APART_INT && !encode_is_copy(c)))
+        return status;
+    w->raw.n = 0;
+    if (!buf_reserve(&w->raw, (size_t)bytes))
+        return fail_memory(&w->error, w->mem, c->t->name, bytes);
+    return in->apart == APART_MXFP4   ? encode_make_mxfp4(w, c)
+           : in->apart == APART_NVFP4 ? encode_make_nvfp4(w, c)
+                                      : encode_keep_ints(w, c, code_bytes, scale_bytes);
 }
 
 static moe_status encode_read(encode_worker *w, const encode_chunk *c)
@@ -313,9 +304,7 @@ static moe_status encode_read(encode_worker *w, const encode_chunk *c)
     const conv_tensor *t = c->t;
     const uint64_t row_bytes = encode_row_bytes(c->in->type, t->row_len);
     if (c->in->apart)
-        return c->in->apart == APART_MXFP4   ? encode_read_mxfp4(w, c)
-               : c->in->apart == APART_NVFP4 ? encode_read_nvfp4(w, c)
-                                             : encode_read_ints(w, c);
+        return encode_read_apart(w, c);
     if (c->in->transposed)
         return encode_read_columns(w, c, row_bytes);
     if (c->in->planes) {

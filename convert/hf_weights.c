@@ -75,18 +75,46 @@ static moe_status hf_fail_shape(const hf_source *h, const st_tensor *t, const ui
                 "expected shape [%s] by config.json, got [%s] in %s", want, got, t->file->path);
 }
 
+/* ------------------------------------------------------------------------ beside a matrix -- */
+
+enum { HF_BESIDE_BYTES = CONVERT_MAX_NAME_BYTES + 32 };
+
+/* "x.END", which belongs to the matrix "x.weight" or "x.weight_packed". */
+static void hf_beside_name(const st_tensor *t, const char *end, char name[HF_BESIDE_BYTES])
+{
+    const char *dot = strrchr(t->name, '.');
+    snprintf(name, HF_BESIDE_BYTES, "%.*s.%s", dot ? (int)(dot - t->name) : 0, t->name, end);
+}
+
+/* That tensor; what is found is used. NULL: none. */
+static st_tensor *hf_beside(hf_source *h, const st_tensor *t, const char *end)
+{
+    char name[HF_BESIDE_BYTES];
+    hf_beside_name(t, end, name);
+    st_tensor *found = st_find(&h->table, name);
+    if (found)
+        found->used = true;
+    return found;
+}
+
+/* The same; it is an error if there is none. */
+static moe_status hf_need_beside(hf_source *h, const st_tensor *t, const char *end, st_tensor **out)
+{
+    char name[HF_BESIDE_BYTES];
+    hf_beside_name(t, end, name);
+    *out = hf_beside(h, t, end);
+    return *out ? MOE_OK
+                : fail(h->error, MOE_ERR_MODEL, t->name, "expected its scales in \"%s\", got none",
+                       name);
+}
+
 /* ------------------------------------------------------------------------------------ FP8 -- */
 
 /* The one scale of an FP8 matrix, beside which the scale of its activations may stand. */
 static moe_status hf_find_one_scale(hf_source *h, const st_tensor *t, st_tensor *scale,
                                     conv_input *in)
 {
-    char name[CONVERT_MAX_NAME_BYTES];
-    const char *end = strrchr(t->name, '.');
-    snprintf(name, sizeof name, "%.*s.input_scale", end ? (int)(end - t->name) : 0, t->name);
-    st_tensor *unused = st_find(&h->table, name);
-    if (unused)
-        unused->used = true;
+    hf_beside(h, t, "input_scale");
     scale->used = true;
     if (scale->n_elements != 1 || strcmp(scale->dtype->name, "F32"))
         return fail(h->error, MOE_ERR_UNSUPPORTED, scale->name,
@@ -138,28 +166,6 @@ static st_tensor *hf_find_weight(const hf_source *h, const char *name)
     st_tensor *t = st_find(&h->table, name);
     snprintf(packed, sizeof packed, "%s_packed", name);
     return t ? t : st_find(&h->table, packed);
-}
-
-/* "x.END" of the matrix "x.weight" or "x.weight_packed"; what is found is used. NULL: none. */
-static st_tensor *hf_beside(hf_source *h, const st_tensor *t, const char *end)
-{
-    char name[CONVERT_MAX_NAME_BYTES + 32];
-    const char *dot = strrchr(t->name, '.');
-    snprintf(name, sizeof name, "%.*s.%s", dot ? (int)(dot - t->name) : 0, t->name, end);
-    st_tensor *found = st_find(&h->table, name);
-    if (found)
-        found->used = true;
-    return found;
-}
-
-/* The same; it is an error if there is none. */
-static moe_status hf_need_beside(hf_source *h, const st_tensor *t, const char *end, st_tensor **out)
-{
-    *out = hf_beside(h, t, end);
-    return *out ? MOE_OK
-                : fail(h->error, MOE_ERR_MODEL, t->name,
-                       "expected its scales in \"%.*s.%s\", got none", (int)(strrchr(t->name, '.') -
-                       t->name), t->name, end);
 }
 
 /* Tensors beside a matrix without which its codes do not give its weights. */
