@@ -14,9 +14,12 @@ int main(int argc, char **argv)
         const char *name;
         void (*program)(void);
     } programs[] = {TEST_PROGRAMS};
-    const char *slash = strrchr(argv[0], '/'), *name = slash ? slash + 1 : argv[0];
+    const char *name = argv[0];
+    for (const char *c = name; *c; c++)
+        name = *c == '/' || *c == '\\' ? c + 1 : name;
+    const size_t n = strcspn(name, "."); // of Windows' .exe
     for (size_t i = 0; i < MOE_COUNT(programs); i++)
-        if (!strcmp(name, programs[i].name))
+        if (strlen(programs[i].name) == n && !memcmp(name, programs[i].name, n))
             return test_main(argc, argv, programs[i].program);
     printf("no test is called %s\n", name);
     return 1;
