@@ -204,6 +204,24 @@ MOE_INLINE uint32_t cpu_joined_tokens(const moe_queue *q, uint32_t n_tok)
 
 /* --------------------------------------------------------------------- matrix products -- */
 
+/* Whether the kernels take a product's activations as they stand: as floats, in rows like those
+ * that packing makes, which no result is written over. */
+static bool cpu_takes_floats(const moe_matmul_op *o)
+{
+    const size_t row_bytes = (size_t)o->out[0].w->dims[0] * sizeof(float);
+    if (row_bytes != act_row_bytes(MOE_ACT_F32, row_bytes / sizeof(float)) ||
+        (uintptr_t)cpu_floats(o->src) % 64)
+        return false;
+    for (uint32_t i = 0; i < o->n_out; i++) {
+        const size_t bytes = (size_t)o->out[i].w->dims[1] * o->n_tok * sizeof(float);
+        const uintptr_t src = (uintptr_t)cpu_floats(o->src);
+        const uintptr_t dst = (uintptr_t)cpu_floats(o->out[i].dst);
+        if (src < dst + bytes && dst < src + row_bytes * o->n_tok)
+            return false;
+    }
+    return true;
+}
+
 /* Phase 1 of a product: some tokens in each form that a matrix wants. */
 static void cpu_matmul_quantize(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
@@ -212,7 +230,7 @@ static void cpu_matmul_quantize(moe_queue *q, const cpu_op *op, uint32_t task, u
     const size_t n_in = (size_t)o->out[0].w->dims[0];
     const uint32_t n = cpu_joined_tokens(q, o->n_tok), end = MOE_MIN(o->n_tok, (task + 1) * n);
     for (uint32_t act = 0; act < MOE_COUNT(q->act); act++) {
-        if (!(op->act_mask >> act & 1))
+        if (!(op->act_mask >> act & 1) || (act == MOE_ACT_F32 && cpu_takes_floats(o)))
             continue;
         for (uint32_t t = task * n; t < end; t++)
             act_quantize((moe_act)act, cpu_floats(o->src) + t * n_in, n_in,
@@ -250,6 +268,7 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
     const size_t n_out = (size_t)w->dims[1];
     const float *scale = cpu_scale(w, 0);
     const bool direct = !o->out[i].bias.buffer && !o->out[i].add && !scale;
+    const bool in_place = act == MOE_ACT_F32 && cpu_takes_floats(o);
     const size_t tok_tile = o->n_tok == 1 ? 1 : MOE_MIN(CPU_TOK_TILE, CPU_TILE / n_row);
     float *dst = cpu_floats(o->out[i].dst) + row;
     const float *bias = o->out[i].bias.buffer ? cpu_floats(o->out[i].bias) + row : NULL;
@@ -264,7 +283,7 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
             .n_row = n_row,
             .n_tok = MOE_MIN(tok_tile, end - t),
         };
-        mm.x = q->act[act] + t * mm.x_stride;
+        mm.x = (in_place ? (const uint8_t *)cpu_floats(o->src) : q->act[act]) + t * mm.x_stride;
         /* What is added to is there when the product is. */
         for (size_t k = 0; o->out[i].add && o->n_tok > 1 && k < mm.n_tok; k++)
             cpu_fetch((uintptr_t)(dst + (t + k) * n_out), n_row * sizeof *dst);

@@ -77,15 +77,15 @@ MOE_INLINE size_t act_bf16_element(size_t place)
     return place / 16 * 16 + place % 8 * 2 + (place % 16 < 8);
 }
 
-/* Bytes of one row of n activations; a multiple of 32. Rows are stored one after another. Rows of
- * floats, of BF16 as well, are never a multiple of 256 bytes apart, so that those of many tokens
- * spread over all sets of a cache. */
+/* Bytes of one row of n activations; a multiple of 32. Rows are stored one after another. Those of
+ * floats are never a multiple of 1024 bytes apart, and of BF16 never of 256, so that those of many
+ * tokens spread over the sets of a cache. */
 MOE_INLINE size_t act_row_bytes(moe_act act, size_t n)
 {
     if (act == MOE_ACT_F32 || act == MOE_ACT_BF16) {
         const size_t align = act == MOE_ACT_F32 ? 64 : 128;
         const size_t bytes = (size_t)align_up(n * sizeof(float), align);
-        return bytes % 256 ? bytes : bytes + 64;
+        return bytes % (act == MOE_ACT_F32 ? 1024 : 256) ? bytes : bytes + 64;
     }
     return act_q_offset(act, n) + (size_t)align_up(n, act_group(act));
 }
