@@ -50,13 +50,15 @@ typedef struct conv_input {
     const conv_file *file;
     const char *name;          // as the source calls it
     uint64_t offset;
-    const moe_quant *type;     // NULL: FP8 E4M3 with a scale for each block
+    const moe_quant *type;     // NULL: FP8 E4M3 with scales beside it
     conv_apart apart;
     const conv_file *scale_file; // of FP8, and of what stands apart
-    uint64_t scale_offset;     // FP8: float [ceil(n_row / block)][ceil(row_len / block)]
+    uint64_t scale_offset;     // FP8, APART_INT: scale_type [ceil((skip + n_row) / scale_rows)]
+                               //                            [ceil(row_len / scale_cols)]
                                // MXFP4, NVFP4: byte [n_row][row_len / 32 or 16]
-                               // APART_INT: scale_type [n_row][row_len / block]
-    uint32_t scale_block;
+    uint32_t scale_rows;       // of FP8: as many rows, and columns, share a scale; UINT32_MAX: all
+    uint32_t scale_cols;
+    uint32_t scale_skip;       // of FP8: rows of the first block that lie before the first row
     const moe_quant *scale_type;
     float factor;              // of all weights, which then are not kept in `type`; 0: 1
     uint32_t row_step;         // from row to row, in rows of the file; 0: 1

@@ -104,12 +104,20 @@ static float fp8_value(uint8_t code)
     return sign * ldexpf((float)(8 + fraction), exponent - 10);
 }
 
+/* n weights of a row from column `first` on, whose code src begins with; scales are those of the
+ * whole row, one for each `cols` columns. A scale is a factor like any other, as it is for all who
+ * read such files: quantizers write 0 for blocks of zeros, and a negative one turns signs around.
+ * What is not finite is found among the weights. */
 static void fp8_decode(const float table[256], const uint8_t *src, const float *scales,
-                       uint32_t block, float *dst, uint64_t n)
+                       uint32_t cols, uint64_t first, float *dst, uint64_t n)
 {
-    for (uint64_t first = 0; first < n; first += block)
-        for (uint64_t i = first; i < MOE_MIN(first + block, n); i++)
-            dst[i] = table[src[i]] * scales[first / block];
+    for (uint64_t i = 0, end; i < n; i = end) {
+        const uint64_t block = (first + i) / cols;
+        const float scale = scales[block];
+        end = MOE_MIN((block + 1) * cols - first, n);
+        for (uint64_t k = i; k < end; k++)
+            dst[k] = table[src[k]] * scale;
+    }
 }
 
 /* --------------------------------------------------------------------------------- rows -- */
@@ -254,7 +262,7 @@ static moe_status encode_keep_ints(encode_worker *w, const encode_chunk *c, uint
                                    uint64_t scale_bytes)
 {
     const conv_input *in = c->in;
-    const uint64_t per_row = c->t->row_len / 32, per_group = in->scale_block / 32;
+    const uint64_t per_row = c->t->row_len / 32, per_group = in->scale_cols / 32;
     moe_status status = MOE_OK;
     uint8_t *dst = w->raw.data;
     for (uint64_t r = 0; r < c->n_rows; r++) {
@@ -299,6 +307,25 @@ static moe_status encode_read_apart(encode_worker *w, const encode_chunk *c)
                                       : encode_keep_ints(w, c, code_bytes, scale_bytes);
 }
 
+/* The scales of the chunk's rows of FP8, as floats in w->scales. */
+static moe_status encode_read_fp8_scales(encode_worker *w, const encode_chunk *c)
+{
+    const conv_input *in = c->in;
+    const uint64_t per_line = packed_fp8_scales(in, c->t->row_len);
+    const uint64_t row = in->scale_skip + c->in_row, first = row / in->scale_rows;
+    const uint64_t n = ((row + c->n_rows - 1) / in->scale_rows - first + 1) * per_line;
+    const uint64_t item = in->scale_type->block_bytes;
+    w->scales.n = w->packed.n = 0;
+    if (!buf_reserve(&w->scales, (size_t)(n * sizeof(float))) ||
+        !buf_reserve(&w->packed, (size_t)(n * item)))
+        return fail_memory(&w->error, w->mem, c->t->name, n * sizeof(float));
+    moe_status status = plat_read(&in->scale_file->os, in->scale_offset + first * per_line * item,
+                                  w->packed.data, n * item, in->scale_file->path, &w->error);
+    if (!status)
+        in->scale_type->dequantize(w->packed.data, (float *)(void *)w->scales.data, (size_t)n);
+    return status;
+}
+
 static moe_status encode_read(encode_worker *w, const encode_chunk *c)
 {
     const conv_tensor *t = c->t;
@@ -314,19 +341,11 @@ static moe_status encode_read(encode_worker *w, const encode_chunk *c)
                    : fail_memory(&w->error, w->mem, t->name, c->n_rows * row_bytes);
     }
     moe_status status = encode_read_rows(w, c, c->in->file, c->in->offset, row_bytes, &w->raw);
-    if (status || c->in->type)
-        return status;
-    const uint64_t block = c->in->scale_block, n = (t->row_len + block - 1) / block;
-    const uint64_t first = c->in_row / block, last = (c->in_row + c->n_rows - 1) / block;
-    w->scales.n = 0;
-    if (!buf_reserve(&w->scales, (size_t)((last - first + 1) * n * sizeof(float))))
-        return fail_memory(&w->error, w->mem, t->name, n * sizeof(float));
-    return plat_read(&c->in->scale_file->os, c->in->scale_offset + first * n * sizeof(float),
-                     w->scales.data, (last - first + 1) * n * sizeof(float),
-                     c->in->scale_file->path, &w->error);
+    return status || c->in->type ? status : encode_read_fp8_scales(w, c);
 }
 
-/* n weights from column `first` on of row `from` of what was read; `first` begins a block. */
+/* n weights from column `first` on of row `from` of what was read; `first` begins a block of the
+ * type. */
 static void encode_floats(const encode_worker *w, const encode_chunk *c, uint64_t from,
                          uint64_t first, float *dst, uint64_t n)
 {
@@ -345,14 +364,14 @@ static void encode_floats(const encode_worker *w, const encode_chunk *c, uint64_
         input_floats(&w->state->input, in->type, src, dst, (size_t)n);
         return;
     }
-    const uint32_t block = in->scale_block;
-    const uint64_t line = (c->in_row + from) / block - c->in_row / block;
+    const uint64_t row = in->scale_skip + c->in_row;
+    const uint64_t line = (row + from) / in->scale_rows - row / in->scale_rows;
     const float *scales = (const float *)(const void *)w->scales.data;
-    fp8_decode(w->state->fp8, src, scales + line * ((row_len + block - 1) / block) + first / block,
-               block, dst, n);
+    fp8_decode(w->state->fp8, src, scales + line * packed_fp8_scales(in, row_len), in->scale_cols,
+               first, dst, n);
 }
 
-/* A row, whose columns of value heads get another order. In FP8 heads are as long as blocks. */
+/* A row, whose columns of value heads get another order. */
 static void encode_tiled_floats(const encode_worker *w, const encode_chunk *c, uint64_t from,
                                 float *dst)
 {

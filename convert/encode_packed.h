@@ -13,7 +13,7 @@ static uint64_t packed_row_bytes(const conv_input *in, uint64_t row_len, uint64_
 {
     *scales = 0;
     if (in->apart == APART_INT) {
-        *scales = row_len / in->scale_block * in->scale_type->block_bytes;
+        *scales = row_len / in->scale_cols * in->scale_type->block_bytes;
         return in->type == &quant_q4_0 ? row_len / 2 : row_len;
     }
     if (in->apart) {
@@ -37,6 +37,12 @@ static float packed_scale(const moe_quant *type, const uint8_t *scales, uint64_t
     return x;
 }
 
+/* Scales of an FP8 matrix for one line of its blocks. */
+static uint64_t packed_fp8_scales(const conv_input *in, uint64_t row_len)
+{
+    return (row_len + in->scale_cols - 1) / in->scale_cols;
+}
+
 /* n weights of a row of integers, from column `first` on. */
 static void packed_floats(const conv_input *in, const uint8_t *codes, const uint8_t *scales,
                           uint64_t first, float *dst, uint64_t n)
@@ -45,8 +51,8 @@ static void packed_floats(const conv_input *in, const uint8_t *codes, const uint
     float scale = 0;
     for (uint64_t k = 0; k < n; k++) {
         const uint64_t i = first + k;
-        if (!k || i % in->scale_block == 0)
-            scale = packed_scale(in->scale_type, scales, i / in->scale_block);
+        if (!k || i % in->scale_cols == 0)
+            scale = packed_scale(in->scale_type, scales, i / in->scale_cols);
         dst[k] = scale * (float)(nibbles ? packed_nibble(codes, i) - 8 : codes[i] - 128);
     }
 }

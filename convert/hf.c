@@ -217,11 +217,13 @@ static moe_status hf_fused_experts(hf_source *h, const moe_binding *b, uint32_t 
     *found = true;
     if (!hf_shape_is(st, dims, 3))
         return hf_fail_shape(h, st, dims, 3);
-    moe_status status = hf_input(h, st, &whole);
+    moe_status status = hf_input(h, st, hf_is_plain(st, dims, 3), &whole);
     for (uint64_t e = 0; e < t->n_inputs && !status; e++) {
         const uint64_t matrix = dims[0] * dims[1] * st->dtype->bytes;
         t->inputs[e] = whole;
         t->inputs[e].offset += e * matrix + (up ? matrix / 2 : 0);
+        if (!whole.type)
+            hf_fp8_from_row(&t->inputs[e], dims, e, up ? dims[1] / 2 : 0);
     }
     return status;
 }
@@ -313,14 +315,8 @@ static moe_status hf_delta_inputs(hf_source *h, const moe_binding *b, uint32_t l
         t->inputs[i] = whole;
         t->inputs[i].offset += row * packed_row_bytes(&whole, t->row_len, &scales);
         t->inputs[i].scale_offset += row * scales;
-        if (whole.type) // not FP8
-            continue;
-        const uint64_t n_scale = (t->row_len + whole.scale_block - 1) / whole.scale_block;
-        t->inputs[i].scale_offset += row / whole.scale_block * n_scale * sizeof(float);
-        if (row % whole.scale_block)
-            status = fail(h->error, MOE_ERR_UNSUPPORTED, name,
-                          "expected heads as long as the blocks of %u that FP8 weights are scaled "
-                          "in, got %u and %u", whole.scale_block, d->dim_k, d->dim_v);
+        if (!whole.type)
+            hf_fp8_from_row(&t->inputs[i], dims, 0, row);
     }
     return status;
 }
@@ -355,12 +351,13 @@ static moe_status hf_transposed_experts(hf_source *h, st_tensor *st, uint64_t st
     conv_input whole;
     if (!hf_shape_is(st, dims, 3))
         return hf_fail_shape(h, st, dims, 3);
-    moe_status status = hf_input(h, st, &whole);
+    if (!strcmp(st->dtype->name, "F8_E4M3"))
+        return fail(h->error, MOE_ERR_UNSUPPORTED, st->name,
+                    "expected experts in F32, F16, BF16 or MXFP4, since they are transposed, got "
+                    "%s; convert the checkpoint that it was made from", st->dtype->name);
+    moe_status status = hf_input(h, st, false, &whole);
     if (status)
         return status;
-    if (!whole.type)
-        return fail(h->error, MOE_ERR_UNSUPPORTED, st->name,
-                    "expected experts in F32, F16, BF16 or MXFP4, got %s", st->dtype->name);
     t->inputs = arena_alloc(&h->source->arena, n_expert, sizeof *t->inputs);
     if (!t->inputs)
         return fail_memory(h->error, h->source->mem, t->name, n_expert * sizeof *t->inputs);
@@ -402,7 +399,7 @@ static moe_status hf_packed_experts(hf_source *h, const moe_binding *b, uint32_t
             return hf_fail_shape(h, st, bias, 2);
         t->row_len = 1; // worked on as a column, of which this is every second number
         t->n_rows = n_in * t->dims[1];
-        status = hf_input(h, st, t->inputs);
+        status = hf_input(h, st, false, t->inputs);
         t->inputs->offset += up ? st->dtype->bytes : 0;
         t->inputs->row_step = (uint32_t)step;
         return status;

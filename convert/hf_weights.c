@@ -4,7 +4,8 @@
  * A quantized matrix "x.weight" is known by its dtype and by the tensors beside it. What
  * config.json says of the quantization is only compared with that:
  *
- *     FP8       x.weight F8_E4M3, x.weight_scale_inv or x.weight_scale
+ *     FP8       x.weight F8_E4M3, x.weight_scale_inv or x.weight_scale in F32, BF16 or F16: one
+ *               for the matrix, one for each row or one for each block, whose size config.json says
  *     integers  x.weight_packed I32, x.weight_scale, x.weight_shape; "pack-quantized"
  *     NVFP4     x.weight U8, x.weight_scale F8_E4M3, x.weight_scale_2; ModelOpt. The same as
  *               x.weight_packed, x.weight_scale, x.weight_global_scale, which divides;
@@ -19,6 +20,13 @@
 #include "encode_packed.h"
 #include "safetensors.c"
 
+enum { HF_MAX_BLOCKS = 8, HF_FP8_BLOCK = 128 };
+
+/* Weights of FP8 that share a scale; UINT32_MAX: all. */
+typedef struct hf_block {
+    uint32_t rows, cols;
+} hf_block;
+
 typedef struct hf_source {
     conv_source *source;
     const char *dir;
@@ -29,7 +37,8 @@ typedef struct hf_source {
     const char *prefix;     // stands for "model." at the start of names
     const char *draft_prefix; // of the layer for multi-token prediction, if it has names of its own
     uint32_t n_draft;       // such layers that are carried over: 0 or 1
-    uint32_t fp8_block;
+    hf_block blocks[HF_MAX_BLOCKS]; // of FP8, by config.json
+    uint32_t n_blocks;
     json_ref groups;        // config_groups of a quantization_config; node NULL: none
     const char *algo;       // ModelOpt's word for the format; NULL: none
     bool quantized;         // config.json tells of a quantization
@@ -59,20 +68,26 @@ static bool hf_shape_is(const st_tensor *t, const uint64_t *dims, uint32_t n_dim
     return i == t->n_dims;
 }
 
-static moe_status hf_fail_shape(const hf_source *h, const st_tensor *t, const uint64_t *dims,
-                                uint32_t n_dims)
+static moe_status hf_fail_dims(const hf_source *h, const st_tensor *t, const char *want)
 {
-    char want[96] = "", got[200] = "";
+    char got[200] = "";
     size_t used = 0;
-    for (uint32_t d = n_dims; d-- > 0;)
-        used += (size_t)snprintf(want + used, sizeof want - used, "%s%llu",
-                                 d + 1 == n_dims ? "" : ", ", (unsigned long long)dims[d]);
-    used = 0;
     for (uint32_t d = 0; d < t->n_dims; d++)
         used += (size_t)snprintf(got + used, sizeof got - used, "%s%llu", d ? ", " : "",
                                  (unsigned long long)t->dims[d]);
-    return fail(h->error, MOE_ERR_MODEL, t->name,
-                "expected shape [%s] by config.json, got [%s] in %s", want, got, t->file->path);
+    return fail(h->error, MOE_ERR_MODEL, t->name, "expected %s by config.json, got [%s] in %s",
+                want, got, t->file->path);
+}
+
+static moe_status hf_fail_shape(const hf_source *h, const st_tensor *t, const uint64_t *dims,
+                                uint32_t n_dims)
+{
+    char want[108] = "shape [";
+    size_t used = strlen(want);
+    for (uint32_t d = n_dims; d-- > 0;)
+        used += (size_t)snprintf(want + used, sizeof want - used, "%llu%s",
+                                 (unsigned long long)dims[d], d ? ", " : "]");
+    return hf_fail_dims(h, t, want);
 }
 
 /* ------------------------------------------------------------------------ beside a matrix -- */
@@ -110,51 +125,131 @@ static moe_status hf_need_beside(hf_source *h, const st_tensor *t, const char *e
 
 /* ------------------------------------------------------------------------------------ FP8 -- */
 
-/* The one scale of an FP8 matrix, beside which the scale of its activations may stand. */
-static moe_status hf_find_one_scale(hf_source *h, const st_tensor *t, st_tensor *scale,
-                                    conv_input *in)
+/* Whether a tensor's shape is this one, dimensions of 1 included. */
+static bool hf_is_plain(const st_tensor *t, const uint64_t *dims, uint32_t n_dims)
 {
-    hf_beside(h, t, "input_scale");
+    bool same = t->n_dims == n_dims;
+    for (uint32_t i = 0; same && i < n_dims; i++)
+        same = t->dims[i] == dims[n_dims - 1 - i];
+    return same;
+}
+
+/* How many scales a matrix has, below each other and side by side. */
+static void hf_fp8_counts(hf_block block, uint64_t n_out, uint64_t n_in, uint64_t count[2])
+{
+    count[0] = (n_out + block.rows - 1) / block.rows;
+    count[1] = (n_in + block.cols - 1) / block.cols;
+}
+
+/* Whether a shape is that of scales [count[0]][count[1]]. ModelOpt has them with a 1 behind each;
+ * one for each row may have no second dimension, and one at all none. */
+static bool hf_are_scales(const uint64_t *dims, uint32_t n_dims, const uint64_t count[2])
+{
+    bool one = count[0] == 1 && count[1] == 1;
+    for (uint32_t i = 0; one && i < n_dims; i++)
+        one = dims[i] == 1;
+    return one || (n_dims == 1 && dims[0] == count[0] && count[1] == 1) ||
+           (n_dims == 2 && dims[0] == count[0] && dims[1] == count[1]) ||
+           (n_dims == 4 && dims[0] == count[0] && dims[2] == count[1] && dims[1] == 1 &&
+            dims[3] == 1);
+}
+
+/* Which weights of a matrix [n_out][n_in] share a scale, if it is in one of the ways that the
+ * config tells of: the first whose scales have such a shape. A stack of matrices has one more
+ * dimension in front, or one scale for all. `*clear`: what else fits means the same; it does not if
+ * the config has blocks of several sizes and they are as many. */
+static bool hf_fp8_block(const hf_source *h, const st_tensor *t, const st_tensor *scale,
+                         hf_block *block, bool *clear)
+{
+    const uint64_t n_out = t->dims[t->n_dims - 2], n_in = t->dims[t->n_dims - 1];
+    const bool stack = t->n_dims == 3;
+    bool found = false;
+    *clear = true;
+    for (uint32_t i = 0; i < h->n_blocks; i++) {
+        const hf_block b = {(uint32_t)MOE_MIN(h->blocks[i].rows, n_out),
+                            (uint32_t)MOE_MIN(h->blocks[i].cols, n_in)};
+        uint64_t count[2];
+        hf_fp8_counts(b, n_out, n_in, count);
+        if (scale->n_elements == 1 && h->blocks[i].rows == UINT32_MAX) {
+            *block = h->blocks[i];
+            return true;
+        }
+        if ((stack && (!scale->n_dims || scale->dims[0] != t->dims[0])) ||
+            !hf_are_scales(scale->dims + stack, scale->n_dims - stack, count))
+            continue;
+        *clear &= !found || (block->rows == b.rows && block->cols == b.cols);
+        *block = b;
+        found = true;
+    }
+    return found;
+}
+
+static moe_status hf_fail_scale(const hf_source *h, const st_tensor *t, const st_tensor *scale)
+{
+    char want[500] = "scales of shape ", stack[24] = "";
+    size_t used = strlen(want);
+    if (t->n_dims == 3)
+        snprintf(stack, sizeof stack, "%llu, ", (unsigned long long)t->dims[0]);
+    for (uint32_t i = 0; i < h->n_blocks; i++) {
+        uint64_t count[2];
+        hf_fp8_counts(h->blocks[i], t->dims[t->n_dims - 2], t->dims[t->n_dims - 1], count);
+        used += (size_t)snprintf(want + used, sizeof want - used, "%s[%s%llu, %llu]",
+                                 i ? " or " : "", stack, (unsigned long long)count[0],
+                                 (unsigned long long)count[1]);
+    }
+    return hf_fail_dims(h, scale, want);
+}
+
+/* The scales of an FP8 matrix. `plain`: its shape is that of the matrix or stack of matrices that
+ * it is worked on as; else, as for vectors, there is one scale. */
+static moe_status hf_find_scale(hf_source *h, const st_tensor *t, bool plain, conv_input *in)
+{
+    char name[CONVERT_MAX_NAME_BYTES + 16];
+    hf_block block = {UINT32_MAX, UINT32_MAX};
+    bool clear = true;
+    plain = plain && t->n_elements;
+    snprintf(name, sizeof name, "%s_scale_inv", t->name);
+    st_tensor *scale = st_find(&h->table, name);
+    name[strlen(name) - strlen("_inv")] = 0;
+    if (!scale && !(scale = st_find(&h->table, name)))
+        return fail(h->error, MOE_ERR_MODEL, t->name,
+                    "expected scales of FP8 in \"%s\" or \"%s_inv\", got none", name, name);
     scale->used = true;
-    if (scale->n_elements != 1 || strcmp(scale->dtype->name, "F32"))
+    hf_beside(h, t, "input_scale"); // what static quantization of activations would use
+    in->scale_type = quant_by_id(scale->dtype->quant);
+    if (!in->scale_type)
         return fail(h->error, MOE_ERR_UNSUPPORTED, scale->name,
-                    "expected one scale in F32, got %llu in %s: other ways to scale FP8 are "
-                    "not read", (unsigned long long)scale->n_elements, scale->dtype->name);
+                    "expected scales in BF16, F16 or F32, got %s", scale->dtype->name);
+    if (plain && !h->n_blocks)
+        return fail(h->error, MOE_ERR_MODEL, t->name,
+                    "expected what quantization_config.config_groups of config.json tells of, got "
+                    "weights in FP8");
+    if (plain && !hf_fp8_block(h, t, scale, &block, &clear))
+        return hf_fail_scale(h, t, scale);
+    if (!plain && scale->n_elements != 1)
+        return hf_fail_dims(h, scale, "one scale");
+    if (!clear)
+        return fail(h->error, MOE_ERR_UNSUPPORTED, scale->name,
+                    "expected blocks of one size in config.json, got several that have as many "
+                    "scales as this tensor");
     in->scale_file = scale->file;
     in->scale_offset = scale->offset;
-    in->scale_block = UINT32_MAX; // all weights are one block
+    in->scale_rows = block.rows;
+    in->scale_cols = block.cols;
     return MOE_OK;
 }
 
-/* The scales of an FP8 matrix: one for each block of fp8_block x fp8_block weights, or one. */
-static moe_status hf_find_scale(hf_source *h, const st_tensor *t, conv_input *in)
+/* An input of FP8, one of matrices [dims[1]][dims[0]], then begins with row `row` of matrix
+ * `matrix`. */
+static void hf_fp8_from_row(conv_input *in, const uint64_t dims[2], uint64_t matrix, uint64_t row)
 {
-    char name[CONVERT_MAX_NAME_BYTES + 16];
-    snprintf(name, sizeof name, "%s_scale_inv", t->name);
-    st_tensor *scale = st_find(&h->table, name);
-    if (!scale) {
-        snprintf(name, sizeof name, "%s_scale", t->name);
-        if ((scale = st_find(&h->table, name)))
-            return hf_find_one_scale(h, t, scale, in);
-        snprintf(name, sizeof name, "%s_scale_inv", t->name);
-    }
-    if (!scale)
-        return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
-                    "expected FP8 weights with block scales in \"%s\", got none: other ways to "
-                    "scale FP8 are not read", name);
-    const uint64_t block = h->fp8_block;
-    const uint64_t rows = t->n_dims > 1 ? t->dims[0] : 1, len = t->dims[t->n_dims - 1];
-    const uint64_t dims[2] = {(len + block - 1) / block, (rows + block - 1) / block};
-    scale->used = true;
-    if (t->n_dims != 2 || strcmp(scale->dtype->name, "F32"))
-        return fail(h->error, MOE_ERR_UNSUPPORTED, name,
-                    "expected F32 scales of a matrix, got %s", scale->dtype->name);
-    if (!hf_shape_is(scale, dims, 2))
-        return hf_fail_shape(h, scale, dims, 2);
-    in->scale_file = scale->file;
-    in->scale_offset = scale->offset;
-    in->scale_block = h->fp8_block;
-    return MOE_OK;
+    uint64_t count[2];
+    if (in->scale_rows == UINT32_MAX)
+        return;
+    hf_fp8_counts((hf_block){in->scale_rows, in->scale_cols}, dims[1], dims[0], count);
+    in->scale_offset += (matrix * count[0] + row / in->scale_rows) * count[1] *
+                        in->scale_type->block_bytes;
+    in->scale_skip = (uint32_t)(row % in->scale_rows);
 }
 
 /* ---------------------------------------------------------------------------- packed codes -- */
@@ -282,8 +377,9 @@ static moe_status hf_packed_ints(hf_source *h, const st_tensor *t, const uint64_
     in->type = bits == 4 ? &quant_q4_0 : &quant_q8_0;
     in->scale_file = scale->file;
     in->scale_offset = scale->offset;
-    in->scale_block = (uint32_t)(n_in / n_group);
-    return hf_check_group(h, t, "int", bits, in->scale_block, n_in);
+    in->scale_rows = 1;
+    in->scale_cols = (uint32_t)(n_in / n_group);
+    return hf_check_group(h, t, "int", bits, in->scale_cols, n_in);
 }
 
 /* The number that all weights of an NVFP4 matrix are multiplied with. compressed-tensors stores its
@@ -345,13 +441,15 @@ static moe_status hf_packed_fp4(hf_source *h, const st_tensor *t, const uint64_t
 
 /* -------------------------------------------------------------------------------- matrices -- */
 
-/* A tensor whose shape is known to be right. */
-static moe_status hf_input(hf_source *h, st_tensor *t, conv_input *in)
+/* A tensor whose shape is known to be right; `plain`: see hf_find_scale. */
+static moe_status hf_input(hf_source *h, st_tensor *t, bool plain, conv_input *in)
 {
     t->used = true;
     *in = (conv_input){.file = t->file, .name = t->name, .offset = t->offset};
-    if (!strcmp(t->dtype->name, "F8_E4M3"))
-        return hf_find_scale(h, t, in);
+    if (!strcmp(t->dtype->name, "F8_E4M3")) {
+        moe_status status = hf_refuse_beside(h, t);
+        return status ? status : hf_find_scale(h, t, plain, in);
+    }
     in->type = quant_by_id(t->dtype->quant);
     if (!in->type)
         return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
@@ -369,8 +467,9 @@ static moe_status hf_matrix(hf_source *h, st_tensor *t, const uint64_t *dims, ui
         return fail(h->error, MOE_ERR_UNSUPPORTED, t->name,
                     "expected packed codes in I32 or U8, got %s", t->dtype->name);
     if (n_dims != 2 || (!words && !bytes))
-        return hf_shape_is(t, dims, n_dims) ? hf_input(h, t, in)
-                                            : hf_fail_shape(h, t, dims, n_dims);
+        return hf_shape_is(t, dims, n_dims)
+                   ? hf_input(h, t, n_dims == 2 && hf_is_plain(t, dims, 2), in)
+                   : hf_fail_shape(h, t, dims, n_dims);
     t->used = true;
     *in = (conv_input){.file = t->file, .name = t->name, .offset = t->offset};
     moe_status status = hf_refuse_beside(h, t);
@@ -384,7 +483,8 @@ static moe_status hf_matrix(hf_source *h, st_tensor *t, const uint64_t *dims, ui
 /* ModelOpt's own file, or the same words in config.json. */
 static moe_status hf_read_algo(hf_source *h, json_ref q)
 {
-    static const char known[] = "NVFP4 W4A16_NVFP4 FP8 MXFP4 MIXED_PRECISION";
+    static const char known[] = "NVFP4 W4A16_NVFP4 FP8 FP8_PER_CHANNEL_PER_TOKEN FP8_PB_WO MXFP4 "
+                                "MIXED_PRECISION";
     char buf[64];
     json_ref algo = config_path(q, "quant_algo");
     if (!algo.node)
@@ -438,34 +538,133 @@ static moe_status hf_read_compressed(hf_source *h, json_ref q)
     return MOE_OK;
 }
 
+/* ---------------------------------------------------------------------- the config: FP8 -- */
+
+static bool hf_read_size(json_ref v, uint32_t *size)
+{
+    const double x = json_double(v, 0);
+    *size = x >= 1 && x <= CONVERT_MAX_ROW && x == floor(x) ? (uint32_t)x : 0;
+    return *size > 0;
+}
+
+/* The sizes of blocks, [rows, columns]; older files have "128x128". */
+static moe_status hf_read_block(const hf_source *h, json_ref v, const char *key, hf_block *block)
+{
+    char buf[64], end;
+    json_ref first = json_first(v);
+    unsigned rows, cols;
+    if (json_typeof(v) == JSON_ARRAY && json_count(v) == 2 && hf_read_size(first, &block->rows) &&
+        hf_read_size(json_next(v, first), &block->cols))
+        return MOE_OK;
+    if (json_typeof(v) == JSON_STRING &&
+        sscanf(config_text(v, buf), "%8ux%8u%c", &rows, &cols, &end) == 2 && rows && cols &&
+        rows <= CONVERT_MAX_ROW && cols <= CONVERT_MAX_ROW) {
+        *block = (hf_block){rows, cols};
+        return MOE_OK;
+    }
+    return fail(h->error, MOE_ERR_MODEL, key,
+                "expected the rows and columns of a block in config.json, two whole numbers from 1 "
+                "to %d, got %s", CONVERT_MAX_ROW, config_text(v, buf));
+}
+
+static moe_status hf_add_block(hf_source *h, hf_block block)
+{
+    for (uint32_t i = 0; i < h->n_blocks; i++)
+        if (h->blocks[i].rows == block.rows && h->blocks[i].cols == block.cols)
+            return MOE_OK;
+    if (h->n_blocks == HF_MAX_BLOCKS)
+        return fail(h->error, MOE_ERR_LIMIT, "config.json: quantization_config.config_groups",
+                    "expected at most %d ways to scale FP8", HF_MAX_BLOCKS);
+    h->blocks[h->n_blocks++] = block;
+    return MOE_OK;
+}
+
+/* What the tensors alone may tell. */
+static moe_status hf_add_usual_blocks(hf_source *h)
+{
+    static const hf_block usual[] = {{UINT32_MAX, UINT32_MAX}, {1, UINT32_MAX},
+                                     {HF_FP8_BLOCK, HF_FP8_BLOCK}};
+    moe_status status = MOE_OK;
+    for (size_t i = 0; i < MOE_COUNT(usual) && !status; i++)
+        status = hf_add_block(h, usual[i]);
+    return status;
+}
+
+/* How one of the config_groups scales weights, if they are FP8. ModelOpt's groups have no
+ * strategy. */
+static moe_status hf_read_fp8_group(hf_source *h, json_ref weights)
+{
+    static const char block_key[] =
+        "config.json: quantization_config.config_groups.*.weights.block_structure";
+    json_ref type = config_path(weights, "type"), strategy = config_path(weights, "strategy");
+    json_ref sizes = config_path(weights, "block_structure");
+    json_ref group = config_path(weights, "group_size");
+    hf_block block = {1, UINT32_MAX};
+    if (json_double(config_path(weights, "num_bits"), 0) != 8 ||
+        (type.node && !json_is(type, "float")))
+        return MOE_OK;
+    if (sizes.node) {
+        moe_status status = hf_read_block(h, sizes, block_key, &block);
+        return status ? status : hf_add_block(h, block);
+    }
+    if (json_is(strategy, "tensor"))
+        block.rows = UINT32_MAX;
+    else if (json_is(strategy, "group") && !hf_read_size(group, &block.cols))
+        return fail(h->error, MOE_ERR_MODEL,
+                    "config.json: quantization_config.config_groups.*.weights.group_size",
+                    "expected a whole number from 1 to %d", CONVERT_MAX_ROW);
+    else if (!json_is(strategy, "channel") && !json_is(strategy, "group"))
+        return hf_add_usual_blocks(h);
+    return hf_add_block(h, block);
+}
+
+/* In which ways FP8 is scaled. Where config.json says it, other scales are an error. */
+static moe_status hf_read_fp8(hf_source *h, json_ref q)
+{
+    json_ref sizes = config_path(q, "weight_block_size");
+    moe_status status = MOE_OK;
+    if (sizes.node) {
+        hf_block block = {0, 0};
+        status = hf_read_block(h, sizes, "config.json: quantization_config.weight_block_size",
+                               &block);
+        return status ? status : hf_add_block(h, block);
+    }
+    for (json_ref key = json_first(h->groups); h->groups.node && key.node && !status;
+         key = json_next(h->groups, key))
+        status = hf_read_fp8_group(h, config_path(json_held(key), "weights"));
+    const bool told = json_is(config_path(q, "quant_method"), "compressed-tensors") &&
+                      h->groups.node && json_count(h->groups);
+    return status || h->n_blocks || told ? status : hf_add_usual_blocks(h);
+}
+
+/* ------------------------------------------------------------------ the config: all of it -- */
+
 /* config.json's quantization_config, where it may stand, and ModelOpt's file. */
 static moe_status hf_read_quantization(hf_source *h)
 {
-    static const char known[] = "fp8 mxfp4 compressed-tensors modelopt modelopt_fp4";
+    static const char known[] = "fp8 fbgemm_fp8 mxfp4 compressed-tensors modelopt modelopt_fp4";
     char buf[64];
     json_ref q = config_path(h->whole, "quantization_config");
     if (!q.node)
         q = config_path(h->root, "quantization_config");
-    json_ref method = config_path(q, "quant_method"), block = config_path(q, "weight_block_size");
-    h->fp8_block = 128;
-    if (!q.node)
-        return hf_read_modelopt(h);
+    json_ref method = config_path(q, "quant_method");
+    if (!q.node) {
+        moe_status status = hf_add_usual_blocks(h);
+        return status ? status : hf_read_modelopt(h);
+    }
     h->quantized = true;
     if (!config_find_word(known, config_text(method, buf)))
         return fail(h->error, MOE_ERR_UNSUPPORTED, "config.json: quantization_config.quant_method",
-                    "expected fp8, mxfp4, compressed-tensors or modelopt, got %s; convert the "
-                    "checkpoint that it was made from", config_text(method, buf));
-    json_ref first = json_first(block);
-    if (block.node && (json_count(block) != 2 || json_double(first, 0) != 128 ||
-                       json_double(json_next(block, first), 0) != 128))
-        return fail(h->error, MOE_ERR_UNSUPPORTED,
-                    "config.json: quantization_config.weight_block_size", "expected [128, 128]");
-    if (json_is(method, "fp8") || json_is(method, "mxfp4"))
-        return MOE_OK;
-    h->groups = config_path(q, "config_groups");
+                    "expected fp8, fbgemm_fp8, mxfp4, compressed-tensors or modelopt, got %s; "
+                    "convert the checkpoint that it was made from", config_text(method, buf));
+    const bool grouped = !config_find_word("fp8 fbgemm_fp8 mxfp4", config_text(method, buf));
+    h->groups = grouped ? config_path(q, "config_groups") : (json_ref){q.doc, NULL};
     if (json_typeof(h->groups) != JSON_OBJECT)
         h->groups.node = NULL;
-    moe_status status = hf_read_compressed(h, q);
+    moe_status status = hf_read_fp8(h, q);
+    if (status || !grouped)
+        return status;
+    status = hf_read_compressed(h, q);
     if (!status)
         status = hf_read_algo(h, q);
     return status ? status : hf_read_modelopt(h);
@@ -484,8 +683,9 @@ static moe_status hf_check_quantization(const hf_source *h)
  * they come. */
 static bool hf_is_activation_scale(const hf_source *h, const char *name)
 {
-    static const char *const endings[] = {".input_scale", ".input_global_scale", ".output_scale",
-                                          ".k_scale", ".v_scale", ".q_scale"};
+    static const char *const endings[] = {
+        ".input_scale", ".input_global_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale",
+        ".kv_scale", ".activation_scale", "proj_activation_scale"};
     const size_t n = strlen(name);
     for (size_t i = 0; h->quantized && i < MOE_COUNT(endings); i++)
         if (n > strlen(endings[i]) && !strcmp(name + n - strlen(endings[i]), endings[i]))

@@ -19,7 +19,7 @@ static const char *const fuzz_parts[] = {
 static const char *const fuzz_bases[] = {"llama-yarn", "deepseek3-mtp", "gemma4", "gpt-oss-layers",
                                          "qwen35moe-mtp", "glm4-moe-lite", "llama-fp8-tensor",
                                          "lfm2moe", "qwen3moe-layers", "qwen3moe-int4",
-                                         "llama-nvfp4"};
+                                         "llama-nvfp4", "qwen3moe-fp8", "qwen35moe-fp8"};
 
 /* The folders, made once: small/, with a vocabulary of SentencePiece, and a copy of each base. */
 static void fuzz_begin(void)

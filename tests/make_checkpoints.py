@@ -15,10 +15,10 @@ checkpoint and, in NAME/expected, what make_fixtures.py writes into NAME.expecte
 saved in BF16, one in several shards, one holds FP8 (E4M3) weights with a scale for each block of
 128 x 128, made here as DeepSeek's are, one FP8 with one scale for each matrix, and one MXFP4 experts as
 gpt-oss has them, which transformers' own reader must read as the same numbers. Four have codes of 4 and 8
-bits as tests/packed.py makes them; NAME/exact has a hash of each tensor's exact floats. Beside it stands one whose
-experts are floats, which gpt-oss transposes. One has a layer for
-multi-token prediction, named as in DeepSeek's checkpoints, one as in Qwen3.5's; NAME/drafts is what it says behind the last
-token, float32[n_vocab].
+bits and two FP8 in all other forms, as tests/packed.py makes them; NAME/exact has a hash of each tensor's
+exact floats. One has experts in floats, which gpt-oss transposes. One has a layer for multi-token
+prediction, named as in DeepSeek's checkpoints, one as in Qwen3.5's; NAME/drafts is what it says behind the
+last token, float32[n_vocab].
 """
 import argparse
 import json
@@ -81,6 +81,11 @@ CHECKPOINTS = {
     "qwen35moe-int4": dict(mf.MODELS["qwen35moe"], vocab=53, embd=32, ff_exp=32, ff_shared=32, layer=1, tok=12,
                            expert=2, used=1, delta=dict(head=4, head_k=2, dim=16, dim_v=32, period=2),
                            dtype="packed-int4"),
+    "qwen3moe-fp8": dict(mf.MODELS["qwen3moe"], vocab=61, embd=40, head=2, kv=1, dim=20, ff=44, ff_exp=28,
+                         layer=1, expert=4, used=2, tok=16, dtype="packed-fp8"),
+    "qwen35moe-fp8": dict(mf.MODELS["qwen35moe"], vocab=53, embd=44, layer=2, expert=3, used=2, tok=12,
+                          delta=dict(head=4, head_k=2, dim=10, dim_v=8, period=2), stacked=True,
+                          dtype="packed-fp8-stack"),
 }
 
 
@@ -230,9 +235,25 @@ def pack_weights(weights, kind):
     return stored
 
 
+def pack_stacks(weights):
+    """The same in FP8 with scales for blocks, stacks in one tensor."""
+    stored = {}
+    for name, w in weights.items():
+        if "proj" in name and w.ndim > 1:
+            stored[name], stored[name + "_scale_inv"], exact = packed.fp8_stack(torch.tensor(w))
+            w[...] = exact.numpy()
+            if name.endswith("experts.down_proj") or "out_proj" in name:  # as if they were static
+                n = len(w) if w.ndim == 3 else 1
+                stored[name.replace(".weight", ".activation_scale") if n == 1 else
+                       name + "_activation_scale"] = torch.full((n,), 0.5)
+    return stored
+
+
 def round_weights(weights, m):
     """The weights as the checkpoint will hold them, and for FP8 the tensors to store instead."""
     stored = {}
+    if m.get("dtype") == "packed-fp8-stack":
+        return pack_stacks(weights)
     if m.get("dtype", "").startswith("packed-"):
         return pack_weights(weights, m["dtype"][7:])
     for name, w in list(weights.items()):
@@ -279,8 +300,8 @@ def save(config, cls, weights, stored, m, folder):
                 json.dump(own, f)
     if m.get("stacked"):  # as the modules of transformers 5 hold experts: stacked, gate and up in one
         tied = {"lm_head.weight"} if m["tied"] else set()
-        save_file({k: v.contiguous() for k, v in state.items() if k not in tied}, path,
-                  metadata={"format": "pt"})
+        state = dict({k: v.contiguous() for k, v in state.items() if k not in tied}, **stored)
+        save_file(state, path, metadata={"format": "pt"})
 
 
 def add_draft_layer(folder, weights, m):
@@ -351,8 +372,9 @@ def make(name, m, seed, wide, out):
         extra = {k: m[k] for k in ("dtype", "shards", "stacked") if k in m}
         m = {k: v for k, v in m.items() if k != "config"}  # made for other dimensions
         m = vary(dict(mf.randomize(m, rng), **extra), rng)
-    if wide or (seed and "packed" in m.get("dtype", "")):
-        m = widen(m, 64 if "packed" in m.get("dtype", "") else 32)
+    packs = "packed" in m.get("dtype", "") and "fp8" not in m["dtype"]
+    if wide or (seed and packs):
+        m = widen(m, 64 if packs else 32)
         if "delta" in m:
             m["rot"] = int(m["dim"] * m["rope"].get("partial_rotary_factor", 1))
     if m.get("dtype") == "mxfp4":

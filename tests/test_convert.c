@@ -238,6 +238,25 @@ static uint64_t hash_of_floats(const moe_directory *dir, const moe_tensor *t)
     return h;
 }
 
+/* Compares a converted checkpoint with the hashes of its exact floats. */
+static void check_exact(const moe_directory *dir, const char *name)
+{
+    char path[700], tensor[128];
+    size_t bytes;
+    unsigned long long want;
+    int n = 0, used;
+    snprintf(path, sizeof path, "%s/exact", checkpoint(name));
+    char *text = test_read_file(path, &bytes);
+    REQUIRE(text, "%s", path);
+    for (char *p = text; sscanf(p, "%127s %16llx\n%n", tensor, &want, &used) == 2; p += used) {
+        const moe_tensor *t = directory_tensor(dir, tensor);
+        CHECK(t && hash_of_floats(dir, t) == want, "%s: %s", name, tensor);
+        n++;
+    }
+    CHECK(n >= 12, "%d tensors of %s", n, name);
+    free(text);
+}
+
 /* Packed checkpoints: each tensor in the type that holds its codes and scales, and in F32, has
  * exactly the floats that compressed-tensors' codes and scales stand for. */
 static void packed_weights_are_exact(void)
@@ -257,31 +276,161 @@ static void packed_weights_are_exact(void)
     const char *out = scratch_path("exact.gguf");
     for (size_t i = 0; i < 2 * MOE_COUNT(kept); i++) {
         const char *name = kept[i / 2].checkpoint;
-        char path[700], tensor[128];
-        size_t bytes;
-        unsigned long long want;
         moe_error error = {0};
         moe_mem mem;
-        int n = 0, used;
-        snprintf(path, sizeof path, "%s/exact", checkpoint(name));
-        char *text = test_read_file(path, &bytes);
-        REQUIRE(text, "%s", path);
         REQUIRE(!convert(checkpoint(name), out, i % 2 ? "f32" : NULL, &error), "%s", error.message);
         moe_directory *dir = open_directory(out, &mem);
         const moe_tensor *t = directory_tensor(dir, kept[i / 2].tensor);
         CHECK(getenv("MOE_TEST_CHECKPOINTS") ||
                   (t && t->quant == (i % 2 ? &quant_f32 : kept[i / 2].type)),
               "%s", t ? t->quant->name : "none");
-        for (char *p = text; sscanf(p, "%127s %16llx\n%n", tensor, &want, &used) == 2; p += used) {
-            t = directory_tensor(dir, tensor);
-            CHECK(t && hash_of_floats(dir, t) == want, "%s: %s", name, tensor);
-            n++;
-        }
-        CHECK(n >= 12, "%d tensors of %s", n, name);
+        check_exact(dir, name);
         directory_close(dir);
-        free(text);
     }
     unlink(out);
+}
+
+/* FP8 in all its forms: in F32 the exact products; without --quant BF16, which are those numbers
+ * rounded, so what compressed-tensors reads where the scales are BF16. */
+static void fp8_weights_are_exact(void)
+{
+    static const char *const names[] = {"qwen3moe-fp8", "qwen35moe-fp8"};
+    const char *full = scratch_path("full.gguf"), *kept = scratch_path("kept.gguf");
+    for (size_t i = 0; i < MOE_COUNT(names); i++) {
+        moe_error error = {0};
+        moe_mem mem[2];
+        int n = 0;
+        REQUIRE(!convert(checkpoint(names[i]), full, "f32", &error), "%s", error.message);
+        REQUIRE(!convert(checkpoint(names[i]), kept, NULL, &error), "%s", error.message);
+        moe_directory *a = open_directory(full, &mem[0]), *b = open_directory(kept, &mem[1]);
+        check_exact(a, names[i]);
+        for (size_t k = 0; k < directory_n_tensors(b); k++) {
+            const moe_tensor *y = directory_tensor_at(b, k), *x = directory_tensor(a, y->name);
+            size_t wrong = 0;
+            for (size_t w = 0; y->quant == &quant_bf16 && w < y->n_elements; w++) {
+                float exact;
+                memcpy(&exact, x->data + w * sizeof exact, sizeof exact);
+                wrong += load_u16(y->data + 2 * w) != bf16_of_f32(exact);
+            }
+            CHECK(!wrong, "%s: %zu of %s", names[i], wrong, y->name);
+            n += y->quant == &quant_bf16;
+        }
+        CHECK(n >= 7, "%d tensors in BF16", n);
+        directory_close(a);
+        directory_close(b);
+    }
+    unlink(full);
+    unlink(kept);
+}
+
+/* A scale of 0 makes weights of 0, a negative one turns their signs around. */
+static void fp8_scales_are_factors(void)
+{
+    static const uint16_t scales[3] = {0x3f80, 0, 0xbf80}; /* 1, 0, -1 in BF16 */
+    const char *out = scratch_path("factors.gguf");
+    float x[3][40];
+    for (size_t i = 0; i < 3; i++) {
+        moe_error error = {0};
+        moe_mem mem;
+        const char *source = edited_checkpoint("qwen3moe-fp8", "config.json", "", "");
+        overwrite_tensor(source, "experts.0.gate_proj.weight_scale\"", 0, &scales[i], 2);
+        REQUIRE(!convert(source, out, "f32", &error), "%s", error.message);
+        moe_directory *dir = open_directory(out, &mem);
+        memcpy(x[i], directory_tensor(dir, "blk.0.ffn_gate_exps.weight")->data, sizeof x[i]);
+        directory_close(dir);
+    }
+    for (size_t k = 0; k < 40; k++)
+        CHECK(x[1][k] == 0 && x[2][k] == -x[0][k] && fabsf(x[0][k]) <= 448, "%zu: %g", k,
+              (double)x[0][k]);
+    unlink(out);
+}
+
+/* What share a scale, by the scales' shape and by the ways that the config tells of. */
+static void fp8_scales_are_told_by_their_shape(void)
+{
+    static const hf_block usual[] = {{UINT32_MAX, UINT32_MAX}, {1, UINT32_MAX}, {128, 128}};
+    static const hf_block blocks[] = {{64, 32}}, rows[] = {{1, UINT32_MAX}}, groups[] = {{1, 32}};
+    static const hf_block two[] = {{100, 128}, {128, 128}};
+    static const struct {
+        uint64_t weights[3], scales[4];
+        const hf_block *told;
+        uint32_t n_told, want_rows, want_cols; /* 0: refused */
+    } cases[] = {
+        {{300, 260}, {0}, usual, 3, UINT32_MAX, UINT32_MAX},
+        {{300, 260}, {1}, usual, 3, UINT32_MAX, UINT32_MAX},
+        {{300, 260}, {1, 1}, usual, 3, UINT32_MAX, UINT32_MAX},
+        {{300, 260}, {300}, usual, 3, 1, 260},
+        {{300, 260}, {300, 1}, usual, 3, 1, 260},
+        {{300, 260}, {1, 300}, usual, 3, 0, 0},
+        {{300, 260}, {3, 3}, usual, 3, 128, 128},
+        {{300, 260}, {3, 1, 3, 1}, usual, 3, 128, 128},
+        {{300, 260}, {3, 3, 1, 1}, usual, 3, 0, 0},
+        {{300, 260}, {9}, usual, 3, 0, 0},
+        {{300, 260}, {2, 3}, usual, 3, 0, 0},
+        {{3, 260}, {3, 1}, usual, 3, 1, 260},
+        {{3, 260}, {1, 3}, usual, 3, 3, 128}, /* blocks, which are cut off */
+        {{1, 260}, {1, 1}, usual, 3, UINT32_MAX, UINT32_MAX},
+        {{300, 260}, {5, 9}, blocks, 1, 64, 32},
+        {{300, 260}, {1}, blocks, 1, 0, 0},
+        {{300, 260}, {300, 1}, blocks, 1, 0, 0},
+        {{60, 30}, {1}, blocks, 1, 60, 30},
+        {{300, 260}, {300, 1}, rows, 1, 1, 260},
+        {{300, 260}, {1}, rows, 1, 0, 0},
+        {{300, 64}, {300, 2}, groups, 1, 1, 32},
+        {{300, 260}, {3, 3}, two, 2, 1, 0}, /* either */
+        {{90, 260}, {1, 3}, two, 2, 90, 128},
+        {{300, 260}, {3, 3}, NULL, 0, 0, 0},
+        {{4, 300, 260}, {1}, usual, 3, UINT32_MAX, UINT32_MAX}, /* stacks */
+        {{4, 300, 260}, {4}, usual, 3, 300, 260},
+        {{4, 300, 260}, {4, 1, 1}, usual, 3, 300, 260},
+        {{4, 300, 260}, {4, 300}, usual, 3, 1, 260},
+        {{4, 300, 260}, {4, 300, 1}, usual, 3, 1, 260},
+        {{4, 300, 260}, {4, 3, 3}, usual, 3, 128, 128},
+        {{4, 300, 260}, {3, 3}, usual, 3, 0, 0},
+        {{4, 300, 260}, {1, 3, 3}, usual, 3, 0, 0},
+        {{4, 60, 30}, {1}, blocks, 1, 0, 0},
+        {{1, 60, 30}, {1, 1, 1}, blocks, 1, 60, 30},
+    };
+    for (size_t i = 0; i < MOE_COUNT(cases); i++) {
+        hf_source h = {.n_blocks = cases[i].n_told};
+        st_tensor t = {.n_elements = 0}, s = {.n_elements = 1};
+        hf_block got = {0, 0};
+        bool clear;
+        if (cases[i].n_told)
+            memcpy(h.blocks, cases[i].told, cases[i].n_told * sizeof *h.blocks);
+        for (; t.n_dims < 3 && cases[i].weights[t.n_dims]; t.n_dims++)
+            t.dims[t.n_dims] = cases[i].weights[t.n_dims];
+        for (; s.n_dims < 4 && cases[i].scales[s.n_dims]; s.n_dims++)
+            s.n_elements *= s.dims[s.n_dims] = cases[i].scales[s.n_dims];
+        const bool found = hf_fp8_block(&h, &t, &s, &got, &clear);
+        CHECK(found == (cases[i].want_rows > 0), "case %zu: %d", i, found);
+        CHECK(!found || clear == (cases[i].want_cols > 0), "case %zu: %d", i, clear);
+        CHECK(!found || !clear ||
+                  (got.rows == cases[i].want_rows && got.cols == cases[i].want_cols),
+              "case %zu: %u x %u", i, got.rows, got.cols);
+    }
+}
+
+/* A file of an older writer has sizes of blocks as a text. */
+static void sizes_of_fp8_blocks_may_be_a_text(void)
+{
+    moe_error error = {0};
+    size_t bytes[2];
+    char *data[2];
+    const char *source = edited_checkpoint("qwen3moe-fp8", "config.json", "\"block_structure\": [",
+                                           "\"block_structure\": \"12x16\", \"other\": [");
+    const char *out[2] = {scratch_path("list.gguf"), scratch_path("text.gguf")};
+    CHECK(!convert(source, out[1], NULL, &error), "%s", error.message);
+    source = edited_checkpoint("qwen3moe-fp8", "config.json", "", ""); /* of the same name */
+    CHECK(!convert(source, out[0], NULL, &error), "%s", error.message);
+    for (size_t i = 0; i < 2; i++)
+        data[i] = test_read_file(out[i], &bytes[i]);
+    CHECK(data[0] && data[1] && bytes[0] == bytes[1] && !memcmp(data[0], data[1], bytes[0]),
+          "other bytes");
+    for (size_t i = 0; i < 2; i++) {
+        free(data[i]);
+        unlink(out[i]);
+    }
 }
 
 /* How many notes of a conversion say this. */
@@ -901,6 +1050,10 @@ TEST_PROGRAM(convert)
     RUN(quantized_checkpoints_diverge_as_their_bits_say);
     RUN(fp8_codes_have_their_values);
     RUN(packed_weights_are_exact);
+    RUN(fp8_weights_are_exact);
+    RUN(fp8_scales_are_factors);
+    RUN(fp8_scales_are_told_by_their_shape);
+    RUN(sizes_of_fp8_blocks_may_be_a_text);
     RUN(kimi_k2_is_deepseek_v3);
     RUN(scales_that_f16_lacks_are_rounded_and_told);
     RUN(an_output_matrix_of_its_own_is_used);

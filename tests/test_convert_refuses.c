@@ -678,6 +678,94 @@ static void packed_numbers_that_are_none_are_refused(void)
 #undef ATTN
 }
 
+/* FP8 whose scales are missing, of another dtype or shape, or not what the config tells of. */
+static void fp8_scales_that_lie_are_refused(void)
+{
+#define EXPERT "layers.0.mlp.experts.0.gate_proj."
+#define ATTN "layers.0.self_attn.q_proj."
+#define BLOCKS "\"weight_block_size\": ["
+    static const struct {
+        const char *checkpoint, *file, *from, *to, *says;
+        moe_status status;
+    } edits[] = {
+        {"qwen3moe-fp8", "model.safetensors", ATTN "weight_scale", ATTN "weight_scole",
+         ATTN "weight: expected scales of FP8 in \"model.layers.0.self_attn.q_proj.weight_scale\" "
+         "or \"model.layers.0.self_attn.q_proj.weight_scale_inv\", got none", MOE_ERR_MODEL},
+        {"qwen3moe-fp8", "model.safetensors", ATTN "weight_scale\":{\"dtype\":\"BF16\",\"shape\"",
+         ATTN "weight_scale\":{\"dtype\":\"I16\", \"shape\"",
+         "expected scales in BF16, F16 or F32, got I16", MOE_ERR_UNSUPPORTED},
+        {"qwen3moe-fp8", "model.safetensors",
+         ATTN "weight_scale\":{\"dtype\":\"BF16\",\"shape\":[4,3]",
+         ATTN "weight_scale\":{\"dtype\":\"BF16\",\"shape\":[3,4]",
+         ATTN "weight_scale: expected scales of shape [40, 1] or [4, 3] or [1, 1] or [40, 20] by "
+         "config.json, got [3, 4] in ", MOE_ERR_MODEL},
+        {"qwen3moe-fp8", "model.safetensors",
+         EXPERT "weight_scale\":{\"dtype\":\"BF16\",\"shape\":[28,1]",
+         EXPERT "weight_scale\":{\"dtype\":\"BF16\",\"shape\":[1,28]", "got [1, 28]",
+         MOE_ERR_MODEL},
+        {"qwen3moe-fp8", "model.safetensors", EXPERT "weight\":{\"dtype\":\"F8_E4M3\"",
+         EXPERT "weight\":{\"dtype\":\"F8_E5M2\"", "F8_E4M3, got F8_E5M2", MOE_ERR_UNSUPPORTED},
+        {"qwen35moe-fp8", "model.safetensors",
+         "experts.down_proj_scale_inv\":{\"dtype\":\"BF16\",\"shape\":[3,4,1]",
+         "experts.down_proj_scale_inv\":{\"dtype\":\"BF16\",\"shape\":[4,3,1]",
+         "expected scales of shape [3, 4, 1] by config.json, got [4, 3, 1]", MOE_ERR_MODEL},
+        {"qwen35moe-fp8", "config.json", BLOCKS, "\"activation_block_size\": [",
+         "expected scales of shape [1, 1] or [72, 1] or [1, 1] by config.json, got [6, 3]",
+         MOE_ERR_MODEL},
+        {"qwen35moe-fp8", "config.json", BLOCKS, BLOCKS "12, ",
+         "weight_block_size: expected the rows and columns of a block in config.json, two whole "
+         "numbers from 1 to 16777216, got [...]", MOE_ERR_MODEL},
+        {"qwen35moe-fp8", "config.json", BLOCKS, "\"weight_block_size\": [0, 20], \"o\": [",
+         "weight_block_size", MOE_ERR_MODEL},
+        {"qwen35moe-fp8", "config.json", BLOCKS, "\"weight_block_size\": [12, -1], \"o\": [",
+         "weight_block_size", MOE_ERR_MODEL},
+        {"qwen35moe-fp8", "config.json", BLOCKS, "\"weight_block_size\": [1.5, 20], \"o\": [",
+         "weight_block_size", MOE_ERR_MODEL},
+        {"qwen35moe-fp8", "config.json", BLOCKS, "\"weight_block_size\": [12, 1e30], \"o\": [",
+         "weight_block_size", MOE_ERR_MODEL},
+        {"qwen35moe-fp8", "config.json", BLOCKS, "\"weight_block_size\": 12, \"o\": [",
+         "weight_block_size", MOE_ERR_MODEL},
+        {"qwen35moe-fp8", "config.json", BLOCKS, "\"weight_block_size\": [128, 128], \"o\": [",
+         "expected scales of shape [1, 1] by config.json, got [6, 3]", MOE_ERR_MODEL},
+        {"qwen3moe-fp8", "config.json", "\"block_structure\": [",
+         "\"block_structure\": \"12x16x2\", \"o\": [", "block_structure: expected the rows",
+         MOE_ERR_MODEL},
+        {"qwen3moe-fp8", "config.json", "\"block_structure\": [",
+         "\"block_structure\": \"0x16\", \"o\": [", "block_structure", MOE_ERR_MODEL},
+        {"qwen3moe-fp8", "config.json", "\"group_size\": 2", "\"group_size\": -1",
+         "group_size: expected a whole number from 1 to", MOE_ERR_MODEL},
+        {"qwen3moe-fp8", "config.json", "\"strategy\": \"channel\"",
+         "\"strategy\": \"tensor\"", "expected scales of shape [1, 1] or ", MOE_ERR_MODEL},
+        {"qwen3moe-fp8", "config.json", "\"config_groups\": {",
+         "\"config_groups\": {\"x\": {\"weights\": {\"num_bits\": 8, \"block_structure\": "
+         "[11, 16]}},", "expected blocks of one size in config.json", MOE_ERR_UNSUPPORTED},
+        {"llama-fp8-tensor", "config.json", "\"quant_method\": \"fp8\"",
+         "\"quant_method\": \"compressed-tensors\", \"config_groups\": {\"a\": {\"weights\": "
+         "{\"num_bits\": 4}}}", "expected what quantization_config.config_groups of config.json "
+         "tells of, got weights in FP8", MOE_ERR_MODEL},
+        {"llama-fp8-tensor", "config.json", "\"activation_scheme\"", "\"weight_block_size\": "
+         "[16, 16], \"o\"", "expected scales of shape [3, 3] by config.json, got []",
+         MOE_ERR_MODEL},
+    };
+    for (size_t i = 0; i < MOE_COUNT(edits); i++) {
+        const conv_options o = {.source = edited_checkpoint(edits[i].checkpoint, edits[i].file,
+                                                            edits[i].from, edits[i].to),
+                                .out = scratch_path("fp8.gguf")};
+        refused_conversion(&o, edits[i].status, edits[i].says);
+    }
+    static const uint16_t bad[] = {0x7fc0, 0x7f80, 0xff80}; /* NaN, inf, -inf in BF16 */
+    for (size_t i = 0; i < MOE_COUNT(bad); i++) {
+        const conv_options o = {.source = edited_checkpoint("qwen3moe-fp8", "config.json", "", ""),
+                                .out = scratch_path("fp8.gguf")};
+        overwrite_tensor(o.source, EXPERT "weight_scale\"", 2, &bad[i], sizeof bad[i]);
+        refused_conversion(&o, MOE_ERR_MODEL, "ffn_gate_exps.weight: expected finite weights, got");
+        refused_conversion(&o, MOE_ERR_MODEL, "at row 1, column 0 (from model." EXPERT "weight)");
+    }
+#undef EXPERT
+#undef ATTN
+#undef BLOCKS
+}
+
 static void quantization_configs_that_lie_are_refused(void)
 {
     static const struct {
@@ -841,6 +929,7 @@ TEST_PROGRAM(convert_refuses)
     RUN(packed_experts_that_lie_are_refused);
     RUN(packed_tensors_that_lie_are_refused);
     RUN(packed_numbers_that_are_none_are_refused);
+    RUN(fp8_scales_that_lie_are_refused);
     RUN(quantization_configs_that_lie_are_refused);
     RUN(weights_that_are_not_finite_are_named);
     RUN(a_source_that_changes_is_noticed);

@@ -576,8 +576,9 @@ static void checkpoints_become_moe(void)
 {
     const char *gguf = scratch_path("m.gguf"), *a = scratch_path("a.moe");
     const char *back = scratch_path("back.gguf");
-    static const char *const names[] = {"llama-fp8", "qwen3moe-fused", "qwen3moe-int4",
-                                        "qwen3moe-nvfp4", "llama", "gemma4"};
+    static const char *const names[] = {"llama-fp8", "qwen3moe-fp8", "qwen35moe-fp8",
+                                        "qwen3moe-fused", "qwen3moe-int4", "qwen3moe-nvfp4",
+                                        "llama", "gemma4"};
     for (size_t i = 0; i < MOE_COUNT(names); i++) {
         REQUIRE(convert_as(checkpoint(names[i]), gguf, CONV_STORE_AUTO) &&
                 convert_as(checkpoint(names[i]), a, CONV_STORE_ZSTD) &&
