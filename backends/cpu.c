@@ -310,13 +310,22 @@ static void cpu_look_ahead(void *job, uint32_t phase, uint32_t thread, cpu_upcom
 {
     const moe_queue *q = job;
     const cpu_phase *p = q->phases + phase, *end = q->phases + q->n_phase;
-    do
-        p++;
-    while (p < end && p->run != cpu_matmul && p->run != cpu_experts);
-    if (p == end || p->run != cpu_matmul)
+    const uint32_t n_threads = q->options.n_threads;
+    bool sorted = p->run != cpu_experts_sort;
+    for (p++; p < end && p->run != cpu_matmul && p->run != cpu_experts; p++)
+        sorted &= p->run != cpu_experts_sort;
+    if (p == end || (p->run == cpu_experts && !sorted)) {
         *ahead = (cpu_upcoming){0};
-    else if (p->op != ahead->op)
-        *ahead = cpu_matmul_ahead(p->op, cpu_first_task(p->n_task, thread, q->options.n_threads));
+        return;
+    }
+    if (p->op == ahead->op)
+        return;
+    uint64_t bytes = 0;
+    const uint32_t n_task = p->per_active_expert ? p->n_task * q->n_active : p->n_task;
+    const uint32_t first = cpu_first_task(n_task, thread, n_threads);
+    const uint8_t *weights = p->run == cpu_matmul ? cpu_matmul_weights(p->op, first, &bytes)
+                                                  : cpu_experts_weights(q, p->op, first, &bytes);
+    *ahead = cpu_upcoming_weights(p->op, weights, bytes);
 }
 
 static moe_status cpu_submit(moe_queue *q, moe_error *error)
@@ -324,6 +333,7 @@ static moe_status cpu_submit(moe_queue *q, moe_error *error)
     const cpu_job job = {q, q->n_phase, cpu_run_task, cpu_count_tasks, cpu_look_ahead};
     cpu_pool_run(&q->pool, &job);
     q->n_op = q->n_phase = 0;
+    q->sorted = (cpu_sorted){0};
     if (!atomic_load(&q->cancelled))
         return MOE_OK;
     atomic_store(&q->cancelled, false);
@@ -563,6 +573,7 @@ static void cpu_record_route(moe_queue *q, const moe_route_op *o)
 {
     cpu_op *op = cpu_new_op(q);
     op->u.route = *o;
+    q->sorted = (cpu_sorted){0};
     cpu_new_phase(q, op, cpu_route, o->n_tok);
 }
 
@@ -575,7 +586,11 @@ static void cpu_record_experts(moe_queue *q, const moe_experts_op *o)
         op->act_mask |= weight_act_mask(o->out[i].w);
     op->chunk = cpu_chunk_rows(q, w->dims[1] * o->n_out * MOE_MIN(o->n_used, w->dims[2]),
                                w->row_bytes, o->n_tok);
-    cpu_new_phase(q, op, cpu_experts_sort, 1);
+    const cpu_sorted sorted = {o->ids, (uint32_t)w->dims[2], o->n_tok * o->n_used};
+    if (q->sorted.ids.buffer != sorted.ids.buffer || q->sorted.ids.offset != sorted.ids.offset ||
+        q->sorted.n_expert != sorted.n_expert || q->sorted.n != sorted.n)
+        cpu_new_phase(q, op, cpu_experts_sort, 1);
+    q->sorted = sorted;
     cpu_new_phase(q, op, cpu_experts_quantize, o->n_tok);
     cpu_new_phase(q, op, cpu_experts, (uint64_t)cpu_ceil_div(w->dims[1], op->chunk) * o->n_out)
         ->per_active_expert = true;

@@ -108,6 +108,12 @@ typedef struct cpu_scratch {
     float *expanded_total;   // [n_tok][cpu_sum_stride(dim_v)]
 } cpu_scratch;
 
+/* Which choice of experts is sorted: that of the gates serves for the matrices behind them. */
+typedef struct cpu_sorted {
+    moe_view ids;      // buffer NULL: none
+    uint32_t n_expert, n; // n: tokens times slots
+} cpu_sorted;
+
 struct moe_queue {
     moe_device *device;
     moe_queue_options options;
@@ -125,6 +131,7 @@ struct moe_queue {
     uint32_t *expert_row;    // [n_tok_max * n_used_max]: (token, slot) -> row in expert order
     uint32_t *expert_slot;   // [n_tok_max * n_used_max]: and back
     uint32_t n_active;
+    cpu_sorted sorted;       // what will be sorted when what is recorded has run
     cpu_scratch *scratch;    // [n_threads]
 };
 
@@ -258,9 +265,9 @@ static void cpu_finish_row(const cpu_simd *simd, float *dst, float *tile, const 
         memcpy(dst, tile, n_row * sizeof *dst);
 }
 
-/* Rows [row, row + n_row) of a matrix times the tokens [tok, end). */
+/* Rows [row, row + n_row) of a matrix times the tokens [tok, end), before those of `next`. */
 static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, size_t row,
-                            size_t n_row, size_t tok, size_t end, float *tile)
+                            size_t n_row, size_t tok, size_t end, const uint8_t *next, float *tile)
 {
     const moe_weight *w = o->out[i].w;
     const moe_act act = w->quant->act;
@@ -282,6 +289,7 @@ static void cpu_matmul_rows(moe_queue *q, const moe_matmul_op *o, uint32_t i, si
             .n_in = (size_t)w->dims[0],
             .n_row = n_row,
             .n_tok = MOE_MIN(tok_tile, end - t),
+            .next = next,
         };
         mm.x = (in_place ? (const uint8_t *)cpu_floats(o->src) : q->act[act]) + t * mm.x_stride;
         /* What is added to is there when the product is. */
@@ -308,27 +316,38 @@ static uint32_t cpu_matmul_task(const cpu_op *op, uint32_t task, uint64_t *row, 
     return i;
 }
 
+/* The weights of a task, and how many bytes they and those behind them in the matrix are; NULL: all
+ * tasks come before this one. */
+static const uint8_t *cpu_matmul_weights(const cpu_op *op, uint32_t task, uint64_t *bytes)
+{
+    uint64_t row;
+    uint32_t tok;
+    if (task >= op->row_tasks * cpu_ceil_div(op->u.matmul.n_tok, op->tok_chunk))
+        return NULL;
+    const moe_weight *w = op->u.matmul.out[cpu_matmul_task(op, task, &row, &tok)].w;
+    *bytes = (w->dims[1] - row) * w->row_bytes;
+    return w->data.buffer->data + w->data.offset + row * w->row_bytes;
+}
+
 /* Phase 2: a chunk of rows of one of the matrices times a chunk of the tokens. */
 static void cpu_matmul(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     const moe_matmul_op *o = &op->u.matmul;
-    uint64_t row;
+    uint64_t row, bytes;
     uint32_t tok;
     const uint32_t i = cpu_matmul_task(op, task, &row, &tok);
     cpu_matmul_rows(q, o, i, (size_t)row, (size_t)MOE_MIN(op->chunk, o->out[i].w->dims[1] - row),
-                    tok, MOE_MIN(o->n_tok, tok + op->tok_chunk), q->scratch[thread].tile);
+                    tok, MOE_MIN(o->n_tok, tok + op->tok_chunk),
+                    cpu_matmul_weights(op, task + 1, &bytes), q->scratch[thread].tile);
 }
 
-/* The weights with which a thread's share of phase 2 begins. */
-static cpu_upcoming cpu_matmul_ahead(const cpu_op *op, uint32_t first_task)
+/* What a thread fetches of the weights with which its share of a product begins. */
+static cpu_upcoming cpu_upcoming_weights(const cpu_op *op, const uint8_t *weights, uint64_t bytes)
 {
-    uint64_t row;
-    uint32_t tok;
-    const moe_weight *w = op->u.matmul.out[cpu_matmul_task(op, first_task, &row, &tok)].w;
-    const uintptr_t next =
-        (uintptr_t)(w->data.buffer->data + w->data.offset + row * w->row_bytes);
-    const uint64_t bytes = MOE_MIN((w->dims[1] - row) * w->row_bytes, CPU_AHEAD_BYTES);
-    return (cpu_upcoming){op, next, next + (uintptr_t)bytes};
+    if (!weights)
+        return (cpu_upcoming){op, 0, 0};
+    const uintptr_t next = (uintptr_t)weights;
+    return (cpu_upcoming){op, next, next + (uintptr_t)MOE_MIN(bytes, CPU_AHEAD_BYTES)};
 }
 
 /* Rows per task: enough weights to be worth a task, enough tasks to keep all threads busy. */
@@ -637,17 +656,44 @@ static void cpu_experts_quantize(moe_queue *q, const cpu_op *op, uint32_t t, uin
     }
 }
 
+/* The matrix of a task of phase 3: output i of the a-th expert in use, and the task's first row. */
+static moe_matrix cpu_experts_task(const moe_queue *q, const cpu_op *op, uint32_t task,
+                                   uint32_t *a, uint32_t *i, size_t *row)
+{
+    const moe_experts_op *o = &op->u.experts;
+    const uint32_t n_chunk = cpu_ceil_div(o->out[0].w->dims[1], op->chunk);
+    *a = task / (n_chunk * o->n_out);
+    *i = task / n_chunk % o->n_out;
+    *row = (size_t)(task % n_chunk) * op->chunk;
+    return weight_matrix(o->out[*i].w, q->expert_id[*a]);
+}
+
+/* As cpu_matmul_weights(), once the experts are sorted. */
+static const uint8_t *cpu_experts_weights(const moe_queue *q, const cpu_op *op, uint32_t task,
+                                          uint64_t *bytes)
+{
+    const moe_experts_op *o = &op->u.experts;
+    uint32_t a, i;
+    size_t row;
+    if (task >= q->n_active * o->n_out * cpu_ceil_div(o->out[0].w->dims[1], op->chunk))
+        return NULL;
+    const moe_matrix matrix = cpu_experts_task(q, op, task, &a, &i, &row);
+    *bytes = (o->out[i].w->dims[1] - row) * matrix.row_bytes;
+    return matrix.data.buffer->data + matrix.data.offset + row * matrix.row_bytes;
+}
+
 /* Phase 3: a chunk of rows of one matrix of one expert, times the tokens that chose it. */
 static void cpu_experts(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thread)
 {
     const moe_experts_op *o = &op->u.experts;
-    const uint32_t n_chunk = cpu_ceil_div(o->out[0].w->dims[1], op->chunk);
-    const uint32_t a = task / (n_chunk * o->n_out), i = task / n_chunk % o->n_out;
+    uint32_t a, i;
+    size_t row;
+    uint64_t bytes;
+    const moe_matrix matrix = cpu_experts_task(q, op, task, &a, &i, &row);
     const moe_weight *w = o->out[i].w;
     const uint32_t expert = q->expert_id[a];
-    const size_t n_out = (size_t)w->dims[1], row = (size_t)(task % n_chunk) * op->chunk;
-    const size_t n_row = MOE_MIN(op->chunk, n_out - row);
-    const moe_matrix matrix = weight_matrix(w, expert);
+    const size_t n_out = (size_t)w->dims[1], n_row = MOE_MIN(op->chunk, n_out - row);
+    const uint8_t *next = cpu_experts_weights(q, op, task + 1, &bytes);
     const moe_act act = matrix.quant->act;
     const moe_kernels *kernels = &q->device->kernels[quant_index(matrix.quant)];
     const float *bias = o->out[i].bias.buffer ? cpu_floats(o->out[i].bias) + expert * n_out + row
@@ -664,6 +710,7 @@ static void cpu_experts(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t 
             .n_in = (size_t)w->dims[0],
             .n_row = n_row,
             .n_tok = MOE_MIN(tok_tile, end - t),
+            .next = next,
         };
         mm.x = q->act[act] + t * mm.x_stride;
         (mm.n_tok == 1 ? kernels->gemv : kernels->gemm)(&mm);

@@ -111,10 +111,12 @@ typedef struct moe_mm {
     size_t y_stride;
     size_t n_in;        // length of a row, a multiple of the format's block length
     size_t n_row, n_tok;
+    const uint8_t *next; // weights that are wanted after these, to be fetched before; NULL: those
+                         // that follow in memory
 } moe_mm;
 
-/* Computes the tile. n_row, n_tok >= 1. Reads nothing outside the rows that it was given and writes
- * nothing outside y. */
+/* Computes the tile. n_row, n_tok >= 1. Reads nothing outside the rows that it was given (fetching
+ * is no reading) and writes nothing outside y. */
 typedef void moe_mm_fn(const moe_mm *mm);
 
 typedef struct moe_kernels {

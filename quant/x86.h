@@ -372,11 +372,13 @@ MOE_INLINE size_t x86_token_part(const moe_mm *mm)
  * pays: making one of signed bytes costs more. */
 enum { X86_FEW_STEP = 4, X86_FEW = 3, X86_FEW_SIGNED = 7 };
 
-/* Where what is fetched while n rows from r on are multiplied by few tokens begins: the next n
- * rows, or, where these are short, what lies X86_AHEAD_BYTES ahead. */
+/* Where what is fetched while n rows from r on are multiplied by few tokens begins: as many times n
+ * rows further on as come to X86_AHEAD_BYTES, in what follows if these end before. */
 MOE_INLINE uintptr_t x86_ahead_rows(const moe_mm *mm, size_t r, size_t n)
 {
-    return (uintptr_t)mm->w + r * mm->w_stride + MOE_MAX(n * mm->w_stride, (size_t)X86_AHEAD_BYTES);
+    const size_t step = n * mm->w_stride, end = mm->n_row * mm->w_stride;
+    const size_t at = r * mm->w_stride + ((size_t)X86_AHEAD_BYTES + step - 1) / step * step;
+    return mm->next && at >= end ? (uintptr_t)mm->next + (at - end) : (uintptr_t)mm->w + at;
 }
 
 MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)

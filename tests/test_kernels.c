@@ -612,8 +612,9 @@ static void check_shape(const moe_quant *quant, const variants *v, const uint8_t
         if (quant->act == MOE_ACT_BF16)
             narrow_row(x.data + t * x_stride, n_in, narrow.data + t * x_stride);
     }
+    static const uint8_t *const nowhere = (const uint8_t *)64; /* may be fetched, not read */
     moe_mm mm = {w.data,   w_stride, x.data, x_stride, (float *)want.data,
-                 y_stride, n_in,     n_row,  n_tok};
+                 y_stride, n_in,     n_row,  n_tok,    test_random() % 2 ? nowhere : NULL};
     memset(want.data, 0xc5, y_len * sizeof(float));
     v->kernels[0].gemm(&mm);
     for (size_t i = 0; i < y_len; i++)
@@ -722,7 +723,7 @@ static void float_kernels_keep_negative_zero(void)
             for (size_t k = 0; k < n; k++)
                 src[k] = -6e-8f;
             quant->quantize(src, w, n);
-            const moe_mm mm = {w, n * quant->block_bytes, x.data, 0, &y, 1, n, 1, 1};
+            const moe_mm mm = {w, n * quant->block_bytes, x.data, 0, &y, 1, n, 1, 1, NULL};
             for (size_t j = 0; j < v.n; j++) {
                 v.kernels[j].gemm(&mm);
                 CHECK(y == 0 && signbit(y), "%s gemm, cpu %x: %a", quant->name, v.cpu[j], y);
@@ -772,7 +773,7 @@ static void c_kernels_are_products(void)
                 }
                 size += 4 * wmax * xsum;
             }
-            moe_mm mm = {packed, row_bytes, row.data, 0, &y, 1, n, 1, 1};
+            moe_mm mm = {packed, row_bytes, row.data, 0, &y, 1, n, 1, 1, NULL};
             quant->select(0).gemv(&mm);
             const double tolerance = size * (4 + (double)(n / block)) * 0x1p-24;
             CHECK(fabs(y - want) <= tolerance, "%s: %.9g, want %.9g +- %.2g", quant->name, y, want,
@@ -803,7 +804,7 @@ static void nan_activations_give_nan(void)
         for (size_t j = 0; j < v.n; j++) {
             for (size_t t = 0; t < 2; t++)
                 act_quantize(quant->act, x[t], n, rows.data + t * x_stride, v.cpu[j]);
-            moe_mm mm = {w.data, row_bytes, rows.data, x_stride, y, n_row, n, n_row, 2};
+            moe_mm mm = {w.data, row_bytes, rows.data, x_stride, y, n_row, n, n_row, 2, NULL};
             v.kernels[j].gemm(&mm);
             for (size_t r = 0; r < n_row; r++)
                 CHECK(isfinite(y[r]) && isnan(y[n_row + r]), "%s: %g, %g", quant->name, y[r],
@@ -832,7 +833,7 @@ static void bf16_kernels_equal_c_on_all_numbers(void)
         for (size_t i = 0; i < N * TOKENS; i++)
             src[i / N][i % N] = round % 4 < 2 ? ldexpf(test_random_float(), 60)
                                               : f32_of_bits(test_random());
-        moe_mm mm = {w.data, 2 * N, x.data, x_stride, want, ROWS, N, ROWS, TOKENS};
+        moe_mm mm = {w.data, 2 * N, x.data, x_stride, want, ROWS, N, ROWS, TOKENS, NULL};
         for (size_t i = 0; i < v.n; i++) {
             for (size_t t = 0; t < TOKENS; t++)
                 act_quantize(MOE_ACT_BF16, src[t], N, x.data + t * x_stride, v.cpu[i]);
