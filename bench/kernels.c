@@ -135,11 +135,11 @@ static result measure(const moe_quant *quant, uint32_t cpu, uint8_t *w, size_t r
             src[i] = test_random_float();
         act_quantize(quant->act, src, N_IN, x + t * x_stride, cpu);
     }
-    const moe_mm l2 = {w, row_bytes, x, x_stride, y, 0, N_IN, L2_BYTES / row_bytes, 1}
-    const moe_mm ram = {w, row_bytes, x, x_stride, y, 0, N_IN, ram_rows, 1}
+    const moe_mm l2 = {w, row_bytes, x, x_stride, y, 0, N_IN, L2_BYTES / row_bytes, 1, NULL};
+    const moe_mm ram = {w, row_bytes, x, x_stride, y, 0, N_IN, ram_rows, 1, NULL};
     const size_t n_row64 = slow ? ROW_TILE : GEMM_ROWS, n_row8 = ram_rows / 4 / ROW_TILE * ROW_TILE;
-    const moe_mm gemm64 = {w, row_bytes, x, x_stride, y, n_row64, N_IN, n_row64, 64}
-    const moe_mm gemm8 = {w, row_bytes, x, x_stride, y, n_row8, N_IN, n_row8, 8}
+    const moe_mm gemm64 = {w, row_bytes, x, x_stride, y, n_row64, N_IN, n_row64, 64, NULL};
+    const moe_mm gemm8 = {w, row_bytes, x, x_stride, y, n_row8, N_IN, n_row8, 8, NULL};
     double v[5][N_RUNS];
     const size_t n_runs = slow ? 3 : N_RUNS;
     for (size_t i = 0; i < n_runs; i++) {
