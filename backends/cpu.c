@@ -314,6 +314,8 @@ static void cpu_look_ahead(void *job, uint32_t phase, uint32_t thread, cpu_upcom
     bool sorted = p->run != cpu_experts_sort;
     for (p++; p < end && p->run != cpu_matmul && p->run != cpu_experts; p++)
         sorted &= p->run != cpu_experts_sort;
+    // a sort that was cancelled has left what other experts were chosen by
+    sorted &= !atomic_load_explicit(&q->cancelled, memory_order_relaxed);
     if (p == end || (p->run == cpu_experts && !sorted)) {
         *ahead = (cpu_upcoming){0};
         return;
