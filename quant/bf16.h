@@ -130,14 +130,14 @@ MOE_BF16_512 static void bf16_gemv_avx512_bf16(const moe_mm *mm)
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8], *x = mm->x;
         x86_rows(mm, r, row);
-        const uintptr_t next = x86_ahead(mm, r);
+        const x86_ahead next = x86_ahead_rows(mm, r, 8);
         __m256 acc[8];
         MOE_UNROLL
         for (size_t i = 0; i < 8; i++)
             acc[i] = _mm256_setzero_ps();
         for (size_t at = 0; at < 32 * n_unit; at += 32) {
             const __m256i xk = _mm256_load_si256((const __m256i *)(x + at));
-            x86_prefetch(next + 8 * at, 8 * 32);
+            x86_fetch_ahead(next, 8 * at, 8 * 32);
             MOE_UNROLL
             for (size_t i = 0; i < 8; i++)
                 acc[i] = bf16_multiply8_512(acc[i], row[i] + at, xk);

@@ -336,7 +336,7 @@ MOE_VNNI512_INLINE x86_512_order iq4_xs_order_vnni512(const int8_t *q)
 }
 
 MOE_VNNI512_INLINE void iq4_xs_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                            uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                            x86_ahead next, const moe_q8 *x, size_t n_tok,
                                             x86_k_sums *out)
 {
     const __m128i table = _mm_xor_si128(_mm_loadu_si128((const __m128i *)iq4_value),

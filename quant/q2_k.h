@@ -242,7 +242,7 @@ MOE_VNNI512_INLINE __m256i q2_k_min_sum_vnni512(const uint8_t *const row[8], siz
 }
 
 MOE_VNNI512_INLINE void q2_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_ahead next, const moe_q8 *x, size_t n_tok,
                                           x86_k_sums *out)
 {
     const __m512i groups[2] = {X86_512_GROUPS(0, 2, 1, 3, 8, 10, 9, 11),

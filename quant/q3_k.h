@@ -285,7 +285,7 @@ static const x86_512_format q3_k_vnni512 = {K_LEN, sizeof(q3_k_block), 128,
                                              q3_k_load_vnni512, &x86_512_k256};
 
 MOE_VNNI512_INLINE void q3_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_ahead next, const moe_q8 *x, size_t n_tok,
                                           x86_k_sums *out)
 {
     const __m512i low2 = _mm512_set1_epi8(3), third = _mm512_set1_epi8(4);

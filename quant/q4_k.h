@@ -174,7 +174,7 @@ static const x86_512_format q4_k_vnni512 = {K_LEN, sizeof(q4_k_block), 0,
                                              q4_k_load_vnni512, &x86_512_k32_min};
 
 MOE_VNNI512_INLINE void q4_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_ahead next, const moe_q8 *x, size_t n_tok,
                                           x86_k_sums *out)
 {
     const x86_k_header h = x86_k_load_header(row, offset);

@@ -217,7 +217,7 @@ MOE_VNNI512_INLINE __m512i q5_k_join_vnni512(__m512i nibble, __m512i high, __m51
 }
 
 MOE_VNNI512_INLINE void q5_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_ahead next, const moe_q8 *x, size_t n_tok,
                                           x86_k_sums *out)
 {
     const x86_k_header h = x86_k_load_header(row, offset);

@@ -216,7 +216,7 @@ static const x86_512_format q6_k_vnni512 = {K_LEN, sizeof(q6_k_block), 32,
                                              q6_k_load_vnni512, &x86_512_k16};
 
 MOE_VNNI512_INLINE void q6_k_dot8_vnni512(const uint8_t *const row[8], size_t offset,
-                                          uintptr_t next, const moe_q8 *x, size_t n_tok,
+                                          x86_ahead next, const moe_q8 *x, size_t n_tok,
                                           x86_k_sums *out)
 {
     const __m512i left = x86_512_halves(4, 2), right = x86_512_halves(0, 2);

@@ -183,10 +183,10 @@ MOE_AVX2_INLINE void tcq_gemv_avx2(const moe_mm *mm, size_t block_bytes, int16_t
         tcq_parity_avx2 p[TCQ_TURNS], *turn[TCQ_TURNS] = {&p[0], &p[1], &p[2]};
         memset(p, 0, sizeof p);
         __m256 acc = _mm256_setzero_ps();
-        const uintptr_t next = x86_ahead(mm, r);
+        const x86_ahead next = x86_ahead_rows(mm, r, 8);
         for (size_t b = 0; b < mm->n_in / TCQ_LEN; b++) {
             const size_t at = b * block_bytes;
-            x86_prefetch(next + 8 * at, 8 * block_bytes);
+            x86_fetch_ahead(next, 8 * at, 8 * block_bytes);
             const __m256 d = x86_f16x8(row, at);
             MOE_UNROLL
             for (size_t half = 0; half < 2; half++) {
@@ -340,11 +340,11 @@ MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
         tcq_parity_512 p[TCQ_TURNS];
         memset(p, 0, sizeof p);
         __m512 acc = _mm512_setzero_ps();
-        const uintptr_t next = x86_ahead_rows(mm, r, 16);
+        const x86_ahead next = x86_ahead_rows(mm, r, 16);
         /* A second line of each page: Zen 4, rows of 2048, one and two threads, GB/s: TCQ4 12.5 to
          * 15.9 and 21.5 to 24.4, TCQ5 17.7 to 17.3 and 27.2 to 27.2. */
         for (size_t i = 0; i < 16 * mm->w_stride; i += X86_PAGE)
-            _mm_prefetch((const char *)(next + X86_AHEAD_PAGES + i), _MM_HINT_T0);
+            _mm_prefetch((const char *)(next.first + X86_AHEAD_PAGES + i), _MM_HINT_T0);
         for (size_t b0 = 0; b0 < n_block; b0 += TCQ_TURNS) {
             MOE_UNROLL
             for (size_t i = 0; i < TCQ_TURNS; i++) {
@@ -352,7 +352,7 @@ MOE_VNNI512_INLINE void tcq_gemv_vnni512(const moe_mm *mm, size_t block_bytes,
                 if (b == n_block)
                     break;
                 tcq_parity_512 *const turn[3] = {&p[(3 - i) % 3], &p[(4 - i) % 3], &p[(5 - i) % 3]};
-                x86_prefetch(next + b * 16 * block_bytes, 16 * block_bytes);
+                x86_fetch_ahead(next, b * 16 * block_bytes, 16 * block_bytes);
                 const __m512 d = tcq_f16_512(row, b * block_bytes);
                 MOE_UNROLL
                 for (size_t half = 0; half < 2; half++) {

@@ -143,10 +143,10 @@ MOE_VNNI512 static void tcq8_gemv_vnni512(const moe_mm *mm)
         const uint8_t *row[8];
         x86_rows(mm, r, row);
         __m256 acc = _mm256_setzero_ps();
-        const uintptr_t next = x86_ahead(mm, r);
+        const x86_ahead next = x86_ahead_rows(mm, r, 8);
         for (size_t b = 0; b < n_block; b++) {
             const size_t q = b * block_bytes + offsetof(tcq8_block, q);
-            x86_prefetch(next + b * 8 * block_bytes, 8 * block_bytes);
+            x86_fetch_ahead(next, b * 8 * block_bytes, 8 * block_bytes);
             const __m256 d = x86_f16x8(row, b * block_bytes);
             MOE_UNROLL
             for (size_t half = 0; half < 2; half++) {

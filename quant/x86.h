@@ -335,12 +335,21 @@ typedef __m256 x86_step_fn(const x86_block *w, const x86_x32 *x, __m256 acc);
  * for lines on their way: in a burst each takes 8 to 15 cycles on Zen 4, and a tenth of them is
  * lost. Into L2 (T1) they take 3 to 5, and what then comes from L2 is not waited for. But T1 alone
  * is late at pages of memory whose tables are not in a cache, so one line of each page is fetched
- * into L1 before.
+ * into L1 before. And when L2 has too many lines on their way already, some of these are lost as
+ * well: each is fetched once more, nearer to where it is needed; if it is there that costs nothing.
  * Zen 4, small pages, GB/s with T0 (8 KiB ahead), T1 alone (16), T1 with pages (8, 16, 24 KiB), one
  * thread: Q4_0, rows of 768: 17.7, 10.1, 17.8, 20.5, 22.0; Q8_0, rows of 2048: 15.2, 17.2, 20.2,
  * 22.1, 21.7; MXFP4, rows of 4096: 12.6, 11.5, 15.6, 17.6, 14.3; two threads: Q8_0, rows of 768:
- * 17.4, 21.8, 30.2, 39.8, 38.3. Pages 16, 32 or 64 KiB before: no difference. */
-enum { X86_AHEAD_BYTES = 16 << 10, X86_AHEAD_PAGES = 32 << 10, X86_PAGE = 4096 };
+ * 17.4, 21.8, 30.2, 39.8, 38.3. Pages 16, 32 or 64 KiB before: no difference.
+ * Large pages, two threads, of what reading alone gets, fetched once (16 KiB ahead) and twice (16
+ * and 8): Q4_K 95 and 98 %, Q6_K 88 and 96, Q8_0 90 and 94, Q4_0 97 and 99, F16 (rows of 576) 88
+ * and 95; any of 12 to 32 KiB and half as far the second time: no difference. */
+enum {
+    X86_AHEAD_FIRST = 16 << 10,
+    X86_AHEAD_AGAIN = 8 << 10,
+    X86_AHEAD_PAGES = 32 << 10, /* before they are fetched the first time */
+    X86_PAGE = 4096
+};
 
 /* Fetches weights. Neither a hint past the end of a matrix nor a wrong one does harm. */
 MOE_AVX2_INLINE void x86_prefetch(uintptr_t address, size_t bytes)
@@ -349,6 +358,18 @@ MOE_AVX2_INLINE void x86_prefetch(uintptr_t address, size_t bytes)
         _mm_prefetch((const char *)(address + X86_AHEAD_PAGES + i), _MM_HINT_T0);
     for (size_t i = 0; i < bytes; i += 64)
         _mm_prefetch((const char *)(address + i), _MM_HINT_T1);
+}
+
+/* Where weights that follow in memory are fetched, and where they are fetched once more. */
+typedef struct x86_ahead {
+    uintptr_t first, again;
+} x86_ahead;
+
+MOE_AVX2_INLINE void x86_fetch_ahead(x86_ahead next, size_t at, size_t bytes)
+{
+    x86_prefetch(next.first + at, bytes);
+    for (size_t i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)(next.again + at + i), _MM_HINT_T1);
 }
 
 /* Fetches activations, which come from a cache and are needed at once. */
@@ -372,18 +393,22 @@ MOE_INLINE size_t x86_token_part(const moe_mm *mm)
  * pays: making one of signed bytes costs more. */
 enum { X86_FEW_STEP = 4, X86_FEW = 3, X86_FEW_SIGNED = 7 };
 
-/* Where what is fetched while n rows from r on are multiplied by few tokens begins: as many times n
- * rows further on as come to X86_AHEAD_BYTES, in what follows if these end before. */
-MOE_INLINE uintptr_t x86_ahead_rows(const moe_mm *mm, size_t r, size_t n)
+/* The byte `at` of a matrix's rows, or, past their end, of what is read next. */
+MOE_INLINE uintptr_t x86_ahead_at(const moe_mm *mm, size_t at)
 {
-    const size_t step = n * mm->w_stride, end = mm->n_row * mm->w_stride;
-    const size_t at = r * mm->w_stride + ((size_t)X86_AHEAD_BYTES + step - 1) / step * step;
+    const size_t end = mm->n_row * mm->w_stride;
     return mm->next && at >= end ? (uintptr_t)mm->next + (at - end) : (uintptr_t)mm->w + at;
 }
 
-MOE_INLINE uintptr_t x86_ahead(const moe_mm *mm, size_t r)
+/* Where what is fetched while n rows from r on are multiplied by few tokens begins. The second time
+ * it is as many times n rows further on as come to X86_AHEAD_AGAIN: the n rows that come next are
+ * all there when they are needed, at once. */
+MOE_INLINE x86_ahead x86_ahead_rows(const moe_mm *mm, size_t r, size_t n)
 {
-    return x86_ahead_rows(mm, r, 8);
+    const size_t step = n * mm->w_stride;
+    const size_t at = r * mm->w_stride + ((size_t)X86_AHEAD_AGAIN + step - 1) / step * step;
+    return (x86_ahead){x86_ahead_at(mm, at + X86_AHEAD_FIRST - X86_AHEAD_AGAIN),
+                       x86_ahead_at(mm, at)};
 }
 
 /* 8 rows from r on times n_tok (constant, <= X86_FEW_STEP) tokens from t0 on. Eight rows are eight
@@ -395,7 +420,7 @@ MOE_AVX2_INLINE void x86_few32_rows(const moe_mm *mm, size_t r, size_t t0, size_
                                     x86_step_fn *step)
 {
     const uint8_t *row[8];
-    const uintptr_t next = t0 == 0 ? x86_ahead(mm, r) : 0;
+    const x86_ahead next = x86_ahead_rows(mm, r, 8);
     moe_q8 x[X86_FEW_STEP];
     __m256 acc[X86_FEW_STEP];
     MOE_UNROLL
@@ -406,8 +431,8 @@ MOE_AVX2_INLINE void x86_few32_rows(const moe_mm *mm, size_t r, size_t t0, size_
     x86_rows(mm, r, row);
     for (size_t b = 0; b < mm->n_in / 32; b++) {
         const size_t at = b / n_part * block_bytes;
-        if (next && b % n_part == 0)
-            x86_prefetch(next + 8 * at, 8 * block_bytes);
+        if (t0 == 0 && b % n_part == 0)
+            x86_fetch_ahead(next, 8 * at, 8 * block_bytes);
         x86_block w;
         w.part = b % n_part;
         unpack(row, at, &w);

@@ -28,15 +28,15 @@ typedef struct x86_512_order {
 
 /* The superblocks at `offset` of 8 rows times the 256 activations that each of x begins with; n_tok
  * is a constant. Meanwhile 8 superblocks' bytes from `next` on are fetched, by x86_512_fetch(). */
-typedef void x86_512_dot8_fn(const uint8_t *const row[8], size_t offset, uintptr_t next,
+typedef void x86_512_dot8_fn(const uint8_t *const row[8], size_t offset, x86_ahead next,
                              const moe_q8 *x, size_t n_tok, x86_k_sums *out);
 
 /* Part r of 8. Fetched in one piece, the lines of 8 superblocks would occupy all that a core has
  * for lines on their way. Weights from memory, Zen 4, one core: of what reading alone gets, Q4_K
  * 86 % instead of 53, Q6_K 88 instead of 54; decode of Qwen3-MoE 1.25 times as fast. */
-MOE_VNNI512_INLINE void x86_512_fetch(uintptr_t next, size_t r, size_t block_bytes)
+MOE_VNNI512_INLINE void x86_512_fetch(x86_ahead next, size_t r, size_t block_bytes)
 {
-    x86_prefetch(next + r * block_bytes, block_bytes);
+    x86_fetch_ahead(next, r * block_bytes, block_bytes);
 }
 
 MOE_VNNI512_INLINE __m512i x86_512_load64(const void *p)
@@ -171,13 +171,13 @@ MOE_VNNI512_INLINE void x86_512_few_tokens(const moe_mm *mm, size_t block_bytes,
                           mm->n_in);
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
-        uintptr_t next = x86_ahead(mm, r);
+        x86_ahead next = x86_ahead_rows(mm, r, 8);
         __m256 acc[X86_512_FEWEST];
         MOE_UNROLL
         for (size_t t = 0; t < n_tok; t++)
             acc[t] = _mm256_setzero_ps();
         x86_rows(mm, r, row);
-        for (size_t b = 0; b < mm->n_in / X86_512_K; b++, next += 8 * block_bytes) {
+        for (size_t b = 0; b < mm->n_in / X86_512_K; b++) {
             moe_q8 x[X86_512_FEWEST];
             x86_k_sums s[X86_512_FEWEST];
             MOE_UNROLL
@@ -185,6 +185,8 @@ MOE_VNNI512_INLINE void x86_512_few_tokens(const moe_mm *mm, size_t block_bytes,
                 x[t] = (moe_q8){first[t].scale + b, first[t].sum + X86_512_K / 16 * b,
                                 first[t].q + X86_512_K * b};
             dot8(row, b * block_bytes, next, x, n_tok, s);
+            next.first += 8 * block_bytes;
+            next.again += 8 * block_bytes;
             MOE_UNROLL
             for (size_t t = 0; t < n_tok; t++)
                 acc[t] = x86_k_add(&s[t], kind, _mm256_broadcast_ss(x[t].scale), acc[t]);

@@ -161,13 +161,13 @@ MOE_AVX2_INLINE void x86_float_gemv(const moe_mm *mm, x86_float_type f, x86_load
     for (size_t r = 0; r < mm->n_row; r += 8) {
         const uint8_t *row[8];
         x86_rows(mm, r, row);
-        const uintptr_t next = x86_ahead(mm, r);
+        const x86_ahead next = x86_ahead_rows(mm, r, 8);
         const float *x = (const float *)mm->x;
         __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0;
         __m256 a4 = a0, a5 = a0, a6 = a0, a7 = a0, xk[2];
         for (size_t i = 0; i < n_unit; i++, x += 8 * f.vectors) {
             const size_t at = i * unit_bytes;
-            x86_prefetch(next + 8 * at, 8 * unit_bytes);
+            x86_fetch_ahead(next, 8 * at, 8 * unit_bytes);
             xk[0] = _mm256_load_ps(x);
             xk[1] = f.vectors > 1 ? _mm256_load_ps(x + 8) : xk[0];
             a0 = x86_float_unit(a0, row[0] + at, xk, f, load8);

@@ -596,7 +596,7 @@ MOE_VNNI512_INLINE void x86_grid_sums_512(__m512i dot[][8], __m256 d, size_t n_t
 /* IQ1 has too many points for registers: `index` is for it. */
 #define X86_GRID_DOT8_512(type, order, index)                                                      \
     MOE_VNNI512_INLINE void type##_dot8_vnni512(const uint8_t *const row[8], size_t at,            \
-                                                uintptr_t next, const moe_q8 *x, size_t n_tok,     \
+                                                x86_ahead next, const moe_q8 *x, size_t n_tok,     \
                                                 x86_k_sums *out)                                   \
     {                                                                                              \
         x86_grid_x_512 own[X86_512_FEWEST];                                                        \

@@ -3,7 +3,7 @@
  * many tokens (x86_tile.h).
  *
  * Superblocks are multiplied in the order in which they lie in memory, 8 at a time, past the ends
- * of rows: a thread reads its weights as one stream, and fetches what follows X86_K_AHEAD bytes
+ * of rows: a thread reads its weights as one stream, and fetches what follows some kilobytes
  * later. What can be done for 8 at once is: unpacking scales, sums across lanes, minima, and the
  * numbers that they become. At last the numbers of a row are added in their order. A vector holds
  * 32 codes of one superblock; a format brings a function that unpacks 128 of them.
@@ -82,8 +82,7 @@ MOE_AVX2_INLINE __m256i x86_k_min_sum(const x86_k_header *h, const int16_t *sum)
 
 enum {
     X86_K_FEWEST = 2,     /* tokens multiplied at once */
-    X86_K_RUN = 64,       /* superblocks of a row that are multiplied before those of the next */
-    X86_K_AHEAD = X86_AHEAD_BYTES /* from what is multiplied to what is fetched */
+    X86_K_RUN = 64        /* superblocks of a row that are multiplied before those of the next */
 };
 
 /* What a token brings to a run of superblocks. */
@@ -197,7 +196,8 @@ MOE_AVX_VNNI_INLINE void x86_k_half16_avxvnni(const __m256i code[4], __m256i sca
  * core has for lines on their way. */
 MOE_AVX2_INLINE void x86_k_fetch(const uint8_t *block, size_t block_bytes)
 {
-    x86_prefetch((uintptr_t)block + X86_K_AHEAD, block_bytes);
+    const uintptr_t at = (uintptr_t)block;
+    x86_fetch_ahead((x86_ahead){at + X86_AHEAD_FIRST, at + X86_AHEAD_AGAIN}, 0, block_bytes);
 }
 
 MOE_INLINE void x86_k_blocks(const uint8_t *w, size_t block_bytes, const uint8_t *block[8])
