@@ -9,6 +9,8 @@
 #     --cache TYPE   of the key/value cache: f16 (default), q8_0
 #     --moe COMMAND  ours, default "build/moe"; may have options of `moe bench` behind it
 #     --run COMMAND  in front of every measured command, such as "taskset -c 0,1"
+#     --slice S      decode only: all are loaded, and run in turn for S seconds each
+#     --load S       with --slice: seconds that each gets to load, default 10
 #     --json         one JSON object instead of a table
 #
 # LLAMA_BENCH is a `llama-bench` of llama.cpp or ik_llama.cpp, with more options for it if need be:
@@ -19,6 +21,11 @@
 # changes in the machine changes for all. Each run is a process of its own, warms up and measures
 # once. The figures are medians over the rounds, with the slowest and the fastest; ratios are of
 # medians, ours over theirs. A runtime that cannot run the model is reported and left out.
+#
+# Where the speed of the machine changes faster than a run takes, as on a shared one, --slice S lets
+# each of them decode --repeat times (say 100 times --generate 16), all of them loaded but only one
+# running, the others stopped: medians do not count what a stop fell into. Memory has to hold them
+# all, and --prompt has to be 0.
 set -uf
 
 usage() {
@@ -30,6 +37,7 @@ is_number() {
 }
 
 model="" threads=2 repeat=5 prompt=512 generate=64 depth=0 cache=f16 moe=build/moe run="" json=0
+slice=0 load=10
 while [ $# -gt 0 ]; do
     case $1 in
     --json)
@@ -41,7 +49,7 @@ while [ $# -gt 0 ]; do
     *) break ;;
     esac
     case $1 in
-    --threads | --repeat | --prompt | --generate | --depth) is_number "$2" || usage ;;
+    --threads | --repeat | --prompt | --generate | --depth | --load) is_number "$2" || usage ;;
     esac
     case $1 in
     --model) model=$2 ;;
@@ -53,12 +61,18 @@ while [ $# -gt 0 ]; do
     --cache) cache=$2 ;;
     --moe) moe=$2 ;;
     --run) run=$2 ;;
+    --slice) slice=$2 ;;
+    --load) load=$2 ;;
     *) usage ;;
     esac
     shift 2
 done
 if [ -z "$model" ] || [ "$repeat" = 0 ] || [ $((prompt + generate)) = 0 ]; then
     usage
+fi
+if [ "$slice" != 0 ]; then
+    [ "$prompt" = 0 ] || usage
+    sleep "$slice" || usage
 fi
 [ -r "$model" ] || {
     echo "peers.sh: cannot read $model" >&2
@@ -112,25 +126,35 @@ attempt() {
     fi
 }
 
-# The median out of "KEY":{...,"median":X,...}.
+# The "median", "min" or "max" ($1) out of "KEY":{...,"median":X,...}.
 ours_value() {
-    sed -n "s/.*\"$1\":{[^}]*\"median\":\([0-9.e+-]*\).*/\1/p" "$dir/out"
+    sed -n "s/.*\"$2\":{[^}]*\"$1\":\([0-9.e+-]*\).*/\1/p" "$dir/out"
 }
 run_ours() {
+    if [ "$prompt" -gt 0 ]; then
+        # shellcheck disable=SC2086 # $moe may have options
+        set -- $moe
+        program=$1
+        shift
+        attempt 0 "$program" bench "$model" -t "$threads" -p "$prompt" -n 0 -r 1 --cache "$cache" \
+            --json "$@" || return
+        ours_value median prefill_tokens_per_s >>"$dir/0.pp"
+    fi
+    if [ "$generate" -gt 0 ]; then
+        decode_ours attempt 1 || return
+        ours_value median decode_tokens_per_s >>"$dir/0.tg"
+    fi
+}
+
+# Decode of runner 0, $2 times: what $1 does with a number and a command.
+decode_ours() {
+    how=$1 times=$2
     # shellcheck disable=SC2086 # $moe may have options
     set -- $moe
     program=$1
     shift
-    if [ "$prompt" -gt 0 ]; then
-        attempt 0 "$program" bench "$model" -t "$threads" -p "$prompt" -n 0 -r 1 --cache "$cache" \
-            --json "$@" || return
-        ours_value prefill_tokens_per_s >>"$dir/0.pp"
-    fi
-    if [ "$generate" -gt 0 ]; then
-        attempt 0 "$program" bench "$model" -t "$threads" -p 0 -n "$generate" -d "$depth" -r 1 \
-            --cache "$cache" --json "$@" || return
-        ours_value decode_tokens_per_s >>"$dir/0.tg"
-    fi
+    "$how" 0 "$program" bench "$model" -t "$threads" -p 0 -n "$generate" -d "$depth" -r "$times" \
+        --cache "$cache" --json "$@"
 }
 
 # Tokens per second of each test of llama-bench's JSON: prefill if it generated nothing.
@@ -141,14 +165,24 @@ peer_values() {
 }
 run_peer() {
     i=$1
-    # shellcheck disable=SC2046 # a command with options
-    set -- $(cat "$dir/$i.command") -m "$model" -t "$threads" -ctk "$cache" -ctv "$cache" -r 1 \
-        -o json
     if [ "$prompt" -gt 0 ]; then
-        attempt "$i" "$@" -p "$prompt" -n 0 || return
+        # shellcheck disable=SC2046 # a command with options
+        attempt "$i" $(cat "$dir/$i.command") -m "$model" -t "$threads" -ctk "$cache" \
+            -ctv "$cache" -r 1 -o json -p "$prompt" -n 0 || return
         peer_values "$i"
     fi
-    [ "$generate" -gt 0 ] || return
+    if [ "$generate" -gt 0 ]; then
+        decode_peer "$i" attempt 1 || return
+        peer_values "$i"
+    fi
+}
+
+# Decode of runner $1, $3 times: what $2 does with a number and a command.
+decode_peer() {
+    i=$1 how=$2 times=$3
+    # shellcheck disable=SC2046 # a command with options
+    set -- $(cat "$dir/$i.command") -m "$model" -t "$threads" -ctk "$cache" -ctv "$cache" \
+        -r "$times" -o json
     if [ "$depth" = 0 ]; then
         set -- "$@" -p 0 -n "$generate"
     elif "$1" --help 2>&1 | grep -q -e '-gp <pp,tg>'; then # ik_llama.cpp
@@ -156,26 +190,106 @@ run_peer() {
     else
         set -- "$@" -p 0 -n "$generate" -d "$depth"
     fi
-    attempt "$i" "$@" || return
-    peer_values "$i"
+    "$how" "$i" "$@"
 }
 
-round=0
-while [ $round -lt "$repeat" ]; do
-    round=$((round + 1))
+# -- all at once, one of them running --
+
+# Starts runner $1, a process group of its own, lets it load, and stops it.
+launch() {
+    i=$1
+    shift
+    # shellcheck disable=SC2016,SC2086 # $run is a command with arguments, the quoted text a script
+    setsid sh -c 'status=$0; "$@"; echo $? >"$status"' "$dir/$i.status" $run "$@" \
+        >"$dir/$i.out" 2>"$dir/$i.err" &
+    echo $! >"$dir/$i.group"
+    sleep "$load"
+    signal STOP "$i"
+}
+
+signal() {
+    kill -s "$1" -- "-$(cat "$dir/$2.group")" 2>/dev/null
+}
+
+# Takes the figures of runner $1, which has ended.
+take() {
+    mv "$dir/$1.out" "$dir/out"
+    if [ "$(cat "$dir/$1.status")" != 0 ]; then
+        echo "peers.sh: $(cat "$dir/$1.name") failed: $(tail -n 1 "$dir/$1.err")" >&2
+        : >"$dir/$1.failed"
+    elif [ "$1" = 0 ]; then
+        for what in median min max; do
+            ours_value $what decode_tokens_per_s
+        done >"$dir/0.tg"
+    else
+        awk '/"samples_ts":/ { gsub(/[^0-9.e+,-]/, ""); sub(/^[^0-9]*/, ""); gsub(/,+/, "\n")
+                               print }' "$dir/out" | sed '/^$/d' >"$dir/$1.tg"
+    fi
+}
+
+end_all() {
     i=0
-    while [ $i -le $n ]; do
-        echo "round $round of $repeat: $(cat "$dir/$i.name")" >&2
-        if [ -e "$dir/$i.failed" ]; then
-            :
-        elif [ $i = 0 ]; then
-            run_ours
-        else
-            run_peer $i
-        fi
+    while [ "$i" -le "$n" ]; do
+        [ -e "$dir/$i.group" ] && [ ! -e "$dir/$i.status" ] && signal KILL "$i"
         i=$((i + 1))
     done
-done
+    rm -rf "$dir"
+}
+
+run_sliced() {
+    trap end_all EXIT
+    decode_ours launch "$repeat"
+    i=0
+    while [ "$i" -lt "$n" ]; do
+        i=$((i + 1))
+        decode_peer "$i" launch "$repeat"
+    done
+    left=$((n + 1))
+    while [ $left -gt 0 ]; do
+        i=0 left=0
+        while [ $i -le $n ]; do
+            if [ ! -e "$dir/$i.status" ]; then
+                left=$((left + 1))
+                signal CONT $i
+                sleep "$slice"
+                signal STOP $i
+            fi
+            i=$((i + 1))
+        done
+    done
+    i=0
+    while [ $i -le $n ]; do
+        take $i
+        i=$((i + 1))
+    done
+}
+
+# -- one after the other --
+
+run_rounds() {
+    round=0
+    while [ $round -lt "$repeat" ]; do
+        round=$((round + 1))
+        i=0
+        while [ $i -le $n ]; do
+            echo "round $round of $repeat: $(cat "$dir/$i.name")" >&2
+            if [ -e "$dir/$i.failed" ]; then
+                :
+            elif [ $i = 0 ]; then
+                run_ours
+            else
+                run_peer $i
+            fi
+            i=$((i + 1))
+        done
+    done
+}
+
+if [ "$slice" = 0 ]; then
+    run_rounds
+else
+    run_sliced
+fi
 
 # "median min max" of a file of numbers; nothing if there is none.
 summary() {
