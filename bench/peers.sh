@@ -72,7 +72,7 @@ if [ -z "$model" ] || [ "$repeat" = 0 ] || [ $((prompt + generate)) = 0 ]; then
 fi
 if [ "$slice" != 0 ]; then
     [ "$prompt" = 0 ] || usage
-    sleep "$slice" || usage
+    sleep "$slice" || usage # it knows what seconds are
 fi
 [ -r "$model" ] || {
     echo "peers.sh: cannot read $model" >&2
@@ -84,11 +84,12 @@ trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' INT TERM
 
 # Runner i is described by $dir/i.name and $dir/i.command; its figures go to $dir/i.pp and i.tg.
-n=0
+n=0 runners=0
 echo "moe.c" >"$dir/0.name"
 # "NAME=command", or a command whose name is that of the folder above build/, bin/ and the like.
 for peer in "$@"; do
     n=$((n + 1))
+    runners="$runners $n"
     command=$peer
     first=${peer%% *}
     case $first in
@@ -130,14 +131,21 @@ attempt() {
 ours_value() {
     sed -n "s/.*\"$2\":{[^}]*\"$1\":\([0-9.e+-]*\).*/\1/p" "$dir/out"
 }
+# What $1 does with a runner's number and its command, for ours: `moe bench` with these options, and
+# behind them those of --moe.
+ours() {
+    how=$1
+    shift
+    # shellcheck disable=SC2086 # options
+    "$how" 0 "${moe%% *}" bench "$model" -t "$threads" --cache "$cache" --json "$@" \
+        ${moe#"${moe%% *}"}
+}
+decode_ours() {
+    ours "$1" -p 0 -n "$generate" -d "$depth" -r "$2" # times
+}
 run_ours() {
     if [ "$prompt" -gt 0 ]; then
-        # shellcheck disable=SC2086 # $moe may have options
-        set -- $moe
-        program=$1
-        shift
-        attempt 0 "$program" bench "$model" -t "$threads" -p "$prompt" -n 0 -r 1 --cache "$cache" \
-            --json "$@" || return
+        ours attempt -p "$prompt" -n 0 -r 1 || return
         ours_value median prefill_tokens_per_s >>"$dir/0.pp"
     fi
     if [ "$generate" -gt 0 ]; then
@@ -146,51 +154,39 @@ run_ours() {
     fi
 }
 
-# Decode of runner 0, $2 times: what $1 does with a number and a command.
-decode_ours() {
-    how=$1 times=$2
-    # shellcheck disable=SC2086 # $moe may have options
-    set -- $moe
-    program=$1
-    shift
-    "$how" 0 "$program" bench "$model" -t "$threads" -p 0 -n "$generate" -d "$depth" -r "$times" \
-        --cache "$cache" --json "$@"
-}
-
 # Tokens per second of each test of llama-bench's JSON: prefill if it generated nothing.
 peer_values() {
     awk -v pp="$dir/$1.pp" -v tg="$dir/$1.tg" '
         /"n_gen":/  { gsub(/[^0-9]/, "", $2); n_gen = $2 }
         /"avg_ts":/ { gsub(/,/, "", $2); print $2 >>(n_gen + 0 ? tg : pp) }' "$dir/out"
 }
-run_peer() {
-    i=$1
-    if [ "$prompt" -gt 0 ]; then
-        # shellcheck disable=SC2046 # a command with options
-        attempt "$i" $(cat "$dir/$i.command") -m "$model" -t "$threads" -ctk "$cache" \
-            -ctv "$cache" -r 1 -o json -p "$prompt" -n 0 || return
-        peer_values "$i"
-    fi
-    if [ "$generate" -gt 0 ]; then
-        decode_peer "$i" attempt 1 || return
-        peer_values "$i"
+# The same for runner $2, a peer.
+peer() {
+    how=$1 i=$2
+    shift 2
+    # shellcheck disable=SC2046 # a command with options
+    "$how" "$i" $(cat "$dir/$i.command") -m "$model" -t "$threads" -ctk "$cache" -ctv "$cache" \
+        -o json "$@"
+}
+decode_peer() {
+    command=$(cat "$dir/$2.command")
+    if [ "$depth" = 0 ]; then
+        peer "$1" "$2" -r "$3" -p 0 -n "$generate"
+    elif "${command%% *}" --help 2>&1 | grep -q -e '-gp <pp,tg>'; then # ik_llama.cpp
+        peer "$1" "$2" -r "$3" -p 0 -n 0 -gp "$depth,$generate"
+    else
+        peer "$1" "$2" -r "$3" -p 0 -n "$generate" -d "$depth"
     fi
 }
-
-# Decode of runner $1, $3 times: what $2 does with a number and a command.
-decode_peer() {
-    i=$1 how=$2 times=$3
-    # shellcheck disable=SC2046 # a command with options
-    set -- $(cat "$dir/$i.command") -m "$model" -t "$threads" -ctk "$cache" -ctv "$cache" \
-        -r "$times" -o json
-    if [ "$depth" = 0 ]; then
-        set -- "$@" -p 0 -n "$generate"
-    elif "$1" --help 2>&1 | grep -q -e '-gp <pp,tg>'; then # ik_llama.cpp
-        set -- "$@" -p 0 -n 0 -gp "$depth,$generate"
-    else
-        set -- "$@" -p 0 -n "$generate" -d "$depth"
+run_peer() {
+    if [ "$prompt" -gt 0 ]; then
+        peer attempt "$1" -r 1 -p "$prompt" -n 0 || return
+        peer_values "$1"
     fi
-    "$how" "$i" "$@"
+    if [ "$generate" -gt 0 ]; then
+        decode_peer attempt "$1" 1 || return
+        peer_values "$1"
+    fi
 }
 
 # -- all at once, one of them running --
@@ -228,39 +224,34 @@ take() {
 }
 
 end_all() {
-    i=0
-    while [ "$i" -le "$n" ]; do
+    for i in $runners; do
         [ -e "$dir/$i.group" ] && [ ! -e "$dir/$i.status" ] && signal KILL "$i"
-        i=$((i + 1))
     done
     rm -rf "$dir"
 }
 
 run_sliced() {
     trap end_all EXIT
-    decode_ours launch "$repeat"
-    i=0
-    while [ "$i" -lt "$n" ]; do
-        i=$((i + 1))
-        decode_peer "$i" launch "$repeat"
+    for i in $runners; do
+        if [ "$i" = 0 ]; then
+            decode_ours launch "$repeat"
+        else
+            decode_peer launch "$i" "$repeat"
+        fi
     done
-    left=$((n + 1))
-    while [ $left -gt 0 ]; do
-        i=0 left=0
-        while [ $i -le $n ]; do
-            if [ ! -e "$dir/$i.status" ]; then
-                left=$((left + 1))
-                signal CONT $i
-                sleep "$slice"
-                signal STOP $i
-            fi
-            i=$((i + 1))
+    left=1
+    while [ $left = 1 ]; do
+        left=0
+        for i in $runners; do
+            [ -e "$dir/$i.status" ] && continue
+            left=1
+            signal CONT "$i"
+            sleep "$slice"
+            signal STOP "$i"
         done
     done
-    i=0
-    while [ $i -le $n ]; do
-        take $i
-        i=$((i + 1))
+    for i in $runners; do
+        take "$i"
     done
 }
 
@@ -270,17 +261,15 @@ run_rounds() {
     round=0
     while [ $round -lt "$repeat" ]; do
         round=$((round + 1))
-        i=0
-        while [ $i -le $n ]; do
+        for i in $runners; do
             echo "round $round of $repeat: $(cat "$dir/$i.name")" >&2
             if [ -e "$dir/$i.failed" ]; then
                 :
-            elif [ $i = 0 ]; then
+            elif [ "$i" = 0 ]; then
                 run_ours
             else
-                run_peer $i
+                run_peer "$i"
             fi
-            i=$((i + 1))
         done
     done
 }
@@ -298,11 +287,9 @@ summary() {
         print m, v[1], v[NR] }'
 }
 # One line per runner: name, tab, median min max of prefill, tab, the same of decode.
-i=0
-while [ $i -le $n ]; do
+for i in $runners; do
     printf '%s\t%s\t%s\n' "$(cat "$dir/$i.name")" "$(summary "$dir/$i.pp")" \
         "$(summary "$dir/$i.tg")"
-    i=$((i + 1))
 done >"$dir/table"
 
 awk -F '\t' -v json=$json -v model="$model" -v threads="$threads" -v repeat="$repeat" \
