@@ -23,9 +23,10 @@
 # medians, ours over theirs. A runtime that cannot run the model is reported and left out.
 #
 # Where the speed of the machine changes faster than a run takes, as on a shared one, --slice S lets
-# each of them decode --repeat times (say 100 times --generate 16), all of them loaded but only one
-# running, the others stopped: medians do not count what a stop fell into. Memory has to hold them
-# all, and --prompt has to be 0.
+# each of them decode --repeat times, all of them loaded but only one running, the others stopped:
+# medians do not count what a stop fell into, if a repetition (--generate) takes a small part of S.
+# Who needs longest runs his last repetitions alone. Memory has to hold them all, and --prompt has
+# to be 0.
 set -uf
 
 usage() {
