@@ -270,7 +270,7 @@ MOE_API const moe_tokenizer *moe_model_tokenizer(const moe_model *model);
 /* --------------------------------------------------------------------------------- session -- */
 
 typedef enum moe_cache_type {
-    MOE_CACHE_F16 = 0,
+    MOE_CACHE_F16 = 0,  /* latents: integers of 16 bits with a scale per position, as exact */
     MOE_CACHE_Q8_0 = 1, /* 53 % of F16's size */
     MOE_CACHE_F32 = 2
 } moe_cache_type;
@@ -322,9 +322,8 @@ MOE_API void moe_observer_init(moe_observer *observer);
 /* How a model with latent attention computes it (DeepSeek V2 and V3 and their kin; others: no
  * difference). The cache is the same, and so is the form for few tokens.
  *   absorbed  queries are multiplied into the space of the latents, always
- *   expanded  where a call of moe_session_eval has so many tokens that it takes fewer
- *             multiplications, from about 200 on, keys and values are made from the latents for
- *             each head. That is faster, the more so the longer the prompt and the larger n_batch.
+ *   expanded  where a call of moe_session_eval has so many tokens that it takes less time, from
+ *             some hundreds on, keys and values are made from the latents for each head. That is faster, the more so the longer the prompt and the larger n_batch.
  *             It rounds differently: logits then depend also on how long the calls were, but
  *             still on no batch, thread or instruction set */
 typedef enum moe_latent {

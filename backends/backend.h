@@ -128,19 +128,26 @@ typedef struct moe_rope_op {
     bool interleaved;   // pairs (2i, 2i+1), else (i, i + n_rot/2)
 } moe_rope_op;
 
+/* How latents are kept where F16 is asked for: as 16-bit integers with a scale for each row, which
+ * are as exact and multiplied faster (backends/cpu_int16.h). No other vectors are, and what reads
+ * such a cache finds keys and values in the same row. */
+#define CACHE_INT16 ((moe_cache_type)(MOE_CACHE_F32 + 1))
+
 /* A cache of one vector per head and position. Position p lives in slot p modulo n_slot; n_slot is
  * the context length, or less for a sliding window. */
 typedef struct moe_cache {
-    moe_view data;       // [n_head][n_slot][row_bytes(dim)]
+    moe_view data;       // [n_head][n_slot], of cache_row_bytes() each: how is the backend's matter
     moe_cache_type type;
     uint32_t n_head, n_slot, dim;
 } moe_cache;
 
 MOE_INLINE uint64_t cache_row_bytes(moe_cache_type type, uint32_t dim)
 {
+    const uint64_t padded = ((uint64_t)dim + 31) / 32 * 32;
     return type == MOE_CACHE_F16   ? (uint64_t)dim * 2
            : type == MOE_CACHE_F32 ? (uint64_t)dim * 4
-                                   : ((uint64_t)dim + 31) / 32 * 34; /* blocks of Q8_0, padded */
+           : type == CACHE_INT16   ? (dim ? padded * 2 + sizeof(float) : 0)
+                                   : padded / 32 * 34; /* blocks of Q8_0 */
 }
 
 /* Stores rows for positions pos .. pos + n_tok - 1. */
@@ -366,6 +373,7 @@ typedef struct moe_queue_options {
     uint32_t n_head_max;     // of attend and heads
     uint32_t n_slot_max;     // of a cache
     uint32_t dim_max;        // of a cache
+    bool int16;              // some cache is CACHE_INT16
     moe_expand_shape expand; // of attend with expanded keys; zeros: there is none
 } moe_queue_options;
 

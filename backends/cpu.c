@@ -103,6 +103,7 @@ static moe_status cpu_device_open(moe_device **out, const moe_device_options *op
     d->cpu = cpu_allowed(cpu_detect(), options->isa);
     d->simd = cpu_simd_select(d->cpu);
     d->outer = cpu_outer_select(d->cpu);
+    d->int16 = cpu_int16_select(d->cpu);
     for (size_t i = 0; i < MOE_COUNT(quant_table); i++)
         d->kernels[i] = quant_table[i]->select(d->cpu);
     const uint32_t vnni_bf16 = MOE_CPU_AVX512_VNNI | MOE_CPU_AVX512_BF16;
@@ -182,7 +183,7 @@ static cpu_scratch cpu_scratch_layout(const moe_queue_options *o, uint8_t *base,
     const moe_expand_shape *e = &o->expand;
     const uint64_t n_expand = e->n_latent ? align_up(MOE_MIN(o->n_tok_max, CPU_EXPAND_TOKENS),
                                                      CPU_PANEL) : 0;
-    const uint64_t n_key = e->n_latent ? CPU_SEGMENT : 0;
+    const uint64_t n_key = e->n_latent ? CPU_SEGMENT : 0, n_int16 = o->int16 ? n_query : 0;
     return (cpu_scratch){
         .tile = cpu_take(base, used, CPU_TILE * f),
         .queries = cpu_take(base, used, n_query * o->dim_max * f),
@@ -191,6 +192,10 @@ static cpu_scratch cpu_scratch_layout(const moe_queue_options *o, uint8_t *base,
         .scores = cpu_take(base, used, n_query * CPU_SCORES * f),
         .partial = cpu_take(base, used, n_query * row),
         .total = cpu_take(base, used, n_query * row),
+        .codes = cpu_take(base, used, n_int16 * dim * sizeof(int16_t)),
+        .scales = cpu_take(base, used, n_int16 * f),
+        .weights = cpu_take(base, used, n_int16 * I16_BLOCK * sizeof(int16_t)),
+        .steps = cpu_take(base, used, n_int16 * f),
         .up = cpu_take(base, used, (uint64_t)e->n_latent * (e->n_nope + e->dim_v) * f),
         .expanded = cpu_take(base, used, n_key * (e->dim_k + e->dim_v) * f),
         .expanded_queries = cpu_take(base, used, n_expand * e->dim_k * f),

@@ -8,7 +8,8 @@
  * Within a segment, blocks of keys and values are converted to float, and all queries of the task
  * are multiplied with a block while it is in the cache of the core; up to 16 queries are multiplied
  * with F16 as it stands. Many queries stand side by side in panels; with few, keys are transposed
- * instead.
+ * instead. Latents of integers (cpu_int16.h) are multiplied as they stand, by any number of queries
+ * that have become integers too.
  *
  * Must never: allocate, lock, fail. */
 #ifndef MOE_BACKENDS_CPU_ATTEND_C
@@ -26,6 +27,9 @@ static void cpu_store_token(moe_queue *q, const cpu_op *op, uint32_t t, uint32_t
         uint8_t *dst = cpu_cache_row(c, h, o->pos + t);
         if (c->type == MOE_CACHE_F32) {
             memcpy(dst, src, c->dim * sizeof *src);
+        } else if (c->type == CACHE_INT16) {
+            *cpu_cache_scale(c, h, o->pos + t) =
+                q->device->int16->quantize((int16_t *)(void *)dst, src, c->dim);
         } else if (c->type == MOE_CACHE_F16) {
             q->device->simd->f16_of_f32(dst, src, c->dim);
         } else {
@@ -45,6 +49,16 @@ static void cpu_store(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t th
         cpu_store_token(q, op, t, thread);
 }
 
+/* cpu_cache_floats() of a cache of integers. */
+static void cpu_int16_floats(const moe_queue *q, const moe_cache *c, uint32_t head, uint32_t first,
+                             uint32_t n, float *dst)
+{
+    const size_t stride = (size_t)align_up(c->dim, 32);
+    for (uint32_t i = 0; i < n; i++)
+        q->device->int16->dequantize(dst + i * stride, cpu_codes(c, head, first + i),
+                                     *cpu_cache_scale(c, head, first + i), stride);
+}
+
 /* Positions [first, first + n) of a head as floats: dst[i][stride], stride = dim rounded up to 32.
  * Fetches the rows that lie `ahead` rows further on; 0: none. */
 static void cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t head, uint32_t first,
@@ -52,7 +66,11 @@ static void cpu_cache_floats(const moe_queue *q, const moe_cache *c, uint32_t he
 {
     enum { FETCH_ROWS = 4 };
     const size_t stride = (size_t)align_up(c->dim, 32);
-    const size_t row_bytes = (size_t)cache_row_bytes(c->type, c->dim);
+    const size_t row_bytes = (size_t)cpu_row_bytes(c);
+    if (c->type == CACHE_INT16) {
+        cpu_int16_floats(q, c, head, first, n, dst);
+        return;
+    }
     for (uint32_t i = 0, n_run; i < n; i += n_run, dst += n_run * stride) {
         const uint8_t *src = cpu_cache_row(c, head, first + i);
         /* Rows that are neighbours here and there, up to where the ring begins anew, are one. */
@@ -161,8 +179,9 @@ static void cpu_softcap_scores(const moe_queue *q, const cpu_queries *a, float *
 }
 
 /* A segment for all queries of a task: partial[i] = (sum of exp(s - max) v, max,
- * sum of exp(s - max)). A query that sees nothing of the segment gets a sum of 0. There are two
- * ways to it, with the same bits: the neighbours in a vector are keys, or they are queries. */
+ * sum of exp(s - max)). A query that sees nothing of the segment gets a sum of 0. For floats there
+ * are two ways to it, with the same bits: the neighbours in a vector are keys, or they are queries.
+ */
 
 /* --------------------------------------------------------------------------- few queries -- */
 
@@ -190,7 +209,7 @@ static void cpu_row_scores(const moe_queue *q, const cpu_queries *a, uint32_t st
         .n_col = (size_t)align_up(n, CPU_KEY_ROWS),
         .fresh = true,
         .next = (uintptr_t)cpu_cache_row(a->v, a->kv_head, first),
-        .next_bytes = n * (size_t)cache_row_bytes(a->v->type, a->v->dim),
+        .next_bytes = n * (size_t)cpu_row_bytes(a->v),
     };
     cpu_cache_transposed(q, a->k, a->kv_head, first, n, s->rows, s->block);
     q->device->outer->outer(&o);
@@ -328,7 +347,7 @@ typedef struct cpu_ahead {
 
 static cpu_ahead cpu_ahead_of(const moe_cache *c, uint32_t head, uint32_t first, uint32_t n_product)
 {
-    const uint64_t bytes = CPU_KEY_BLOCK * cache_row_bytes(c->type, c->dim);
+    const uint64_t bytes = CPU_KEY_BLOCK * cpu_row_bytes(c);
     return (cpu_ahead){(uintptr_t)cpu_cache_row(c, head, first),
                        (size_t)align_up(bytes / n_product, 64)};
 }
@@ -444,13 +463,12 @@ static void cpu_segment_panels(const moe_queue *q, const cpu_queries *a, uint32_
 }
 
 /* A single panel of up to 16 queries, keys and values of F16 as they stand. What comes next is
- * fetched meanwhile: values, unless they are parts of the keys, then the next keys. */
+ * fetched meanwhile: values, then the next keys. */
 static void cpu_segment_f16(const moe_queue *q, const cpu_queries *a, uint32_t start,
                             const cpu_scratch *s)
 {
     const cpu_panel p = cpu_panel_at(a, 0, start, s);
-    const bool latent = cpu_cache_row(a->v, 0, 0) == cpu_cache_row(a->k, 0, 0);
-    const size_t dim = cpu_value_dim(a->o, a->v), half = latent ? a->next_bytes / 2 : 0;
+    const size_t dim = cpu_value_dim(a->o, a->v);
     cpu_outer scores = {
         .c_stride = p.stride,
         .a_stride = a->k->dim,
@@ -460,8 +478,8 @@ static void cpu_segment_f16(const moe_queue *q, const cpu_queries *a, uint32_t s
         .n_k = a->k->dim,
         .n_col = p.n_col,
         .fresh = true,
-        .next = latent ? a->next : (uintptr_t)cpu_cache_row(a->v, a->kv_head, p.lo),
-        .next_bytes = latent ? half : CPU_SEGMENT * cache_row_bytes(a->v->type, a->v->dim),
+        .next = (uintptr_t)cpu_cache_row(a->v, a->kv_head, p.lo),
+        .next_bytes = CPU_SEGMENT * cpu_row_bytes(a->v),
     };
     for (uint32_t b = p.lo; b < p.hi; b += (uint32_t)scores.n_row) {
         scores.c = p.scores + (b - start) * p.stride;
@@ -478,8 +496,8 @@ static void cpu_segment_f16(const moe_queue *q, const cpu_queries *a, uint32_t s
         .n_row = p.n,
         .n_col = dim,
         .fresh = true,
-        .next = a->next + half,
-        .next_bytes = a->next_bytes - half,
+        .next = a->next,
+        .next_bytes = a->next_bytes,
     };
     for (uint32_t b = p.lo; b < p.hi; b += (uint32_t)values.n_k, values.fresh = false) {
         values.a = p.scores + (b - start) * p.stride;
@@ -488,17 +506,116 @@ static void cpu_segment_f16(const moe_queue *q, const cpu_queries *a, uint32_t s
     }
 }
 
+/* ------------------------------------------------------------------------------- integers -- */
+
+/* The positions of a segment that some query may see, as rows of codes. Blocks and padding are
+ * filled up with rows that get no weight. */
+typedef struct cpu_int16_rows {
+    uint32_t start, first, end; // first: that of a block
+    const int16_t *row[CPU_SEGMENT + I16_ROWS];
+    float scale[CPU_SEGMENT + I16_ROWS]; // both by position from `start` on
+} cpu_int16_rows;
+
+static void cpu_gather_codes(const moe_queue *q, const cpu_queries *a, const cpu_scratch *s)
+{
+    const size_t dim = a->k->dim, stride = (size_t)align_up(dim, I16_GROUP);
+    for (uint32_t t = 0, i = 0; t < a->n_tok; t++) {
+        cpu_scale_queries(q, a, t, s->queries);
+        for (uint32_t h = 0; h < a->group; h++, i++)
+            s->scales[i] = q->device->int16->quantize(s->codes + i * stride, s->queries + h * dim,
+                                                      dim);
+    }
+}
+
+static void cpu_int16_find(const cpu_queries *a, uint32_t start, cpu_int16_rows *r)
+{
+    uint32_t first, end, ignored;
+    cpu_visible(a->o, a->tok, start, &first, &ignored);
+    cpu_visible(a->o, a->tok + a->n_tok - 1, start, &ignored, &end);
+    r->start = start;
+    r->first = first / I16_BLOCK * I16_BLOCK;
+    r->end = end;
+    for (uint32_t pos = r->first; pos < (uint32_t)align_up(end, I16_ROWS); pos++) {
+        const uint32_t from = MOE_MIN(MOE_MAX(pos, first), end - 1);
+        r->row[pos - start] = cpu_codes(a->k, a->kv_head, from);
+        r->scale[pos - start] = *cpu_cache_scale(a->k, a->kv_head, from);
+    }
+}
+
+/* Weights as integers, and the values times them, a block at a time. */
+static void cpu_int16_values(const moe_queue *q, const cpu_queries *a, const cpu_int16_rows *r,
+                             const cpu_scratch *s)
+{
+    const size_t dim = cpu_value_dim(a->o, a->v);
+    const uint32_t n_block = cpu_ceil_div(r->end - r->first, I16_BLOCK);
+    const size_t share = a->next_bytes / 2 / n_block;
+    for (uint32_t b = r->first, n, i = 0; b < r->end; b += n, i++) {
+        const uint32_t at = b - r->start;
+        n = MOE_MIN(I16_BLOCK, r->end - b);
+        for (uint32_t k = 0; k < a->n_query; k++)
+            s->steps[k] = q->device->int16->weights(s->weights + k * I16_BLOCK,
+                                                    s->scores + (size_t)k * CPU_SCORES + at,
+                                                    r->scale + at, n);
+        q->device->int16->values(&(i16_values){
+            .c = s->partial,
+            .w = s->weights,
+            .step = s->steps,
+            .v = r->row + at,
+            .c_stride = cpu_sum_stride(dim),
+            .n_query = a->n_query,
+            .n_row = n,
+            .n_col = dim,
+            .next = a->next + a->next_bytes / 2 + i * share,
+            .next_bytes = share,
+        });
+    }
+}
+
+/* Any number of queries, keys and values of integers, which are the same rows. The next ones are
+ * fetched meanwhile. */
+static void cpu_segment_int16(const moe_queue *q, const cpu_queries *a, uint32_t start,
+                              const cpu_scratch *s)
+{
+    cpu_int16_rows r;
+    cpu_int16_find(a, start, &r);
+    memset(s->partial, 0,
+           a->n_query * cpu_sum_stride(cpu_value_dim(a->o, a->v)) * sizeof(float));
+    q->device->int16->scores(&(i16_scores){
+        .c = s->scores + (r.first - start),
+        .q = s->codes,
+        .q_scale = s->scales,
+        .k = r.row + (r.first - start),
+        .k_scale = r.scale + (r.first - start),
+        .c_stride = CPU_SCORES,
+        .n_query = a->n_query,
+        .n_key = r.end - r.first,
+        .n_dim = (size_t)align_up(a->k->dim, I16_GROUP),
+        .next = a->next,
+        .next_bytes = a->next_bytes / 2,
+    });
+    for (uint32_t i = 0; i < a->n_query; i++)
+        cpu_row_weights(q, a, i, start, r.first, r.end, s);
+    cpu_int16_values(q, a, &r, s);
+}
+
 /* ------------------------------------------------------------------------------- segments -- */
 
 static void cpu_gather_queries(const moe_queue *q, const cpu_queries *a, const cpu_scratch *s)
 {
-    (a->n_query > CPU_FEW_QUERIES ? cpu_gather_panels : cpu_gather_rows)(q, a, s);
+    if (a->k->type == CACHE_INT16)
+        cpu_gather_codes(q, a, s);
+    else if (a->n_query <= CPU_FEW_QUERIES)
+        cpu_gather_rows(q, a, s);
+    else
+        cpu_gather_panels(q, a, s);
 }
 
 static void cpu_segment(const moe_queue *q, const cpu_queries *a, uint32_t start,
                         const cpu_scratch *s)
 {
-    if (a->n_query <= CPU_FEW_QUERIES)
+    if (a->k->type == CACHE_INT16)
+        cpu_segment_int16(q, a, start, s);
+    else if (a->n_query <= CPU_FEW_QUERIES)
         cpu_segment_rows(q, a, start, s);
     else if (a->n_query <= CPU_F16_QUERIES && a->k->type == MOE_CACHE_F16)
         cpu_segment_f16(q, a, start, s);
@@ -554,7 +671,7 @@ static uintptr_t cpu_segment_keys(const moe_cache *k, uint32_t head, uint32_t st
                                   size_t *bytes)
 {
     const uint32_t n = start < end ? cpu_cache_run(k, start, MOE_MIN(CPU_SEGMENT, end - start)) : 0;
-    *bytes = n * (size_t)cache_row_bytes(k->type, k->dim);
+    *bytes = n * (size_t)cpu_row_bytes(k);
     return (uintptr_t)cpu_cache_row(k, head, start);
 }
 
@@ -603,7 +720,6 @@ static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, ui
 {
     const moe_attend_op *o = &op->u.attend;
     const size_t dim = cpu_value_dim(o, &op->v), stride = cpu_sum_stride(dim);
-    const uint32_t n_segment = cpu_ceil_div(o->pos + 1, CPU_SEGMENT);
     const uint32_t group = o->n_head / op->k.n_head, n_part = cpu_ceil_div(group, op->chunk);
     const uint32_t part = task % n_part, kv_head = task / n_part % op->k.n_head;
     const uint32_t segment = task / n_part / op->k.n_head;
@@ -611,16 +727,15 @@ static void cpu_attend_segment(moe_queue *q, const cpu_op *op, uint32_t task, ui
     cpu_queries a = {o, &op->k, &op->v, kv_head, 0, 1, kv_head * group + part * op->chunk, n_head,
                      n_head, 0, 0};
     a.next = cpu_task_keys(op, task + 1, &a.next_bytes);
-    cpu_scratch *s = &q->scratch[thread];
+    const cpu_scratch *s = &q->scratch[thread];
+    cpu_scratch out = *s;
+    out.partial = q->segments + ((size_t)segment * o->n_head + a.head) * stride;
     uint32_t lo, hi;
     cpu_gather_queries(q, &a, s);
     if (cpu_visible(o, 0, segment * CPU_SEGMENT, &lo, &hi))
-        cpu_segment(q, &a, segment * CPU_SEGMENT, s);
+        cpu_segment(q, &a, segment * CPU_SEGMENT, &out);
     else
-        memset(s->partial, 0, n_head * stride * sizeof(float));
-    for (uint32_t i = 0; i < n_head; i++)
-        memcpy(q->segments + ((size_t)cpu_query_head(&a, i) * n_segment + segment) * stride,
-               s->partial + i * stride, stride * sizeof(float));
+        memset(out.partial, 0, n_head * stride * sizeof(float));
 }
 
 static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint32_t thread)
@@ -631,7 +746,7 @@ static void cpu_attend_join(moe_queue *q, const cpu_op *op, uint32_t head, uint3
     float *total = q->scratch[thread].total;
     memset(total, 0, stride * sizeof *total);
     for (uint32_t i = 0; i < n_segment; i++)
-        cpu_merge(q, total, q->segments + ((size_t)head * n_segment + i) * stride, dim, 1);
+        cpu_merge(q, total, q->segments + ((size_t)i * o->n_head + head) * stride, dim, 1);
     cpu_attend_finish(q, o, dim, 0, head, total);
 }
 

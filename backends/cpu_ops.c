@@ -11,6 +11,7 @@
 
 #include "../quant/quant.c"
 #include "backend.h"
+#include "cpu_int16.h"
 #include "cpu_outer.h"
 #include "cpu_simd.h"
 #include "cpu_threads.c"
@@ -51,6 +52,7 @@ struct moe_device {
     uint32_t cpu; // moe_cpu bits
     const cpu_simd *simd;
     const cpu_outer_kernels *outer;
+    const cpu_int16 *int16;
     moe_kernels kernels[MOE_COUNT(quant_table)];
     char name[48];
 };
@@ -101,6 +103,11 @@ typedef struct cpu_scratch {
     float *scores;  // [n_panel][CPU_SEGMENT][CPU_PANEL or less]; few: [n_query][CPU_SCORES]
     float *partial; // [n_query][cpu_sum_stride(dim_max)]: a segment's values, maximum and sum
     float *total;   // the same of the segments so far
+    /* Of latents as integers: */
+    int16_t *codes;   // [n_query][dim_max rounded up to 32]: queries
+    float *scales;    // [n_query]
+    int16_t *weights; // [n_query][I16_BLOCK]
+    float *steps;     // [n_query]
     /* Of latent attention in its expanded form, a head at a time: */
     float *up;               // [n_latent][n_nope], [n_latent][dim_v]: its matrices
     float *expanded;         // [CPU_SEGMENT][dim_k], [CPU_SEGMENT][dim_v]: keys, values
@@ -124,7 +131,7 @@ struct moe_queue {
     cpu_op *ops;       // [CPU_MAX_OPS]
     cpu_phase *phases; // [CPU_MAX_PHASES]
     uint8_t *act[MOE_ACT_COUNT]; // by moe_act: packed rows of the running product
-    float *segments;   // [n_head_max][n_segment][cpu_sum_stride(dim_max)]: of one token
+    float *segments;   // [n_segment][n_head_max][cpu_sum_stride(dim_max)]: of one token
     uint32_t *expert_start;  // [n_expert_max + 1]: first row of each active expert's tokens
     uint32_t *expert_id;     // [n_expert_max]: the experts in use, ascending
     uint32_t *expert_count;  // [n_expert_max]
@@ -395,10 +402,30 @@ static void cpu_rope(moe_queue *q, const cpu_op *op, uint32_t task, uint32_t thr
 
 /* ------------------------------------------------------------------------------- cache -- */
 
+/* From one row to the next. */
+MOE_INLINE uint64_t cpu_row_bytes(const moe_cache *c)
+{
+    return cache_row_bytes(c->type, c->dim) - (c->type == CACHE_INT16 ? sizeof(float) : 0);
+}
+
 MOE_INLINE uint8_t *cpu_cache_row(const moe_cache *c, uint32_t head, uint32_t pos)
 {
     const uint64_t row = (uint64_t)head * c->n_slot + pos % c->n_slot;
-    return c->data.buffer->data + c->data.offset + row * cache_row_bytes(c->type, c->dim);
+    return c->data.buffer->data + c->data.offset + row * cpu_row_bytes(c);
+}
+
+MOE_INLINE const int16_t *cpu_codes(const moe_cache *c, uint32_t head, uint32_t pos)
+{
+    return (const int16_t *)(const void *)cpu_cache_row(c, head, pos);
+}
+
+/* The scale of a row of CACHE_INT16: all of them stand behind the rows, which so begin with a line
+ * of the processor's caches. */
+MOE_INLINE float *cpu_cache_scale(const moe_cache *c, uint32_t head, uint32_t pos)
+{
+    const uint64_t n_row = (uint64_t)c->n_head * c->n_slot;
+    uint8_t *scales = c->data.buffer->data + c->data.offset + n_row * cpu_row_bytes(c);
+    return (float *)(void *)scales + (uint64_t)head * c->n_slot + pos % c->n_slot;
 }
 
 /* -------------------------------------------------------------------- products per head -- */

@@ -857,14 +857,15 @@ static void model_fill_info(moe_model *m)
     info->n_ff_expert = hp->n_ff_expert;
     info->n_expert_shared = hp->n_expert_shared;
     info->sliding_window = hp->window;
+    const moe_cache_type type = hparams_cache_type(hp, MOE_CACHE_F16);
     for (uint32_t i = 0; i < hp->n_layer; i++) {
         const bool local = layer_is_local(hp, i);
         const moe_head_shape heads = hparams_heads(hp, local);
         if (layer_is_recurrent(hp, i))
             continue;
         info->kv_bytes_per_token +=
-            heads.n_kv * (cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, local, false)) +
-                          cache_row_bytes(MOE_CACHE_F16, hparams_cache_dim(hp, local, true)));
+            heads.n_kv * (cache_row_bytes(type, hparams_cache_dim(hp, local, false)) +
+                          cache_row_bytes(type, hparams_cache_dim(hp, local, true)));
         info->kv_bytes_per_token_plain +=
             hp->n_head * (cache_row_bytes(MOE_CACHE_F16, heads.dim) +
                           cache_row_bytes(MOE_CACHE_F16, heads.dim_v));

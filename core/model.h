@@ -366,6 +366,12 @@ MOE_INLINE uint32_t hparams_cache_dim(const moe_hparams *hp, bool local, bool va
     return values ? heads.dim_v : heads.dim;
 }
 
+/* How the model's rows are kept where `wanted` is asked for. */
+MOE_INLINE moe_cache_type hparams_cache_type(const moe_hparams *hp, moe_cache_type wanted)
+{
+    return hparams_latent(hp) && wanted == MOE_CACHE_F16 ? CACHE_INT16 : wanted;
+}
+
 /* Prints a binding's GGUF name for a layer into buf. */
 MOE_UNUSED static const char *binding_name(const moe_binding *b, uint32_t layer, char *buf,
                                            size_t buf_bytes);

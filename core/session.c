@@ -107,15 +107,18 @@ static uint32_t plan_n_cache(const moe_hparams *hp, const moe_session_options *o
 
 /* The tokens of a call from which on latent attention is computed in its expanded form; 0: never.
  * For each position that makes keys and values of the latent once, but then needs fewer
- * multiplications with each query. Tokens with guesses behind them must stay below: they are
- * computed as they are one by one. */
+ * multiplications with each query. Those of integers take half the time. Tokens with guesses behind
+ * them must stay below: they are computed as they are one by one. */
 static uint32_t plan_expand_from(const moe_hparams *hp, const moe_session_options *o)
 {
-    const uint32_t made = hp->head_dim - hp->n_rot + hp->head_dim_v;
-    if (o->latent != MOE_LATENT_EXPANDED || 2 * hp->n_latent <= made)
+    const bool integers = hparams_cache_type(hp, o->cache_type) == CACHE_INT16;
+    const uint64_t made = hp->head_dim - hp->n_rot + hp->head_dim_v;
+    const uint64_t absorbed = (2ull * hp->n_latent + hp->n_rot) * (integers ? 1 : 2);
+    const uint64_t expanded = (made + hp->n_rot) * 2;
+    if (o->latent != MOE_LATENT_EXPANDED || absorbed <= expanded)
         return 0;
-    const uint64_t n = (uint64_t)hp->n_latent * made / (2 * hp->n_latent - made) + 1;
-    return (uint32_t)MOE_MAX(n, DRAFT_MAX + 2);
+    const uint64_t n = 2 * hp->n_latent * made / (absorbed - expanded) + 1;
+    return (uint32_t)MOE_MIN(MOE_MAX(n, DRAFT_MAX + 2), UINT32_MAX);
 }
 
 /* Lays out the activations; the views' offsets are set. */
@@ -176,10 +179,11 @@ static uint32_t plan_slots(const moe_session_options *o, uint32_t window)
 static moe_cache plan_cache(const moe_hparams *hp, const moe_session_options *o, uint32_t layer,
                             bool values)
 {
+    const moe_cache_type type = hparams_cache_type(hp, o->cache_type);
     if (layer_is_recurrent(hp, layer))
-        return (moe_cache){{NULL, 0}, o->cache_type, 0, 0, 0};
+        return (moe_cache){{NULL, 0}, type, 0, 0, 0};
     const bool local = layer_is_local(hp, layer);
-    return (moe_cache){{NULL, 0}, o->cache_type, hparams_heads(hp, local).n_kv,
+    return (moe_cache){{NULL, 0}, type, hparams_heads(hp, local).n_kv,
                        plan_slots(o, local ? hp->window : 0),
                        hparams_cache_dim(hp, local, values)};
 }
@@ -254,6 +258,7 @@ static moe_queue_options plan_queue(const moe_model *m, const moe_session_option
         .n_head_max = hp->n_head,
         .n_slot_max = o->n_ctx,
         .dim_max = dim_max,
+        .int16 = hparams_cache_type(hp, o->cache_type) == CACHE_INT16,
         .expand = expand,
     };
 }

@@ -579,6 +579,18 @@ static bool fenced_expand(fenced_queue *q, moe_attend_op *o, fenced_op *f)
            fenced_at_most(q, "attend", "dim", MOE_MAX(e->dim_k, e->dim_v), q->options.dim_max);
 }
 
+/* A cache of integers is one of latents, with its values in the keys. */
+static bool fenced_int16(fenced_queue *q, const moe_attend_op *o)
+{
+    if (o->k->type != CACHE_INT16 && o->v->type != CACHE_INT16)
+        return true;
+    return fenced_at_most(q, "attend", "caches of integers", 1, q->options.int16) &&
+           fenced_at_most(q, "attend", "types of caches", 1 + (o->k->type != o->v->type), 1) &&
+           fenced_at_most(q, "attend", "places of integers",
+                          1 + (o->k->data.buffer != o->v->data.buffer ||
+                               o->k->data.offset != o->v->data.offset), 1);
+}
+
 static void fenced_attend(moe_queue *queue, const moe_attend_op *op)
 {
     fenced_queue *q = (fenced_queue *)queue;
@@ -594,7 +606,7 @@ static void fenced_attend(moe_queue *queue, const moe_attend_op *op)
         q, fenced_n_tok(q, "attend", o->n_tok) &&
                fenced_cache(q, "attend", &o->k, &f->cache[0], FENCED_READ) &&
                fenced_cache(q, "attend", &o->v, &f->cache[1], FENCED_READ) &&
-               fenced_expand(q, o, f) &&
+               fenced_expand(q, o, f) && fenced_int16(q, op) &&
                fenced_at_most(q, "attend", "positions in use", o->pos + o->n_tok - first,
                               MOE_MIN(op->k->n_slot, op->v->n_slot)) &&
                fenced_at_most(q, "attend", "n_head", o->n_head, q->options.n_head_max) &&

@@ -39,7 +39,8 @@ static bool attend_open(attend_rig *r, const attend_shape *s, moe_isa isa, uint3
     const moe_device_options device = {&r->mem, isa};
     const moe_queue_options queue = {
         .n_threads = n_threads, .n_tok_max = s->n_tok, .n_head_max = s->n_head,
-        .n_slot_max = s->n_slot, .dim_max = MOE_MAX(s->dim_k, s->dim_v)};
+        .n_slot_max = s->n_slot, .dim_max = MOE_MAX(s->dim_k, s->dim_v),
+        .int16 = s->type == CACHE_INT16};
     moe_error error;
     if (be->device_open(&r->device, &device, &error) ||
         be->queue_open(&r->queue, r->device, &queue, &error))
@@ -135,7 +136,7 @@ static void attend_plainly(const attend_rig *r, uint32_t t, uint32_t head, doubl
 static void attend_check_values(const attend_rig *r)
 {
     const attend_shape *s = r->shape;
-    const double bound = s->type == MOE_CACHE_F32 ? 1e-5 : s->type == MOE_CACHE_F16 ? 5e-3 : 0.15;
+    const double bound = s->type == MOE_CACHE_F32 ? 1e-5 : s->type == MOE_CACHE_Q8_0 ? 0.15 : 5e-3;
     const float *got = (const float *)(void *)r->dst->data;
     double want[64];
     for (uint32_t t = 0; t < s->n_tok; t += 7)
@@ -154,7 +155,11 @@ static const attend_shape attend_shapes[] = {
     {3, 1, 64, 64, 0, 520, 520, MOE_CACHE_F16, 0, false, false},
     {10, 2, 33, 35, 70, 270, 290, MOE_CACHE_F32, 4, true, false},
     {2, 2, 64, 32, 290, 490, 550, MOE_CACHE_Q8_0, 0, true, false},
-    {17, 1, 150, 50, 0, 290, 290, MOE_CACHE_F16, 0, false, true},
+    {17, 1, 150, 50, 0, 290, 290, MOE_CACHE_Q8_0, 0, false, true},
+    {16, 1, 64, 40, 0, 280, 280, MOE_CACHE_F16, 0, false, false},
+    {17, 1, 150, 50, 0, 290, 290, CACHE_INT16, 0, false, true},
+    {6, 2, 96, 33, 70, 270, 290, CACHE_INT16, 4, true, true},
+    {70, 1, 40, 32, 0, 260, 260, CACHE_INT16, 0, true, true},
 };
 
 static void attention_is_right(void)

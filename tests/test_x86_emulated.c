@@ -1,5 +1,5 @@
 /* tests/test_x86_emulated.c - the AVX2 and AVX-512 kernels on a machine that has neither: the tests
- * of test_kernels.c and test_simd.c, with every intrinsic emulated by a function (emulated/x86.h,
+ * of test_kernels.c, test_simd.c and test_int16.c, with every intrinsic emulated by a function (emulated/x86.h,
  * which needs SIMDe). It is slow and no part of `make test`: `make test T=x86_emulated`. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -14,6 +14,7 @@
 
 #include "../core/host.c"
 
+#include "../backends/cpu_int16.h"
 #include "../backends/cpu_outer.h"
 #include "../backends/cpu_simd.h"
 
@@ -25,6 +26,7 @@ static uint32_t cpu_detect(void)
 }
 
 #include "test_kernels.c"
+#include "test_int16.c"
 #include "test_simd.c"
 
 static void emulated_program(void)
@@ -40,6 +42,9 @@ static void emulated_program(void)
     RUN(columns_equal_c);
     RUN(products_equal_c);
     RUN(f16_products_equal_c);
+    RUN(odd_rows_keep_their_meaning);
+    RUN(conversions_equal_c);
+    RUN(products_of_integers_equal_c);
 }
 
 int main(int argc, char **argv)
