@@ -323,9 +323,10 @@ MOE_API void moe_observer_init(moe_observer *observer);
  * difference). The cache is the same, and so is the form for few tokens.
  *   absorbed  queries are multiplied into the space of the latents, always
  *   expanded  where a call of moe_session_eval has so many tokens that it takes less time, from
- *             some hundreds on, keys and values are made from the latents for each head. That is faster, the more so the longer the prompt and the larger n_batch.
- *             It rounds differently: logits then depend also on how long the calls were, but
- *             still on no batch, thread or instruction set */
+ *             some hundreds on, keys and values are made from the latents for each head. That is
+ *             faster, the more so the longer the prompt and the larger n_batch. It rounds
+ *             differently: logits then depend also on how long the calls were, but still on no
+ *             batch, thread or instruction set */
 typedef enum moe_latent {
     MOE_LATENT_ABSORBED = 0,
     MOE_LATENT_EXPANDED = 1

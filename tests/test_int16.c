@@ -3,7 +3,7 @@
  * bit. */
 #include "test.h"
 
-enum { MOST = 2048 + 1 }; // elements of a row
+enum { INT16_MOST = 2048 + 1 }; // elements of a row
 
 typedef struct int16_sets {
     const cpu_int16 *set[8];
@@ -51,8 +51,8 @@ static bool int16_same(float a, float b)
 /* Root of the mean square of what rounding n elements costs, by integers and by F16. */
 static void int16_errors(const float *x, size_t n, double *integers, double *halves)
 {
-    int16_t code[MOST + I16_GROUP];
-    float back[MOST];
+    int16_t code[INT16_MOST + I16_GROUP];
+    float back[INT16_MOST];
     const float scale = cpu_int16_c.quantize(code, x, n);
     cpu_int16_c.dequantize(back, code, scale, n);
     *integers = *halves = 0;
@@ -95,8 +95,8 @@ static int64_t int16_product(const int16_t *a, const int16_t *b, size_t n)
 static void sums_of_rows_fit(void)
 {
     static const size_t lengths[] = {1, 2, 31, 64, 576, 2048};
-    float x[MOST];
-    int16_t code[MOST + I16_GROUP];
+    float x[INT16_MOST];
+    int16_t code[INT16_MOST + I16_GROUP];
     for (size_t l = 0; l < MOE_COUNT(lengths); l++)
         for (int kind = 0; kind < 40; kind++) {
             const size_t n = lengths[l];

@@ -1,6 +1,7 @@
 /* tests/test_x86_emulated.c - the AVX2 and AVX-512 kernels on a machine that has neither: the tests
- * of test_kernels.c, test_simd.c and test_int16.c, with every intrinsic emulated by a function (emulated/x86.h,
- * which needs SIMDe). It is slow and no part of `make test`: `make test T=x86_emulated`. */
+ * of test_kernels.c, test_simd.c and test_int16.c, with every intrinsic emulated by a function
+ * (emulated/x86.h, which needs SIMDe). It is slow and no part of `make test`: `make test
+ * T=x86_emulated`. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
