@@ -4,9 +4,9 @@
  *
  * A row is x = scale * code. Its codes are as large as lets any product of two rows fit into 32
  * bits: by Cauchy and Schwarz |sum a b| <= |a| |b|, so rows have a norm of at most 2^15.5, whatever
- * their length. An element's error is half a step, 1.5e-4 of the row's root mean square with 576
- * elements: what F16 has, whose error is a part of each element. The weights of a softmax become
- * integers in the same way, per I16_BLOCK positions, by the sum of their magnitudes.
+ * their length. An element is off by 1.5e-4 of the root mean square of its row, of 576 elements,
+ * where F16 is by 2.1e-4. The weights of a softmax become integers in the same way, per I16_BLOCK
+ * positions, by the sum of their magnitudes.
  *
  * So sums are exact, and no order of them, no tile and no instruction set can change a bit. Each
  * kernel stands first in C, which specifies what happens around the sums. */
